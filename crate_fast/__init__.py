@@ -1,0 +1,18 @@
+"""CRATE, the white-box vision transformer, at the hardware's speed."""
+
+from . import functional
+from .backend import BackendError, choose_backend
+from .model import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
+
+__version__ = "0.1.0"
+__all__ = [
+    "CRATE",
+    "BackendError",
+    "CRATE_base",
+    "CRATE_large",
+    "CRATE_small",
+    "CRATE_tiny",
+    "__version__",
+    "choose_backend",
+    "functional",
+]

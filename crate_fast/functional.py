@@ -1,0 +1,138 @@
+"""The two operations of a CRATE layer as functions of tensors, on any backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .backend import choose_backend
+
+__all__ = ["ista", "ista_operator", "mssa"]
+
+
+def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto") -> Tensor:
+    """Multi-head subspace self-attention: softmax(w wᵀ · scale) w for each head (arXiv:2306.01129, equation 12).
+
+    One tensor is query, key and value. Differentiable once on every backend, twice on "torch" and "reference".
+
+    Args:
+        w: (batch, tokens, heads × head width), any strides, floating point. Under autocast it is cast as a product's
+            operand would be.
+        heads: number of heads.
+        scale: factor on the scores; 1/sqrt(head width) when None.
+        backend: "auto", "triton", "torch" or "reference" (see `crate_fast.choose_backend`).
+
+    Returns:
+        (batch, tokens, heads × head width) in the dtype computed in.
+
+    Raises:
+        TypeError: `w` is not real floating point.
+        ValueError: `w` is not three-dimensional, its width is no multiple of `heads`, or the backend is unknown.
+        BackendError: backend="triton" where the kernels cannot run.
+    """
+    _check_floating("w", w)
+    if w.dim() != 3:
+        raise ValueError(f"w has shape {tuple(w.shape)}; it must be (batch, tokens, heads × head width)")
+    if heads < 1 or w.shape[-1] % heads or w.shape[-1] == 0:
+        raise ValueError(f"w has width {w.shape[-1]}, which {heads} heads do not divide")
+    w = w.to(operand_dtype(w))
+    head_width = w.shape[-1] // heads
+    scale = head_width**-0.5 if scale is None else float(scale)
+    choice = choose_backend(backend, w, head_width)
+    if choice.name == "reference" or w.shape[1] == 0:
+        return reference.mssa(w, heads, scale)
+    if choice.name == "triton":
+        from .kernels import MSSA
+
+        return MSSA.apply(w, heads, scale)
+    split = w.unflatten(-1, (heads, head_width)).transpose(1, 2)
+    return F.scaled_dot_product_attention(split, split, split, scale=scale).transpose(1, 2).flatten(2)
+
+
+def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, backend: str = "auto") -> Tensor:
+    """One ISTA step: relu(h + η(h D − h Dᵀ D) − ηλ) for tokens in rows (arXiv:2306.01129, equation 17).
+
+    "triton" and "torch" form M = η(D − DᵀD) first, in float32 or better, so that tokens cost one product instead of three.
+
+    Args:
+        h: (..., dim) tokens, floating point. Under autocast the product is taken in the autocast dtype and the result has
+            h's, as with the published module.
+        weight: (dim, dim), the dictionary D, of h's dtype outside autocast.
+        step_size: η.
+        lambd: λ, the price of a non-zero entry.
+        backend: "auto", "triton", "torch" or "reference" (see `crate_fast.choose_backend`).
+
+    Returns:
+        (..., dim), with exact zeros where the step shrank an entry away.
+
+    Raises:
+        TypeError: a tensor is not real floating point, or the two differ in dtype outside autocast.
+        ValueError: `weight` is not square or does not fit `h`, or the backend is unknown.
+        BackendError: backend="triton" where the kernels cannot run.
+    """
+    choice = choose_backend(backend, h)
+    if choice.name == "reference":
+        _check_ista(h, weight)
+        return reference.ista(h, weight, step_size, lambd)
+    return ista_with_operator(h, weight, None, step_size, lambd, choice.name)
+
+
+def ista_operator(weight: Tensor, step_size: float) -> Tensor:
+    """M = η(D − DᵀD), (dim, dim), in float32 or better whatever autocast says; differentiable."""
+    with torch.autocast(weight.device.type, enabled=False):
+        d = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return torch.addmm(d, d.t(), d, beta=step_size, alpha=-step_size)
+
+
+def ista_with_operator(
+    h: Tensor, weight: Tensor, operator: Tensor | None, step_size: float, lambd: float, backend: str
+) -> Tensor:
+    """`ista` on "triton" or "torch" with M = `ista_operator(weight, step_size)` at hand, or formed here when None.
+
+    With "torch", a given M is a constant: gradients reach `weight` only when it is formed here.
+    """
+    _check_ista(h, weight)
+    if operator is None and backend == "torch":
+        operator = ista_operator(weight, step_size)
+    if backend == "torch":
+        return _ista_torch(h, operator, step_size * lambd)
+    from .kernels import ISTA
+
+    operand = operand_dtype(h)
+    return ISTA.apply(h.to(torch.promote_types(h.dtype, operand)), weight, operator, step_size, lambd, operand)
+
+
+def _ista_torch(h: Tensor, operator: Tensor, shrinkage: float) -> Tensor:
+    """relu(h + h M − ηλ) in plain PyTorch."""
+    dtype = operand_dtype(h)
+    if h.device.type == "cpu" and dtype in (torch.float32, torch.float64):
+        # At full precision I + M loses nothing, and the whole step but the relu is one product with a bias.
+        identity = torch.eye(h.shape[-1], dtype=operator.dtype, device=h.device)
+        bias = torch.full((1,), -shrinkage, dtype=h.dtype, device=h.device)
+        return torch.addmm(bias, h.reshape(-1, h.shape[-1]), (identity + operator).to(h.dtype)).relu_().view(h.shape)
+    return torch.relu(h + F.linear(h.to(dtype), operator.t().to(dtype)) - shrinkage)
+
+
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product takes `x`: the autocast dtype where autocast applies, else x's own."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _check_ista(h: Tensor, weight: Tensor) -> None:
+    _check_floating("h", h)
+    _check_floating("weight", weight)
+    if weight.dim() != 2 or weight.shape[0] != weight.shape[1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be square, (dim, dim)")
+    if h.dim() == 0 or h.shape[-1] != weight.shape[0]:
+        raise ValueError(f"h has shape {tuple(h.shape)}; its last axis must be {weight.shape[0]}, the size of weight")
+    if h.dtype != weight.dtype and operand_dtype(h) == h.dtype:
+        raise TypeError(f"h is {h.dtype} and weight {weight.dtype}; outside autocast they must be the same")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name} is {x.dtype}; it must be real floating point")

@@ -1,0 +1,175 @@
+"""The CRATE classifier: the published class, on fused kernels."""
+
+from __future__ import annotations
+
+import torch
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+
+from .backend import check_backend
+from .modules import STREAMS, Transformer, pool_tokens
+from .plainness import has_global_hooks, is_plain
+
+POOLS = ("cls", "mean")
+
+SIZES = {
+    "tiny": dict(dim=384, depth=12, heads=6, dim_head=64),
+    "small": dict(dim=576, depth=12, heads=12, dim_head=48),
+    "base": dict(dim=768, depth=12, heads=12, dim_head=64),
+    "large": dict(dim=1024, depth=24, heads=16, dim_head=64),
+}
+"""The four published sizes (arXiv:2306.01129, table 3), all for images of 224 and patches of 16 pixels."""
+
+
+class CRATE(nn.Module):
+    """A white-box vision transformer (Yu et al., "White-Box Transformers via Sparse Rate Reduction", arXiv:2306.01129).
+
+    Takes the published class's arguments, draws the same weights from the same seed, and has the same state_dict.
+
+    Args:
+        image_size: side of the image in pixels, or (height, width).
+        patch_size: side of a patch in pixels, or (height, width); must divide `image_size`.
+        num_classes: number of logits.
+        dim: width of a token.
+        depth: number of layers.
+        heads: attention heads (subspaces) of a layer.
+        pool: what the head reads: "cls", the class token, or "mean", the mean of all tokens.
+        channels: channels of an image.
+        dim_head: width of a head (dimension of a subspace).
+        dropout: on attention probabilities and after the attention's projection back.
+        emb_dropout: on the embedded tokens.
+        ista: step size η of the ISTA step.
+        lambd: threshold λ of the ISTA step; 0.1 in the published code.
+        backend: "triton", "torch", "reference" or "auto"; see `crate_fast.choose_backend`.
+        stream: dtype of the activations between fused kernels under autocast: "float16" (what "auto" means: as few bytes as
+            bfloat16 and 4 to 8 times as exact; what exceeds 65,504 becomes infinite), "bfloat16" or "float32".
+
+    Raises:
+        ValueError: a size that does not divide, an unknown pool, backend or stream.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        num_classes: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        pool: str = "cls",
+        channels: int = 3,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        emb_dropout: float = 0.0,
+        ista: float = 0.1,
+        lambd: float = 0.1,
+        backend: str = "auto",
+        stream: str = "auto",
+    ) -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f"pool is {pool!r}; allowed are 'cls' (class token) and 'mean' (mean of all tokens)")
+        if stream not in STREAMS:
+            raise ValueError(f"stream is {stream!r}; allowed are {', '.join(map(repr, STREAMS))}")
+        check_backend(backend)
+        for name, value in {"dim": dim, "heads": heads, "dim_head": dim_head, "channels": channels}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
+        rows, columns = (_divide(i, p) for i, p in zip(self.image_size, self.patch_size, strict=True))
+        patch_height, patch_width = self.patch_size
+        patch_dim = channels * patch_height * patch_width
+        self.channels = channels
+
+        self.to_patch_embedding = nn.Sequential(
+            Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=patch_height, p2=patch_width),
+            nn.LayerNorm(patch_dim),
+            nn.Linear(patch_dim, dim),
+            nn.LayerNorm(dim),
+        )
+        self.pos_embedding = nn.Parameter(torch.randn(1, rows * columns + 1, dim))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.dropout = nn.Dropout(emb_dropout)
+        self.transformer = Transformer(dim, depth, heads, dim_head, dropout, ista, lambd, backend, stream)
+        self.pool = pool
+        self.to_latent = nn.Identity()
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(batch, channels, height, width) to logits (batch, num_classes).
+
+        Images smaller than `image_size` work where patches divide them; they use the first position embeddings.
+
+        Raises:
+            TypeError: the image is not real floating point.
+            ValueError: its shape does not fit.
+        """
+        self._check_image(image)
+        x = self.to_patch_embedding(image)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        x = self.dropout(x + self.pos_embedding[:, : x.shape[1]])
+        if has_global_hooks() or not is_plain(self.transformer, Transformer):
+            x = pool_tokens(self.transformer(x), self.pool)
+        else:
+            x = self.transformer.run(x, self.pool)
+        return self.mlp_head(self.to_latent(x))
+
+    def _check_image(self, image: Tensor) -> None:
+        if not image.is_floating_point():
+            raise TypeError(f"the image is {image.dtype}; it must be real floating point")
+        if image.dim() != 4 or image.shape[1] != self.channels:
+            raise ValueError(f"the image has shape {tuple(image.shape)}; it must be (batch, {self.channels}, height, width)")
+        size = tuple(image.shape[2:])
+        if any(s % p or s == 0 for s, p in zip(size, self.patch_size, strict=True)):
+            raise ValueError(f"the image is {size[0]}×{size[1]}, which patches of {_times(self.patch_size)} do not divide")
+        patches = (size[0] // self.patch_size[0]) * (size[1] // self.patch_size[1])
+        if patches >= self.pos_embedding.shape[1]:
+            raise ValueError(
+                f"the image is {size[0]}×{size[1]}, {patches} patches; this model has position embeddings for "
+                f"{self.pos_embedding.shape[1] - 1} (image_size={_times(self.image_size)})"
+            )
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = value if isinstance(value, tuple | list) else (value, value)
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} is {value}; it must be positive")
+    return height, width
+
+
+def _divide(image: int, patch: int) -> int:
+    if image % patch:
+        raise ValueError(f"image_size {image} is not divisible by patch_size {patch}")
+    return image // patch
+
+
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def build(size: str, num_classes: int = 1000, **options) -> CRATE:
+    """A CRATE of a published size ("tiny", "small", "base", "large") for 224 px and patches of 16, unless `options` differ."""
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}; allowed are {', '.join(map(repr, SIZES))}")
+    return CRATE(**(dict(image_size=224, patch_size=16, num_classes=num_classes) | SIZES[size] | options))
+
+
+def CRATE_tiny(num_classes: int = 1000, **options) -> CRATE:
+    """CRATE-Tiny: width 384, 12 layers, 6 heads; 6,090,856 parameters. `options` are keywords of `CRATE`."""
+    return build("tiny", num_classes, **options)
+
+
+def CRATE_small(num_classes: int = 1000, **options) -> CRATE:
+    """CRATE-Small: width 576, 12 layers, 12 heads; 13,116,328 parameters. `options` are keywords of `CRATE`."""
+    return build("small", num_classes, **options)
+
+
+def CRATE_base(num_classes: int = 1000, **options) -> CRATE:
+    """CRATE-Base: width 768, 12 layers, 12 heads; 22,796,008 parameters. `options` are keywords of `CRATE`."""
+    return build("base", num_classes, **options)
+
+
+def CRATE_large(num_classes: int = 1000, **options) -> CRATE:
+    """CRATE-Large: width 1024, 24 layers, 16 heads; 77,641,192 parameters. `options` are keywords of `CRATE`."""
+    return build("large", num_classes, **options)

@@ -1,0 +1,316 @@
+"""The layers of CRATE as modules, with the published names, parameters and order of random draws."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, reference
+from .backend import choose_backend
+from .plainness import WeightCache, has_global_hooks, is_plain, same_place
+
+STREAMS = ("auto", "float16", "bfloat16", "float32")
+
+
+class PreNorm(nn.Module):
+    """`fn` of the layer-normalised input; (batch, tokens, dim) to the same."""
+
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fn = fn
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        return self.fn(self.norm(x), **kwargs)
+
+
+class Attention(nn.Module):
+    """The MSSA step without its residual: project on the subspaces, attend, project back (arXiv:2306.01129, equation 12).
+
+    Args:
+        dim: width of a token.
+        heads: number of subspaces.
+        dim_head: dimension of a subspace.
+        dropout: on the attention probabilities, and again after the projection back.
+        backend: see `crate_fast.choose_backend`.
+    """
+
+    def __init__(self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.0, backend: str = "auto") -> None:
+        super().__init__()
+        inner_dim = heads * dim_head
+        self.heads = heads
+        self.scale = dim_head**-0.5
+        self.backend = backend
+        self.attend = nn.Softmax(dim=-1)
+        self.dropout = nn.Dropout(dropout)
+        self.qkv = nn.Linear(dim, inner_dim, bias=False)
+        if heads == 1 and dim_head == dim:
+            self.to_out: nn.Module = nn.Identity()
+        else:
+            self.to_out = nn.Sequential(nn.Linear(inner_dim, dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.qkv(x)
+        if self._needs_probabilities():
+            return self.to_out(self._attend_openly(w))
+        return self.to_out(functional.mssa(w, self.heads, self.scale, self.backend))
+
+    def _needs_probabilities(self) -> bool:
+        """Whether the matrix of probabilities must exist: it is dropped from, or somebody watches it."""
+        watched = has_global_hooks() or not (is_plain(self.attend, nn.Softmax) and is_plain(self.dropout, nn.Dropout))
+        return watched or (self.training and self.dropout.p > 0)
+
+    def _attend_openly(self, w: Tensor) -> Tensor:
+        split = w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        scores = torch.matmul(split, split.transpose(-1, -2)) * self.scale
+        return torch.matmul(self.dropout(self.attend(scores)), split).transpose(1, 2).flatten(2)
+
+
+class FeedForward(nn.Module):
+    """The ISTA step on a learned dictionary `weight` (arXiv:2306.01129, equation 17).
+
+    In evaluation M = η(D − DᵀD) is kept from call to call and formed again when `weight` changes; writes through
+    `weight.data` are seen from the next call of `train()` or `eval()`.
+
+    Args:
+        dim, hidden_dim: width of a token; the published class takes it twice and uses the first.
+        dropout: accepted as in the published class, which does not use it.
+        step_size: η.
+        lambd: λ.
+        backend: see `crate_fast.choose_backend`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int | None = None,
+        dropout: float = 0.0,
+        step_size: float = 0.1,
+        lambd: float = 0.1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim))
+        nn.init.kaiming_uniform_(self.weight)
+        self.step_size = step_size
+        self.lambd = lambd
+        self.backend = backend
+        self._operator = WeightCache()
+
+    def forward(self, x: Tensor) -> Tensor:
+        choice = choose_backend(self.backend, x)
+        if choice.name == "reference":
+            return reference.ista(x, self.weight, self.step_size, self.lambd)
+        operator = None
+        if not self.training and not (torch.is_grad_enabled() and self.weight.requires_grad):
+            operator = self._operator.get(
+                (self.weight,), (self.step_size,), lambda: functional.ista_operator(self.weight, self.step_size)
+            )
+        return functional.ista_with_operator(x, self.weight, operator, self.step_size, self.lambd, choice.name)
+
+    def train(self, mode: bool = True) -> FeedForward:
+        self._operator.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._operator.clear()
+        return super()._apply(fn, recurse)
+
+
+class Layer(nn.ModuleList):
+    """One step of compression and one of sparsification: x ← ISTA(x + MSSA(x)). A list of the two, as published."""
+
+    def __init__(self, mssa: PreNorm, ista: PreNorm) -> None:
+        super().__init__([mssa, ista])
+        self._prepared = WeightCache()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x) + x)
+
+    def is_fusable(self) -> bool:
+        """Whether one fused computation may stand for all modules of this layer: none is hooked, changed or dropping out."""
+        return len(self) == 2 and is_plain(self, Layer) and self._mssa_is_plain() and self._ista_is_plain()
+
+    def _mssa_is_plain(self) -> bool:
+        block = self[0]
+        if not (is_plain(block, PreNorm) and _norm_is_plain(block.norm) and is_plain(block.fn, Attention)):
+            return False
+        attention = block.fn
+        project_back = attention.to_out
+        return (
+            attention.backend in ("auto", "triton")
+            and is_plain(attention.attend, nn.Softmax)
+            and _drops_nothing(attention.dropout)
+            and is_plain(attention.qkv, nn.Linear)
+            and attention.qkv.bias is None
+            and is_plain(project_back, nn.Sequential)
+            and len(project_back) == 2
+            and is_plain(project_back[0], nn.Linear)
+            and project_back[0].bias is not None
+            and _drops_nothing(project_back[1])
+        )
+
+    def _ista_is_plain(self) -> bool:
+        block = self[1]
+        return (
+            is_plain(block, PreNorm)
+            and _norm_is_plain(block.norm)
+            and is_plain(block.fn, FeedForward)
+            and block.fn.backend in ("auto", "triton")
+        )
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The eight parameters in the order in which `kernels.LayerWeights` takes them."""
+        mssa, ista = self
+        project_back = mssa.fn.to_out[0]
+        return (
+            mssa.norm.weight,
+            mssa.norm.bias,
+            mssa.fn.qkv.weight,
+            project_back.weight,
+            project_back.bias,
+            ista.norm.weight,
+            ista.norm.bias,
+            ista.fn.weight,
+        )
+
+    def train(self, mode: bool = True) -> Layer:
+        self._prepared.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._prepared.clear()
+        return super()._apply(fn, recurse)
+
+    def run_fused(self, x: Tensor, gradient_scale: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor]:
+        """This layer by the fused kernels, between `kernels.enter_stack` and `kernels.leave_stack`."""
+        from .kernels import LayerSettings, LayerWeights, fused_layer, prepare_layer
+
+        mssa, ista = self
+        settings = LayerSettings(
+            heads=mssa.fn.heads,
+            scale=mssa.fn.scale,
+            eps_mssa=mssa.norm.eps,
+            eps_ista=ista.norm.eps,
+            step_size=ista.fn.step_size,
+            lambd=ista.fn.lambd,
+        )
+        weights = LayerWeights(*self.weights())
+
+        def prepare():
+            return prepare_layer(weights, settings, x.dtype, operand)
+
+        if self.training:
+            with torch.no_grad():
+                prepared = prepare()
+        else:
+            prepared = self._prepared.get(tuple(weights), (settings, x.dtype, operand), prepare)
+        return fused_layer(x, gradient_scale, weights, prepared, settings)
+
+
+class Transformer(nn.Module):
+    """`depth` layers on (batch, tokens, dim), each run by fused kernels where that is possible and nobody could tell.
+
+    Args:
+        dim, depth, heads, dim_head: sizes.
+        dropout: in the attention.
+        ista, lambd: step size η and threshold λ of the ISTA step.
+        backend: see `crate_fast.choose_backend`.
+        stream: dtype of the activations that fused layers keep under autocast; see `crate_fast.CRATE`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        dim_head: int,
+        dropout: float = 0.0,
+        ista: float = 0.1,
+        lambd: float = 0.1,
+        backend: str = "auto",
+        stream: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.heads = heads
+        self.depth = depth
+        self.dim = dim
+        self.backend = backend
+        self.stream = stream
+        for _ in range(depth):
+            attention = Attention(dim, heads=heads, dim_head=dim_head, dropout=dropout, backend=backend)
+            mssa = PreNorm(dim, attention)
+            feed_forward = FeedForward(dim, dim, dropout=dropout, step_size=ista, lambd=lambd, backend=backend)
+            self.layers.append(Layer(mssa, PreNorm(dim, feed_forward)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, None)
+
+    def run(self, x: Tensor, pool: str | None) -> Tensor:
+        """The layers, then the pooling: (batch, dim) with pool "cls" or "mean", all tokens with None.
+
+        Pooling belongs here because a fused run can pool what it holds in 16 bit without writing all tokens in 32.
+        """
+        runs = [(fused, list(layers)) for fused, layers in groupby(self.layers, key=lambda layer: self._fuses(layer, x))]
+        for index, (fused, layers) in enumerate(runs):
+            if not fused:
+                for layer in layers:
+                    x = layer(x)
+                continue
+            if index == len(runs) - 1:
+                return self._run_fused(layers, x, pool)
+            x = self._run_fused(layers, x, None)
+        return pool_tokens(x, pool)
+
+    def _fuses(self, layer: nn.Module, x: Tensor) -> bool:
+        if x.dim() != 3 or x.numel() == 0 or has_global_hooks() or type(layer) is not Layer or not layer.is_fusable():
+            return False
+        weights = layer.weights()
+        inner_dim, dim = weights[2].shape
+        if dim != x.shape[-1] or not same_place(weights) or weights[0].device != x.device:
+            return False  # the composed path says what is wrong
+        if not torch.is_autocast_enabled(x.device.type) and weights[0].dtype != x.dtype:
+            return False
+        return choose_backend(self.backend, x, inner_dim // layer[0].fn.heads).name == "triton"
+
+    def _run_fused(self, layers: list[Layer], x: Tensor, pool: str | None) -> Tensor:
+        from .kernels import enter_stack, leave_stack
+
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        stream, operand = stream_dtypes(self.stream) if autocast else (x.dtype, x.dtype)
+        result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
+        with torch.autocast(device, enabled=False):
+            x, gradient_scale = enter_stack(x, stream)
+            for layer in layers:
+                x, gradient_scale = layer.run_fused(x, gradient_scale, operand)
+            return leave_stack(x, gradient_scale, result, pool)
+
+
+def stream_dtypes(stream: str) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of the activations between kernels, dtype of matrix operands) of fused layers under autocast."""
+    if stream == "float32":
+        return torch.float32, torch.float16
+    if stream == "bfloat16":
+        return torch.bfloat16, torch.bfloat16
+    return torch.float16, torch.float16
+
+
+def pool_tokens(x: Tensor, pool: str | None) -> Tensor:
+    """The class token ("cls"), the mean over all tokens ("mean"), or all tokens (None) of (batch, tokens, dim)."""
+    if pool is None:
+        return x
+    return x.mean(dim=1) if pool == "mean" else x[:, 0]
+
+
+def _norm_is_plain(norm: nn.Module) -> bool:
+    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def _drops_nothing(dropout: nn.Module) -> bool:
+    return is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p > 0)
+
+

@@ -1,0 +1,85 @@
+"""Whether a module is exactly what its class says: nothing hooked, wrapped, pruned, parametrised or replaced.
+
+Fused kernels pass modules by, so they may only stand for modules that nobody is watching or has changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+def has_global_hooks() -> bool:
+    """True while a hook is registered on all modules at once."""
+    return any(len(getattr(torch_module, name, ())) for name in _GLOBAL_HOOKS)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """True if a forward, forward-pre, backward or backward-pre hook sits on `module` itself."""
+    return any(len(getattr(module, name)) for name in _HOOKS)
+
+
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """True if `module` is a `cls` and no subclass, has no hooks, its class's forward, and ordinary tensors as parameters."""
+    return (
+        type(module) is cls
+        and not is_hooked(module)
+        and "forward" not in module.__dict__
+        and all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+    )
+
+
+def same_place(parameters: tuple[Tensor, ...]) -> bool:
+    """True if all parameters have one device and one dtype."""
+    first = parameters[0]
+    return all(p.device == first.device and p.dtype == first.dtype for p in parameters)
+
+
+class WeightCache:
+    """Keeps what was computed from parameters alone, for as long as they are what they were.
+
+    A parameter counts as unchanged while it has the same memory and the same version counter, which every in-place change
+    moves; the entry holds that memory, so that its address cannot come to mean something else. Writes through `.data` move
+    no counter: `clear` is called by `train()`, `eval()` and `.to()`. Copies and pickles of a cache are empty.
+    """
+
+    def __init__(self) -> None:
+        self._entry: tuple | None = None
+
+    def clear(self) -> None:
+        self._entry = None
+
+    def get(self, parameters: tuple[Tensor, ...], key: tuple, make):
+        """`make()`, or what it gave last time for the same parameters and key."""
+        if torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
+            with torch.no_grad():
+                return make()
+        versions = tuple(p._version for p in parameters)
+        entry = self._entry
+        if entry and entry[0] == key and entry[1] == versions and all(map(_same_memory, entry[2], parameters)):
+            return entry[3]
+        # Outside inference mode, so that what is kept may be saved for a backward pass later.
+        with torch.inference_mode(False), torch.no_grad():
+            value = make()
+            self._entry = (key, versions, tuple(p.detach() for p in parameters), value)
+        return value
+
+    def __deepcopy__(self, memo: dict) -> WeightCache:
+        return WeightCache()
+
+    def __reduce__(self):
+        return WeightCache, ()
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+    )

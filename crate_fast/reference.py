@@ -1,0 +1,184 @@
+"""The published mathematics of CRATE, step by step, in plain PyTorch at any precision.
+
+This file defines correctness: tests and benchmarks compare everything else with it. It is written to be read beside the
+paper (Yu et al., "White-Box Transformers via Sparse Rate Reduction", arXiv:2306.01129), imports torch alone, and makes no
+attempt to be fast. `CRATE` here has the constructor, the parameter names and the order of random draws of the published
+class, so one seed gives one model in both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def mssa(w: Tensor, heads: int, scale: float | None = None) -> Tensor:
+    """Multi-head subspace self-attention, equation (12) of the paper: softmax(w wᵀ · scale) w for each head.
+
+    Args:
+        w: (batch, tokens, heads × head width), the tokens projected on every head's subspace: query, key and value in one.
+        heads: number of heads.
+        scale: factor on the scores; 1/sqrt(head width) when None.
+
+    Returns:
+        (batch, tokens, heads × head width), in w's dtype (under autocast, in the autocast dtype).
+    """
+    batch, tokens, width = w.shape
+    w = w.reshape(batch, tokens, heads, width // heads).transpose(1, 2)
+    probabilities = attention_probabilities(w, scale)
+    return torch.matmul(probabilities, w).transpose(1, 2).reshape(batch, tokens, width)
+
+
+def attention_probabilities(w: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(w wᵀ · scale) over the last axis, for w of shape (batch, heads, tokens, head width).
+
+    Under autocast on a GPU PyTorch takes the softmax in float32; asked for by name, the CPU does the same.
+    """
+    scores = torch.matmul(w, w.transpose(-1, -2)) * (w.shape[-1] ** -0.5 if scale is None else scale)
+    autocast = torch.is_autocast_enabled(w.device.type) and scores.dtype != torch.float64
+    return torch.softmax(scores, dim=-1, dtype=torch.float32 if autocast else None)
+
+
+def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1) -> Tensor:
+    """One ISTA step, equation (17) of the paper: relu(h + η(h D − h Dᵀ D) − ηλ) for tokens in rows.
+
+    Args:
+        h: (..., dim) tokens.
+        weight: (dim, dim), the dictionary D.
+        step_size: η.
+        lambd: λ, the price of a non-zero entry.
+
+    Returns:
+        (..., dim), at least 0 everywhere.
+    """
+    correlation = nn.functional.linear(nn.functional.linear(h, weight), weight.t())
+    projection = nn.functional.linear(h, weight.t())
+    update = step_size * (projection - correlation) - step_size * lambd
+    return torch.relu(h + update)
+
+
+class PreNorm(nn.Module):
+    """`fn` of the layer-normalised input."""
+
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(self.norm(x))
+
+
+class Attention(nn.Module):
+    """Projection on the subspaces, MSSA, and the projection back."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float) -> None:
+        super().__init__()
+        inner = heads * dim_head
+        self.heads = heads
+        self.scale = dim_head**-0.5
+        self.attend = nn.Softmax(dim=-1)
+        self.dropout = nn.Dropout(dropout)
+        self.qkv = nn.Linear(dim, inner, bias=False)
+        if heads == 1 and dim_head == dim:
+            self.to_out: nn.Module = nn.Identity()
+        else:
+            self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.qkv(x)
+        batch, tokens, width = w.shape
+        w = w.reshape(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
+        probabilities = self.dropout(attention_probabilities(w, self.scale))
+        out = torch.matmul(probabilities, w).transpose(1, 2).reshape(batch, tokens, width)
+        return self.to_out(out)
+
+
+class FeedForward(nn.Module):
+    """One ISTA step on a learned dictionary."""
+
+    def __init__(self, dim: int, step_size: float, lambd: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim))
+        nn.init.kaiming_uniform_(self.weight)
+        self.step_size = step_size
+        self.lambd = lambd
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ista(x, self.weight, self.step_size, self.lambd)
+
+
+class Transformer(nn.Module):
+    """`depth` layers, each x ← ISTA(x + MSSA(x))."""
+
+    def __init__(self, dim: int, depth: int, heads: int, dim_head: int, dropout: float, ista: float, lambd: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            attention = PreNorm(dim, Attention(dim, heads, dim_head, dropout))
+            self.layers.append(nn.ModuleList([attention, PreNorm(dim, FeedForward(dim, ista, lambd))]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention, sparsify in self.layers:
+            x = sparsify(attention(x) + x)
+        return x
+
+
+class Patches(nn.Module):
+    """(batch, channels, height, width) to (batch, patches, patch height × patch width × channels), row by row."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.height, self.width = height, width
+
+    def forward(self, image: Tensor) -> Tensor:
+        batch, channels, height, width = image.shape
+        rows, columns = height // self.height, width // self.width
+        patches = image.reshape(batch, channels, rows, self.height, columns, self.width)
+        return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+
+
+class CRATE(nn.Module):
+    """The published CRATE classifier; `lambd` is the one addition (0.1 there, fixed)."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        num_classes: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        pool: str = "cls",
+        channels: int = 3,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        emb_dropout: float = 0.0,
+        ista: float = 0.1,
+        lambd: float = 0.1,
+    ) -> None:
+        super().__init__()
+        height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+        patch_height, patch_width = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
+        patch_dim = channels * patch_height * patch_width
+        self.to_patch_embedding = nn.Sequential(
+            Patches(patch_height, patch_width),
+            nn.LayerNorm(patch_dim),
+            nn.Linear(patch_dim, dim),
+            nn.LayerNorm(dim),
+        )
+        patches = (height // patch_height) * (width // patch_width)
+        self.pos_embedding = nn.Parameter(torch.randn(1, patches + 1, dim))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.dropout = nn.Dropout(emb_dropout)
+        self.transformer = Transformer(dim, depth, heads, dim_head, dropout, ista, lambd)
+        self.pool = pool
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.to_patch_embedding(image)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        x = self.dropout(x + self.pos_embedding[:, : x.shape[1]])
+        x = self.transformer(x)
+        return self.mlp_head(x.mean(dim=1) if self.pool == "mean" else x[:, 0])

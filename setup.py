@@ -1,0 +1,24 @@
+"""Packaging. `kernels/` installs as `crate_fast.kernels`: the import name `kernels` belongs to another project."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+TRAIN = ["lion-pytorch", "matplotlib", "numpy", "safetensors", "scikit-learn", "tqdm"]
+TEST = ["hypothesis", "ninja", "pytest", "pytest-benchmark", "ruff"]
+
+setup(
+    name="crate-fast",
+    version="0.1.0",
+    description="CRATE, the white-box vision transformer, on fused Triton kernels",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["crate_fast", "crate_fast.kernels", "crate_fast.training"],
+    package_dir={"crate_fast.kernels": "kernels"},
+    package_data={"crate_fast": ["py.typed"]},
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "einops"],
+    extras_require={"train": TRAIN, "test": TRAIN + TEST},
+    entry_points={"console_scripts": ["crate-fast = crate_fast.cli:main"]},
+)
