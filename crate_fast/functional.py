@@ -89,19 +89,15 @@ def ista_operator(weight: Tensor, step_size: float) -> Tensor:
 def ista_with_operator(
     h: Tensor, weight: Tensor, operator: Tensor | None, step_size: float, lambd: float, backend: str
 ) -> Tensor:
-    """`ista` on "triton" or "torch" with M = `ista_operator(weight, step_size)` at hand, or formed here when None.
-
-    With "torch", a given M is a constant: gradients reach `weight` only when it is formed here.
-    """
+    """`ista` on "triton" or "torch" with M = `ista_operator(weight, step_size)` at hand, or formed here when None."""
     _check_ista(h, weight)
-    if operator is None and backend == "torch":
-        operator = ista_operator(weight, step_size)
+    operator = ista_operator(weight, step_size) if operator is None else operator
     if backend == "torch":
         return _ista_torch(h, operator, step_size * lambd)
     from .kernels import ISTA
 
     operand = operand_dtype(h)
-    return ISTA.apply(h.to(torch.promote_types(h.dtype, operand)), weight, operator, step_size, lambd, operand)
+    return ISTA.apply(h.to(torch.promote_types(h.dtype, operand)), operator, step_size * lambd, operand)
 
 
 def _ista_torch(h: Tensor, operator: Tensor, shrinkage: float) -> Tensor:

@@ -162,7 +162,7 @@ class Layer(nn.ModuleList):
         )
 
     def weights(self) -> tuple[Tensor, ...]:
-        """The eight parameters in the order in which `kernels.LayerWeights` takes them."""
+        """The eight parameters: `kernels.LayerWeights` in order, with the dictionary D where that has M."""
         mssa, ista = self
         project_back = mssa.fn.to_out[0]
         return (
@@ -189,25 +189,22 @@ class Layer(nn.ModuleList):
         from .kernels import LayerSettings, LayerWeights, fused_layer, prepare_layer
 
         mssa, ista = self
-        settings = LayerSettings(
-            heads=mssa.fn.heads,
-            scale=mssa.fn.scale,
-            eps_mssa=mssa.norm.eps,
-            eps_ista=ista.norm.eps,
-            step_size=ista.fn.step_size,
-            lambd=ista.fn.lambd,
-        )
-        weights = LayerWeights(*self.weights())
+        step_size, shrinkage = ista.fn.step_size, ista.fn.step_size * ista.fn.lambd
+        settings = LayerSettings(mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, ista.norm.eps, shrinkage)
+        *others, dictionary = self.weights()
 
         def prepare():
-            return prepare_layer(weights, settings, x.dtype, operand)
+            weights = LayerWeights(*others, functional.ista_operator(dictionary, step_size))
+            return weights.operator, prepare_layer(weights, settings, operand)
 
         if self.training:
-            with torch.no_grad():
-                prepared = prepare()
+            operator = functional.ista_operator(dictionary, step_size)
+            prepared = prepare_layer(LayerWeights(*others, operator), settings, operand)
         else:
-            prepared = self._prepared.get(tuple(weights), (settings, x.dtype, operand), prepare)
-        return fused_layer(x, gradient_scale, weights, prepared, settings)
+            operator, prepared = self._prepared.get((*others, dictionary), (settings, step_size, operand), prepare)
+            if torch.is_grad_enabled() and dictionary.requires_grad:
+                operator = functional.ista_operator(dictionary, step_size)
+        return fused_layer(x, gradient_scale, LayerWeights(*others, operator), prepared, settings)
 
 
 class Transformer(nn.Module):
@@ -287,7 +284,7 @@ class Transformer(nn.Module):
             x, gradient_scale = enter_stack(x, stream)
             for layer in layers:
                 x, gradient_scale = layer.run_fused(x, gradient_scale, operand)
-            return leave_stack(x, gradient_scale, result, pool)
+            return leave_stack(x, gradient_scale, result, pool, scaled=operand == torch.float16)
 
 
 def stream_dtypes(stream: str) -> tuple[torch.dtype, torch.dtype]:

@@ -1,0 +1,19 @@
+"""Triton kernels of CRATE with their autograd functions. Depends on torch and triton alone."""
+
+from .ista import ISTA
+from .layer import LayerSettings, LayerWeights, PreparedWeights, enter_stack, fused_layer, leave_stack, prepare_layer
+from .mssa import MSSA
+from .runtime import INTERPRETED
+
+__all__ = [
+    "INTERPRETED",
+    "ISTA",
+    "MSSA",
+    "LayerSettings",
+    "LayerWeights",
+    "PreparedWeights",
+    "enter_stack",
+    "fused_layer",
+    "leave_stack",
+    "prepare_layer",
+]

@@ -1,0 +1,58 @@
+"""The ISTA step on its own: relu(h + h M − ηλ) with M = η(D − DᵀD), one product forward and two backward.
+
+    forward     y = relu(h + h M − ηλ)             the residual, the threshold and the relu in the product's epilogue
+    backward    g = dy ∘ (y > 0)                   read off the saved result, in the products' prologues
+                dh = g + g Mᵀ,   dM = hᵀ g
+
+The gradient goes on from M to D by autograd: d³, independent of the number of tokens. Inside a layer the same kernels take
+the LayerNorm in as well (layer.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .linear import linear, linear_backward, weight_gradient
+from .runtime import operator
+
+
+@operator(fake=lambda h, matrix, shrinkage: torch.empty_like(h, memory_format=torch.contiguous_format))
+def ista_step(h: Tensor, matrix: Tensor, shrinkage: float) -> Tensor:
+    """h: (rows, dim); matrix: M (dim, dim) in the operands' dtype. The result has h's dtype."""
+    offset = torch.full((h.shape[1],), -shrinkage, dtype=torch.float32, device=h.device)
+    return linear(h, matrix, h.dtype, offset=offset, shrink=True)
+
+
+def _fake_backward(dy, h, y, matrix):
+    return torch.empty_like(h, memory_format=torch.contiguous_format), matrix.new_empty(matrix.shape, dtype=torch.float32)
+
+
+@operator(fake=_fake_backward)
+def ista_step_backward(dy: Tensor, h: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(dh, dM): (rows, dim) in h's dtype and (dim, dim) in float32."""
+    dh = linear_backward(dy, matrix, h.dtype, result=y)
+    return dh, weight_gradient(h, dy, matrix.dtype, result=y)[0].contiguous()
+
+
+class ISTA(torch.autograd.Function):
+    """relu(h + h M − ηλ) by the kernels; `ISTA.apply(h, M, shrinkage, operand)`, differentiable once in h and M.
+
+    h: (..., dim) float16, bfloat16 or float32; M: (dim, dim) float32; shrinkage: ηλ; operand: dtype the product is taken in.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, m: Tensor, shrinkage: float, operand: torch.dtype) -> Tensor:
+        rows = h.reshape(-1, h.shape[-1])
+        matrix = m.to(operand)
+        y = ista_step(rows, matrix, shrinkage)
+        ctx.save_for_backward(rows, y, matrix)
+        return y.view(h.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        rows, y, matrix = ctx.saved_tensors
+        dh, dm = ista_step_backward(dy.reshape(rows.shape), rows, y, matrix)
+        return dh.view(dy.shape), dm, None, None

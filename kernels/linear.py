@@ -1,0 +1,469 @@
+"""Matrix products over tokens, with LayerNorm in front and everything elementwise behind, and their gradients.
+
+A layer's three products are one kernel with different ends. With x̂ = (x − μ)/σ of a row and F = diag(γ) W rounded to the
+operands' dtype, LayerNorm(x) W = x̂ F + β W = rs·(x F − μ·colsum F) + β W, rs = 1/σ. Then
+
+    project     LN(x) W                    gain v = colsum F,       offset u = β W
+    ista        relu(h + h M − ηλ), h = LN(z):
+                relu(γ x̂ + x̂ F + u)        gain v = γ + colsum F,   offset u = β + β M − ηλ
+    project out o W + b + x                                         offset u = b
+
+NORM "folded" multiplies the raw x and mends the result with v. It is exact where the operand is the stored x itself: the
+rounding of F cancels, because v sums the rounded F. Where x would be rounded for the product (a float32 stream) or the
+product rounds by itself (tf32), NORM "first" normalises on the way in. The statistics are two-pass within a block of
+columns and combined by Chan's formula, so a mean 50 times the deviation costs nothing.
+
+Backward needs no full-width row of dx: with g the gradient of the result (masked where relu was zero) and s the result,
+LayerNorm's two row sums are c₂ = Σ g·v and c₁ = Σ g·(s − u), and dx = rs·(g Fᵀ [+ γ g] − (c₂ + x̂ c₁)/d).
+
+Names: `p_` pointers, `b_` blocks in registers, `m_` masks. M tokens, N columns of the result, K columns of the input.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .runtime import float32_precision, launch
+
+GROUP = 8  # row blocks whose programs run together, so that they share the weight's blocks in L2
+
+
+class Folded(NamedTuple):
+    """A weight with the LayerNorm in front of it folded in. `matrix` (in, out) may be a transposed view."""
+
+    matrix: Tensor  # (in, out), operand dtype: diag(γ) W
+    gain: Tensor  # (out,), float32: v
+    offset: Tensor  # (out,), float32: u
+
+
+class Statistics(NamedTuple):
+    """Mean and 1/deviation of every token, float32."""
+
+    mean: Tensor
+    rstd: Tensor
+
+
+@triton.jit
+def _swizzle(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row block, column block) of this program, in groups of GROUP_M row blocks."""
+    pid = tl.program_id(0)
+    blocks_m = tl.cdiv(rows, BLOCK_M)
+    blocks_n = tl.cdiv(columns, BLOCK_N)
+    group = pid // (GROUP_M * blocks_n)
+    height = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * blocks_n)
+    return group * GROUP_M + within % height, within // height
+
+
+@triton.jit
+def _row_statistics(p_rows, m_row, size, stride, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(mean, 1/sqrt(variance + eps)) over `size` columns of the rows that p_rows points to."""
+    b_mean = tl.zeros([BLOCK_M], tl.float32)
+    b_square = tl.zeros([BLOCK_M], tl.float32)  # Σ (x − mean)²
+    for start in range(0, size, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        m_x = m_row[:, None] & (column < size)[None, :]
+        b_x = tl.load(p_rows[:, None] + column[None, :] * stride, mask=m_x, other=0.0).to(tl.float32)  # [M, K]
+        count = tl.minimum(size - start, BLOCK_K) * 1.0
+        seen = start * 1.0
+        b_block_mean = tl.sum(b_x, 1) / count
+        b_deviation = tl.where(m_x, b_x - b_block_mean[:, None], 0.0)
+        b_shift = b_block_mean - b_mean
+        b_mean += b_shift * (count / (seen + count))
+        b_square += tl.sum(b_deviation * b_deviation, 1) + b_shift * b_shift * (seen * count / (seen + count))
+    return b_mean, 1.0 / tl.sqrt(b_square / size + eps)
+
+
+@triton.jit
+def _linear_kernel(
+    p_x,  # (rows, inputs), any strides
+    p_weight,  # (inputs, outputs), any strides
+    p_out,  # (rows, outputs), contiguous
+    p_offset,  # (outputs,)
+    p_gain,  # (outputs,), NORM "folded"
+    p_gamma,  # (inputs,), SHRINK after a LayerNorm
+    p_residual,  # (rows, outputs), contiguous, RESIDUAL
+    p_mean,  # (rows,) float32, written with NORM
+    p_rstd,
+    rows,
+    inputs,
+    outputs,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    eps,
+    NORM: tl.constexpr,  # "none", "first", "folded"
+    SHRINK: tl.constexpr,  # add the (normalised) input itself, then rectify: the ISTA step
+    OFFSET: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    block_m, block_n = _swizzle(rows, outputs, BLOCK_M, BLOCK_N, GROUP_M)
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_row = row < rows
+    m_column = column < outputs
+    row = row.to(tl.int64)
+    p_rows = p_x + row * stride_xm
+    if NORM != "none":
+        b_mean, b_rstd = _row_statistics(p_rows, m_row, inputs, stride_xk, eps, BLOCK_M, BLOCK_K)
+        if block_n == 0:
+            tl.store(p_mean + row, b_mean, mask=m_row)
+            tl.store(p_rstd + row, b_rstd, mask=m_row)
+
+    b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, inputs, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        m_k = k < inputs
+        b_x = tl.load(p_rows[:, None] + k[None, :] * stride_xk, mask=m_row[:, None] & m_k[None, :], other=0.0)  # [M, K]
+        p_w = p_weight + k[:, None] * stride_wk + column[None, :] * stride_wn
+        b_w = tl.load(p_w, mask=m_k[:, None] & m_column[None, :], other=0.0)  # [K, N]
+        if NORM == "first":
+            b_x = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
+            b_x = tl.where(m_k[None, :], b_x, 0.0)
+        b_out = tl.dot(b_x.to(b_w.dtype), b_w, b_out, input_precision=PRECISION)
+
+    m_out = m_row[:, None] & m_column[None, :]
+    if NORM == "folded":
+        b_gain = tl.load(p_gain + column, mask=m_column, other=0.0)
+        b_out -= b_mean[:, None] * b_gain[None, :]
+    if SHRINK:
+        b_x = tl.load(p_rows[:, None] + column[None, :] * stride_xk, mask=m_out, other=0.0).to(tl.float32)  # [M, N]
+        if NORM == "first":
+            b_x = (b_x - b_mean[:, None]) * b_rstd[:, None]
+        if NORM != "none":
+            b_x *= tl.load(p_gamma + column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        b_out += b_x
+    if NORM == "folded":
+        b_out *= b_rstd[:, None]
+    if OFFSET:
+        b_out += tl.load(p_offset + column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        b_out += tl.load(p_residual + row[:, None] * outputs + column[None, :], mask=m_out, other=0.0).to(tl.float32)
+    if SHRINK:
+        b_out = tl.where(b_out <= 0.0, 0.0, b_out)  # keeps NaN, which tl.maximum would swallow
+    tl.store(p_out + row[:, None] * outputs + column[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def _linear_backward_kernel(
+    p_g,  # (rows, outputs) gradient of the result, any strides
+    p_result,  # (rows, outputs) the result, contiguous: NORM or SHRINK
+    p_weight,  # (inputs, outputs), any strides
+    p_dx,  # (rows, inputs), contiguous
+    p_x,  # (rows, inputs), contiguous, NORM
+    p_gamma,  # (inputs,), NORM with SHRINK
+    p_gain,  # (outputs,), NORM
+    p_offset,  # (outputs,), NORM
+    p_mean,  # (rows,), NORM
+    p_rstd,
+    p_residual,  # (rows, inputs), contiguous, added to dx: RESIDUAL
+    rows,
+    inputs,
+    outputs,
+    stride_gm,
+    stride_gk,
+    stride_wi,
+    stride_wo,
+    NORM: tl.constexpr,
+    SHRINK: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    block_m, block_n = _swizzle(rows, inputs, BLOCK_M, BLOCK_N, GROUP_M)
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_row = row < rows
+    m_column = column < inputs
+    row = row.to(tl.int64)
+    b_dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_c1 = tl.zeros([BLOCK_M], tl.float32)
+    b_c2 = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, outputs, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        m_k = k < outputs
+        m_g = m_row[:, None] & m_k[None, :]
+        b_g = tl.load(p_g + row[:, None] * stride_gm + k[None, :] * stride_gk, mask=m_g, other=0.0)  # [M, K]
+        if NORM or SHRINK:
+            b_s = tl.load(p_result + row[:, None] * outputs + k[None, :], mask=m_g, other=0.0)  # [M, K]
+        if SHRINK:
+            b_g = tl.where(b_s <= 0.0, 0.0, b_g)
+        if NORM:
+            b_v = tl.load(p_gain + k, mask=m_k, other=0.0)
+            b_u = tl.load(p_offset + k, mask=m_k, other=0.0)
+            b_c2 += tl.sum(b_g.to(tl.float32) * b_v[None, :], 1)
+            b_c1 += tl.sum(b_g.to(tl.float32) * (b_s.to(tl.float32) - b_u[None, :]), 1)
+        p_w = p_weight + column[None, :] * stride_wi + k[:, None] * stride_wo
+        b_w = tl.load(p_w, mask=m_k[:, None] & m_column[None, :], other=0.0)  # [K, N]
+        b_dx = tl.dot(b_g.to(b_w.dtype), b_w, b_dx, input_precision=PRECISION)
+
+    m_dx = m_row[:, None] & m_column[None, :]
+    p_tile = row[:, None] * inputs + column[None, :]
+    if SHRINK:
+        b_g = tl.load(p_g + row[:, None] * stride_gm + column[None, :] * stride_gk, mask=m_dx, other=0.0)  # [M, N]
+        b_g = tl.where(tl.load(p_result + p_tile, mask=m_dx, other=0.0) <= 0.0, 0.0, b_g).to(tl.float32)
+        if NORM:
+            b_g *= tl.load(p_gamma + column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        b_dx += b_g
+    if NORM:
+        b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
+        b_rstd = tl.load(p_rstd + row, mask=m_row, other=0.0)
+        b_x = tl.load(p_x + p_tile, mask=m_dx, other=0.0).to(tl.float32)
+        b_normal = (b_x - b_mean[:, None]) * b_rstd[:, None]
+        b_dx = b_rstd[:, None] * (b_dx - (b_c2[:, None] + b_normal * b_c1[:, None]) / inputs)
+    if RESIDUAL:
+        b_dx += tl.load(p_residual + p_tile, mask=m_dx, other=0.0).to(tl.float32)
+    tl.store(p_dx + p_tile, b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    p_x,  # (rows, inputs), any strides
+    p_g,  # (rows, outputs), any strides
+    p_result,  # (rows, outputs), contiguous, SHRINK
+    p_mean,  # (rows,), NORM
+    p_rstd,
+    p_product,  # (splits, inputs, outputs) float32, any strides: x̂ᵀ g over the rows of a split
+    p_total,  # (splits, outputs) float32: column sums of g
+    rows,
+    inputs,
+    outputs,
+    rows_per_split,
+    stride_xm,
+    stride_xk,
+    stride_gm,
+    stride_gk,
+    stride_ps,
+    stride_pi,
+    stride_po,
+    NORM: tl.constexpr,
+    SHRINK: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    blocks_m = tl.cdiv(inputs, BLOCK_M)
+    blocks_n = tl.cdiv(outputs, BLOCK_N)
+    split = pid // (blocks_m * blocks_n)
+    block_m = pid % (blocks_m * blocks_n) // blocks_n
+    i = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_i = i < inputs
+    m_j = j < outputs
+    first = split.to(tl.int64) * rows_per_split
+    last = tl.minimum(first + rows_per_split, rows)
+
+    b_product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_total = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, rows_per_split, BLOCK_K):
+        row = first + start + tl.arange(0, BLOCK_K)
+        m_row = row < last
+        b_x = tl.load(p_x + row[:, None] * stride_xm + i[None, :] * stride_xk, mask=m_row[:, None] & m_i[None, :], other=0.0)
+        m_g = m_row[:, None] & m_j[None, :]
+        b_g = tl.load(p_g + row[:, None] * stride_gm + j[None, :] * stride_gk, mask=m_g, other=0.0)  # [K, N]
+        if NORM:
+            b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
+            b_rstd = tl.load(p_rstd + row, mask=m_row, other=0.0)
+            b_x = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]  # [K, M]
+        if SHRINK:
+            b_s = tl.load(p_result + row[:, None] * outputs + j[None, :], mask=m_g, other=0.0)
+            b_g = tl.where(b_s <= 0.0, 0.0, b_g)
+        b_total += tl.sum(b_g.to(tl.float32), 0)
+        b_product = tl.dot(tl.trans(b_x.to(OPERAND)), b_g.to(OPERAND), b_product, input_precision=PRECISION)
+
+    p_tile = p_product + split.to(tl.int64) * stride_ps + i[:, None] * stride_pi + j[None, :] * stride_po
+    tl.store(p_tile, b_product, mask=m_i[:, None] & m_j[None, :])
+    if block_m == 0:
+        tl.store(p_total + split * outputs + j, b_total, mask=m_j)
+
+
+@triton.jit
+def _fold_kernel(
+    p_weight,  # (inputs, outputs), any strides
+    p_gamma,  # (inputs,)
+    p_beta,  # (inputs,)
+    p_matrix,  # (inputs, outputs), the weight's strides
+    p_gain,  # (outputs,) float32
+    p_offset,  # (outputs,) float32
+    inputs,
+    outputs,
+    stride_wk,
+    stride_wn,
+    shrinkage,
+    SHRINK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_column = column < outputs
+    b_gain = tl.zeros([BLOCK_N], tl.float32)
+    b_offset = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, inputs, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        m_k = k < inputs
+        m_w = m_k[:, None] & m_column[None, :]
+        tile = k[:, None] * stride_wk + column[None, :] * stride_wn
+        b_w = tl.load(p_weight + tile, mask=m_w, other=0.0).to(tl.float32)  # [K, N]
+        b_gamma = tl.load(p_gamma + k, mask=m_k, other=0.0).to(tl.float32)
+        b_beta = tl.load(p_beta + k, mask=m_k, other=0.0).to(tl.float32)
+        b_folded = (b_gamma[:, None] * b_w).to(p_matrix.dtype.element_ty)
+        tl.store(p_matrix + tile, b_folded, mask=m_w)
+        b_gain += tl.sum(b_folded.to(tl.float32), 0)  # of the rounded values: their rounding then cancels
+        b_offset += tl.sum(b_beta[:, None] * b_w, 0)
+    if SHRINK:
+        b_gain += tl.load(p_gamma + column, mask=m_column, other=0.0).to(tl.float32)
+        b_offset += tl.load(p_beta + column, mask=m_column, other=0.0).to(tl.float32) - shrinkage
+    tl.store(p_gain + column, b_gain, mask=m_column)
+    tl.store(p_offset + column, b_offset, mask=m_column)
+
+
+def fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> Folded:
+    """Folds LayerNorm's γ and β into `weight` (in, out), for a projection or, with ηλ given, for an ISTA step's M."""
+    inputs, outputs = weight.shape
+    matrix = torch.empty_like(weight, dtype=operand)
+    gain, offset = torch.empty(2, outputs, dtype=torch.float32, device=weight.device).unbind()
+    block = 64
+    launch(
+        _fold_kernel, triton.cdiv(outputs, block), weight, gamma, beta, matrix, gain, offset, inputs, outputs,
+        *weight.stride(), shrinkage or 0.0, SHRINK=shrinkage is not None, BLOCK_N=block, BLOCK_K=block,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return Folded(matrix, gain, offset)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    out: torch.dtype,
+    *,
+    offset: Tensor | None = None,
+    residual: Tensor | None = None,
+    shrink: bool = False,
+) -> Tensor:
+    """x W [+ x] [+ offset] [+ residual], rectified if `shrink`: (rows, in) to (rows, out), without a LayerNorm."""
+    result = x.new_empty(x.shape[0], weight.shape[1], dtype=out)
+    _launch_linear(x, weight, result, offset=offset, residual=residual, shrink=shrink)
+    return result
+
+
+def norm_linear(
+    x: Tensor, folded: Folded, gamma: Tensor | None, out: torch.dtype, eps: float, statistics: Statistics
+) -> Tensor:
+    """LN(x) W with `folded` = fold(W, …), or, with `gamma` given, the ISTA step on LN(x); (rows, in) to (rows, out).
+
+    Writes x's `statistics`. The normalisation is folded into the product where that is exact: the stored x is the 16-bit
+    operand itself.
+    """
+    result = x.new_empty(x.shape[0], folded.matrix.shape[1], dtype=out)
+    exact = x.dtype == folded.matrix.dtype and x.dtype != torch.float32
+    _launch_linear(
+        x, folded.matrix, result, norm="folded" if exact else "first", offset=folded.offset, gain=folded.gain,
+        gamma=gamma, shrink=gamma is not None, statistics=statistics, eps=eps,
+    )  # fmt: skip
+    return result
+
+
+def _launch_linear(
+    x, weight, result, *, norm="none", offset=None, gain=None, gamma=None, residual=None, shrink=False, statistics=None, eps=0.0
+) -> None:
+    config = tuning.matrix("linear", weight.dtype)
+    (rows, inputs), outputs = x.shape, weight.shape[1]
+    programs = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(outputs, config["BLOCK_N"])
+    mean, rstd = statistics or (None, None)
+    launch(
+        _linear_kernel, programs, x, weight, result, offset, gain, gamma, residual, mean, rstd, rows, inputs, outputs,
+        *x.stride(), *weight.stride(), eps, NORM=norm, SHRINK=shrink, OFFSET=offset is not None,
+        RESIDUAL=residual is not None, PRECISION=float32_precision(), GROUP_M=GROUP, **config,
+    )  # fmt: skip
+
+
+def linear_backward(g: Tensor, weight: Tensor, out: torch.dtype, *, result: Tensor | None = None) -> Tensor:
+    """Gradient of `linear` to its x; with `result`, of the rectified ISTA step that gave `result`."""
+    dx = g.new_empty(g.shape[0], weight.shape[0], dtype=out)
+    _launch_linear_backward(g, weight, dx, result=result, shrink=result is not None)
+    return dx
+
+
+def norm_linear_backward(
+    g: Tensor,
+    result: Tensor,
+    x: Tensor,
+    folded: Folded,
+    gamma: Tensor | None,
+    statistics: Statistics,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Gradient of `norm_linear` to its x, through the LayerNorm, plus `residual`; in x's dtype."""
+    dx = torch.empty_like(x)
+    _launch_linear_backward(
+        g, folded.matrix, dx, result=result, shrink=gamma is not None, norm=True, x=x, gamma=gamma, gain=folded.gain,
+        offset=folded.offset, statistics=statistics, residual=residual,
+    )  # fmt: skip
+    return dx
+
+
+def _launch_linear_backward(
+    g, weight, dx, *, result, shrink, norm=False, x=None, gamma=None, gain=None, offset=None, statistics=None, residual=None
+) -> None:
+    config = tuning.matrix("linear_backward", weight.dtype)
+    rows, (inputs, outputs) = g.shape[0], weight.shape
+    programs = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(inputs, config["BLOCK_N"])
+    mean, rstd = statistics or (None, None)
+    launch(
+        _linear_backward_kernel, programs, g, result, weight, dx, x, gamma, gain, offset, mean, rstd, residual,
+        rows, inputs, outputs, *g.stride(), *weight.stride(), NORM=norm, SHRINK=shrink, RESIDUAL=residual is not None,
+        PRECISION=float32_precision(), GROUP_M=GROUP, **config,
+    )  # fmt: skip
+
+
+def weight_gradient(
+    x: Tensor,
+    g: Tensor,
+    operand: torch.dtype,
+    *,
+    result: Tensor | None = None,
+    statistics: Statistics | None = None,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(x̂ᵀ g, Σ g) in float32, (in, out) or with `transposed` (out, in), and (out,).
+
+    x̂ is x, normalised on the way in when `statistics` are given; g is masked by `result` when that is given. The rows are
+    cut in splits that depend on the shape alone and are summed in one order: the same bits from run to run.
+    """
+    config = tuning.matrix("weight_gradient", operand)
+    (rows, inputs), outputs = x.shape, g.shape[1]
+    tiles = triton.cdiv(inputs, config["BLOCK_M"]) * triton.cdiv(outputs, config["BLOCK_N"])
+    splits = tuning.splits(tiles, rows, config["BLOCK_K"])
+    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), config["BLOCK_K"]) * config["BLOCK_K"]
+    shape = (splits, outputs, inputs) if transposed else (splits, inputs, outputs)
+    product = torch.empty(shape, dtype=torch.float32, device=x.device)
+    total = torch.empty(splits, outputs, dtype=torch.float32, device=x.device)
+    mean, rstd = statistics or (None, None)
+    strides = product.transpose(1, 2).stride() if transposed else product.stride()
+    launch(
+        _weight_gradient_kernel, tiles * splits, x, g, result, mean, rstd, product, total, rows, inputs, outputs,
+        rows_per_split, *x.stride(), *g.stride(), *strides, NORM=statistics is not None, SHRINK=result is not None,
+        OPERAND=_TRITON_DTYPE[operand], PRECISION=float32_precision(), **config,
+    )  # fmt: skip
+    return (product[0], total[0]) if splits == 1 else (product.sum(0), total.sum(0))
+
+
+_TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

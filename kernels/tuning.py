@@ -1,0 +1,52 @@
+"""Block shapes, warps and pipeline stages of every kernel: one table, chosen by dtype and width.
+
+Compiled resources of each row are printed by `python benchmarks/compile.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# (largest head width, BLOCK_M, BLOCK_N, num_warps, num_stages)
+_ATTENTION = {
+    ("mssa_forward", 16): [(64, 64, 64, 4, 3), (128, 64, 64, 4, 2)],
+    ("mssa_forward", 32): [(64, 32, 32, 4, 2), (128, 32, 32, 4, 2)],
+    ("mssa_backward", 16): [(64, 64, 64, 4, 2), (128, 64, 32, 8, 2)],
+    ("mssa_backward", 32): [(64, 32, 32, 4, 1), (128, 32, 16, 8, 1)],
+}
+
+# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)
+_MATRIX = {
+    ("linear", 16): (128, 128, 64, 8, 3),
+    ("linear", 32): (64, 64, 32, 4, 2),
+    ("linear_backward", 16): (128, 128, 64, 8, 2),
+    ("linear_backward", 32): (64, 64, 32, 4, 2),
+    ("weight_gradient", 16): (128, 128, 64, 8, 2),
+    ("weight_gradient", 32): (64, 64, 32, 4, 2),
+}
+
+
+def attention(kernel: str, dtype: torch.dtype, head_width: int) -> dict[str, int]:
+    """Constants of "mssa_forward" or "mssa_backward" for tokens of `dtype` and heads of a width."""
+    for widest, block_m, block_n, warps, stages in _ATTENTION[kernel, _bits(dtype)]:
+        if head_width <= widest:
+            return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    raise ValueError(f"head width is {head_width}; the kernels take 16 to 128")
+
+
+def matrix(kernel: str, operand: torch.dtype) -> dict[str, int]:
+    """Constants of "linear", "linear_backward" or "weight_gradient" for operands of a dtype."""
+    block_m, block_n, block_k, warps, stages = _MATRIX[kernel, _bits(operand)]
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+
+
+def splits(tiles: int, rows: int, block: int) -> int:
+    """Into how many parts the rows of a weight gradient of `tiles` tiles are cut: about two programs a multiprocessor.
+
+    132 multiprocessors (H100, H200) are assumed on every device, so that results do not depend on it.
+    """
+    return max(1, min(2 * 132 // tiles, rows // (4 * block)))
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
