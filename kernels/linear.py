@@ -384,8 +384,8 @@ def norm_linear(
 def _launch_linear(
     x, weight, result, *, norm="none", offset=None, gain=None, gamma=None, residual=None, shrink=False, statistics=None, eps=0.0
 ) -> None:
-    config = tuning.matrix("linear", weight.dtype)
     (rows, inputs), outputs = x.shape, weight.shape[1]
+    config = tuning.matrix("linear", weight.dtype, inputs, outputs)
     programs = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(outputs, config["BLOCK_N"])
     mean, rstd = statistics or (None, None)
     launch(
@@ -423,8 +423,8 @@ def norm_linear_backward(
 def _launch_linear_backward(
     g, weight, dx, *, result, shrink, norm=False, x=None, gamma=None, gain=None, offset=None, statistics=None, residual=None
 ) -> None:
-    config = tuning.matrix("linear_backward", weight.dtype)
     rows, (inputs, outputs) = g.shape[0], weight.shape
+    config = tuning.matrix("linear_backward", weight.dtype, inputs, outputs)
     programs = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(inputs, config["BLOCK_N"])
     mean, rstd = statistics or (None, None)
     launch(
@@ -448,8 +448,8 @@ def weight_gradient(
     x̂ is x, normalised on the way in when `statistics` are given; g is masked by `result` when that is given. The rows are
     cut in splits that depend on the shape alone and are summed in one order: the same bits from run to run.
     """
-    config = tuning.matrix("weight_gradient", operand)
     (rows, inputs), outputs = x.shape, g.shape[1]
+    config = tuning.matrix("weight_gradient", operand, inputs, outputs)
     tiles = triton.cdiv(inputs, config["BLOCK_M"]) * triton.cdiv(outputs, config["BLOCK_N"])
     splits = tuning.splits(tiles, rows, config["BLOCK_K"])
     rows_per_split = triton.cdiv(triton.cdiv(rows, splits), config["BLOCK_K"]) * config["BLOCK_K"]

@@ -1,0 +1,27 @@
+# `make train` and `make test` need nothing but Python 3.10 or newer, `make` and a package registry.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: train test lint
+
+train: $(VENV)/installed-train
+	$(BIN)/crate-fast train $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# The stamp is written last, so an installation that was cut off is taken up again; an environment without a working pip
+# is made anew.
+$(VENV)/installed-%: setup.py pyproject.toml
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing crate-fast[$*] and what it needs in $(VENV) (minutes, the first time)"
+	@$(PIP) install --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,58 @@
+"""Where and how exactly a run computes: device and precision, each decided once and recorded by name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .config import ConfigError
+
+
+class Compute(NamedTuple):
+    """A device and the name of a dtype: "float32" (no autocast), "bfloat16" or "float16" (autocast to it)."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> torch.autocast:
+        """The context to compute in."""
+        if self.precision == "float32":
+            return torch.autocast(self.device.type, enabled=False)
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
+
+    def describe(self) -> str:
+        """The device in words: a GPU's model, or the number of CPU threads."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{torch.get_num_threads()} CPU threads" if self.device.type == "cpu" else self.device.type
+
+
+def choose_compute(device: str, precision: str) -> Compute:
+    """The device called `device` ("auto": a GPU where there is one) and the precision meant by `precision` on it.
+
+    "auto" is bfloat16 on a CUDA GPU that has it and float32 everywhere else.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    place = _find_device(device)
+    if precision == "auto":
+        precision = "bfloat16" if place.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return Compute(place, precision)
+
+
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"--device is {name!r}; allowed are auto, cpu, cuda, cuda:N and mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device is {name!r}; PyTorch finds {torch.cuda.device_count() or 'no'} CUDA GPUs here")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device is {name!r}; PyTorch finds no Metal GPU here")
+    return device
