@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what is default up to Triton 3.9, which warns when it is not said
 
 import torch
 import triton

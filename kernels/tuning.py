@@ -13,7 +13,7 @@ _ATTENTION = {
     ("mssa_forward", 16): [(64, 64, 64, 4, 3), (128, 64, 64, 4, 2)],
     # float32 products are FMAs with both operands in registers, so blocks shrink as heads widen.
     ("mssa_forward", 32): [(64, 32, 32, 4, 2), (128, 32, 32, 8, 2)],
-    ("mssa_backward", 16): [(64, 64, 64, 4, 2), (128, 128, 32, 8, 2)],
+    ("mssa_backward", 16): [(64, 64, 32, 4, 2), (128, 64, 32, 8, 1)],
     ("mssa_backward", 32): [(16, 32, 32, 4, 1), (32, 32, 32, 8, 1), (64, 32, 16, 8, 1), (128, 16, 16, 8, 1)],
 }
 
@@ -21,14 +21,14 @@ _ATTENTION = {
 _MATRIX = {
     ("linear", 16): (128, 128, 64, 8, 3),
     ("linear_backward", 16): (64, 128, 32, 8, 3),  # 128 registers, two programs a multiprocessor; 128 × 128 takes 254
-    ("weight_gradient", 16): (128, 128, 64, 8, 2),
+    ("weight_gradient", 16): (128, 128, 32, 8, 2),
     ("linear", 32): (64, 64, 32, 4, 2),
     ("linear_backward", 32): (64, 64, 32, 4, 2),
     ("weight_gradient", 32): (64, 64, 32, 4, 2),
 }
 
 # Rows that do not start on 16 bytes are loaded element by element, with an address each: larger blocks spill.
-_UNALIGNED = (64, 64, 32, 8, 2)
+_UNALIGNED = {16: (64, 64, 32, 8, 2), 32: (32, 64, 32, 8, 2)}
 
 
 def attention(kernel: str, dtype: torch.dtype, head_width: int) -> dict[str, int]:
@@ -42,7 +42,8 @@ def attention(kernel: str, dtype: torch.dtype, head_width: int) -> dict[str, int
 def matrix(kernel: str, operand: torch.dtype, inputs: int, outputs: int) -> dict[str, int]:
     """Constants of "linear", "linear_backward" or "weight_gradient" for operands of a dtype and a weight's sizes."""
     aligned = inputs % 16 == 0 and outputs % 16 == 0
-    block_m, block_n, block_k, warps, stages = _MATRIX[kernel, _bits(operand)] if aligned else _UNALIGNED
+    bits = _bits(operand)
+    block_m, block_n, block_k, warps, stages = _MATRIX[kernel, bits] if aligned else _UNALIGNED[bits]
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
 
 

@@ -1,0 +1,218 @@
+"""How far from float64 CRATE ends under autocast: the published code, and the fused layers, for logits and gradients.
+
+    python benchmarks/precision.py [--seeds 6] [--dim 384] [--depth 12] [--batch 16] [--checkpoint FILE] [--json FILE]
+
+A model with perturbed norms and a random cotangent on its logits is run in float64, then as published under bf16 and fp16
+autocast, then by the fused layers. Reported is the ratio of the relative errors, ours over the published: of the logits,
+and of each parameter's gradient (median, 90th percentile and largest over parameters), as geometric means over seeds.
+
+On a GPU the kernels themselves run. Without one, their launchers are replaced by PyTorch that rounds where they round
+(`EMULATED`): Triton's interpreter cannot multiply bfloat16 and takes minutes for one step of this model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from crate_fast import CRATE, reference
+from crate_fast.checkpoint import constructor_arguments, load_model
+from crate_fast.kernels import layer
+from crate_fast.kernels.linear import Folded, Statistics
+
+# name of the row: (autocast dtype, stream of the fused layers)
+OURS = {"bf16": (torch.bfloat16, "auto"), "fp16": (torch.float16, "auto"), "fp16, float32 stream": (torch.float16, "float32")}
+
+
+def _fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> Folded:
+    matrix = (gamma[:, None] * weight).to(operand)
+    gain, offset = matrix.float().sum(0), beta @ weight
+    return Folded(matrix, gain, offset) if shrinkage is None else Folded(matrix, gain + gamma, offset + beta - shrinkage)
+
+
+def _norm_linear(x: Tensor, folded: Folded, gamma, out: torch.dtype, eps: float, statistics: Statistics) -> Tensor:
+    wide, matrix = x.float(), folded.matrix.float()
+    statistics.mean.copy_(wide.mean(1))
+    statistics.rstd.copy_((wide.var(1, unbiased=False) + eps).rsqrt())
+    mean, rstd = statistics.mean[:, None], statistics.rstd[:, None]
+    if x.dtype == folded.matrix.dtype:
+        result = rstd * (wide @ matrix - mean * folded.gain + (0 if gamma is None else wide * gamma)) + folded.offset
+    else:
+        normal = (wide - mean) * rstd
+        result = normal.to(folded.matrix.dtype).float() @ matrix + (0 if gamma is None else normal * gamma) + folded.offset
+    return (result if gamma is None else result.relu()).to(out)
+
+
+def _linear(x: Tensor, weight: Tensor, out: torch.dtype, *, offset: Tensor, residual: Tensor) -> Tensor:
+    return (x.float() @ weight.float() + offset + residual.float()).to(out)
+
+
+def _linear_backward(g: Tensor, weight: Tensor, out: torch.dtype) -> Tensor:
+    return (g.to(weight.dtype).float() @ weight.float().t()).to(out)
+
+
+def _norm_linear_backward(g, result, x, folded: Folded, gamma, statistics: Statistics, residual=None) -> Tensor:
+    wide = g.float() if gamma is None else torch.where(result > 0, g, 0).float()
+    normal = (x.float() - statistics.mean[:, None]) * statistics.rstd[:, None]
+    dh = wide.to(folded.matrix.dtype).float() @ folded.matrix.float().t() + (0 if gamma is None else wide * gamma)
+    c1 = (wide * (result.float() - folded.offset)).sum(1, keepdim=True) / x.shape[1]
+    c2 = (wide * folded.gain).sum(1, keepdim=True) / x.shape[1]
+    dx = statistics.rstd[:, None] * (dh - c2 - normal * c1)
+    return (dx if residual is None else dx + residual.float()).to(x.dtype)
+
+
+def _weight_gradient(x, g, operand, *, result=None, statistics=None, transposed=False) -> tuple[Tensor, Tensor]:
+    normal = x.float() if statistics is None else (x.float() - statistics.mean[:, None]) * statistics.rstd[:, None]
+    g = g if result is None else torch.where(result > 0, g, 0)
+    product = normal.to(operand).float().t() @ g.to(operand).float()
+    return product.t().contiguous() if transposed else product, g.float().sum(0)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _mssa_forward(w: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    split = _heads(w, heads)
+    scores = split @ split.transpose(-1, -2) * scale
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    o = weights.to(w.dtype).float() @ split / weights.sum(-1, keepdim=True)
+    return o.transpose(1, 2).flatten(2).to(w.dtype), scores.logsumexp(-1)
+
+
+def _mssa_backward(w: Tensor, o: Tensor, do: Tensor, lse: Tensor, heads: int, scale: float) -> Tensor:
+    split, g = _heads(w, heads), _heads(do, heads)
+    delta = (g * _heads(o, heads)).sum(-1, keepdim=True)
+    p = (split @ split.transpose(-1, -2) * scale - lse[..., None]).exp()
+    e = p * (g @ split.transpose(-1, -2) - delta)
+    e = ((e + e.transpose(-1, -2)) * scale).to(w.dtype).float()
+    dw = p.transpose(-1, -2).to(w.dtype).float() @ g + e @ split
+    return dw.transpose(1, 2).flatten(2).to(w.dtype)
+
+
+EMULATED = {
+    "fold": _fold,
+    "linear": _linear,
+    "linear_backward": _linear_backward,
+    "mssa_backward": _mssa_backward,
+    "mssa_forward": _mssa_forward,
+    "norm_linear": _norm_linear,
+    "norm_linear_backward": _norm_linear_backward,
+    "weight_gradient": _weight_gradient,
+}
+"""What `crate_fast.kernels.layer` launches, in PyTorch, with the kernels' roundings: operands and results in their dtypes,
+everything between in float32."""
+
+
+def perturbed(model: torch.nn.Module, amount: float = 0.2) -> torch.nn.Module:
+    """`model` with noise on its vectors (norms and biases), so that nothing in it is 0 or 1."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(amount * torch.randn_like(parameter))
+    return model
+
+
+def run(model, images: Tensor, cotangent: Tensor, autocast: torch.dtype | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and every parameter's gradient of ⟨cotangent, logits⟩."""
+    model.zero_grad()
+    with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+        logits = model(images)
+    (logits.to(cotangent.dtype) * cotangent).sum().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def errors(result: tuple[Tensor, dict], exact: tuple[Tensor, dict]) -> list[float]:
+    """Relative errors in norm: of the logits, then of each gradient."""
+    pairs = [(result[0], exact[0]), *((result[1][name], exact[1][name]) for name in exact[1])]
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+def compare(published: reference.CRATE, ours: CRATE, images: Tensor, cotangent: Tensor) -> dict[str, list[float]]:
+    """For each row of `OURS`, the ratio of errors (logits, then each gradient) to the published code's own autocast."""
+    exact = run(copy.deepcopy(published).double(), images.double(), cotangent.double(), None)
+    theirs, ratios = {}, {}
+    for row, (autocast, stream) in OURS.items():
+        if autocast not in theirs:
+            theirs[autocast] = errors(run(published, images, cotangent, autocast), exact)
+        ours.transformer.stream = stream
+        mine = errors(run(ours, images, cotangent, autocast), exact)
+        ratios[row] = [a / b for a, b in zip(mine, theirs[autocast], strict=True)]
+    return ratios
+
+
+def summarise(seeds: list[list[float]]) -> dict[str, float]:
+    """Geometric means over seeds of: the logits' ratio; the gradients' median, 90th percentile; each one's, the largest."""
+    logs = torch.tensor(seeds).log()
+    gradients = logs[:, 1:]
+    return {
+        "logits": math.exp(logs[:, 0].mean()),
+        "median": math.exp(gradients.median(1).values.mean()),
+        "p90": math.exp(gradients.quantile(0.9, dim=1).mean()),
+        "largest": math.exp(gradients.mean(0).max()),
+    }
+
+
+def measure(options: argparse.Namespace, device: str) -> dict[str, dict[str, float]]:
+    """The summary of every row over the seeds."""
+    ratios: dict[str, list[list[float]]] = {row: [] for row in OURS}
+    emulation = mock.patch.multiple(layer, **EMULATED) if device == "cpu" else mock.patch.multiple(layer)
+    with emulation:
+        for seed in tqdm(range(options.seeds), desc="seeds", disable=None):
+            torch.manual_seed(seed)
+            ours = _model(options)
+            published = reference.CRATE(**_arguments(ours))
+            published.load_state_dict(ours.state_dict())
+            images = torch.randn(options.batch, ours.channels, *ours.image_size)
+            cotangent = torch.randn(options.batch, ours.mlp_head[1].out_features)
+            inputs = (x.to(device) for x in (published, ours, images, cotangent))
+            for row, values in compare(*inputs).items():
+                ratios[row].append(values)
+    return {row: summarise(values) for row, values in ratios.items()}
+
+
+def _model(options: argparse.Namespace) -> CRATE:
+    if options.checkpoint:
+        return load_model(options.checkpoint, backend="triton")
+    sizes = {"dim": options.dim, "depth": options.depth, "heads": options.dim // 64, "dim_head": 64}
+    return perturbed(CRATE(image_size=64, patch_size=8, num_classes=100, backend="triton", **sizes))
+
+
+def _arguments(model: CRATE) -> dict:
+    arguments = {name: value for name, value in constructor_arguments(model).items() if name not in ("backend", "stream")}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--checkpoint", type=Path, help="a trained model instead of a drawn one; seeds vary the images")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there too")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    summary = measure(options, device)
+    how = "the kernels" if device == "cuda" else "emulated"
+    print(f"errors against float64, fused layers ({how}) over published code; geometric means of {options.seeds} seeds")
+    print(f"{'autocast':24}{'logits':>8}{'gradients: median':>20}{'p90':>8}{'largest':>9}")
+    for row, s in summary.items():
+        print(f"{row:24}{s['logits']:8.2f}{s['median']:20.2f}{s['p90']:8.2f}{s['largest']:9.2f}")
+    if options.json:
+        options.json.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "rows": summary}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

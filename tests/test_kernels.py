@@ -1,0 +1,144 @@
+"""The kernels against the reference in float64: values, gradients, shapes that hurt, determinism."""
+
+import pytest
+import torch
+
+from crate_fast import functional, reference
+from crate_fast.kernels import MSSA
+from crate_fast.kernels.linear import Statistics, fold, norm_linear
+
+TOKENS = (1, 17, 65, 197, 257)
+WIDTHS = (16, 48, 64, 80, 128)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Memory that a kernel does not write is NaN, so that reading it shows."""
+
+    def poison(empty):
+        def poisoned(*args, **kwargs):
+            result = empty(*args, **kwargs)
+            return result.fill_(float("nan")) if result.is_floating_point() else result
+
+        return poisoned
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def strided(*shape: int, layout: str) -> torch.Tensor:
+    """Random numbers of a shape that lie "contiguous", in the middle of something larger, or with the last axis outermost."""
+    if layout == "contiguous":
+        return torch.randn(shape)
+    if layout == "sliced":
+        return torch.randn(*(2 * n + 1 for n in shape))[tuple(slice(1, None, 2) for _ in shape)]
+    return torch.randn(shape[-1], *shape[:-1]).movedim(0, -1)
+
+
+def check_mssa(batch: int, tokens: int, heads: int, width: int, layout: str, scale: float | None = None) -> None:
+    torch.manual_seed(tokens + width)
+    w = strided(batch, tokens, heads * width, layout=layout).requires_grad_()
+    cotangent = strided(batch, tokens, heads * width, layout=layout)
+    out = functional.mssa(w, heads, scale, backend="triton")
+    (gradient,) = torch.autograd.grad(out, w, cotangent)
+    exact_w = w.detach().double().requires_grad_()
+    exact = reference.mssa(exact_w, heads, scale)
+    (exact_gradient,) = torch.autograd.grad(exact, exact_w, cotangent.double())
+    assert relative(out, exact.detach()) < 1e-5
+    assert relative(gradient, exact_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_mssa_agrees_with_float64(tokens, width):
+    check_mssa(1, tokens, 1, width, "contiguous")
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed"])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (17, 48), (65, 80), (17, 128), (65, 64)])
+def test_mssa_takes_strides_as_they_come(tokens, width, layout):
+    check_mssa(2, tokens, 3, width, layout)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
+def test_mssa_takes_any_scale(scale):
+    check_mssa(1, 33, 2, 24, "contiguous", scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_mssa_repeats_itself_to_the_bit(dtype):
+    w = torch.randn(2, 70, 64, dtype=dtype, requires_grad=True)
+    runs = []
+    for _ in range(2):
+        out = functional.mssa(w, 2, backend="triton")
+        runs.append((out, *torch.autograd.grad(out.float().square().sum(), w)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_mssa_in_half_precision_is_no_worse_than_the_published_operations_in_half_precision():
+    torch.manual_seed(0)
+    w, cotangent = torch.randn(2, 65, 96), torch.randn(2, 65, 96)
+    exact_w = w.double().requires_grad_()
+    exact = reference.mssa(exact_w, 2)
+    (exact_gradient,) = torch.autograd.grad(exact, exact_w, cotangent.double())
+
+    def errors(run):
+        half = w.half().requires_grad_()
+        out = run(half)
+        (gradient,) = torch.autograd.grad(out, half, cotangent.half())
+        return relative(out, exact.detach()), relative(gradient, exact_gradient)
+
+    ours = errors(lambda x: MSSA.apply(x, 2, 48**-0.5))
+    theirs = errors(lambda x: reference.mssa(x, 2))
+    assert all(a <= 1.1 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed"])
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 16), (17, 96), (65, 100), (257, 48), (5, 1)])
+def test_ista_agrees_with_float64(tokens, dim, layout):
+    torch.manual_seed(tokens + dim)
+    h = strided(2, tokens, dim, layout=layout).requires_grad_()
+    weight = (torch.randn(dim, dim) / dim**0.5).requires_grad_()
+    cotangent = strided(2, tokens, dim, layout=layout)
+    out = functional.ista(h, weight, 0.3, 0.2, backend="triton")
+    gradients = torch.autograd.grad(out, (h, weight), cotangent)
+    exact_inputs = [x.detach().double().requires_grad_() for x in (h, weight)]
+    exact = reference.ista(*exact_inputs, 0.3, 0.2)
+    exact_gradients = torch.autograd.grad(exact, exact_inputs, cotangent.double())
+    assert relative(out, exact.detach()) < 1e-5
+    assert torch.equal(out == 0, exact == 0)
+    for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
+        assert relative(gradient, exact_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("ratio", [0.7, 6.0, 50.0])
+def test_norm_and_product_are_no_worse_than_plain_ones_at_any_mean(ratio, dtype):
+    """LayerNorm inputs whose mean is `ratio` deviations away, against LayerNorm and product one after the other."""
+    torch.manual_seed(0)
+    rows, dim, out = 70, 96, 48
+    x = (torch.randn(rows, dim) + ratio).to(dtype)
+    weight, gamma, beta = torch.randn(dim, out) / dim**0.5, 1 + 0.2 * torch.randn(dim), 0.2 * torch.randn(dim)
+    exact = torch.nn.functional.layer_norm(x.double(), (dim,), gamma.double(), beta.double()) @ weight.double()
+    normal = torch.nn.functional.layer_norm(x.float(), (dim,), gamma, beta)
+    plain = (normal.to(dtype).float() @ weight.to(dtype).float()).to(dtype)
+    statistics = Statistics(torch.zeros(rows), torch.zeros(rows))
+    ours = norm_linear(x, fold(weight, gamma, beta, dtype), None, dtype, 1e-5, statistics)
+    assert relative(ours, exact) <= 2 * relative(plain, exact)
+
+
+def test_weight_gradient_over_many_splits_is_right_and_repeats_itself():
+    from crate_fast.kernels.linear import weight_gradient
+
+    torch.manual_seed(0)
+    x, g = torch.randn(700, 32), torch.randn(700, 48)
+    (product, total), again = weight_gradient(x, g, torch.float32), weight_gradient(x, g, torch.float32)
+    assert relative(product, x.double().t() @ g.double()) < 1e-6
+    assert relative(total, g.double().sum(0)) < 1e-6
+    assert torch.equal(product, again[0])
+    assert torch.equal(total, again[1])
