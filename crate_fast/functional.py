@@ -103,11 +103,10 @@ def ista_with_operator(
 def _ista_torch(h: Tensor, operator: Tensor, shrinkage: float) -> Tensor:
     """relu(h + h M − ηλ) in plain PyTorch."""
     dtype = operand_dtype(h)
-    if h.device.type == "cpu" and dtype in (torch.float32, torch.float64):
-        # At full precision I + M loses nothing, and the whole step but the relu is one product with a bias.
-        identity = torch.eye(h.shape[-1], dtype=operator.dtype, device=h.device)
-        bias = torch.full((1,), -shrinkage, dtype=h.dtype, device=h.device)
-        return torch.addmm(bias, h.reshape(-1, h.shape[-1]), (identity + operator).to(h.dtype)).relu_().view(h.shape)
+    if dtype == h.dtype == operator.dtype:
+        # The residual goes in as the product's addend: I + M would save its copy, but rounds M to the precision of I.
+        rows = h.reshape(-1, h.shape[-1])
+        return torch.addmm(rows, rows, operator).sub_(shrinkage).relu_().view(h.shape)
     return torch.relu(h + F.linear(h.to(dtype), operator.t().to(dtype)) - shrinkage)
 
 

@@ -3,3 +3,49 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from crate_fast import reference
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--published", metavar="DIR", help="a checkout of the published repository, compared with as well")
+
+
+def pytest_generate_tests(metafunc):
+    """`published_class`: the transcription in crate_fast.reference, and the published class itself where it is at hand."""
+    if "published_class" in metafunc.fixturenames:
+        directory = metafunc.config.getoption("published")
+        classes = {"reference": reference.CRATE}
+        if directory:
+            classes["published"] = load_module(Path(directory) / "model" / "crate.py").CRATE
+        metafunc.parametrize("published_class", list(classes.values()), ids=list(classes))
+
+
+def load_module(path: Path):
+    """The module at `path`, which is no part of a package."""
+    specification = importlib.util.spec_from_file_location(f"_loaded_{path.stem}", path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def precision():
+    """benchmarks/precision.py as a module."""
+    return load_module(BENCHMARKS / "precision.py")
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The same sums on every machine."""
+    torch.set_num_threads(2)

@@ -1,0 +1,125 @@
+"""Whole layers by the fused kernels: against float64, against the published code's own 16-bit errors, step after step."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lion_pytorch import Lion
+
+from crate_fast import CRATE, reference
+from crate_fast.kernels import layer
+
+CONFIGURATIONS = [
+    {"image_size": (24, 16), "patch_size": (6, 4), "dim": 96, "depth": 2, "heads": 2, "dim_head": 48},
+    {"image_size": 16, "patch_size": 8, "dim": 32, "depth": 2, "heads": 1, "dim_head": 32},
+    {"image_size": 8, "patch_size": 4, "dim": 48, "depth": 1, "heads": 3, "dim_head": 48, "pool": "mean"},
+    {"image_size": 12, "patch_size": 4, "dim": 40, "depth": 2, "heads": 2, "dim_head": 80, "channels": 1},
+    {"image_size": 8, "patch_size": 8, "dim": 33, "depth": 1, "heads": 3, "dim_head": 17, "ista": 0.3},
+    {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 1, "heads": 1, "dim_head": 128, "ista": 0.05},
+]
+
+
+def pair(published_class, **options):
+    """(ours by the kernels, the published class in float64) with the same perturbed weights."""
+    options = {"num_classes": 5} | options
+    torch.manual_seed(0)
+    published = published_class(**options)
+    with torch.no_grad():
+        for parameter in published.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ours = CRATE(**options, backend="triton")
+    ours.load_state_dict(published.state_dict())
+    return ours, published.double()
+
+
+def relative(a, b) -> float:
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("options", CONFIGURATIONS, ids=lambda o: f"{o['dim']}x{o['heads']}x{o['dim_head']}")
+def test_float32_agrees_with_float64(published_class, options):
+    ours, published = pair(published_class, **options)
+    height, width = ours.image_size
+    images, cotangent = torch.randn(3, ours.channels, height, width), torch.randn(3, 5)
+    (ours(images) * cotangent).sum().backward()
+    (published(images.double()) * cotangent.double()).sum().backward()
+    assert relative(ours(images), published(images.double())) < 1e-5
+    gradients = dict(published.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert relative(parameter.grad, gradients[name].grad) < 1e-5, name
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (17, 48), (65, 16), (197, 64), (257, 48)])
+def test_float32_layers_agree_with_float64_at_any_number_of_tokens(tokens, width):
+    options = {"image_size": 8, "patch_size": 4, "dim": 48, "depth": 1, "heads": 1, "dim_head": width, "num_classes": 5}
+    if width == 48:
+        options["heads"] = 2
+    ours, published = pair(reference.CRATE, **options)
+    x, cotangent = torch.randn(1, tokens, 48), torch.randn(1, tokens, 48)
+    out = ours.transformer(x)
+    exact = published.transformer(x.double())
+    assert relative(out, exact) < 1e-5
+    gradients = torch.autograd.grad((exact * cotangent.double()).sum(), tuple(published.transformer.parameters()))
+    for gradient, exact_gradient in zip(
+        torch.autograd.grad((out * cotangent).sum(), tuple(ours.transformer.parameters())), gradients, strict=True
+    ):
+        assert relative(gradient, exact_gradient) < 1e-5
+
+
+def trajectory(model, steps: int) -> torch.Tensor:
+    """Losses of a model trained with Lion on random images, the same for every model."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(32, 3, 16, 16, generator=generator)
+    labels = torch.randint(10, (32,), generator=generator)
+    optimizer = Lion(model.parameters(), lr=2e-4)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize(("backend", "steps"), [("torch", 20), ("triton", 2)])
+def test_training_follows_the_published_class(published_class, backend, steps):
+    options = dict(image_size=16, patch_size=4, num_classes=10, dim=96, depth=4, heads=2, dim_head=48)
+    models = []
+    for build in (published_class, lambda **o: CRATE(**o, backend=backend)):
+        torch.manual_seed(0)
+        models.append(build(**options))
+    published, ours = (trajectory(model, steps) for model in models)
+    torch.testing.assert_close(ours, published, rtol=1e-5, atol=0)
+
+
+def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
+    """What judges 16-bit precision without a GPU differs from the float16 kernels by less than they do from float64."""
+    torch.manual_seed(0)
+    ours = precision.perturbed(
+        CRATE(image_size=16, patch_size=4, num_classes=7, dim=96, depth=2, heads=2, dim_head=48, backend="triton")
+    )
+    published = reference.CRATE(image_size=16, patch_size=4, num_classes=7, dim=96, depth=2, heads=2, dim_head=48).double()
+    published.load_state_dict(ours.state_dict())
+    images, cotangent = torch.randn(4, 3, 16, 16), torch.randn(4, 7)
+    exact = precision.run(published, images.double(), cotangent.double(), None)
+    kernels = precision.run(ours, images, cotangent, torch.float16)
+    kernels = kernels[0].clone(), {name: g.clone() for name, g in kernels[1].items()}
+    with mock.patch.multiple(layer, **precision.EMULATED):
+        emulated = precision.run(ours, images, cotangent, torch.float16)
+    difference = precision.errors(emulated, (kernels[0].double(), {n: g.double() for n, g in kernels[1].items()}))
+    error = precision.errors(kernels, exact)
+    assert sum(d <= e for d, e in zip(difference, error, strict=True)) >= 0.9 * len(error)
+    assert max(d / e for d, e in zip(difference, error, strict=True)) < 2
+
+
+def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
+    """A third of the width and a half of the depth of the full measure, `python benchmarks/precision.py`."""
+    options = precision.argparse.Namespace(seeds=6, dim=128, depth=6, batch=16, checkpoint=None)
+    rows = precision.measure(options, "cpu")
+    for name, bound in {"bf16": 1.0, "fp16": 2.5, "fp16, float32 stream": 1.0}.items():
+        assert rows[name]["logits"] <= bound, (name, rows[name])
+        assert rows[name]["median"] <= bound, (name, rows[name])
+        assert rows[name]["p90"] <= bound, (name, rows[name])
+        assert rows[name]["largest"] <= 3 * max(bound, 1), (name, rows[name])
