@@ -84,7 +84,11 @@ def collect() -> list[Launch]:
 
     for dtypes, (parameter, stream, operand) in DTYPES.items():
         for size, (tokens, dim, head_width) in {"": (208, 256, 64), " odd": (197, 100, 20)}.items():
-            record(f"{dtypes}{size}", operand, lambda p=parameter, s=stream, o=operand, n=tokens, d=dim, h=head_width: _layer(p, s, o, n, d, h))
+            record(
+                f"{dtypes}{size}",
+                operand,
+                lambda p=parameter, s=stream, o=operand, n=tokens, d=dim, h=head_width: _layer(p, s, o, n, d, h),
+            )
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for head_width in HEAD_WIDTHS:
             record(f"{_short(dtype)} width {head_width}", dtype, lambda t=dtype, h=head_width: _attention(t, h))
@@ -142,8 +146,10 @@ def _specialise(kernel, label: str, arguments: tuple, constants: dict, operand_b
         else:
             signature[name], divisible = "fp32", False
         aligned += [index] if divisible else []
-    signature |= {name: "constexpr" for name in constexprs}
-    ends = "".join(f" {v if isinstance(v, str) else k}".lower() for k, v in constexprs.items() if k in _ENDS and v not in (False, "none"))
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    ends = "".join(
+        f" {v if isinstance(v, str) else k}".lower() for k, v in constexprs.items() if k in _ENDS and v not in (False, "none")
+    )
     blocks = "×".join(str(v) for k, v in constexprs.items() if k in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     name = f"{label},{ends} {blocks} {options['num_warps']}w {options['num_stages']}s"
     return Launch(kernel.fn.__name__, name, signature, constexprs, tuple(aligned), options, operand_bits)
@@ -208,7 +214,9 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
         code = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True)
     return usage.stdout, code.stdout
 
@@ -246,10 +254,13 @@ def main() -> int:
 
 
 def _print(rows: list[Row]) -> None:
-    print(f"{'arch':6} {'kernel':24} {'configuration':58} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>12} {'16 B':>4}  fp32")
+    print(
+        f"{'arch':6} {'kernel':24} {'configuration':58} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>12} {'16 B':>4}  fp32"
+    )
     for r in rows:
+        kernel = r.kernel.strip("_").removesuffix("_kernel")
         print(
-            f"{r.arch:6} {r.kernel.strip('_').removesuffix('_kernel'):24} {r.configuration:58} {r.registers:4} {r.spilled_bytes:5} "
+            f"{r.arch:6} {kernel:24} {r.configuration:58} {r.registers:4} {r.spilled_bytes:5} "
             f"{r.shared_bytes:7} {r.matrix_instructions:>12} {r.wide_loads:4}  {r.precision} {r.problem}"
         )
     for (kernel, part), reason in SPILLS_ALLOWED.items():

@@ -211,7 +211,10 @@ def main() -> None:
     for row, s in summary.items():
         print(f"{row:24}{s['logits']:8.2f}{s['median']:20.2f}{s['p90']:8.2f}{s['largest']:9.2f}")
     if options.json:
-        options.json.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "rows": summary}, indent=1) + "\n")
+        sizes = {name: getattr(options, name) for name in ("seeds", "dim", "depth", "batch")}
+        checkpoint = options.checkpoint and options.checkpoint.name
+        record = {**sizes, "checkpoint": checkpoint, "how": how, "torch": torch.__version__, "ratios": summary}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -309,5 +309,3 @@ def _norm_is_plain(norm: nn.Module) -> bool:
 
 def _drops_nothing(dropout: nn.Module) -> bool:
     return is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p > 0)
-
-

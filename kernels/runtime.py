@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import triton
-from torch import Tensor
 
 
 @triton.jit
@@ -66,4 +65,3 @@ def operator(fake: Callable):
         return registered
 
     return register
-
