@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,9 @@ def _build(path: Path, arguments: object, weights: dict[str, Tensor], overrides:
     wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
     if wrong is not None:
         raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
+    number = next((name for name in ("ista", "lambd") if not _is_finite(arguments.get(name, 0.0))), None)
+    if number is not None:
+        raise CheckpointError(f"{path}: its argument {number} is {str(arguments[number])[:200]!r}; it must be a finite number")
     # Before anything is built: a false depth could keep the constructor busy for ever.
     layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
     arguments = arguments | overrides
@@ -215,6 +219,10 @@ def _build(path: Path, arguments: object, weights: dict[str, Tensor], overrides:
         raise CheckpointError(f"{path}: {difference}")
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _skeleton(arguments: dict) -> CRATE:

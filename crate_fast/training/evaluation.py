@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint import CheckpointError, load_model
@@ -30,17 +31,19 @@ def evaluate_run(
 
     Raises:
         CheckpointError: the model's file is missing, damaged or something else.
-        ConfigError: the model is not for the digits, the run's config.json is damaged, or the device is not here.
+        ConfigError: the model is not for the digits, the run's config.json is damaged, a value is out of its bounds, or the
+            device is not here.
         BackendError: the backend does not run here.
     """
     path = Path(path)
-    settings = _settings(path)
+    asked = {"backend": backend, "precision": precision, "batch_size": batch_size}
+    settings = replace(_settings(path), **{name: value for name, value in asked.items() if value is not None})
     file = _model_file(path)
-    compute = choose_compute(device, precision or settings.precision)
-    model = load_model(file, backend=backend or settings.backend)
+    compute = choose_compute(device, settings.precision)
+    model = load_model(file, backend=settings.backend)
     _check_fits(model, file)
     data = Digits(model.image_size, compute.device)
-    return evaluate(model.to(compute.device), data.test_batches(batch_size or settings.batch_size), compute)
+    return evaluate(model.to(compute.device), data.test_batches(settings.batch_size), compute)
 
 
 def _settings(path: Path) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoint import write_atomically
 from ..extras import require
 
 
@@ -30,4 +31,4 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(title)
-    figure.savefig(path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))

@@ -8,6 +8,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..checkpoint import write_atomically
 from .config import ConfigError, TrainConfig
 
 RUNS = Path("runs")
@@ -39,7 +40,8 @@ class RunDirectory:
 
     def write_config(self, config: dict) -> None:
         """Writes config.json: `config`, and the versions of everything that computes."""
-        self.config.write_text(json.dumps(config | {"versions": versions()}, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(config | {"versions": versions()}, indent=2) + "\n"
+        write_atomically(self.config, lambda file: file.write(text.encode()))
 
     def log(self, **row) -> None:
         """Adds one line to metrics.jsonl."""
