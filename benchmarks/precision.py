@@ -32,7 +32,11 @@ from crate_fast.kernels import layer
 from crate_fast.kernels.linear import Folded, Statistics
 
 # name of the row: (autocast dtype, stream of the fused layers)
-OURS = {"bf16": (torch.bfloat16, "auto"), "fp16": (torch.float16, "auto"), "fp16, float32 stream": (torch.float16, "float32")}
+OURS = {
+    "bf16": (torch.bfloat16, "auto"),
+    "fp16": (torch.float16, "auto"),
+    "fp16, float16 stream": (torch.float16, "float16"),
+}
 
 
 def _fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> Folded:

@@ -41,8 +41,9 @@ class CRATE(nn.Module):
         ista: step size η of the ISTA step.
         lambd: threshold λ of the ISTA step; 0.1 in the published code.
         backend: "triton", "torch", "reference" or "auto"; see `crate_fast.choose_backend`.
-        stream: dtype of the activations between fused kernels under autocast: "float16" (what "auto" means: as few bytes as
-            bfloat16 and 4 to 8 times as exact; what exceeds 65,504 becomes infinite), "bfloat16" or "float32".
+        stream: dtype of the activations between fused kernels under autocast: "float16" (as few bytes as bfloat16, 4 to 8
+            times as exact; what exceeds 65,504 becomes infinite), "bfloat16", "float32", or "auto": float16 under bfloat16
+            autocast and float32 under float16, each at least as precise as the published code under the same.
 
     Raises:
         ValueError: a size that does not divide, an unknown pool, backend or stream.

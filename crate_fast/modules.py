@@ -278,7 +278,7 @@ class Transformer(nn.Module):
 
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
-        stream, operand = stream_dtypes(self.stream) if autocast else (x.dtype, x.dtype)
+        stream, operand = stream_dtypes(self.stream, torch.get_autocast_dtype(device)) if autocast else (x.dtype, x.dtype)
         result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
         with torch.autocast(device, enabled=False):
             x, gradient_scale = enter_stack(x, stream)
@@ -287,13 +287,17 @@ class Transformer(nn.Module):
             return leave_stack(x, gradient_scale, result, pool, scaled=operand == torch.float16)
 
 
-def stream_dtypes(stream: str) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype of the activations between kernels, dtype of matrix operands) of fused layers under autocast."""
+def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of the activations between kernels, dtype of matrix operands) of fused layers under autocast.
+
+    "auto" is the leanest stream that is no less precise than the published code under the same autocast, for logits and
+    gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`).
+    """
+    if stream == "auto":
+        stream = "float32" if autocast == torch.float16 else "float16"
     if stream == "float32":
         return torch.float32, torch.float16
-    if stream == "bfloat16":
-        return torch.bfloat16, torch.bfloat16
-    return torch.float16, torch.float16
+    return (torch.bfloat16,) * 2 if stream == "bfloat16" else (torch.float16,) * 2
 
 
 def pool_tokens(x: Tensor, pool: str | None) -> Tensor:

@@ -69,9 +69,10 @@ class LayerSettings(NamedTuple):
 
 def prepare_layer(weights: LayerWeights, settings: LayerSettings, operand: torch.dtype) -> PreparedWeights:
     """Folds the norms into the weights and rounds them to `operand`; no gradient."""
-    project = fold(weights.project.detach().t(), weights.norm1_weight, weights.norm1_bias, operand)
-    ista = fold(weights.operator.detach(), weights.norm2_weight, weights.norm2_bias, operand, settings.shrinkage)
-    out_weight = weights.out_weight.detach().to(operand)
+    weights = LayerWeights(*(w.detach() for w in weights))
+    project = fold(weights.project.t(), weights.norm1_weight, weights.norm1_bias, operand)
+    ista = fold(weights.operator, weights.norm2_weight, weights.norm2_bias, operand, settings.shrinkage)
+    out_weight = weights.out_weight.to(operand)
     return PreparedWeights(project.matrix.t(), project.gain, project.offset, out_weight, *ista)
 
 

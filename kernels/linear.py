@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .runtime import float32_precision, launch
+from .runtime import float32_precision, launch, operator
 
 GROUP = 8  # row blocks whose programs run together, so that they share the weight's blocks in L2
 
@@ -335,18 +335,31 @@ def _fold_kernel(
     tl.store(p_offset + column, b_offset, mask=m_column)
 
 
-def fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> Folded:
-    """Folds LayerNorm's γ and β into `weight` (in, out), for a projection or, with ηλ given, for an ISTA step's M."""
+def _folded_shapes(weight, gamma, beta, operand, shrinkage):
+    gain, offset = (torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device) for _ in range(2))
+    return torch.empty_like(weight, dtype=operand), gain, offset
+
+
+@operator(fake=_folded_shapes)
+def fold_weight(
+    weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(matrix, gain, offset) of `Folded`."""
+    matrix, gain, offset = _folded_shapes(weight, gamma, beta, operand, shrinkage)
     inputs, outputs = weight.shape
-    matrix = torch.empty_like(weight, dtype=operand)
-    gain, offset = torch.empty(2, outputs, dtype=torch.float32, device=weight.device).unbind()
     block = 64
     launch(
         _fold_kernel, triton.cdiv(outputs, block), weight, gamma, beta, matrix, gain, offset, inputs, outputs,
         *weight.stride(), shrinkage or 0.0, SHRINK=shrinkage is not None, BLOCK_N=block, BLOCK_K=block,
         num_warps=4, num_stages=2,
     )  # fmt: skip
-    return Folded(matrix, gain, offset)
+    return matrix, gain, offset
+
+
+def fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> Folded:
+    """Folds LayerNorm's γ and β into `weight` (in, out), for a projection or, with ηλ given, for an ISTA step's M."""
+    fold_here = fold_weight if torch.compiler.is_compiling() else fold_weight.body  # a graph needs the operator, else it costs
+    return Folded(*fold_here(weight, gamma, beta, operand, shrinkage))
 
 
 def linear(

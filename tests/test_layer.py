@@ -116,9 +116,9 @@ def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
 
 def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
     """The full measure, `python benchmarks/precision.py`, at a third of its width; with so few tokens a gradient's error
-    turns on single entries at the threshold, so the float16 rows are judged by the median over parameters."""
+    turns on single entries at the threshold, so under float16 it is judged by the median over parameters."""
     rows = precision.measure(precision.argparse.Namespace(seeds=6, dim=128, depth=12, batch=16, checkpoint=None), "cpu")
     assert max(rows["bf16"][value] for value in ("logits", "median", "p90")) <= 1, rows
     assert rows["bf16"]["largest"] <= 3, rows
-    assert max(rows["fp16, float32 stream"][value] for value in ("logits", "median")) <= 1, rows
-    assert max(rows["fp16"][value] for value in ("logits", "median")) <= 2.5, rows
+    assert max(rows["fp16"][value] for value in ("logits", "median")) <= 1, rows
+    assert max(rows["fp16, float16 stream"][value] for value in ("logits", "median")) <= 2.5, rows

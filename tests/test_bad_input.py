@@ -1,0 +1,162 @@
+"""Every input has an answer: what cannot work is refused with the value named, NaN stays NaN, nothing is too small."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from crate_fast import CRATE, BackendError, CRATE_tiny, choose_backend, functional
+from crate_fast.model import build
+
+SMALL = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=1, heads=2, dim_head=16)
+BACKENDS = ("torch", "triton", "reference")
+W, H, D = torch.randn(2, 5, 32), torch.randn(2, 5, 32), torch.randn(32, 32)
+
+
+def image(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+REFUSED = {
+    "patch that does not divide": (lambda: CRATE(**SMALL | {"patch_size": 3}), ValueError, "8.*3"),
+    "unknown pool": (lambda: CRATE(**SMALL, pool="max"), ValueError, "'max'.*'cls'.*'mean'"),
+    "unknown backend": (lambda: CRATE(**SMALL, backend="cuda"), ValueError, "'cuda'.*'auto'.*'triton'.*'torch'.*'reference'"),
+    "unknown stream": (lambda: CRATE_tiny(stream="float8"), ValueError, "'float8'.*'float16'"),
+    "unknown size": (lambda: build("huge"), ValueError, "'huge'.*'tiny'.*'large'"),
+    "no heads": (lambda: CRATE(**SMALL | {"heads": 0}), ValueError, "heads is 0"),
+    "no image": (lambda: CRATE(**SMALL | {"image_size": 0}), ValueError, "image_size is 0"),
+    "image that patches do not divide": (lambda: CRATE(**SMALL)(image(1, 3, 8, 6)), ValueError, "8×6.*4×4"),
+    "image too large": (lambda: CRATE(**SMALL)(image(1, 3, 16, 8)), ValueError, "16×8.*8×8"),
+    "wrong channels": (lambda: CRATE(**SMALL)(image(1, 1, 8, 8)), ValueError, r"\(1, 1, 8, 8\).*3"),
+    "image without batch": (lambda: CRATE(**SMALL)(image(3, 8, 8)), ValueError, r"\(3, 8, 8\)"),
+    "integer image": (lambda: CRATE(**SMALL)(image(1, 3, 8, 8, dtype=torch.uint8)), TypeError, "uint8"),
+    "complex image": (lambda: CRATE(**SMALL)(image(1, 3, 8, 8, dtype=torch.complex64)), TypeError, "complex64"),
+    "heads that do not fit": (lambda: functional.mssa(W, 5), ValueError, "32.*5"),
+    "mssa of a matrix": (lambda: functional.mssa(W[0], 2), ValueError, r"\(5, 32\)"),
+    "integer tokens": (lambda: functional.mssa(W.int(), 2), TypeError, "int32"),
+    "complex tokens": (lambda: functional.mssa(W.cfloat(), 2), TypeError, "complex64"),
+    "weight not square": (lambda: functional.ista(H, D[:16]), ValueError, r"\(16, 32\)"),
+    "weight that does not fit": (lambda: functional.ista(H[..., :16], D), ValueError, r"\(2, 5, 16\).*32"),
+    "integer weight": (lambda: functional.ista(H, D.long()), TypeError, "int64"),
+    "complex ista": (lambda: functional.ista(H.cfloat(), D), TypeError, "complex64"),
+    "mixed dtypes": (lambda: functional.ista(H, D.double()), TypeError, "float32.*float64"),
+    "unknown backend of a function": (lambda: functional.mssa(W, 2, backend="fast"), ValueError, "'fast'"),
+    "float64 in the kernels": (lambda: functional.mssa(W.double(), 2, backend="triton"), BackendError, "float64"),
+    "float64 model in the kernels": (
+        lambda: CRATE(**SMALL, backend="triton").double()(image(1, 3, 8, 8, dtype=torch.float64)),
+        BackendError,
+        "float64",
+    ),
+    "head too narrow": (lambda: functional.mssa(W, 4, backend="triton"), BackendError, "width is 8.*16 to 128"),
+    "head too wide": (lambda: functional.mssa(torch.randn(1, 2, 129), 1, backend="triton"), BackendError, "129.*16 to 128"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_work_is_refused_by_name(call, error, message):
+    with pytest.raises(error) as raised:
+        call()
+    assert re.search(message, str(raised.value))
+    assert "\n" not in str(raised.value)
+
+
+def test_without_a_gpu_triton_is_refused_and_auto_says_why():
+    code = (
+        "import torch, crate_fast\n"
+        "print(crate_fast.choose_backend('auto', torch.zeros(1)).reason)\n"
+        "crate_fast.functional.mssa(torch.zeros(1, 2, 32), 2, backend='triton')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "on the CPU" in result.stdout
+    assert result.returncode == 1
+    assert "BackendError: backend='triton' cannot run here: the tensor is on the CPU" in result.stderr
+
+
+def test_auto_takes_torch_on_a_cpu():
+    assert choose_backend("auto", W) == ("torch", choose_backend("auto", W).reason)
+    assert choose_backend("triton", W).name == "triton"  # interpreted, in these tests
+
+
+def test_double_backward_through_the_kernels_raises():
+    w, d = W.clone().requires_grad_(), D.clone().requires_grad_()
+    model = CRATE(**SMALL, backend="triton")
+    outputs = {
+        w: functional.mssa(w, 2, backend="triton"),
+        d: functional.ista(H, d, backend="triton"),
+        model.cls_token: model(torch.randn(1, 3, 8, 8)),
+    }
+    for x, out in outputs.items():
+        (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_gives_nan_out_forward_and_backward(backend):
+    w = W.clone()
+    w[0, 3, 20] = float("nan")  # second head of the first image
+    w.requires_grad_()
+    out = functional.mssa(w, 2, backend=backend)
+    out.sum().backward()
+    for x in (out, w.grad):
+        assert x[0, :, 16:].isnan().all()
+        assert not x[1].isnan().any()
+
+    h, d = H.clone(), D.clone().requires_grad_()
+    h[0, 3, 20] = float("nan")
+    h.requires_grad_()
+    out = functional.ista(h, d, backend=backend)
+    out.sum().backward()
+    assert out[0, 3].isnan().all()
+    assert not out[1].isnan().any()
+    assert d.grad.isnan().any()
+
+
+def run_with_nan(backend: str, autocast: bool) -> tuple[torch.Tensor, set[str]]:
+    """Logits of two images, NaN in the first, and the names of the parameters whose gradients have a NaN."""
+    torch.manual_seed(0)
+    model, x = CRATE(**SMALL, backend=backend), torch.randn(2, 3, 8, 8)
+    x[0, 1, 2, 3] = float("nan")
+    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        logits = model(x)
+    logits.float().sum().backward()
+    return logits, {name for name, p in model.named_parameters() if p.grad.isnan().any()}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nan_in_an_image_gives_nan_logits_and_gradients(backend, autocast):
+    logits, poisoned = run_with_nan(backend, autocast)
+    assert logits[0].isnan().all()
+    assert not logits[1].isnan().any()
+    expected = run_with_nan("reference", autocast)[1]
+    assert len(expected) > 10
+    assert poisoned >= expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 5, 32), (1, 1, 32), (1, 0, 32), (0, 0, 32)])
+def test_empty_and_single_inputs_have_answers(shape, backend):
+    w, d = torch.randn(shape, requires_grad=True), D.clone().requires_grad_()
+    out = functional.mssa(w, 2, backend=backend)
+    sparse = functional.ista(w, d, backend=backend)
+    assert out.shape == sparse.shape == shape
+    (out.sum() + sparse.sum()).backward()
+    assert w.grad.shape == shape
+    assert d.grad.isfinite().all()
+    if w.numel() == 0:
+        assert (d.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [0, 1])
+def test_batches_of_none_and_one(batch, backend):
+    model = CRATE(**SMALL, backend=backend)
+    logits = model(torch.randn(batch, 3, 8, 8))
+    assert logits.shape == (batch, 5)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,364 @@
+"""CRATE as a module: the published class's weights and numbers, hooks, caches, and what PyTorch users do with a model."""
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize, prune
+from torch.utils.checkpoint import checkpoint
+
+from crate_fast import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny, reference
+from crate_fast.kernels import runtime
+
+SMALL = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=2, heads=2, dim_head=16)
+CONFIGURATIONS = {
+    "oblong": SMALL | {"image_size": (12, 8), "patch_size": (3, 4)},
+    "one head as wide as the model": SMALL | {"heads": 1, "dim_head": 32},
+    "head width 48": SMALL | {"dim": 96, "dim_head": 48},
+    "mean": SMALL | {"pool": "mean"},
+    "one channel": SMALL | {"channels": 1},
+    "another step size": SMALL | {"ista": 0.3},
+}
+configurations = pytest.mark.parametrize("options", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+TRITON = {"backend": "triton"}
+
+
+def build(cls=CRATE, seed=0, **options):
+    torch.manual_seed(seed)
+    return cls(**(SMALL | options))
+
+
+def images(model, count=2, dtype=torch.float32):
+    height, width = model.image_size
+    return torch.randn(count, model.channels, height, width, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def gradients(model, x):
+    model.zero_grad()
+    model(x).float().square().sum().backward()
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def launches(run) -> Counter:
+    """How often each kernel is launched by `run()`."""
+    seen = Counter()
+    with runtime.observed(lambda kernel, *_: seen.update([kernel.fn.__name__])):
+        run()
+    return seen
+
+
+@configurations
+def test_weights_are_the_published_ones_bit_by_bit(published_class, options):
+    torch.manual_seed(3)
+    published = published_class(**options).state_dict()
+    torch.manual_seed(3)
+    ours = CRATE(**options).state_dict()
+    assert list(ours) == list(published)
+    assert all(torch.equal(ours[name], published[name]) for name in published)
+
+
+@pytest.mark.parametrize(
+    ("factory", "parameters"),
+    [(CRATE_tiny, 6_090_856), (CRATE_small, 13_116_328), (CRATE_base, 22_796_008), (CRATE_large, 77_641_192)],
+)
+def test_the_published_sizes(factory, parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in factory().parameters()) == parameters
+
+
+@configurations
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_float64_agrees_with_the_published_class(published_class, options, backend):
+    torch.manual_seed(0)
+    published = published_class(**options).double()
+    torch.manual_seed(0)
+    ours = CRATE(**options, backend=backend).double()
+    x = images(ours, 3, torch.float64)
+    torch.testing.assert_close(ours(x), published(x), rtol=1e-12, atol=1e-13)
+    published(x).square().sum().backward()
+    ours(x).square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), published.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-12 * q.grad.norm(), name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_dropout_draws_and_drops_as_published(backend):
+    options = SMALL | {"dropout": 0.3, "emb_dropout": 0.2}
+    ours, published = build(**options, backend=backend), build(reference.CRATE, **options)
+    outputs = []
+    for model in (ours, published):
+        torch.manual_seed(1)
+        outputs.append(model(images(ours)))
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(ours(images(ours)), outputs[0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_smaller_images_use_the_first_positions(backend):
+    ours, published = build(image_size=16, backend=backend), build(reference.CRATE, image_size=16)
+    x = torch.randn(2, 3, 8, 12)
+    torch.testing.assert_close(ours(x), published(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_is_four_kernels_forward_and_seven_backward():
+    model = build(**TRITON)
+    x = images(model)
+    forward = launches(lambda: model.eval()(x))
+    del forward["_fold_kernel"]
+    assert sum(forward.values()) <= 4 * SMALL["depth"]
+    loss = model.train()(x).sum()
+    backward = launches(loss.backward)
+    assert sum(backward.values()) <= 7 * SMALL["depth"]
+    assert not any("fold" in name for name in backward)
+
+
+WATCHED = {
+    "qkv": lambda m: m.transformer.layers[1][0].fn.qkv,
+    "ista block": lambda m: m.transformer.layers[0][1],
+    "softmax": lambda m: m.transformer.layers[0][0].fn.attend,
+    "transformer": lambda m: m.transformer,
+}
+
+
+@pytest.mark.parametrize("autocast", [None, torch.float16])  # the interpreter does not multiply bfloat16
+@pytest.mark.parametrize("watched", WATCHED)
+def test_forward_hooks_see_what_the_published_module_gives(watched, autocast):
+    ours, published = build(**TRITON), build(reference.CRATE)
+    seen = []
+    for model in (published, ours):
+        handle = WATCHED[watched](model).register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+        if watched == "softmax" and model is published:
+            seen.append(None)  # the transcription takes its softmax as a function
+        else:
+            with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+                model(images(ours))
+        handle.remove()
+    expected, got = seen
+    if expected is None:
+        torch.testing.assert_close(got.float().sum(-1), torch.ones(got.shape[:-1]), rtol=0, atol=2e-2)
+        assert got.shape[-1] == got.shape[-2] == 5
+        return
+    assert got.dtype == expected.dtype
+    tolerance = 1e-5 if autocast is None else 3e-2
+    torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+def test_hooks_of_every_kind_leave_the_fused_path_and_their_removal_takes_it_again():
+    model = build(**TRITON)
+    x, fused = images(model), 2 * 4
+    qkv = model.transformer.layers[0][0].fn.qkv
+
+    def token_kernels() -> int:
+        counts = launches(lambda: model(x).sum().backward)
+        return sum(counts.values()) - counts["_fold_kernel"]
+
+    assert token_kernels() == fused
+    fired = []
+    for register in (
+        lambda: qkv.register_forward_hook(lambda *_: fired.append("forward")),
+        lambda: qkv.register_forward_pre_hook(lambda *_: fired.append("pre")),
+        lambda: qkv.register_full_backward_hook(lambda *_: fired.append("backward")),
+        lambda: register_module_forward_hook(lambda module, *_: fired.append("global") if module is qkv else None),
+    ):
+        handle = register()
+        before = len(fired)
+        model(x).sum().backward()
+        assert len(fired) == before + 1
+        handle.remove()
+    assert fired == ["forward", "pre", "backward", "global"]
+    assert token_kernels() == fused
+
+
+def test_changed_modules_are_not_passed_by():
+    x, plain = images(build()), build()
+    expected = plain(x)
+
+    class Doubling(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    parametrised = build(**TRITON)
+    parametrize.register_parametrization(parametrised.transformer.layers[0][0].fn.qkv, "weight", Doubling())
+    pruned = build(**TRITON)
+    prune.l1_unstructured(pruned.transformer.layers[0][1].fn, "weight", 0.5)
+    patched = build(**TRITON)
+    attention = patched.transformer.layers[0][0].fn
+    attention.forward = lambda tokens: torch.zeros_like(tokens)
+    for model in (parametrised, pruned, patched):
+        assert not torch.allclose(model(x), expected, rtol=1e-3)
+    prune.remove(pruned.transformer.layers[0][1].fn, "weight")
+    same = build(reference.CRATE)
+    same.load_state_dict(pruned.state_dict())
+    torch.testing.assert_close(pruned(x), same(x), rtol=1e-5, atol=1e-6)
+
+
+CHANGES = {
+    "in place": lambda m: [p.mul_(1.5) for p in m.transformer.parameters()],
+    "data, then eval": lambda m: ([p.data.mul_(1.5) for p in m.transformer.parameters()], m.eval()),
+    "load_state_dict": lambda m: m.load_state_dict(build(seed=9).state_dict()),
+    "load and assign": lambda m: m.load_state_dict(build(seed=9).state_dict(), assign=True),
+    "to and back": lambda m: (m.double(), [p.mul_(1.5) for p in m.parameters()], m.float()),
+    "another step size": lambda m: setattr(m.transformer.layers[0][1].fn, "step_size", 0.5),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_evaluation_keeps_is_never_stale(change, backend):
+    model = build(backend=backend).eval()
+    x = images(model)
+    with torch.no_grad():
+        before = model(x)
+        assert torch.equal(model(x), before)
+        CHANGES[change](model)
+        after = model(x)
+        fresh = build(reference.CRATE).eval()
+        fresh.load_state_dict(model.state_dict())
+        fresh.transformer.layers[0][1].fn.step_size = model.transformer.layers[0][1].fn.step_size
+        assert not torch.allclose(after, before, rtol=1e-4)
+        torch.testing.assert_close(after, fresh(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_inference_mode_then_gradients(backend):
+    model = build(backend=backend).eval()
+    x = images(model)
+    with torch.inference_mode():
+        inside = model(x)
+        made_inside = build(backend=backend).eval()
+        assert torch.equal(made_inside(x), inside)
+        made_inside.transformer.layers[0][1].fn.weight.mul_(2)
+        assert not torch.equal(made_inside(x), inside)
+    assert torch.equal(model(x).detach(), inside)
+    expected = gradients(build(reference.CRATE), x)
+    for got, want in zip(gradients(model, x), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_copies_and_pickles_compute_the_same(backend):
+    model = build(backend=backend).eval()
+    x = images(model)
+    expected = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)
+        with torch.no_grad():
+            other.transformer.layers[0][1].fn.weight.mul_(2)
+        assert not torch.equal(other(x), expected)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_frozen_parameters_accumulation_and_checkpointing(backend):
+    model = build(backend=backend)
+    x = images(model)
+    expected = gradients(model, x)
+    model(x).square().sum().backward()
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g)
+
+    model.zero_grad()
+    forward = model.transformer.run
+    model.transformer.run = lambda tokens, pool: checkpoint(forward, tokens, pool, use_reentrant=False)
+    for got, want in zip(gradients(model, x), expected, strict=True):
+        assert torch.equal(got, want)
+    del model.transformer.run
+
+    frozen = model.transformer.layers[1]
+    frozen.requires_grad_(False)
+    names = [name for name, _ in model.named_parameters()]
+    for name, got, want in zip(names, gradients(model, x), expected, strict=True):
+        assert got is None if name.startswith("transformer.layers.1.") else torch.equal(got, want)
+
+
+@pytest.mark.parametrize("stream", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_have_the_autocast_dtype_and_gradients_the_parameters(dtype, stream):
+    if stream == "bfloat16" or dtype == torch.bfloat16:
+        model = build(backend="torch", stream=stream)  # the interpreter does not multiply bfloat16
+    else:
+        model = build(backend="triton", stream=stream)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = model(images(model))
+    assert logits.dtype == dtype
+    logits.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert model(images(model)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e7])
+def test_16_bit_gradients_of_any_size_keep_their_precision(size):
+    """A loss a 10-millionth or 10 million times as large has the same gradients, scaled: nothing under- or overflows."""
+    model = build(**TRITON)
+    x = images(model)
+    results = []
+    for factor in (1.0, size):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            features = model.transformer(torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1)))
+        (features.double() * factor).sum().backward()
+        results.append([p.grad.double() / factor for p in model.transformer.parameters()])
+    assert x.dtype == torch.float32
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 2e-3 * a.norm()
+
+
+def kept_bytes(depth: int, batch: int) -> int:
+    """Bytes of distinct memory that the layers keep from forward to backward under fp16 autocast."""
+    model = build(depth=depth, dim=64, dim_head=32, stream="float16", **TRITON)
+    x = torch.randn(batch, 5, 64)
+    storages: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype=torch.float16):
+        out = model.transformer(x)
+    assert out.shape == x.shape
+    return sum(storages.values())
+
+
+def test_a_layer_keeps_four_activations_and_small_statistics():
+    (a, b), (c, d) = ([kept_bytes(depth, batch) for batch in (2, 4)] for depth in (2, 4))
+    per_token_and_layer = ((d - c) - (b - a)) / (2 * 5) / 2
+    assert 8 * 64 < per_token_and_layer <= 8 * 64 + 4 * 2 + 64
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_compile_takes_the_whole_model(backend, training):
+    torch._dynamo.reset()
+    model = build(backend=backend).train(training)
+    x = images(model)
+    expected = gradients(model, x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+    for got, want in zip(gradients(compiled, x), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_two_runs_are_bit_identical(backend):
+    model = build(backend=backend)
+    x = images(model)
+    for a, b in zip(gradients(model, x), gradients(model, x), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_distributed_data_parallel_gives_the_same_gradients(backend, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = build(backend=backend)
+        x = images(model)
+        expected = gradients(model, x)
+        parallel = torch.nn.parallel.DistributedDataParallel(build(backend=backend))
+        for got, want in zip(gradients(parallel, x), expected, strict=True):
+            assert torch.equal(got, want)
+    finally:
+        torch.distributed.destroy_process_group()
