@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -136,7 +137,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     path = Path(path)
     _signature(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # a foreign pickle is refused in one line, without PyTorch's advice on it
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can raise anything; nothing in it has been executed
         raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast ({_first_line(error)})") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "model")):

@@ -35,7 +35,7 @@ class TrainConfig:
     """Settings of a run on the digits; the defaults reach 98% test top-1 in well under a minute on two CPU cores.
 
     Raises:
-        ConfigError: a value of the wrong type or out of its bounds.
+        ConfigError: a value of the wrong type or out of its bounds, or sizes that do not fit each other.
     """
 
     out: str | None = option(None, "run", "run directory; a new name under runs/ if not given", kind=str)
@@ -76,6 +76,10 @@ class TrainConfig:
             value = getattr(self, setting.name)
             if value is not None or setting.default is not None:
                 check_value(flag(setting.name), value, **setting.metadata)
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"--image-size is {self.image_size}, which patches of --patch-size {self.patch_size} do not divide"
+            )
 
 
 def check_value(name: str, value, *, kind: type, choices=None, bounds: dict, **_) -> None:

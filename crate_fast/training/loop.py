@@ -63,31 +63,24 @@ def train(config: TrainConfig) -> tuple[RunDirectory, Score]:
 
 
 def build_model(config: TrainConfig) -> CRATE:
-    """The CRATE that `config` asks for, on the CPU, its weights drawn from the seed.
-
-    Raises:
-        ConfigError: the sizes do not fit each other.
-    """
+    """The CRATE that `config` asks for, on the CPU, its weights drawn from the seed."""
     torch.manual_seed(config.seed)
-    try:
-        return CRATE(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            num_classes=CLASSES,
-            dim=config.dim,
-            depth=config.depth,
-            heads=config.heads,
-            pool=config.pool,
-            channels=CHANNELS,
-            dim_head=config.dim_head,
-            dropout=config.dropout,
-            emb_dropout=config.dropout,
-            ista=config.ista,
-            lambd=config.lambd,
-            backend=config.backend,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return CRATE(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=CLASSES,
+        dim=config.dim,
+        depth=config.depth,
+        heads=config.heads,
+        pool=config.pool,
+        channels=CHANNELS,
+        dim_head=config.dim_head,
+        dropout=config.dropout,
+        emb_dropout=config.dropout,
+        ista=config.ista,
+        lambd=config.lambd,
+        backend=config.backend,
+    )
 
 
 class Trainer:
