@@ -145,7 +145,7 @@ def test_wrong_input_is_one_line(run, capsys, line):
     result = call(capsys, *words)
     assert_refused(result)
     assert result[1] == ""
-    culprits = [word.lstrip("-") for word in words if word.startswith("--")] or words[1:] or ["required: "]
+    culprits = [word.lstrip("-") for word in words if word.startswith("--")] or words[1:] or words or ["SUBCOMMAND"]
     assert any(culprit in result[2] for culprit in culprits)
     assert sorted(run.rglob("*")) == before
 
