@@ -1,10 +1,16 @@
 """How far from float64 CRATE ends under autocast: the published code, and the fused layers, for logits and gradients.
 
-    python benchmarks/precision.py [--seeds 6] [--dim 384] [--depth 12] [--batch 16] [--checkpoint FILE] [--json FILE]
+    python benchmarks/precision.py [--seeds 6] [--dim 384] [--depth 12] [--batch 16] [--json FILE]
+    python benchmarks/precision.py --checkpoint FILE [--seeds 6] [--batch 1797] [--json FILE]
 
-A model with perturbed norms and a random cotangent on its logits is run in float64, then as published under bf16 and fp16
-autocast, then by the fused layers. Reported is the ratio of the relative errors, ours over the published: of the logits,
-and of each parameter's gradient (median, 90th percentile and largest over parameters), as geometric means over seeds.
+A model with perturbed norms, random images and a random cotangent on its logits is run in float64, then as published under
+bf16 and fp16 autocast, then by the fused layers. Reported is the ratio of the relative errors, ours over the published: of
+the logits, and of each parameter's gradient (median, 90th percentile and largest over parameters), as geometric means over
+seeds.
+
+`--checkpoint` takes a model that was trained on the digits, and the digits as images: all of them by default, since in a small
+trained model a gradient's error turns on the few entries that lie at the threshold, and on few images one such entry more or
+less is a factor of ten.
 
 On a GPU the kernels themselves run. Without one, their launchers are replaced by PyTorch that rounds where they round
 (`EMULATED`): Triton's interpreter cannot multiply bfloat16 and takes minutes for one step of this model.
@@ -30,6 +36,7 @@ from crate_fast import CRATE, reference
 from crate_fast.checkpoint import constructor_arguments, load_model
 from crate_fast.kernels import layer
 from crate_fast.kernels.linear import Folded, Statistics
+from crate_fast.training.digits import Digits
 
 # name of the row: (autocast dtype, stream of the fused layers)
 OURS = {
@@ -178,8 +185,8 @@ def measure(options: argparse.Namespace, device: str) -> dict[str, dict[str, flo
             ours = _model(options)
             published = reference.CRATE(**_arguments(ours))
             published.load_state_dict(ours.state_dict())
-            images = torch.randn(options.batch, ours.channels, *ours.image_size)
-            cotangent = torch.randn(options.batch, ours.mlp_head[1].out_features)
+            images = _images(options, ours)
+            cotangent = torch.randn(len(images), ours.mlp_head[1].out_features)
             inputs = (x.to(device) for x in (published, ours, images, cotangent))
             for row, values in compare(*inputs).items():
                 ratios[row].append(values)
@@ -193,6 +200,15 @@ def _model(options: argparse.Namespace) -> CRATE:
     return perturbed(CRATE(image_size=64, patch_size=8, num_classes=100, backend="triton", **sizes))
 
 
+def _images(options: argparse.Namespace, model: CRATE) -> Tensor:
+    if not options.checkpoint:
+        return torch.randn(options.batch, model.channels, *model.image_size)
+    data = Digits(model.image_size, torch.device("cpu"))
+    everything = torch.cat((data.train_images, data.test_images))
+    chosen = torch.randperm(len(everything))[: options.batch]
+    return (everything[chosen] - data.mean) / data.std
+
+
 def _arguments(model: CRATE) -> dict:
     arguments = {name: value for name, value in constructor_arguments(model).items() if name not in ("backend", "stream")}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
@@ -203,10 +219,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--checkpoint", type=Path, help="a trained model instead of a drawn one; seeds vary the images")
+    parser.add_argument("--batch", type=int, help="images (default: 16; of a checkpoint all 1,797 digits)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a model of the digits run instead of a drawn one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there too")
     options = parser.parse_args()
+    options.batch = options.batch or (1797 if options.checkpoint else 16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     summary = measure(options, device)
     how = "the kernels" if device == "cuda" else "emulated"
@@ -215,9 +232,9 @@ def main() -> None:
     for row, s in summary.items():
         print(f"{row:24}{s['logits']:8.2f}{s['median']:20.2f}{s['p90']:8.2f}{s['largest']:9.2f}")
     if options.json:
-        sizes = {name: getattr(options, name) for name in ("seeds", "dim", "depth", "batch")}
-        checkpoint = options.checkpoint and options.checkpoint.name
-        record = {**sizes, "checkpoint": checkpoint, "how": how, "torch": torch.__version__, "ratios": summary}
+        model = "a checkpoint of the digits run" if options.checkpoint else f"{options.depth} layers, width {options.dim}"
+        record = {"model": model, "seeds": options.seeds, "batch": options.batch}
+        record |= {"how": how, "torch": torch.__version__, "ratios": summary}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The kernels run in Triton's interpreter, on the CPU; `--published DIR` adds the published code as a second judge."""
+"""The kernels run in Triton's interpreter, on the CPU; `--published=DIR` adds the published code as a second judge."""
 
 import os
 

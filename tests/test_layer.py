@@ -9,6 +9,7 @@ from lion_pytorch import Lion
 
 from crate_fast import CRATE, reference
 from crate_fast.kernels import layer
+from crate_fast.training import TrainConfig, train
 
 CONFIGURATIONS = [
     {"image_size": (24, 16), "patch_size": (6, 4), "dim": 96, "depth": 2, "heads": 2, "dim_head": 48},
@@ -67,31 +68,42 @@ def test_float32_layers_agree_with_float64_at_any_number_of_tokens(tokens, width
         assert relative(gradient, exact_gradient) < 1e-5
 
 
-def trajectory(model, steps: int) -> torch.Tensor:
-    """Losses of a model trained with Lion on random images, the same for every model."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(32, 3, 16, 16, generator=generator)
-    labels = torch.randint(10, (32,), generator=generator)
-    optimizer = Lion(model.parameters(), lr=2e-4)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+def resolve_ties(ours, published, lr: float) -> int:
+    """Gives `ours` the published values where one Lion step has moved a weight the other way; the number of such weights.
+
+    Lion moves every weight by its update's sign. Where the update is within rounding of zero either sign is right, and one
+    weight moved the other way changes later gradients enough to turn ten more: after a dozen steps even the published class
+    leaves itself, fed the same batch in another order.
+    """
+    ties = 0
+    with torch.no_grad():
+        for p, q in zip(ours.parameters(), published.parameters(), strict=True):
+            apart = (p - q).abs() > lr
+            ties += int(apart.sum())
+            p.copy_(torch.where(apart, q, p))
+    return ties
 
 
 @pytest.mark.parametrize(("backend", "steps"), [("torch", 20), ("triton", 2)])
 def test_training_follows_the_published_class(published_class, backend, steps):
     options = dict(image_size=16, patch_size=4, num_classes=10, dim=96, depth=4, heads=2, dim_head=48)
-    models = []
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(32, 3, 16, 16, generator=generator), torch.randint(10, (32,), generator=generator)
+    models, optimizers, ties = [], [], []
     for build in (published_class, lambda **o: CRATE(**o, backend=backend)):
         torch.manual_seed(0)
         models.append(build(**options))
-    published, ours = (trajectory(model, steps) for model in models)
-    torch.testing.assert_close(ours, published, rtol=1e-5, atol=0)
+        optimizers.append(Lion(models[-1].parameters(), lr=2e-4))
+    for _ in range(steps):
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            losses.append(F.cross_entropy(model(images), labels))
+            losses[-1].backward()
+            optimizer.step()
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+        ties.append(resolve_ties(models[1], models[0], lr=2e-4))
+    assert max(ties) <= 20, ties  # of 120,394 weights
 
 
 def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
@@ -118,6 +130,16 @@ def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
     """The full measure, `python benchmarks/precision.py`, at a third of its width; with so few tokens a gradient's error
     turns on single entries at the threshold, so under float16 it is judged by the median over parameters."""
     rows = precision.measure(precision.argparse.Namespace(seeds=6, dim=128, depth=12, batch=16, checkpoint=None), "cpu")
+    assert max(rows["bf16"][value] for value in ("logits", "median", "p90")) <= 1, rows
+    assert rows["bf16"]["largest"] <= 3, rows
+    assert max(rows["fp16"][value] for value in ("logits", "median")) <= 1, rows
+    assert max(rows["fp16, float16 stream"][value] for value in ("logits", "median")) <= 2.5, rows
+
+
+def test_16_bit_layers_are_no_less_precise_on_a_model_trained_on_the_digits(precision, tmp_path):
+    run, score = train(TrainConfig(out=str(tmp_path), epochs=8, lr=2e-3, device="cpu"))
+    assert score.top1 > 0.8
+    rows = precision.measure(precision.argparse.Namespace(seeds=4, batch=360, checkpoint=run.model), "cpu")
     assert max(rows["bf16"][value] for value in ("logits", "median", "p90")) <= 1, rows
     assert rows["bf16"]["largest"] <= 3, rows
     assert max(rows["fp16"][value] for value in ("logits", "median")) <= 1, rows
