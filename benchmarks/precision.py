@@ -1,16 +1,16 @@
 """How far from float64 CRATE ends under autocast: the published code, and the fused layers, for logits and gradients.
 
     python benchmarks/precision.py [--seeds 6] [--dim 384] [--depth 12] [--batch 16] [--json FILE]
-    python benchmarks/precision.py --checkpoint FILE [--seeds 6] [--batch 1797] [--json FILE]
+    python benchmarks/precision.py --checkpoint FILE [--seeds 6] [--batch 7185] [--json FILE]
 
 A model with perturbed norms, random images and a random cotangent on its logits is run in float64, then as published under
 bf16 and fp16 autocast, then by the fused layers. Reported is the ratio of the relative errors, ours over the published: of
 the logits, and of each parameter's gradient (median, 90th percentile and largest over parameters), as geometric means over
 seeds.
 
-`--checkpoint` takes a model that was trained on the digits, and the digits as images: all of them by default, since in a small
-trained model a gradient's error turns on the few entries that lie at the threshold, and on few images one such entry more or
-less is a factor of ten.
+`--checkpoint` takes a model of the digits run, and as images what it was trained on: thousands, since in a small trained
+model a gradient's error turns on the few entries that lie at the threshold, and on few images one such entry more or less is
+a factor of ten.
 
 On a GPU the kernels themselves run. Without one, their launchers are replaced by PyTorch that rounds where they round
 (`EMULATED`): Triton's interpreter cannot multiply bfloat16 and takes minutes for one step of this model.
@@ -36,6 +36,7 @@ from crate_fast import CRATE, reference
 from crate_fast.checkpoint import constructor_arguments, load_model
 from crate_fast.kernels import layer
 from crate_fast.kernels.linear import Folded, Statistics
+from crate_fast.training import TrainConfig
 from crate_fast.training.digits import Digits
 
 # name of the row: (autocast dtype, stream of the fused layers)
@@ -203,10 +204,11 @@ def _model(options: argparse.Namespace) -> CRATE:
 def _images(options: argparse.Namespace, model: CRATE) -> Tensor:
     if not options.checkpoint:
         return torch.randn(options.batch, model.channels, *model.image_size)
-    data = Digits(model.image_size, torch.device("cpu"))
-    everything = torch.cat((data.train_images, data.test_images))
-    chosen = torch.randperm(len(everything))[: options.batch]
-    return (everything[chosen] - data.mean) / data.std
+    data, images, settings = Digits(model.image_size, torch.device("cpu")), [], TrainConfig()
+    moves = {name: getattr(settings, name) for name in ("rotate", "zoom", "shift")}
+    for epoch in range(options.batch // len(data.train_labels) + 1):
+        images += [batch for batch, _ in data.train_batches(len(data.train_labels), torch.initial_seed(), epoch, **moves)]
+    return torch.cat(images)[: options.batch]
 
 
 def _arguments(model: CRATE) -> dict:
@@ -219,11 +221,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--batch", type=int, help="images (default: 16; of a checkpoint all 1,797 digits)")
+    parser.add_argument("--batch", type=int, help="images (default: 16; of a checkpoint 7,185, five epochs)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a model of the digits run instead of a drawn one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there too")
     options = parser.parse_args()
-    options.batch = options.batch or (1797 if options.checkpoint else 16)
+    options.batch = options.batch or (7185 if options.checkpoint else 16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     summary = measure(options, device)
     how = "the kernels" if device == "cuda" else "emulated"

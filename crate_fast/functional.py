@@ -47,11 +47,26 @@ def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto
         from .kernels import MSSA
 
         return MSSA.apply(w, heads, scale)
-    split = w.unflatten(-1, (heads, head_width)).transpose(1, 2)
-    out = F.scaled_dot_product_attention(split, split, split, scale=scale)
+    split = w.unflatten(-1, (heads, head_width))
+    return _attend(split, split, scale)
+
+
+def class_token_mssa(w: Tensor, heads: int, scale: float) -> Tensor:
+    """The first token's row of `mssa`, (batch, 1, heads × head width), on "torch"."""
+    split = w.to(operand_dtype(w)).unflatten(-1, (heads, -1))
+    return _attend(split[:, :1], split, scale)
+
+
+def _attend(queries: Tensor, w: Tensor, scale: float) -> Tensor:
+    """softmax(queries wᵀ · scale) w of (batch, tokens, heads, head width), heads merged again."""
+    q, k = queries.transpose(1, 2), w.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, k, scale=scale).transpose(1, 2)
     if w.device.type == "cpu":
-        out = out + (0 * split).sum(-1, keepdim=True)  # PyTorch's CPU attention answers a query of NaN with zeros
-    return out.transpose(1, 2).flatten(2)
+        # PyTorch's CPU attention answers a query of NaN with zeros. Summed in float32, where no finite float16 overflows.
+        total = queries.sum(-1, keepdim=True, dtype=torch.promote_types(queries.dtype, torch.float32))
+        nothing = (0 * total).to(out.dtype)
+        out = out + nothing if torch.is_grad_enabled() else out.add_(nothing)
+    return out.flatten(2)
 
 
 def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, backend: str = "auto") -> Tensor:
@@ -95,22 +110,26 @@ def ista_with_operator(
     """`ista` on "triton" or "torch" with M = `ista_operator(weight, step_size)` at hand, or formed here when None."""
     _check_ista(h, weight)
     operator = ista_operator(weight, step_size) if operator is None else operator
+    operand = operand_dtype(h)
     if backend == "torch":
-        return _ista_torch(h, operator, step_size * lambd)
+        return ista_torch(h, operator, step_size * lambd, operand)
     from .kernels import ISTA
 
-    operand = operand_dtype(h)
     return ISTA.apply(h.to(torch.promote_types(h.dtype, operand)), operator, step_size * lambd, operand)
 
 
-def _ista_torch(h: Tensor, operator: Tensor, shrinkage: float) -> Tensor:
-    """relu(h + h M − ηλ) in plain PyTorch."""
-    dtype = operand_dtype(h)
-    if dtype == h.dtype == operator.dtype:
+def ista_torch(h: Tensor, operator: Tensor, shrinkage: float, operand: torch.dtype) -> Tensor:
+    """relu(h + h M − ηλ) in plain PyTorch, the product taken in dtype `operand`."""
+    if operand == h.dtype == operator.dtype:
         # The residual goes in as the product's addend: I + M would save its copy, but rounds M to the precision of I.
         rows = h.reshape(-1, h.shape[-1])
         return torch.addmm(rows, rows, operator).sub_(shrinkage).relu_().view(h.shape)
-    return torch.relu(h + F.linear(h.to(dtype), operator.t().to(dtype)) - shrinkage)
+    return torch.relu(h + ista_product(h, operator, operand) - shrinkage)
+
+
+def ista_product(h: Tensor, operator: Tensor, operand: torch.dtype) -> Tensor:
+    """h M, taken in dtype `operand`."""
+    return F.linear(h.to(operand), operator.t().to(operand))
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

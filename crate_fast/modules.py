@@ -6,12 +6,32 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import functional, reference
 from .backend import choose_backend
 from .plainness import WeightCache, has_global_hooks, is_plain, same_place
 
 STREAMS = ("auto", "float16", "bfloat16", "float32")
+
+_operators = WeakTensorKeyDictionary()
+"""A dictionary D to the `WeightCache` of its M, for as long as D lives."""
+
+
+def _kept_operator(weight: Tensor, step_size: float) -> Tensor:
+    cache = _operators.setdefault(weight, WeightCache())
+    return cache.get((weight,), (step_size,), lambda: functional.ista_operator(weight, step_size))
+
+
+@torch.library.custom_op("crate_fast::kept_product", mutates_args=())
+def _kept_product(h: Tensor, weight: Tensor, step_size: float) -> Tensor:
+    """h M with M kept from call to call: a graph of torch.compile cannot keep it, one node of it can."""
+    return functional.ista_product(h, _kept_operator(weight, step_size), h.dtype)
+
+
+@_kept_product.register_fake
+def _(h, weight, step_size):
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
 class PreNorm(nn.Module):
@@ -97,7 +117,6 @@ class FeedForward(nn.Module):
         self.step_size = step_size
         self.lambd = lambd
         self.backend = backend
-        self._operator = WeightCache()
 
     def forward(self, x: Tensor) -> Tensor:
         choice = choose_backend(self.backend, x)
@@ -105,18 +124,29 @@ class FeedForward(nn.Module):
             return reference.ista(x, self.weight, self.step_size, self.lambd)
         operator = None
         if not self.training and not (torch.is_grad_enabled() and self.weight.requires_grad):
-            operator = self._operator.get(
-                (self.weight,), (self.step_size,), lambda: functional.ista_operator(self.weight, self.step_size)
-            )
+            if self._is_one_node(x, choice.name):
+                product = _kept_product(x.to(functional.operand_dtype(x)), self.weight, self.step_size)
+                return torch.relu(x + product - self.step_size * self.lambd)
+            operator = _kept_operator(self.weight, self.step_size)
         return functional.ista_with_operator(x, self.weight, operator, self.step_size, self.lambd, choice.name)
 
+    def _is_one_node(self, x: Tensor, backend: str) -> bool:
+        """Whether torch.compile is to see `_kept_product`: nothing is differentiated, nor exported to run elsewhere."""
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        return compiling and backend == "torch" and not (torch.is_grad_enabled() and x.requires_grad)
+
     def train(self, mode: bool = True) -> FeedForward:
-        self._operator.clear()
+        self._forget()
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):
-        self._operator.clear()
+        self._forget()
         return super()._apply(fn, recurse)
+
+    def _forget(self) -> None:
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            _operators.pop(weight, None)
 
 
 class Layer(nn.ModuleList):
@@ -129,18 +159,30 @@ class Layer(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         return self[1](self[0](x) + x)
 
-    def is_fusable(self) -> bool:
-        """Whether one fused computation may stand for all modules of this layer: none is hooked, changed or dropping out."""
-        return len(self) == 2 and is_plain(self, Layer) and self._mssa_is_plain() and self._ista_is_plain()
+    def is_fusable(self, backends: tuple[str, ...] = ("auto", "triton")) -> bool:
+        """Whether one fused computation may stand for all modules of this layer: none is hooked, changed or dropping out,
+        and their backends are among `backends`."""
+        return len(self) == 2 and is_plain(self, Layer) and self._mssa_is_plain(backends) and self._ista_is_plain(backends)
 
-    def _mssa_is_plain(self) -> bool:
+    def class_token(self, x: Tensor) -> Tensor:
+        """The class token that this layer makes of x: (batch, tokens, dim) to (batch, 1, dim), all it reads computed once.
+
+        After the last layer nobody reads the other tokens, so their attention, projection back and ISTA step are left out:
+        7% of the products of CRATE-tiny.
+        """
+        mssa, ista = self
+        attention = mssa.fn
+        out = functional.class_token_mssa(attention.qkv(mssa.norm(x)), attention.heads, attention.scale)
+        return ista(attention.to_out(out) + x[:, :1])
+
+    def _mssa_is_plain(self, backends: tuple[str, ...]) -> bool:
         block = self[0]
         if not (is_plain(block, PreNorm) and _norm_is_plain(block.norm) and is_plain(block.fn, Attention)):
             return False
         attention = block.fn
         project_back = attention.to_out
         return (
-            attention.backend in ("auto", "triton")
+            attention.backend in backends
             and is_plain(attention.attend, nn.Softmax)
             and _drops_nothing(attention.dropout)
             and is_plain(attention.qkv, nn.Linear)
@@ -152,13 +194,13 @@ class Layer(nn.ModuleList):
             and _drops_nothing(project_back[1])
         )
 
-    def _ista_is_plain(self) -> bool:
+    def _ista_is_plain(self, backends: tuple[str, ...]) -> bool:
         block = self[1]
         return (
             is_plain(block, PreNorm)
             and _norm_is_plain(block.norm)
             and is_plain(block.fn, FeedForward)
-            and block.fn.backend in ("auto", "triton")
+            and block.fn.backend in backends
         )
 
     def weights(self) -> tuple[Tensor, ...]:
@@ -253,14 +295,23 @@ class Transformer(nn.Module):
         """
         runs = [(fused, list(layers)) for fused, layers in groupby(self.layers, key=lambda layer: self._fuses(layer, x))]
         for index, (fused, layers) in enumerate(runs):
-            if not fused:
-                for layer in layers:
-                    x = layer(x)
+            last = index == len(runs) - 1
+            if fused:
+                x = self._run_fused(layers, x, pool if last else None)
+                if last:
+                    return x
                 continue
-            if index == len(runs) - 1:
-                return self._run_fused(layers, x, pool)
-            x = self._run_fused(layers, x, None)
+            for layer in layers[:-1]:
+                x = layer(x)
+            class_token = last and pool == "cls" and self._gives_class_token(layers[-1], x)
+            x = layers[-1].class_token(x) if class_token else layers[-1](x)
         return pool_tokens(x, pool)
+
+    def _gives_class_token(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether the class token alone may be computed: the layer is plain and its backend "torch", asked for or chosen."""
+        if x.dim() != 3 or has_global_hooks() or type(layer) is not Layer or not layer.is_fusable(("auto", "torch")):
+            return False
+        return choose_backend(self.backend, x, layer[0].fn.qkv.out_features // layer[0].fn.heads).name == "torch"
 
     def _fuses(self, layer: nn.Module, x: Tensor) -> bool:
         if x.dim() != 3 or x.numel() == 0 or has_global_hooks() or type(layer) is not Layer or not layer.is_fusable():
