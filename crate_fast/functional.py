@@ -47,23 +47,34 @@ def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto
         from .kernels import MSSA
 
         return MSSA.apply(w, heads, scale)
-    split = w.unflatten(-1, (heads, head_width))
-    return _attend(split, split, scale)
+    return _attend(w.unflatten(-1, (heads, head_width)), scale)
 
 
-def class_token_mssa(w: Tensor, heads: int, scale: float) -> Tensor:
-    """The first token's row of `mssa`, (batch, 1, heads × head width), on "torch"."""
-    split = w.to(operand_dtype(w)).unflatten(-1, (heads, -1))
-    return _attend(split[:, :1], split, scale)
+def class_token_mssa(h: Tensor, project: Tensor, heads: int, scale: float) -> Tensor:
+    """The first token's row of `mssa(h Uᵀ, heads, scale)`, (batch, 1, heads × head width), without projecting the others.
+
+    With q the first token's projection, its score with token j is q·U hⱼ = (Uᵀq)·hⱼ, and Σ pⱼ U hⱼ = U Σ pⱼ hⱼ: per head two
+    vectors pass through U, not all tokens.
+
+    Args:
+        h: (batch, tokens, dim).
+        project: U, (heads × head width, dim).
+        heads: number of heads.
+        scale: factor on the scores.
+    """
+    u = project.unflatten(0, (heads, -1))
+    q = F.linear(h[:, 0], project).unflatten(-1, (heads, -1))
+    probabilities = torch.softmax(torch.einsum("bhp,hpd,bnd->bhn", q, u, h) * scale, dim=-1)
+    return torch.einsum("bhn,bnd,hpd->bhp", probabilities, h, u).flatten(1)[:, None]
 
 
-def _attend(queries: Tensor, w: Tensor, scale: float) -> Tensor:
-    """softmax(queries wᵀ · scale) w of (batch, tokens, heads, head width), heads merged again."""
-    q, k = queries.transpose(1, 2), w.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, k, scale=scale).transpose(1, 2)
+def _attend(w: Tensor, scale: float) -> Tensor:
+    """`mssa` of w: (batch, tokens, heads, head width), by PyTorch's own attention."""
+    split = w.transpose(1, 2)
+    out = F.scaled_dot_product_attention(split, split, split, scale=scale).transpose(1, 2)
     if w.device.type == "cpu":
         # PyTorch's CPU attention answers a query of NaN with zeros. Summed in float32, where no finite float16 overflows.
-        total = queries.sum(-1, keepdim=True, dtype=torch.promote_types(queries.dtype, torch.float32))
+        total = w.sum(-1, keepdim=True, dtype=torch.promote_types(w.dtype, torch.float32))
         nothing = (0 * total).to(out.dtype)
         out = out + nothing if torch.is_grad_enabled() else out.add_(nothing)
     return out.flatten(2)

@@ -1,0 +1,102 @@
+"""The work that CRATE cannot avoid: flops and bytes by formula, for every row of a benchmark.
+
+Each kernel is counted with its flops and with each input read once and each output written once; its floor is the larger of
+flops over the measured product rate and bytes over the measured copy rate. Attention's score matrix is symmetric, so 1.5 of
+its two products forward and 3.5 of five backward are unavoidable; weights and per-row statistics are left out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Kernel(NamedTuple):
+    """Work of one kernel: `count` launches of `flops` and `bytes` each."""
+
+    count: int
+    flops: float
+    bytes: float
+
+
+class Shape(NamedTuple):
+    """What a floor depends on: images, tokens of an image, width, total head width, layers, bytes of an element."""
+
+    batch: int
+    tokens: int
+    dim: int
+    inner: int
+    depth: int
+    element: int
+    patch_dim: int = 768
+    classes: int = 1000
+
+
+def mssa(s: Shape, what: str) -> list[Kernel]:
+    """Tied attention: `what` is "forward", "backward" or "both"."""
+    product = 2.0 * s.batch * s.tokens * s.tokens * s.inner
+    activation = float(s.batch * s.tokens * s.inner * s.element)
+    forward, backward = Kernel(s.depth, 1.5 * product, 2 * activation), Kernel(s.depth, 3.5 * product, 3 * activation)
+    return {"forward": [forward], "backward": [backward], "both": [forward, backward]}[what]
+
+
+def ista(s: Shape, what: str) -> list[Kernel]:
+    """The ISTA step: one product forward; the data gradient and the weight gradient backward."""
+    product = _product(s, s.dim, s.dim)
+    activation = _activation(s, s.dim)
+    forward = Kernel(s.depth, product, 2 * activation)
+    backward = [Kernel(s.depth, product, 3 * activation), Kernel(s.depth, product, 2 * activation)]
+    return {"forward": [forward], "backward": backward, "both": [forward, *backward]}[what]
+
+
+def layer(s: Shape, what: str) -> list[Kernel]:
+    """A whole layer: projection, attention, projection back, ISTA step."""
+    wide, narrow, product = _activation(s, s.dim), _activation(s, s.inner), _product(s, s.dim, s.inner)
+    forward = [
+        Kernel(s.depth, product, wide + narrow),
+        *mssa(s, "forward"),
+        Kernel(s.depth, product, narrow + 2 * wide),
+        *ista(s, "forward"),
+    ]
+    backward = [
+        *ista(s, "backward"),
+        Kernel(s.depth, product, wide + narrow),
+        Kernel(s.depth, product, wide + narrow),
+        *mssa(s, "backward"),
+        Kernel(s.depth, product, narrow + 3 * wide),
+        Kernel(s.depth, product, wide + narrow),
+    ]
+    return {"forward": forward, "backward": backward, "both": forward + backward}[what]
+
+
+def model(s: Shape, training: bool) -> list[Kernel]:
+    """Embedding, layers and head; with `training` backward and an optimizer that moves 30 bytes a parameter as well."""
+    embedding = 2.0 * s.batch * (s.tokens - 1) * s.patch_dim * s.dim
+    image = float(s.batch * (s.tokens - 1) * s.patch_dim * s.element)
+    head = 2.0 * s.batch * s.dim * s.classes
+    passes = 2 if training else 1
+    kernels = layer(s, "both" if training else "forward")
+    kernels.append(Kernel(1, passes * embedding, passes * image + (2 * passes - 1) * _activation(s, s.dim)))
+    kernels.append(Kernel(1, (3 if training else 1) * head, 0.0))
+    if training:
+        parameters = s.depth * (2 * s.dim * s.inner + s.dim**2) + s.patch_dim * s.dim + s.tokens * s.dim + s.dim * s.classes
+        kernels.append(Kernel(1, 0.0, 30.0 * parameters))
+    return kernels
+
+
+def milliseconds(kernels: list[Kernel], ceilings: dict[str, float]) -> float:
+    """The least time of `kernels` on a device of measured `ceilings`."""
+    flops, rate = ceilings["flops_per_second"], ceilings["bytes_per_second"]
+    return 1e3 * sum(k.count * max(k.flops / flops, k.bytes / rate) for k in kernels)
+
+
+def totals(kernels: list[Kernel]) -> tuple[float, float]:
+    """(flops, bytes) of all."""
+    return sum(k.count * k.flops for k in kernels), sum(k.count * k.bytes for k in kernels)
+
+
+def _product(s: Shape, inputs: int, outputs: int) -> float:
+    return 2.0 * s.batch * s.tokens * inputs * outputs
+
+
+def _activation(s: Shape, width: int) -> float:
+    return float(s.batch * s.tokens * width * s.element)

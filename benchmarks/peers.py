@@ -1,0 +1,184 @@
+"""Who is measured: the published mathematics, the best of PyTorch put into it, and crate_fast, all with the same weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from crate_fast import CRATE, functional, reference
+
+
+class Unavailable(RuntimeError):
+    """A peer cannot run here; the message says why."""
+
+
+class Peer(NamedTuple):
+    """An implementation.
+
+    `model` builds the whole classifier from the published constructor's arguments; `mssa` (w, heads) and `ista` (h, D) are
+    the operations alone, None where the peer has none of its own. `modes` are those that the full suite of a GPU measures.
+    """
+
+    name: str
+    what: str
+    model: Callable[[dict], nn.Module]
+    modes: tuple[str, ...]
+    mssa: Callable[[Tensor, int], Tensor] | None = None
+    ista: Callable[[Tensor, Tensor], Tensor] | None = None
+    same_function: bool = True  # False: another architecture, for context; no parity is asked of it
+
+
+class SdpaAttention(reference.Attention):
+    """The published attention with PyTorch's fused one on (w, w, w), all heads at once."""
+
+    kernel: SDPBackend | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.to_out(_sdpa(w, self.kernel).transpose(1, 2).flatten(2))
+
+
+class FlexAttention(reference.Attention):
+    """The published attention with FlexAttention on (w, w, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        w = self.qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.to_out(flex_attention(w, w, w).transpose(1, 2).flatten(2))
+
+
+def _sdpa(w: Tensor, kernel: SDPBackend | None) -> Tensor:
+    if kernel is None:
+        return F.scaled_dot_product_attention(w, w, w)
+    with sdpa_kernel([kernel]):
+        return F.scaled_dot_product_attention(w, w, w)
+
+
+def _sdpa_mssa(kernel: SDPBackend | None) -> Callable[[Tensor, int], Tensor]:
+    def mssa(w: Tensor, heads: int) -> Tensor:
+        return _sdpa(w.unflatten(-1, (heads, -1)).transpose(1, 2), kernel).transpose(1, 2).flatten(2)
+
+    return mssa
+
+
+def _with_attention(cls: type[reference.Attention], kernel: SDPBackend | None = None) -> Callable[[dict], nn.Module]:
+    def build(arguments: dict) -> nn.Module:
+        model = reference.CRATE(**arguments)
+        for module in model.modules():
+            if type(module) is reference.Attention:
+                module.__class__ = cls
+                module.kernel = kernel
+        return model
+
+    return build
+
+
+def _crate(backend: str) -> Callable[[dict], nn.Module]:
+    return lambda arguments: CRATE(**arguments, backend=backend)
+
+
+def _timm(arguments: dict) -> nn.Module:
+    if importlib.util.find_spec("timm") is None:
+        raise Unavailable("timm is not installed")
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=arguments["image_size"], patch_size=arguments["patch_size"], num_classes=arguments["num_classes"],
+        embed_dim=arguments["dim"], depth=arguments["depth"], num_heads=arguments["heads"],
+    )  # fmt: skip
+
+
+def load_published(path: Path) -> Peer:
+    """The published class out of a checkout of its repository.
+
+    Raises:
+        Unavailable: there is no model/crate.py, or it does not import.
+    """
+    file = path / "model" / "crate.py"
+    if not file.is_file():
+        raise Unavailable(f"--published is {path}; there is no {file}")
+    specification = importlib.util.spec_from_file_location("_published_crate", file)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise Unavailable(f"{file} does not import: {error}") from error
+    modes = ("eager", "compiled", "max-autotune")
+    return Peer("published checkout", "the published repository's own class", lambda a: module.CRATE(**a), modes)
+
+
+def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
+    """Every peer of a device; the published mathematics comes first, crate_fast, on `backend`, last."""
+    whole = ("eager", "compiled", "max-autotune")
+    sdpa = "the same with scaled_dot_product_attention(w, w, w)"
+    peers = [
+        Peer("published", "the published mathematics", lambda a: reference.CRATE(**a), whole, reference.mssa, reference.ista),
+        Peer("sdpa", sdpa, _with_attention(SdpaAttention), whole, _sdpa_mssa(None)),
+    ]
+    if device.type == "cuda":
+        pinned = {
+            "sdpa flash": SDPBackend.FLASH_ATTENTION,
+            "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+            "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+        }
+        for name, kernel in pinned.items():
+            build, mssa = _with_attention(SdpaAttention, kernel), _sdpa_mssa(kernel)
+            peers.append(Peer(name, f"{sdpa}, {kernel.name} pinned", build, ("compiled",), mssa))
+        peers.append(Peer("flex", "the same with FlexAttention", _with_attention(FlexAttention), ("compiled",)))
+        mssa, ista = partial(functional.mssa, backend="torch"), partial(functional.ista, backend="torch")
+        what = 'crate_fast\'s algebra without its kernels (backend="torch")'
+        peers.append(Peer("algebra", what, _crate("torch"), ("eager", "compiled"), mssa, ista))
+    what = "timm's VisionTransformer of the same sizes, for context"
+    peers.append(Peer("timm ViT", what, _timm, ("compiled",), same_function=False))
+    ours = ("eager", "compiled", "cuda graph")
+    mssa, ista = partial(functional.mssa, backend=backend), partial(functional.ista, backend=backend)
+    return [*peers, Peer("crate_fast", f'crate_fast, backend="{backend}"', _crate(backend), ours, mssa, ista)]
+
+
+def in_mode(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
+    """`module` to be called in a mode: "eager", "compiled", "compiled layers", "max-autotune"; "cuda graph" comes later."""
+    if mode in ("eager", "cuda graph"):
+        return module
+    torch._dynamo.reset()
+    if mode == "compiled":
+        return torch.compile(module)
+    if mode == "max-autotune":
+        return torch.compile(module, mode="max-autotune")
+    for block in _blocks(module):
+        block.compile()
+    return module
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a model, which torch.compile compiles once for all: regional compilation."""
+    if hasattr(module, "blocks"):
+        return list(module.blocks)
+    layers = module.transformer.layers if hasattr(module, "transformer") else [module]
+    if type(layers[0]) is nn.ModuleList:  # the published layer is a list, which is not called itself
+        return [block for layer in layers for block in layer]
+    return list(layers)
+
+
+def graphed(step: Callable[[], object]) -> Callable[[], object]:
+    """`step` captured in a CUDA graph and replayed; it must take its inputs from fixed memory."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

@@ -1,0 +1,224 @@
+"""How fast CRATE is here: crate_fast beside the published code and the best of PyTorch, judged for correctness first.
+
+    python benchmarks/run.py                       all that fits this machine (a CPU: under 3 minutes)
+    python benchmarks/run.py --suite train --model tiny --batch 1024 --dtype bfloat16 --against published,sdpa
+    python benchmarks/run.py --published CHECKOUT  the published repository itself as one more peer
+    python benchmarks/run.py --suite traffic       kernels launched and bytes moved a layer, counted without a GPU
+    python benchmarks/run.py --report              the README's table and the pictures again, from the results
+    python benchmarks/run.py --compare OLD NEW     what became slower between two results, outside the noise
+
+Results go to benchmarks/results/<device>.json (docs/benchmarks.md has its schema and the method); a run replaces the rows it
+measures and keeps the others, so a suite can be run in parts. Exit status: 0; 1 where a comparison finds something slower or
+crate_fast itself failed; 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import floors
+from crate_fast.backend import BACKENDS
+from crate_fast.checkpoint import write_atomically
+from crate_fast.model import SIZES
+from peers import Peer, Unavailable, all_peers, load_published
+from report import compare, plot, print_rows, update_readme
+from timing import Timing, ceilings, conditions, interleave, machine, steady_allocator
+from workloads import DTYPES, Judge, Workload, make_ready
+
+RESULTS = Path(__file__).parent / "results"
+SUITES = ("ops", "layer", "inference", "train")
+PARTS = ("forward", "backward", "both")
+WHATS = (*(f"{operation} {part}" for operation in ("mssa", "ista", "layer") for part in PARTS), "inference", "train")
+SCHEMA = 1
+
+
+def plan(options: argparse.Namespace, device: torch.device) -> list[Workload]:
+    """The workloads that are asked for, or that fit the device."""
+    gpu = device.type == "cuda"
+    suites = options.suite or SUITES
+    sizes = options.model or (tuple(SIZES) if gpu and not options.quick else ("tiny",))
+    dtypes = options.dtype or (("bfloat16", "float16") if gpu and not options.quick else ("bfloat16",) if gpu else ("float32",))
+    found = []
+    for size in sizes:
+        for dtype in dtypes:
+            found += [w for suite in suites for w in _workloads(suite, size, dtype, options.batch, gpu)]
+    return [workload for workload in found if not options.what or workload.what in options.what]
+
+
+def _workloads(suite: str, size: str, dtype: str, batches: list[int] | None, gpu: bool) -> list[Workload]:
+    large = {"tiny": 1024, "small": 1024, "base": 1024, "large": 512}[size] if gpu else 8
+    if suite == "inference":
+        return [Workload(suite, suite, size, b, dtype) for b in batches or ([1, 8, 64, 256, 1024] if gpu else [1, 8])]
+    if suite == "train":
+        return [Workload(suite, suite, size, b, dtype) for b in batches or [large]]
+    operations = ("mssa", "ista") if suite == "ops" else ("layer",)
+    return [Workload(suite, f"{o} {p}", size, b, dtype) for o in operations for p in PARTS for b in batches or [large]]
+
+
+def modes(peer: Peer, workload: Workload, device: torch.device) -> tuple[str, ...]:
+    """The modes in which a workload measures a peer.
+
+    On a CPU whole models are compiled layer by layer: compiling three models whole, for inference and training, takes longer
+    than all else.
+    """
+    if device.type == "cpu":
+        whole = workload.suite in ("inference", "train") and workload.batch > 1
+        return ("eager", "compiled layers") if whole else ("eager",)
+    return tuple(mode for mode in peer.modes if workload.suite != "ops" or mode != "max-autotune")
+
+
+def measure(workload: Workload, peers: list[Peer], device: torch.device, ceiling: dict, seconds: float) -> list[dict]:
+    """A row for every peer and mode: timed together, those that are right; with the reason, those that are not."""
+    published = next(peer for peer in peers if peer.name == "published")
+    judge = Judge(workload, published, device)
+    ready, rows = {}, []
+    for peer in filter(workload.concerns, peers):
+        for mode in modes(peer, workload, device):
+            row = workload._asdict() | {"peer": peer.name, "mode": mode}
+            try:
+                ready[peer.name, mode] = make_ready(workload, peer, mode, device, judge)
+            except torch.OutOfMemoryError:
+                row["reason"] = "out of memory"
+            except Exception as error:  # whatever keeps a peer from running is a row of the table, not the end of it
+                text = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
+                row["reason"] = " ".join(text.split())[:300]
+            rows.append(row)
+    before = conditions(device)
+    steps = {key: made.step for key, made in ready.items()}
+    times = interleave(steps, device, seconds * len(steps)) if steps else {}
+    flops, size = floors.totals(workload.kernels())
+    least = floors.milliseconds(workload.kernels(), ceiling)
+    for row in rows:
+        key = row["peer"], row["mode"]
+        if key in times:
+            row |= _result(workload, ready[key], times[key], least)
+            row |= {"flops": flops, "bytes": size, "floor_ms": least, "conditions": [before, conditions(device)]}
+    return rows
+
+
+def _result(workload: Workload, made, time: Timing, least: float) -> dict:
+    return {
+        "ms": time.median,
+        "ms_q1": time.q1,
+        "ms_q3": time.q3,
+        "samples": time.samples,
+        "images_per_second": workload.batch / time.median * 1e3,
+        "fraction_of_floor": least / time.median,
+        "errors": made.errors,
+        "compile_seconds": made.compile_seconds,
+        "peak_bytes": made.peak,
+        "kept_bytes": made.kept,
+    }
+
+
+def key_of(row: dict) -> tuple:
+    return tuple(row[name] for name in ("suite", "what", "size", "batch", "dtype", "peer", "mode"))
+
+
+def merge(old: dict | None, new: dict) -> dict:
+    """`new`, with the rows of `old` that it does not measure again; each row says with what it was measured."""
+    rows = {key_of(row): row for row in (old or {}).get("rows", [])}
+    rows |= {key_of(row): row for row in new["rows"]}
+    return new | {"rows": list(rows.values())}
+
+
+def run(options: argparse.Namespace, device: torch.device) -> tuple[dict, Path]:
+    """Measures and writes the results after every workload, so that what is cut off keeps what it had."""
+    steady_allocator()
+    peers = all_peers(device, options.backend)
+    if options.published:
+        peers.insert(1, load_published(options.published))
+    if options.against:
+        known = {peer.name for peer in peers}
+        unknown = [name for name in options.against if name not in known]
+        if unknown:
+            raise SystemExit(f"run.py: error: --against names {unknown[0]!r}; here there are {', '.join(sorted(known))}")
+        peers = [peer for peer in peers if peer.name in (*options.against, "published", "crate_fast")]
+    facts = machine(device)
+    path = options.out or RESULTS / f"{_file_name(facts['device'])}.json"
+    seconds = 0.5 if options.quick else 3.0 if device.type == "cuda" else 1.2
+    workloads = plan(options, device)
+    limits = {dtype: ceilings(device, DTYPES[dtype]) for dtype in {w.dtype for w in workloads}}
+    rows = []
+    for workload in tqdm(workloads, desc="measuring", disable=None):
+        fresh = measure(workload, peers, device, limits[workload.dtype], seconds)
+        rows += [row | {"versions": facts} for row in fresh]
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        result = merge(old, {"schema": SCHEMA, "machine": facts, "ceilings": limits, "rows": rows})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file, result=result: file.write((json.dumps(result, indent=1) + "\n").encode()))
+    return {"machine": facts, "ceilings": limits, "rows": rows}, path
+
+
+def _file_name(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--suite", type=names, metavar="NAMES", help=f"of {', '.join((*SUITES, 'traffic'))}; with commas")
+    parser.add_argument("--what", type=names, metavar="NAMES", help=f"only these of the suites: of {', '.join(WHATS)}")
+    parser.add_argument("--model", type=names, metavar="NAMES", help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--batch", type=lambda t: [int(n) for n in t.split(",")], metavar="N,...", help="images of a step")
+    parser.add_argument("--dtype", type=names, metavar="NAMES", help=f"of {', '.join(DTYPES)}; 16 bit means autocast")
+    parser.add_argument("--against", type=names, metavar="NAMES", help="peers to measure beside published and crate_fast")
+    parser.add_argument("--published", type=Path, metavar="DIR", help="a checkout of the published repository")
+    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="of crate_fast (default: auto)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="results file (default: benchmarks/results/<device>.json)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and on a GPU only CRATE-tiny in bfloat16")
+    parser.add_argument("--report", action="store_true", help="measure nothing: README table and pictures from the results")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="measure nothing: two results files")
+    options = parser.parse_args(argv)
+    for flag, values, known in (
+        ("--suite", options.suite, (*SUITES, "traffic")), ("--what", options.what, WHATS),
+        ("--model", options.model, SIZES), ("--dtype", options.dtype, DTYPES),
+    ):  # fmt: skip
+        for value in values or ():
+            if value not in known:
+                parser.error(f"{flag} names {value!r}; allowed are {', '.join(known)}")
+    if any(batch < 1 for batch in options.batch or ()):
+        parser.error(f"--batch is {min(options.batch)}; it must be at least 1")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device is {options.device}; PyTorch finds no CUDA GPU here")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    if options.compare:
+        return compare(*options.compare)
+    if options.report:
+        return update_readme(RESULTS)
+    if options.suite == ["traffic"]:
+        from traffic import print_traffic
+
+        return print_traffic()
+    if options.suite and "traffic" in options.suite:
+        raise SystemExit("run.py: error: --suite traffic goes alone: it counts in Triton's interpreter, which times nothing")
+    torch.manual_seed(0)
+    try:
+        result, path = run(options, torch.device(options.device))
+    except Unavailable as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
+    print_rows(result)
+    pictures = plot(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(""))
+    print(f"results: {os.path.relpath(path)}; pictures: {', '.join(os.path.relpath(p) for p in pictures)}")
+    ours = [row for row in result["rows"] if row["peer"] == "crate_fast" and row["mode"] == "eager"]
+    return 1 if not ours or any("reason" in row for row in ours) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The benchmarks' own promises: no speed without parity, results that open, a README that quotes them, traffic as promised."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import run
+from conftest import BENCHMARKS
+
+import report
+import traffic
+
+ROOT = BENCHMARKS.parent
+ROW = {
+    "suite": "inference", "what": "inference", "size": "tiny", "batch": 8, "dtype": "float32", "peer": "crate_fast",
+    "mode": "eager", "ms": 10.0, "ms_q1": 9.9, "ms_q3": 10.1,
+}  # fmt: skip
+
+
+def benchmark(*flags: str, tree: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, tree / "benchmarks" / "run.py", *flags]
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False)
+
+
+def test_a_layer_moves_and_launches_what_was_promised():
+    ours, published = traffic.layer_traffic(ours=True), traffic.layer_traffic(ours=False)
+    forward = [kernel for kernel in ours["forward"] if kernel.activations]
+    assert len(forward) <= 4
+    assert sum(kernel.activations for kernel in forward) <= 18 * traffic.DIM
+    assert all(kernel.name == "fold" for kernel in ours["forward"] if not kernel.activations)
+    assert len(ours["backward"]) <= 7
+    assert sum(kernel.activations for kernel in ours["backward"]) <= 44 * traffic.DIM
+    for part in ("forward", "backward"):
+        assert len(published[part]) > 4 * len(ours[part])
+        assert sum(k.activations for k in published[part]) > 4 * sum(k.activations for k in ours[part])
+
+
+def test_the_count_sees_what_kernels_touch():
+    """Bytes counted of a kernel whose traffic is known: w read and o written, 16 bit, and a float32 a token and head."""
+    kernel = next(k for k in traffic.layer_traffic(ours=True)["forward"] if k.name.startswith("mssa"))
+    assert (kernel.activations, kernel.statistics, kernel.weights) == (4 * traffic.DIM, 4 * traffic.HEADS, 0)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A short run on one operation and one image, with a stand-in for a checkout of the published repository."""
+    folder = tmp_path_factory.mktemp("results")
+    (folder / "model").mkdir()
+    (folder / "model" / "crate.py").write_text("from crate_fast.reference import CRATE\n")
+    flags = ["--device", "cpu", "--quick", "--what", "mssa both,ista both,inference", "--batch", "1"]
+    result = benchmark(*flags, "--published", str(folder), "--out", str(folder / "cpu.json"))
+    assert result.returncode == 0, result.stderr
+    return result.stdout, folder / "cpu.json"
+
+
+def test_results_hold_everything_that_was_measured(measured):
+    output, path = measured
+    result = json.loads(path.read_text())
+    rows = {(row["what"], row["peer"]): row for row in result["rows"]}
+    assert {"published", "published checkout", "sdpa", "timm ViT", "crate_fast"} == {peer for _, peer in rows}
+    assert {"mssa both", "ista both", "inference"} == {what for what, _ in rows}
+    for row in result["rows"]:
+        assert ("ms" in row) != ("reason" in row)
+        if "ms" in row:
+            assert 0 < row["ms_q1"] <= row["ms"] <= row["ms_q3"]
+            assert row["samples"] >= 4
+            assert row["peer"] == "timm ViT" or 0 < row["errors"][0] < 1e-5
+            assert 0 < row["fraction_of_floor"] < 1
+    assert rows["mssa both", "crate_fast"]["kept_bytes"] < rows["mssa both", "published"]["kept_bytes"] / 2
+    assert rows["inference", "crate_fast"]["peak_bytes"] > 197 * 384 * 4
+    assert result["ceilings"]["float32"]["flops_per_second"] > 1e8
+    assert result["machine"]["torch"] and "speed-up" in output and "inference, CRATE-tiny, batch 1, float32" in output
+
+
+def test_pictures_open(measured):
+    _, path = measured
+    pictures = sorted(path.with_suffix("").glob("*.png"))
+    assert {picture.stem for picture in pictures} == {"speed", "batch", "roofline"}
+    for picture in pictures:
+        assert matplotlib.image.imread(picture).std() > 0.01
+
+
+def test_a_part_keeps_the_other_rows():
+    old, new = {"rows": [ROW, ROW | {"batch": 1}]}, {"rows": [ROW | {"ms": 5.0}]}
+    assert run.merge(old, new)["rows"] == [ROW | {"ms": 5.0}, ROW | {"batch": 1}]
+    assert run.merge(None, new) == new
+
+
+def test_a_wrong_kernel_gets_no_speed(tmp_path):
+    """A copy of the project, one sign of the attention's backward kernel flipped, run in the interpreter."""
+    shutil.copytree(ROOT / "crate_fast", tmp_path / "crate_fast")
+    shutil.copytree(ROOT / "kernels", tmp_path / "crate_fast" / "kernels")
+    shutil.copytree(BENCHMARKS, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
+    kernel = tmp_path / "crate_fast" / "kernels" / "mssa.py"
+    right, wrong = "b_p * (b_dp - b_delta_i[:, None])", "b_p * (b_dp + b_delta_i[:, None])"
+    source = kernel.read_text()
+    assert source.count(right) == 1
+    kernel.write_text(source.replace(right, wrong))
+    flags = ["--device", "cpu", "--quick", "--what", "mssa both", "--batch", "1", "--backend", "triton", "--against", "sdpa"]
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)}
+    result = benchmark(*flags, "--out", str(tmp_path / "out.json"), tree=tmp_path, **environment)
+    rows = {row["peer"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert "ms" in rows["published"] and "ms" in rows["sdpa"]
+    assert "ms" not in rows["crate_fast"]
+    error = re.fullmatch(r"no parity: gradients (\S+) from float64, .*", rows["crate_fast"]["reason"])
+    assert 0.05 < float(error.group(1)) < 10
+    assert result.returncode == 1
+
+
+def test_compare_tells_noise_from_change(tmp_path, capsys):
+    files = [tmp_path / "old.json", tmp_path / "new.json"]
+    rows = [ROW, ROW | {"batch": 64}, ROW | {"batch": 1}]
+    files[0].write_text(json.dumps({"rows": rows}))
+    noisy = ROW | {"batch": 64, "ms": 12.0, "ms_q1": 9.0, "ms_q3": 14.0}
+    files[1].write_text(json.dumps({"rows": [ROW | {"ms": 10.3, "ms_q1": 10.2, "ms_q3": 10.4}, noisy, rows[2]]}))
+    assert run.main(["--compare", *map(str, files)]) == 0
+    assert "3 rows compared, 0 differ" in capsys.readouterr().out
+    files[1].write_text(json.dumps({"rows": [ROW | {"ms": 20.0, "ms_q1": 19.0, "ms_q3": 21.0}]}))
+    assert run.main(["--compare", *map(str, files)]) == 1
+    output = capsys.readouterr().out
+    assert "slower: inference, CRATE-tiny, batch 8, float32, crate_fast, eager: 10.00 ms to 20.00 ms" in output
+    assert output.count("no longer measured") == 2
+    files[0].write_text("{}")
+    assert run.main(["--compare", *map(str, files)]) == 2
+
+
+def test_the_readme_quotes_the_results_and_nothing_else():
+    text = report.README.read_text(encoding="utf-8")
+    quoted = text.split(report.START)[1].split(report.END)[0].strip()
+    assert quoted == report.section(run.RESULTS)
+    assert "images/s" in quoted
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--suite", "speed"], "--suite names 'speed'; allowed are ops, layer"),
+        (["--model", "huge"], "--model names 'huge'; allowed are tiny"),
+        (["--dtype", "int8"], "--dtype names 'int8'"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--device", "cuda"], "no CUDA GPU"),
+    ],
+)
+def test_wrong_arguments_are_named(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        run.main(flags)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_checkout_that_is_none_is_named(tmp_path, capsys):
+    assert run.main(["--device", "cpu", "--published", str(tmp_path), "--out", str(tmp_path / "x.json")]) == 2
+    assert "there is no" in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
