@@ -1,7 +1,7 @@
 """How far from float64 CRATE ends under autocast: the published code, and the fused layers, for logits and gradients.
 
     python benchmarks/precision.py [--seeds 6] [--dim 384] [--depth 12] [--batch 16] [--json FILE]
-    python benchmarks/precision.py --checkpoint FILE [--seeds 6] [--batch 7185] [--json FILE]
+    python benchmarks/precision.py --checkpoint FILE [--seeds 6] [--batch 1437] [--json FILE]
 
 A model with perturbed norms, random images and a random cotangent on its logits is run in float64, then as published under
 bf16 and fp16 autocast, then by the fused layers. Reported is the ratio of the relative errors, ours over the published: of
@@ -165,13 +165,18 @@ def compare(published: reference.CRATE, ours: CRATE, images: Tensor, cotangent: 
 
 
 def summarise(seeds: list[list[float]]) -> dict[str, float]:
-    """Geometric means over seeds of: the logits' ratio; the gradients' median, 90th percentile; each one's, the largest."""
+    """Geometric means over seeds: of the logits' ratio, of the median and 90th percentile over gradients ("median", "p90"), and
+    of each gradient's ratio, of which the 90th percentile and the largest ("p90_of_means", "largest").
+
+    "p90" is above 1 even between two equally precise computations, since one seed scatters; "p90_of_means" is not.
+    """
     logs = torch.tensor(seeds).log()
     gradients = logs[:, 1:]
     return {
         "logits": math.exp(logs[:, 0].mean()),
         "median": math.exp(gradients.median(1).values.mean()),
         "p90": math.exp(gradients.quantile(0.9, dim=1).mean()),
+        "p90_of_means": math.exp(gradients.mean(0).quantile(0.9)),
         "largest": math.exp(gradients.mean(0).max()),
     }
 
@@ -206,7 +211,7 @@ def _images(options: argparse.Namespace, model: CRATE) -> Tensor:
         return torch.randn(options.batch, model.channels, *model.image_size)
     data, images, settings = Digits(model.image_size, torch.device("cpu")), [], TrainConfig()
     moves = {name: getattr(settings, name) for name in ("rotate", "zoom", "shift")}
-    for epoch in range(options.batch // len(data.train_labels) + 1):
+    for epoch in range(1 + (options.batch - 1) // len(data.train_labels)):
         images += [batch for batch, _ in data.train_batches(len(data.train_labels), torch.initial_seed(), epoch, **moves)]
     return torch.cat(images)[: options.batch]
 
@@ -221,18 +226,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--batch", type=int, help="images (default: 16; of a checkpoint 7,185, five epochs)")
+    parser.add_argument("--batch", type=int, help="images (default: 16; of a checkpoint 1,437, an epoch)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a model of the digits run instead of a drawn one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there too")
     options = parser.parse_args()
-    options.batch = options.batch or (7185 if options.checkpoint else 16)
+    options.batch = options.batch or (1437 if options.checkpoint else 16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     summary = measure(options, device)
     how = "the kernels" if device == "cuda" else "emulated"
     print(f"errors against float64, fused layers ({how}) over published code; geometric means of {options.seeds} seeds")
-    print(f"{'autocast':24}{'logits':>8}{'gradients: median':>20}{'p90':>8}{'largest':>9}")
+    print(f"{'autocast':24}{'logits':>8}{'gradients: median':>20}{'p90':>8}{'p90 of means':>14}{'largest':>9}")
     for row, s in summary.items():
-        print(f"{row:24}{s['logits']:8.2f}{s['median']:20.2f}{s['p90']:8.2f}{s['largest']:9.2f}")
+        print(f"{row:24}{s['logits']:8.2f}{s['median']:20.2f}{s['p90']:8.2f}{s['p90_of_means']:14.2f}{s['largest']:9.2f}")
     if options.json:
         model = "a checkpoint of the digits run" if options.checkpoint else f"{options.depth} layers, width {options.dim}"
         record = {"model": model, "seeds": options.seeds, "batch": options.batch}

@@ -123,24 +123,19 @@ def ista_with_operator(
     operator = ista_operator(weight, step_size) if operator is None else operator
     operand = operand_dtype(h)
     if backend == "torch":
-        return ista_torch(h, operator, step_size * lambd, operand)
+        return _ista_torch(h, operator, step_size * lambd, operand)
     from .kernels import ISTA
 
     return ISTA.apply(h.to(torch.promote_types(h.dtype, operand)), operator, step_size * lambd, operand)
 
 
-def ista_torch(h: Tensor, operator: Tensor, shrinkage: float, operand: torch.dtype) -> Tensor:
+def _ista_torch(h: Tensor, operator: Tensor, shrinkage: float, operand: torch.dtype) -> Tensor:
     """relu(h + h M − ηλ) in plain PyTorch, the product taken in dtype `operand`."""
     if operand == h.dtype == operator.dtype:
         # The residual goes in as the product's addend: I + M would save its copy, but rounds M to the precision of I.
         rows = h.reshape(-1, h.shape[-1])
         return torch.addmm(rows, rows, operator).sub_(shrinkage).relu_().view(h.shape)
-    return torch.relu(h + ista_product(h, operator, operand) - shrinkage)
-
-
-def ista_product(h: Tensor, operator: Tensor, operand: torch.dtype) -> Tensor:
-    """h M, taken in dtype `operand`."""
-    return F.linear(h.to(operand), operator.t().to(operand))
+    return torch.relu(h + F.linear(h.to(operand), operator.t().to(operand)) - shrinkage)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -19,19 +20,38 @@ _operators = WeakTensorKeyDictionary()
 
 
 def _kept_operator(weight: Tensor, step_size: float) -> Tensor:
+    if torch.compiler.is_compiling():  # a graph cannot keep it from call to call
+        return functional.ista_operator(weight, step_size)
     cache = _operators.setdefault(weight, WeightCache())
     return cache.get((weight,), (step_size,), lambda: functional.ista_operator(weight, step_size))
 
 
-@torch.library.custom_op("crate_fast::kept_product", mutates_args=())
-def _kept_product(h: Tensor, weight: Tensor, step_size: float) -> Tensor:
-    """h M with M kept from call to call: a graph of torch.compile cannot keep it, one node of it can."""
-    return functional.ista_product(h, _kept_operator(weight, step_size), h.dtype)
+@torch.library.custom_op("crate_fast::evaluated_layer", mutates_args=())
+def _evaluated_layer(
+    x: Tensor,
+    weights: list[Tensor],
+    heads: int,
+    scale: float,
+    eps_mssa: float,
+    eps_ista: float,
+    step_size: float,
+    lambd: float,
+) -> Tensor:
+    """A plain layer on "torch" without gradients or autocast, its `weights` as `Layer.weights` gives them.
+
+    One operator, so that M is kept from call to call under torch.compile too.
+    """
+    norm1_weight, norm1_bias, project, out_weight, out_bias, norm2_weight, norm2_bias, dictionary = weights
+    width = x.shape[-1:]
+    w = F.linear(F.layer_norm(x, width, norm1_weight, norm1_bias, eps_mssa), project)
+    z = F.linear(functional.mssa(w, heads, scale, "torch"), out_weight, out_bias).add_(x)
+    h = F.layer_norm(z, width, norm2_weight, norm2_bias, eps_ista)
+    return functional.ista_with_operator(h, dictionary, _kept_operator(dictionary, step_size), step_size, lambd, "torch")
 
 
-@_kept_product.register_fake
-def _(h, weight, step_size):
-    return torch.empty_like(h, memory_format=torch.contiguous_format)
+@_evaluated_layer.register_fake
+def _(x, weights, heads, scale, eps_mssa, eps_ista, step_size, lambd):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class PreNorm(nn.Module):
@@ -124,16 +144,8 @@ class FeedForward(nn.Module):
             return reference.ista(x, self.weight, self.step_size, self.lambd)
         operator = None
         if not self.training and not (torch.is_grad_enabled() and self.weight.requires_grad):
-            if self._is_one_node(x, choice.name):
-                product = _kept_product(x.to(functional.operand_dtype(x)), self.weight, self.step_size)
-                return torch.relu(x + product - self.step_size * self.lambd)
             operator = _kept_operator(self.weight, self.step_size)
         return functional.ista_with_operator(x, self.weight, operator, self.step_size, self.lambd, choice.name)
-
-    def _is_one_node(self, x: Tensor, backend: str) -> bool:
-        """Whether torch.compile is to see `_kept_product`: nothing is differentiated, nor exported to run elsewhere."""
-        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        return compiling and backend == "torch" and not (torch.is_grad_enabled() and x.requires_grad)
 
     def train(self, mode: bool = True) -> FeedForward:
         self._forget()
@@ -157,7 +169,28 @@ class Layer(nn.ModuleList):
         self._prepared = WeightCache()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[1](self[0](x) + x)
+        if not self._is_evaluated(x):
+            return self[1](self[0](x) + x)
+        mssa, ista = self
+        numbers = (mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, ista.norm.eps, ista.fn.step_size, ista.fn.lambd)
+        return _evaluated_layer(x, list(self.weights()), *numbers)
+
+    def _is_evaluated(self, x: Tensor) -> bool:
+        """Whether `_evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return False
+        return self.runs_unwatched(x) and not torch.compiler.is_exporting()
+
+    def runs_unwatched(self, x: Tensor) -> bool:
+        """Whether modules may be passed by on "torch": all are plain and nobody watches, and the backend, asked for or chosen,
+        is that one."""
+        if x.dim() != 3 or x.numel() == 0 or has_global_hooks() or not self.is_fusable(("auto", "torch")):
+            return False
+        attention = self[0].fn
+        weights = self.weights()
+        if not same_place(weights) or weights[0].device != x.device or weights[2].shape[1] != x.shape[-1]:
+            return False  # the modules say what is wrong
+        return choose_backend(attention.backend, x, attention.qkv.out_features // attention.heads).name == "torch"
 
     def is_fusable(self, backends: tuple[str, ...] = ("auto", "triton")) -> bool:
         """Whether one fused computation may stand for all modules of this layer: none is hooked, changed or dropping out,
@@ -302,15 +335,10 @@ class Transformer(nn.Module):
                 continue
             for layer in layers[:-1]:
                 x = layer(x)
-            class_token = last and pool == "cls" and self._gives_class_token(layers[-1], x)
-            x = layers[-1].class_token(x) if class_token else layers[-1](x)
+            end = layers[-1]
+            alone = last and pool == "cls" and type(end) is Layer and end.runs_unwatched(x)
+            x = end.class_token(x) if alone else end(x)
         return pool_tokens(x, pool)
-
-    def _gives_class_token(self, layer: nn.Module, x: Tensor) -> bool:
-        """Whether the class token alone may be computed: the layer is plain and its backend "torch", asked for or chosen."""
-        if x.dim() != 3 or has_global_hooks() or type(layer) is not Layer or not layer.is_fusable(("auto", "torch")):
-            return False
-        return choose_backend(self.backend, x, layer[0].fn.qkv.out_features // layer[0].fn.heads).name == "torch"
 
     def _fuses(self, layer: nn.Module, x: Tensor) -> bool:
         if x.dim() != 3 or x.numel() == 0 or has_global_hooks() or type(layer) is not Layer or not layer.is_fusable():
