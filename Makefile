@@ -6,13 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: train test lint
+.PHONY: train test bench lint
 
 train: $(VENV)/installed-train
 	$(BIN)/crate-fast train $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/installed-test
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check
