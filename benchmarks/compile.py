@@ -32,7 +32,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from crate_fast.kernels import ista, layer, linear, mssa, runtime
+from crate_fast.kernels import gradients, ista, layer, linear, mssa, runtime
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 """KiB of shared memory that one program can have."""
@@ -44,7 +44,7 @@ SPILLS_ALLOWED = {
 }
 """(kernel, part of the configuration's name) of the spills that are known, with the reason."""
 
-NOT_MATRIX = {"_fold_kernel"}
+NOT_MATRIX = {"_fold_kernel", "_delta_kernel"}
 
 # parameters, stream, operands
 DTYPES = {
@@ -111,14 +111,16 @@ def _layer(parameter, stream, operand, tokens: int, dim: int, head_width: int) -
     prepared = list(layer.prepare_layer(weights, settings, operand))
     x = _empty(16, tokens, dim, dtype=stream)
     saved = layer.layer_forward.body(x, prepared, vector, vector, heads, settings.scale, 1e-5, 1e-5)
-    scale = _empty(1, dtype=torch.float32)
-    layer.layer_backward.body(x, scale, [x, *saved], prepared, list(weights), heads, settings.scale, [True] * 3)
+    *saved, sums = saved
+    scale, vector = _empty(1, dtype=torch.float32), _empty(dim, dtype=torch.float32)
+    for below in ([], [vector, vector]):  # at the bottom of a stack, and on a layer
+        layer.layer_backward.body(x, sums, scale, [x, *saved], prepared, list(weights), below, settings.scale, [True] * 3)
 
 
 def _attention(dtype: torch.dtype, head_width: int) -> None:
     w = _empty(16, 197, 4 * head_width, dtype=dtype)
     o, lse = mssa.mssa_forward(w, 4, 0.125)
-    mssa.mssa_backward(w, o, w, lse, 4, 0.125)
+    mssa.attend_backward.body(w, o, w, lse, 4, 0.125)
 
 
 def _ista_alone(stream: torch.dtype, operand: torch.dtype) -> None:
@@ -148,14 +150,16 @@ def _specialise(kernel, label: str, arguments: tuple, constants: dict, operand_b
         aligned += [index] if divisible else []
     signature |= dict.fromkeys(constexprs, "constexpr")
     ends = "".join(
-        f" {v if isinstance(v, str) else k}".lower() for k, v in constexprs.items() if k in _ENDS and v not in (False, "none")
+        f" {v if isinstance(v, str) else k}".lower()
+        for k, v in constexprs.items()
+        if k in _ENDS and v not in (False, 0, "none")
     )
     blocks = "×".join(str(v) for k, v in constexprs.items() if k in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     name = f"{label},{ends} {blocks} {options['num_warps']}w {options['num_stages']}s"
     return Launch(kernel.fn.__name__, name, signature, constexprs, tuple(aligned), options, operand_bits)
 
 
-_ENDS = ("NORM", "SHRINK", "RESIDUAL")
+_ENDS = ("NORM", "SHRINK", "RESIDUAL", "RECTIFIED", "HEAD_WIDTH", "SUMS")
 
 
 def _pointer_type(dtype: torch.dtype) -> str:
@@ -179,7 +183,7 @@ class Row(NamedTuple):
 
 def compile_one(launch: Launch, arch: str) -> Row:
     """Compiles one launch for one architecture and reads the machine code."""
-    kernel = next(getattr(m, launch.kernel) for m in (mssa, linear) if hasattr(m, launch.kernel))
+    kernel = next(getattr(m, launch.kernel) for m in (mssa, linear, gradients) if hasattr(m, launch.kernel))
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(fn=kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=launch.options)

@@ -184,8 +184,8 @@ class Layer(nn.ModuleList):
         self._prepared.clear()
         return super()._apply(fn, recurse)
 
-    def run_fused(self, x: Tensor, gradient_scale: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor]:
-        """This layer by the fused kernels, between `kernels.enter_stack` and `kernels.leave_stack`."""
+    def run_fused(self, stream, operand: torch.dtype):
+        """This layer by the fused kernels: a `kernels.Stream` to the next."""
         from .kernels import LayerSettings, LayerWeights, fused_layer, prepare_layer
 
         mssa, ista = self
@@ -204,7 +204,7 @@ class Layer(nn.ModuleList):
             operator, prepared = self._prepared.get((*others, dictionary), (settings, step_size, operand), prepare)
             if torch.is_grad_enabled() and dictionary.requires_grad:
                 operator = functional.ista_operator(dictionary, step_size)
-        return fused_layer(x, gradient_scale, LayerWeights(*others, operator), prepared, settings)
+        return fused_layer(stream, LayerWeights(*others, operator), prepared, settings)
 
 
 class Transformer(nn.Module):
@@ -281,10 +281,10 @@ class Transformer(nn.Module):
         stream, operand = stream_dtypes(self.stream, torch.get_autocast_dtype(device)) if autocast else (x.dtype, x.dtype)
         result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
         with torch.autocast(device, enabled=False):
-            x, gradient_scale = enter_stack(x, stream)
+            handed_on = enter_stack(x, stream)
             for layer in layers:
-                x, gradient_scale = layer.run_fused(x, gradient_scale, operand)
-            return leave_stack(x, gradient_scale, result, pool, scaled=operand == torch.float16)
+                handed_on = layer.run_fused(handed_on, operand)
+            return leave_stack(handed_on, result, pool, scaled=operand == torch.float16)
 
 
 def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torch.dtype]:

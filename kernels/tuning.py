@@ -20,10 +20,10 @@ _ATTENTION = {
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)
 _MATRIX = {
     ("linear", 16): (128, 128, 64, 8, 3),
-    ("linear_backward", 16): (64, 128, 32, 8, 3),  # 128 registers, two programs a multiprocessor; 128 × 128 takes 254
+    ("data_gradient", 16): (64, 128, 32, 8, 3),  # 128 registers, two programs a multiprocessor; 128 × 128 takes 254
     ("weight_gradient", 16): (128, 128, 32, 8, 2),
     ("linear", 32): (64, 64, 32, 4, 2),
-    ("linear_backward", 32): (64, 64, 32, 4, 2),
+    ("data_gradient", 32): (64, 64, 32, 4, 2),
     ("weight_gradient", 32): (64, 64, 32, 4, 2),
 }
 
@@ -35,12 +35,12 @@ def attention(kernel: str, dtype: torch.dtype, head_width: int) -> dict[str, int
     """Constants of "mssa_forward" or "mssa_backward" for tokens of `dtype` and heads of a width."""
     for widest, block_m, block_n, warps, stages in _ATTENTION[kernel, _bits(dtype)]:
         if head_width <= widest:
-            return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+            return {"BLOCK_M": block_m, "BLOCK_N": block_n, "TAIL": 16, "num_warps": warps, "num_stages": stages}
     raise ValueError(f"head width is {head_width}; the kernels take 16 to 128")
 
 
 def matrix(kernel: str, operand: torch.dtype, inputs: int, outputs: int) -> dict[str, int]:
-    """Constants of "linear", "linear_backward" or "weight_gradient" for operands of a dtype and a weight's sizes."""
+    """Constants of "linear", "data_gradient" or "weight_gradient" for operands of a dtype and a weight's sizes."""
     aligned = inputs % 16 == 0 and outputs % 16 == 0
     bits = _bits(operand)
     block_m, block_n, block_k, warps, stages = _MATRIX[kernel, bits] if aligned else _UNALIGNED[bits]

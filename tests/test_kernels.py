@@ -133,7 +133,7 @@ def test_norm_and_product_are_no_worse_than_plain_ones_at_any_mean(ratio, dtype)
 
 
 def test_weight_gradient_over_many_splits_is_right_and_repeats_itself():
-    from crate_fast.kernels.linear import weight_gradient
+    from crate_fast.kernels.gradients import weight_gradient
 
     torch.manual_seed(0)
     x, g = torch.randn(700, 32), torch.randn(700, 48)
