@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from crate_fast.kernels import gradients, ista, layer, linear, mssa, runtime
+from crate_fast.kernels import attention, gradients, ista, layer, linear, mssa, runtime
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 """KiB of shared memory that one program can have."""
@@ -183,18 +184,18 @@ class Row(NamedTuple):
 
 def compile_one(launch: Launch, arch: str) -> Row:
     """Compiles one launch for one architecture and reads the machine code."""
-    kernel = next(getattr(m, launch.kernel) for m in (mssa, linear, gradients) if hasattr(m, launch.kernel))
+    kernel = next(getattr(m, launch.kernel) for m in (attention, linear, gradients) if hasattr(m, launch.kernel))
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(fn=kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=launch.options)
     usage, code = _disassemble(compiled.asm["cubin"])
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     spilled = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
-    matrix = re.findall(r"\b(HGMMA|UTCHMMA|HMMA)\b", code)
+    matrix = Counter(re.findall(r"\b(HGMMA|UTCHMMA|HMMA)\b", code))
     precision = "" if launch.operand_bits == 16 else ("tf32" if "tf32" in compiled.asm["ptx"] else "ieee")
     row = Row(
         arch, launch.kernel, launch.name, registers, spilled, compiled.metadata.shared,
-        f"{len(matrix)} {matrix[0]}" if matrix else "0", len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128", code)), precision, "",
+        " ".join(f"{count} {name}" for name, count in sorted(matrix.items())) or "0", len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128", code)), precision, "",
     )  # fmt: skip
     return row._replace(problem=_problem(row, launch))
 

@@ -8,235 +8,22 @@ For one head, w of shape (N, p), S = w wᵀ · scale, which is symmetric:
                 dw = scale · E w + Pᵀ do
 
 Both P and Pᵀ come from one tile of S, because S is symmetric, so a program that owns the rows of a tile writes all of their
-gradient: 5 products a tile, no atomics, no dQ, dK or dV, and the same bits from run to run. Columns come in full blocks,
-then in narrow ones (TAIL), so that 197 tokens cost 208 columns and full blocks need no mask.
-
-Names: `p_` pointers, `b_` blocks in registers, `m_` masks. M query rows, N key rows, D head width.
+gradient: 5 products a tile, no atomics, no dQ, dK or dV, and the same bits from run to run. The kernels are in attention.py.
 """
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import tuning
+from .attention import _delta_kernel, _mssa_backward_kernel, _mssa_forward_kernel
 from .linear import Folded
 from .runtime import float32_precision, launch, operator
 
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _tile_position(tokens, heads, BLOCK_M: tl.constexpr):
-    """(batch, head, first row) of this program; the tiles of one head are neighbours, so that they share it in L2."""
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(tokens, BLOCK_M)
-    plane = pid // tiles
-    return (plane // heads).to(tl.int64), (plane % heads).to(tl.int64), (pid % tiles) * BLOCK_M
-
-
-@triton.jit
-def _load_tokens(p_head, first, tokens, stride_n, stride_d, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows first .. first + ROWS of one head, [ROWS, BLOCK_D]; zero past the last token and past the head's width."""
-    row = first + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    p_rows = p_head + row.to(tl.int64)[:, None] * stride_n + column[None, :] * stride_d
-    if WIDTH == BLOCK_D:
-        return tl.load(p_rows, mask=(row < tokens)[:, None], other=0.0)
-    return tl.load(p_rows, mask=(row < tokens)[:, None] & (column < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def _store_tokens(p_head, b, first, tokens, stride_n, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = first + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    p_rows = p_head + row.to(tl.int64)[:, None] * stride_n + column[None, :]
-    tl.store(p_rows, b.to(p_head.dtype.element_ty), mask=(row < tokens)[:, None] & (column < WIDTH)[None, :])
-
-
-@triton.jit
-def _mssa_forward_kernel(
-    p_w,  # (batch, tokens, heads * WIDTH), any strides
-    p_o,  # the same, contiguous
-    p_lse,  # (batch, heads, tokens) float32, log2 of the softmax's denominator
-    tokens,
-    heads,
-    stride_wb,
-    stride_wn,
-    stride_wd,
-    scale_log2,  # scale · log2(e): the softmax is taken in base 2
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    batch, head, first = _tile_position(tokens, heads, BLOCK_M)
-    p_wh = p_w + batch * stride_wb + head * WIDTH * stride_wd
-    b_q = _load_tokens(p_wh, first, tokens, stride_wn, stride_wd, WIDTH, BLOCK_M, BLOCK_D)  # [M, D]
-
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full = tokens // BLOCK_N * BLOCK_N
-    for start in range(0, full, BLOCK_N):
-        b_k = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, BLOCK_N, BLOCK_D)  # [N, D]
-        b_max, b_sum, b_o = _attend_to(b_q, b_k, b_max, b_sum, b_o, scale_log2, start, tokens, False, PRECISION)
-    for start in range(full, tokens, TAIL):
-        b_k = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, TAIL, BLOCK_D)
-        b_max, b_sum, b_o = _attend_to(b_q, b_k, b_max, b_sum, b_o, scale_log2, start, tokens, True, PRECISION)
-
-    width = heads * WIDTH
-    p_oh = p_o + batch * tokens * width + head * WIDTH
-    _store_tokens(p_oh, b_o / b_sum[:, None], first, tokens, width, WIDTH, BLOCK_M, BLOCK_D)
-    row = first + tl.arange(0, BLOCK_M)
-    tl.store(p_lse + (batch * heads + head) * tokens + row, b_max + tl.log2(b_sum), mask=row < tokens)
-
-
-@triton.jit
-def _attend_to(b_q, b_k, b_max, b_sum, b_o, scale_log2, start, tokens, LAST: tl.constexpr, PRECISION: tl.constexpr):
-    """The running maximum, sum and result of a row block after a block of keys; with LAST keys may lie past the end."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2  # [M, N]
-    if LAST:
-        b_s = tl.where((start + tl.arange(0, b_k.shape[0]) < tokens)[None, :], b_s, float("-inf"))
-    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-    b_p = tl.exp2(b_s - b_new_max[:, None])
-    b_rescale = tl.exp2(b_max - b_new_max)
-    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-    b_o = tl.dot(b_p.to(b_k.dtype), b_k, b_o * b_rescale[:, None], input_precision=PRECISION)
-    return b_new_max, b_sum, b_o
-
-
-@triton.jit
-def _mssa_backward_kernel(
-    p_w,  # (batch, tokens, heads * WIDTH), any strides
-    p_do,  # the same, any strides
-    p_lse,  # (batch, heads, tokens) float32
-    p_delta,  # (heads, PIECES, batch * tokens) float32, summed over PIECES: Σ do·o
-    p_dw,  # (batch, tokens, heads * WIDTH), contiguous
-    p_gain,  # (heads * WIDTH,) float32, SUMS
-    p_offset,
-    p_sums,  # (2, heads, batch * tokens) float32, SUMS: parts of Σ dw·(w − offset) and Σ dw·gain
-    batches,
-    tokens,
-    heads,
-    stride_wb,
-    stride_wn,
-    stride_wd,
-    stride_gb,
-    stride_gn,
-    stride_gd,
-    scale,
-    scale_log2,
-    SUMS: tl.constexpr,
-    PIECES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    batch, head, first = _tile_position(tokens, heads, BLOCK_M)
-    width = heads * WIDTH
-    rows = batches.to(tl.int64) * tokens
-    p_wh = p_w + batch * stride_wb + head * WIDTH * stride_wd
-    p_gh = p_do + batch * stride_gb + head * WIDTH * stride_gd
-    p_lseh = p_lse + (batch * heads + head) * tokens
-    p_deltah = p_delta + head * PIECES * rows + batch * tokens
-
-    b_wi = _load_tokens(p_wh, first, tokens, stride_wn, stride_wd, WIDTH, BLOCK_M, BLOCK_D)  # [M, D]
-    b_gi = _load_tokens(p_gh, first, tokens, stride_gn, stride_gd, WIDTH, BLOCK_M, BLOCK_D)  # [M, D]
-    b_lse_i, b_delta_i = _load_sums(p_lseh, p_deltah, first, tokens, rows, PIECES, BLOCK_M)  # [M]
-
-    b_dw = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full = tokens // BLOCK_N * BLOCK_N
-    for start in range(0, full, BLOCK_N):
-        b_wj = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, BLOCK_N, BLOCK_D)  # [N, D]
-        b_gj = _load_tokens(p_gh, start, tokens, stride_gn, stride_gd, WIDTH, BLOCK_N, BLOCK_D)  # [N, D]
-        b_lse_j, b_delta_j = _load_sums(p_lseh, p_deltah, start, tokens, rows, PIECES, BLOCK_N)  # [N]
-        b_dw = _gradient_from(
-            b_dw, b_wi, b_gi, b_lse_i, b_delta_i, b_wj, b_gj, b_lse_j, b_delta_j, start, tokens, scale, scale_log2,
-            False, PRECISION,
-        )  # fmt: skip
-    for start in range(full, tokens, TAIL):
-        b_wj = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, TAIL, BLOCK_D)
-        b_gj = _load_tokens(p_gh, start, tokens, stride_gn, stride_gd, WIDTH, TAIL, BLOCK_D)
-        b_lse_j, b_delta_j = _load_sums(p_lseh, p_deltah, start, tokens, rows, PIECES, TAIL)
-        b_dw = _gradient_from(
-            b_dw, b_wi, b_gi, b_lse_i, b_delta_i, b_wj, b_gj, b_lse_j, b_delta_j, start, tokens, scale, scale_log2,
-            True, PRECISION,
-        )  # fmt: skip
-
-    b_dw = b_dw.to(p_dw.dtype.element_ty)
-    _store_tokens(p_dw + batch * tokens * width + head * WIDTH, b_dw, first, tokens, width, WIDTH, BLOCK_M, BLOCK_D)
-    if SUMS:
-        column = tl.arange(0, BLOCK_D)
-        row = first + tl.arange(0, BLOCK_M)
-        b_gain = tl.load(p_gain + head * WIDTH + column, mask=column < WIDTH, other=0.0)
-        b_offset = tl.load(p_offset + head * WIDTH + column, mask=column < WIDTH, other=0.0)
-        b_dw = b_dw.to(tl.float32)  # sums of what was stored
-        p_part = p_sums + head * rows + batch * tokens + row
-        tl.store(p_part, tl.sum(b_dw * (b_wi.to(tl.float32) - b_offset[None, :]), 1), mask=row < tokens)
-        tl.store(p_part + heads * rows, tl.sum(b_dw * b_gain[None, :], 1), mask=row < tokens)
-
-
-@triton.jit
-def _load_sums(p_lse, p_delta, first, tokens, rows, PIECES: tl.constexpr, ROWS: tl.constexpr):
-    """(lse, δ) of rows; lse is infinite past the last token, so that no weight goes there."""
-    row = first + tl.arange(0, ROWS)
-    b_delta = tl.load(p_delta + row, mask=row < tokens, other=0.0)
-    for piece in tl.static_range(1, PIECES):
-        b_delta += tl.load(p_delta + piece * rows + row, mask=row < tokens, other=0.0)
-    return tl.load(p_lse + row, mask=row < tokens, other=float("inf")), b_delta
-
-
-@triton.jit
-def _gradient_from(
-    b_dw, b_wi, b_gi, b_lse_i, b_delta_i, b_wj, b_gj, b_lse_j, b_delta_j, start, tokens, scale, scale_log2,
-    LAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dw of a row block after a block of columns; with LAST columns may lie past the end."""
-    b_s = tl.dot(b_wi, tl.trans(b_wj), input_precision=PRECISION) * scale_log2  # [M, N]
-    if LAST:
-        b_s = tl.where((start + tl.arange(0, b_wj.shape[0]) < tokens)[None, :], b_s, float("-inf"))
-    b_p = tl.exp2(b_s - b_lse_i[:, None])  # P_ij
-    b_pt = tl.exp2(b_s - b_lse_j[None, :])  # P_ji
-    b_dp = tl.dot(b_gi, tl.trans(b_wj), input_precision=PRECISION)
-    b_dpt = tl.dot(b_wi, tl.trans(b_gj), input_precision=PRECISION)
-    b_e = (b_p * (b_dp - b_delta_i[:, None]) + b_pt * (b_dpt - b_delta_j[None, :])) * scale
-    b_dw = tl.dot(b_pt.to(b_gj.dtype), b_gj, b_dw, input_precision=PRECISION)
-    return tl.dot(b_e.to(b_wj.dtype), b_wj, b_dw, input_precision=PRECISION)
-
-
-@triton.jit
-def _delta_kernel(
-    p_o,  # (rows, heads * WIDTH), contiguous
-    p_do,  # (batch, tokens, heads * WIDTH), any strides
-    p_delta,  # (heads, rows) float32
-    rows,
-    tokens,
-    stride_gb,
-    stride_gn,
-    stride_gd,
-    heads,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    row = (tl.program_id(0) // heads).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_D)
-    m_tile = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    p_oh = p_o + row[:, None] * (heads * WIDTH) + head * WIDTH + column[None, :]
-    p_row = p_do + row // tokens * stride_gb + row % tokens * stride_gn
-    p_gh = p_row[:, None] + (head * WIDTH + column)[None, :] * stride_gd
-    b_product = tl.load(p_oh, mask=m_tile, other=0.0).to(tl.float32) * tl.load(p_gh, mask=m_tile, other=0.0).to(tl.float32)
-    tl.store(p_delta + head * rows + row, tl.sum(b_product, 1), mask=row < rows)
 
 
 def mssa_forward(w: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -284,12 +71,26 @@ def _plan(name: str, w: Tensor, heads: int) -> tuple[dict, int]:
     batch, tokens, width = w.shape
     head_width = width // heads
     config = tuning.attention(name, w.dtype, head_width)
+    wide, narrow = _parts(head_width, w.dtype)
     constants = config | {
         "WIDTH": head_width,
-        "BLOCK_D": triton.next_power_of_2(head_width),
+        "D0": wide,
+        "D1": narrow,
         "PRECISION": float32_precision(),
     }
     return constants, batch * heads * triton.cdiv(tokens, config["BLOCK_M"])
+
+
+def _parts(head_width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """A head's width as one or two powers of two, of 16 or more, that together are as wide, or least wider; (D0, D1)."""
+    whole = triton.next_power_of_2(max(head_width, 16))
+    first = whole // 2
+    if first < 16 or (head_width == whole and dtype != torch.float32):
+        return whole, 0
+    rest = triton.next_power_of_2(max(head_width - first, 16))
+    if head_width == whole:  # float32 products hold both operands in registers, over their whole depth
+        return (first, first) if whole > 64 else (whole, 0)
+    return (first, rest) if rest < first else (whole, 0)
 
 
 def _empty_results(w: Tensor, heads: int) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ def attention(kernel: str, dtype: torch.dtype, head_width: int) -> dict[str, int
     """Constants of "mssa_forward" or "mssa_backward" for tokens of `dtype` and heads of a width."""
     for widest, block_m, block_n, warps, stages in _ATTENTION[kernel, _bits(dtype)]:
         if head_width <= widest:
-            return {"BLOCK_M": block_m, "BLOCK_N": block_n, "TAIL": 16, "num_warps": warps, "num_stages": stages}
+            return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     raise ValueError(f"head width is {head_width}; the kernels take 16 to 128")
 
 
