@@ -6,7 +6,8 @@ The library's own launch code runs on tensors without memory; what it would have
 specialisation that Triton's runtime would choose (alignment, unit strides, 32- or 64-bit sizes). A row a kernel:
 registers, bytes spilled, shared memory, matrix instructions, 16-byte global loads, and for float32 the precision that the
 PTX names. Exit status 1 where a kernel spills and `SPILLS_ALLOWED` does not say why, needs more shared memory than the
-chip has, has no matrix instruction though its operands are 16 bit, or uses tf32 unasked.
+chip has, uses tf32 unasked, or, with 16-bit operands, has no matrix instruction (HGMMA on sm_90, UTCHMMA on sm_100) or no
+16-byte load though all rows start on 16 bytes.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100":
 """KiB of shared memory that one program can have."""
 
 SPILLS_ALLOWED = {
-    ("_mssa_backward_kernel", "fp32 width 80,"): "ieee products are FMAs with both operands in registers; 16 × 16 is the least",
-    ("_mssa_backward_kernel", "fp32 width 96,"): "the same",
+    ("_mssa_backward_kernel", "fp32 width 96,"): "ieee products are FMAs with both operands in registers; 16 × 16 is the least",
     ("_mssa_backward_kernel", "fp32 width 128,"): "the same",
 }
 """(kernel, part of the configuration's name) of the spills that are known, with the reason."""
+
+MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+"""What 16-bit products must be made of where that is not HMMA."""
 
 NOT_MATRIX = {"_fold_kernel", "_delta_kernel"}
 
@@ -69,6 +72,7 @@ class Launch(NamedTuple):
     aligned: tuple[int, ...]
     options: dict[str, int]
     operand_bits: int
+    wide: bool  # 16-bit operands whose rows all start on 16 bytes
 
 
 def collect() -> list[Launch]:
@@ -157,7 +161,9 @@ def _specialise(kernel, label: str, arguments: tuple, constants: dict, operand_b
     )
     blocks = "×".join(str(v) for k, v in constexprs.items() if k in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     name = f"{label},{ends} {blocks} {options['num_warps']}w {options['num_stages']}s"
-    return Launch(kernel.fn.__name__, name, signature, constexprs, tuple(aligned), options, operand_bits)
+    matrices = [x for x in arguments if isinstance(x, torch.Tensor) and x.dim() > 1 and x.itemsize == 2]
+    wide = operand_bits == 16 and all(x.shape[-1] % 8 == 0 for x in matrices)
+    return Launch(kernel.fn.__name__, name, signature, constexprs, tuple(aligned), options, operand_bits, wide)
 
 
 _ENDS = ("NORM", "SHRINK", "RESIDUAL", "RECTIFIED", "HEAD_WIDTH", "SUMS")
@@ -195,7 +201,8 @@ def compile_one(launch: Launch, arch: str) -> Row:
     precision = "" if launch.operand_bits == 16 else ("tf32" if "tf32" in compiled.asm["ptx"] else "ieee")
     row = Row(
         arch, launch.kernel, launch.name, registers, spilled, compiled.metadata.shared,
-        " ".join(f"{count} {name}" for name, count in sorted(matrix.items())) or "0", len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128", code)), precision, "",
+        " + ".join(f"{count} {name}" for name, count in sorted(matrix.items())) or "0",
+        len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128", code)), precision, "",
     )  # fmt: skip
     return row._replace(problem=_problem(row, launch))
 
@@ -206,8 +213,11 @@ def _problem(row: Row, launch: Launch) -> str:
         return "spills"
     if row.shared_bytes > SHARED_MEMORY[row.arch] * 1024:
         return "shared memory"
-    if launch.operand_bits == 16 and row.kernel not in NOT_MATRIX and row.matrix_instructions == "0":
-        return "no matrix instructions"
+    if launch.operand_bits == 16 and row.kernel not in NOT_MATRIX:
+        if MATRIX_INSTRUCTION.get(row.arch, "HMMA") not in row.matrix_instructions:
+            return "no matrix instructions"
+        if launch.wide and not row.wide_loads:
+            return "no 16-byte loads"
     if row.precision == "tf32" and runtime.float32_precision() != "tf32":
         return "tf32 unasked"
     return ""
@@ -260,13 +270,13 @@ def main() -> int:
 
 def _print(rows: list[Row]) -> None:
     print(
-        f"{'arch':6} {'kernel':24} {'configuration':58} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>12} {'16 B':>4}  fp32"
+        f"{'arch':6} {'kernel':24} {'configuration':58} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>21} {'16 B':>4}  fp32"
     )
     for r in rows:
         kernel = r.kernel.strip("_").removesuffix("_kernel")
         print(
             f"{r.arch:6} {kernel:24} {r.configuration:58} {r.registers:4} {r.spilled_bytes:5} "
-            f"{r.shared_bytes:7} {r.matrix_instructions:>12} {r.wide_loads:4}  {r.precision} {r.problem}"
+            f"{r.shared_bytes:7} {r.matrix_instructions:>21} {r.wide_loads:4}  {r.precision} {r.problem}"
         )
     for (kernel, part), reason in SPILLS_ALLOWED.items():
         print(f"spills allowed: {kernel} ({part}): {reason}")

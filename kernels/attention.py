@@ -126,7 +126,7 @@ def _forward_rows(
     b_sum = tl.zeros([ROWS], tl.float32)
     b_o0 = tl.zeros([ROWS, D0], tl.float32)
     b_o1 = tl.zeros([ROWS, D1 if D1 > 0 else D0], tl.float32)
-    full = tokens // BLOCK_N * BLOCK_N
+    full = tokens // BLOCK_N * BLOCK_N if BLOCK_N > TAIL else 0
     for start in range(0, full, BLOCK_N):
         b_k0, b_k1 = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, BLOCK_N, D0, D1)
         b_max, b_sum, b_o0, b_o1 = _attend_to(
@@ -230,7 +230,7 @@ def _backward_rows(
     b_lse, b_delta = _load_numbers(p_lseh, p_deltah, first, tokens, rows, PIECES, ROWS)
     b_dw0 = tl.zeros([ROWS, D0], tl.float32)
     b_dw1 = tl.zeros([ROWS, D1 if D1 > 0 else D0], tl.float32)
-    full = tokens // BLOCK_N * BLOCK_N
+    full = tokens // BLOCK_N * BLOCK_N if BLOCK_N > TAIL else 0
     for start in range(0, full, BLOCK_N):
         b_dw0, b_dw1 = _gradient_from(
             p_wh, p_gh, p_lseh, p_deltah, b_dw0, b_dw1, b_wi0, b_wi1, b_gi0, b_gi1, b_lse, b_delta, start, tokens, rows,
@@ -247,6 +247,8 @@ def _backward_rows(
     if D1 > 0:
         _store_part(p_dwh, b_dw1, first, tokens, heads * WIDTH, D0, WIDTH)
     if SUMS:
+        # Rows of w again, from the cache: kept in registers they cost a program a multiprocessor.
+        b_wi0, b_wi1 = _load_tokens(p_wh, first, tokens, stride_wn, stride_wd, WIDTH, ROWS, D0, D1)
         b_c1, b_c2 = _row_sums(b_dw0, b_wi0, p_gain, p_offset, 0, WIDTH)
         if D1 > 0:
             b_more1, b_more2 = _row_sums(b_dw1, b_wi1, p_gain, p_offset, D0, WIDTH)
@@ -279,16 +281,18 @@ def _gradient_from(
     b_s = _scores(b_wi0, b_wi1, b_wj0, b_wj1, D1, PRECISION) * scale_log2  # [M, N]
     if LAST:
         b_s = tl.where((start + tl.arange(0, COLUMNS) < tokens)[None, :], b_s, float("-inf"))
-    b_p = tl.exp2(b_s - b_lse_i[:, None])  # P_ij
     b_pt = tl.exp2(b_s - b_lse_j[None, :])  # P_ji
-    b_dp = _scores(b_gi0, b_gi1, b_wj0, b_wj1, D1, PRECISION)
     b_dpt = _scores(b_wi0, b_wi1, b_gj0, b_gj1, D1, PRECISION)
-    b_e = (b_p * (b_dp - b_delta_i[:, None]) + b_pt * (b_dpt - b_delta_j[None, :])) * scale
-    b_pt, b_e = b_pt.to(b_gj0.dtype), b_e.to(b_wj0.dtype)
+    b_e = b_pt * (b_dpt - b_delta_j[None, :])
+    b_pt = b_pt.to(b_gj0.dtype)
     b_dw0 = tl.dot(b_pt, b_gj0, b_dw0, input_precision=PRECISION)
-    b_dw0 = tl.dot(b_e, b_wj0, b_dw0, input_precision=PRECISION)
     if D1 > 0:
         b_dw1 = tl.dot(b_pt, b_gj1, b_dw1, input_precision=PRECISION)
+    b_dp = _scores(b_gi0, b_gi1, b_wj0, b_wj1, D1, PRECISION)
+    b_e += tl.exp2(b_s - b_lse_i[:, None]) * (b_dp - b_delta_i[:, None])  # P_ij (dP_ij - δ_i)
+    b_e = (b_e * scale).to(b_wj0.dtype)
+    b_dw0 = tl.dot(b_e, b_wj0, b_dw0, input_precision=PRECISION)
+    if D1 > 0:
         b_dw1 = tl.dot(b_e, b_wj1, b_dw1, input_precision=PRECISION)
     return b_dw0, b_dw1
 

@@ -215,16 +215,16 @@ def _weight_gradient_kernel(
 def data_gradient(g: Tensor, weight: Tensor, out: torch.dtype, *, shrink: bool = False) -> Tensor:
     """Gradient of `linear` to its x, (rows, out) to (rows, in); with `shrink`, of the ISTA step, g being masked."""
     dx = g.new_empty(g.shape[0], weight.shape[0], dtype=out)
-    _launch_data_gradient(g, weight, dx, shrink=shrink)
+    _launch_data_gradient("ista_gradient", g, weight, dx, shrink=shrink)
     return dx
 
 
 def attention_gradient(g: Tensor, weight: Tensor, o: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
     """(do, δ) where g is the gradient of o W: do like o, and δ = Σ do·o of every head for `mssa_backward`."""
     do = torch.empty_like(o)
-    pieces = _pieces(head_width, tuning.matrix("data_gradient", weight.dtype, *weight.shape)["BLOCK_N"])
+    pieces = _pieces(head_width, tuning.matrix("out_gradient", weight.dtype, *weight.shape, weight.device).block_n)
     delta = torch.empty(o.shape[1] // head_width, pieces, o.shape[0], dtype=torch.float32, device=o.device)
-    _launch_data_gradient(g, weight, do, x=o, parts=delta, head_width=head_width, pieces=pieces)
+    _launch_data_gradient("out_gradient", g, weight, do, x=o, parts=delta, head_width=head_width, pieces=pieces)
     return do, delta
 
 
@@ -248,6 +248,7 @@ def norm_data_gradient(
         shape = (2, column_blocks(folded.matrix), x.shape[0])
         parts = torch.empty(shape, dtype=torch.float32, device=x.device)
     _launch_data_gradient(
+        "project_gradient" if gamma is None else "ista_gradient",
         g, folded.matrix, dx, shrink=gamma is not None, x=x, gamma=gamma, statistics=statistics, sums=sums,
         residual=residual, rectified=rectified, parts=parts,
     )  # fmt: skip
@@ -256,7 +257,7 @@ def norm_data_gradient(
 
 def column_blocks(weight: Tensor) -> int:
     """In how many blocks of columns the data gradient of a product with `weight` (in, out) is made."""
-    return triton.cdiv(weight.shape[0], tuning.matrix("data_gradient", weight.dtype, *weight.shape)["BLOCK_N"])
+    return triton.cdiv(weight.shape[0], tuning.matrix("project_gradient", weight.dtype, *weight.shape, weight.device).block_n)
 
 
 def _pieces(head_width: int, block: int) -> int:
@@ -265,19 +266,19 @@ def _pieces(head_width: int, block: int) -> int:
 
 
 def _launch_data_gradient(
-    g, weight, dx, *, shrink=False, x=None, gamma=None, statistics=None, sums=None, residual=None, rectified=None, parts=None,
-    head_width=0, pieces=1,
+    name, g, weight, dx, *, shrink=False, x=None, gamma=None, statistics=None, sums=None, residual=None, rectified=None,
+    parts=None, head_width=0, pieces=1,
 ) -> None:  # fmt: skip
     rows, (inputs, outputs) = g.shape[0], weight.shape
-    config = tuning.matrix("data_gradient", weight.dtype, inputs, outputs)
-    programs = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(inputs, config["BLOCK_N"])
+    config = tuning.matrix(name, weight.dtype, inputs, outputs, weight.device)
+    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(inputs, config.block_n)
     mean, rstd = statistics or (None, None)
     gain, offset = rectified or (None, None)
     launch(
         _data_gradient_kernel, programs, g, weight, dx, gamma, x, mean, rstd, sums, residual, gain, offset, parts,
         rows, inputs, outputs, 0 if sums is None else sums.shape[1], *g.stride(), *weight.stride(), NORM=sums is not None,
         SHRINK=shrink, RESIDUAL=residual is not None, RECTIFIED=rectified is not None, HEAD_WIDTH=head_width, PIECES=pieces,
-        PRECISION=float32_precision(), GROUP_M=GROUP, **config,
+        PRECISION=float32_precision(), GROUP_M=GROUP, **config.constants(),
     )  # fmt: skip
 
 
@@ -295,10 +296,10 @@ def weight_gradient(
     and are summed in one order: the same bits from run to run.
     """
     (rows, inputs), outputs = x.shape, g.shape[1]
-    config = tuning.matrix("weight_gradient", operand, inputs, outputs)
-    tiles = triton.cdiv(inputs, config["BLOCK_M"]) * triton.cdiv(outputs, config["BLOCK_N"])
-    splits = tuning.splits(tiles, rows, config["BLOCK_K"])
-    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), config["BLOCK_K"]) * config["BLOCK_K"]
+    config = tuning.matrix("weight_gradient", operand, inputs, outputs, x.device)
+    tiles = triton.cdiv(inputs, config.block_m) * triton.cdiv(outputs, config.block_n)
+    splits = tuning.splits(tiles, rows, config.block_k)
+    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), config.block_k) * config.block_k
     shape = (splits, outputs, inputs) if transposed else (splits, inputs, outputs)
     product = torch.empty(shape, dtype=torch.float32, device=x.device)
     total = torch.empty(splits, outputs, dtype=torch.float32, device=x.device)
@@ -307,7 +308,7 @@ def weight_gradient(
     launch(
         _weight_gradient_kernel, tiles * splits, x, g, mean, rstd, product, total, rows, inputs, outputs,
         rows_per_split, *x.stride(), *g.stride(), *strides, NORM=statistics is not None,
-        OPERAND=_TRITON_DTYPE[operand], PRECISION=float32_precision(), **config,
+        OPERAND=_TRITON_DTYPE[operand], PRECISION=float32_precision(), **config.constants(),
     )  # fmt: skip
     return (product[0], total[0]) if splits == 1 else (product.sum(0), total.sum(0))
 

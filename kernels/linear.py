@@ -234,7 +234,8 @@ def linear(
 ) -> Tensor:
     """x W [+ x] [+ offset] [+ residual], rectified if `shrink`: (rows, in) to (rows, out), without a LayerNorm."""
     result = x.new_empty(x.shape[0], weight.shape[1], dtype=out)
-    _launch_linear(x, weight, result, offset=offset, residual=residual, shrink=shrink)
+    name = "ista" if shrink else "out_project"
+    _launch_linear(name, x, weight, result, offset=offset, residual=residual, shrink=shrink)
     return result
 
 
@@ -249,6 +250,7 @@ def norm_linear(
     result = x.new_empty(x.shape[0], folded.matrix.shape[1], dtype=out)
     exact = x.dtype == folded.matrix.dtype and x.dtype != torch.float32
     _launch_linear(
+        "project" if gamma is None else "ista",
         x, folded.matrix, result, norm="folded" if exact else "first", offset=folded.offset, gain=folded.gain,
         gamma=gamma, shrink=gamma is not None, statistics=statistics, eps=eps,
     )  # fmt: skip
@@ -256,14 +258,15 @@ def norm_linear(
 
 
 def _launch_linear(
-    x, weight, result, *, norm="none", offset=None, gain=None, gamma=None, residual=None, shrink=False, statistics=None, eps=0.0
-) -> None:
+    name, x, weight, result, *, norm="none", offset=None, gain=None, gamma=None, residual=None, shrink=False,
+    statistics=None, eps=0.0,
+) -> None:  # fmt: skip
     (rows, inputs), outputs = x.shape, weight.shape[1]
-    config = tuning.matrix("linear", weight.dtype, inputs, outputs)
-    programs = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(outputs, config["BLOCK_N"])
+    config = tuning.matrix(name, weight.dtype, inputs, outputs, weight.device)
+    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_n)
     mean, rstd = statistics or (None, None)
     launch(
         _linear_kernel, programs, x, weight, result, offset, gain, gamma, residual, mean, rstd, rows, inputs, outputs,
         *x.stride(), *weight.stride(), eps, NORM=norm, SHRINK=shrink, OFFSET=offset is not None,
-        RESIDUAL=residual is not None, PRECISION=float32_precision(), GROUP_M=GROUP, **config,
+        RESIDUAL=residual is not None, PRECISION=float32_precision(), GROUP_M=GROUP, **config.constants(),
     )  # fmt: skip

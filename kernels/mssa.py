@@ -70,15 +70,15 @@ def _plan(name: str, w: Tensor, heads: int) -> tuple[dict, int]:
     """The compile-time constants of a launch and its number of programs."""
     batch, tokens, width = w.shape
     head_width = width // heads
-    config = tuning.attention(name, w.dtype, head_width)
+    config = tuning.attention(name, w.dtype, head_width, w.device)
     wide, narrow = _parts(head_width, w.dtype)
-    constants = config | {
+    constants = config.constants() | {
         "WIDTH": head_width,
         "D0": wide,
         "D1": narrow,
         "PRECISION": float32_precision(),
     }
-    return constants, batch * heads * triton.cdiv(tokens, config["BLOCK_M"])
+    return constants, batch * heads * triton.cdiv(tokens, config.block_m)
 
 
 def _parts(head_width: int, dtype: torch.dtype) -> tuple[int, int]:
