@@ -21,7 +21,7 @@ ATTENTION = ("mssa_forward", "mssa_backward")
 MATRIX = ("project", "out_project", "ista", "ista_gradient", "out_gradient", "project_gradient", "weight_gradient")
 
 
-class TuningError(RuntimeError):
+class TuningError(OSError):
     """The file of measured configurations cannot be read; the message names it and says how to get rid of it."""
 
 
