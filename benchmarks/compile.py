@@ -113,7 +113,7 @@ def _layer(parameter, stream, operand, tokens: int, dim: int, head_width: int) -
     weights = layer.LayerWeights(vector, vector, matrix, matrix, vector, vector, vector, _empty(dim, dim, dtype=torch.float32))
     heads = dim // head_width
     settings = layer.LayerSettings(heads, head_width**-0.5, 1e-5, 1e-5, 0.01)
-    prepared = list(layer.prepare_layer(weights, settings, operand))
+    prepared = list(layer.prepare_layers([weights], [settings], operand)[0])
     x = _empty(16, tokens, dim, dtype=stream)
     saved = layer.layer_forward.body(x, prepared, vector, vector, heads, settings.scale, 1e-5, 1e-5)
     *saved, sums = saved

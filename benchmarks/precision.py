@@ -47,10 +47,12 @@ OURS = {
 }
 
 
-def _fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> Folded:
-    matrix = (gamma[:, None] * weight).to(operand)
-    gain, offset = matrix.float().sum(0), beta @ weight
-    return Folded(matrix, gain, offset) if shrinkage is None else Folded(matrix, gain + gamma, offset + beta - shrinkage)
+def _fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> list[Folded]:
+    matrix = (gamma[..., None] * weight).to(operand)
+    gain, offset = matrix.float().sum(1), (beta[:, None] @ weight)[:, 0]
+    if shrinkage is not None:
+        gain, offset = gain + gamma, offset + beta - shrinkage
+    return [Folded(*parts) for parts in zip(matrix, gain, offset, strict=True)]
 
 
 def _norm_linear(x: Tensor, folded: Folded, gamma, out: torch.dtype, eps: float, statistics: Statistics) -> Tensor:

@@ -102,8 +102,8 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
     dtype, inner, scale = tokens.dtype, heads * head_width, head_width**-0.5
     x = tokens.reshape(-1, dim)
     gamma, beta = torch.ones(dim, device=x.device), torch.zeros(dim, device=x.device)
-    project = linear.fold(_weight(x, dim, inner), gamma, beta, dtype)
-    step = linear.fold(_weight(x, dim, dim), gamma, beta, dtype, 0.01)
+    (project,) = linear.fold(_weight(x, dim, inner)[None], gamma[None], beta[None], dtype)
+    (step,) = linear.fold(_weight(x, dim, dim)[None], gamma[None], beta[None], dtype, 0.01)
     out = _weight(x, inner, dim).to(dtype)
     statistics = linear.Statistics(*torch.empty(2, len(x), device=x.device))
     rectified = gradients.Rectified(step.gain, step.offset)

@@ -1,7 +1,7 @@
 """Triton kernels of CRATE with their autograd functions. Depends on torch and triton alone."""
 
 from .ista import ISTA
-from .layer import LayerSettings, LayerWeights, PreparedWeights, Stream, enter_stack, fused_layer, leave_stack, prepare_layer
+from .layer import LayerSettings, LayerWeights, PreparedWeights, Stream, enter_stack, fused_layer, leave_stack, prepare_layers
 from .mssa import MSSA
 from .runtime import INTERPRETED
 
@@ -16,5 +16,5 @@ __all__ = [
     "enter_stack",
     "fused_layer",
     "leave_stack",
-    "prepare_layer",
+    "prepare_layers",
 ]

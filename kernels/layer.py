@@ -17,6 +17,7 @@ ISTA step: the layer above has y and its gradient at hand, masks the gradient an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,13 +74,24 @@ class LayerSettings(NamedTuple):
     shrinkage: float  # ηλ
 
 
-def prepare_layer(weights: LayerWeights, settings: LayerSettings, operand: torch.dtype) -> PreparedWeights:
-    """Folds the norms into the weights and rounds them to `operand`; no gradient."""
-    weights = LayerWeights(*(w.detach() for w in weights))
-    project = fold(weights.project.t(), weights.norm1_weight, weights.norm1_bias, operand)
-    ista = fold(weights.operator, weights.norm2_weight, weights.norm2_bias, operand, settings.shrinkage)
-    out_weight = weights.out_weight.to(operand)
-    return PreparedWeights(project.matrix.t(), project.gain, project.offset, out_weight, *ista)
+def prepare_layers(
+    weights: Sequence[LayerWeights], settings: Sequence[LayerSettings], operand: torch.dtype
+) -> list[PreparedWeights]:
+    """Folds the norms into the weights and rounds them to `operand`; no gradient. Layers of one kind share their launches."""
+    kinds = [([w.shape for w in layer], numbers.shrinkage) for layer, numbers in zip(weights, settings, strict=True)]
+    if any(kind != kinds[0] for kind in kinds):
+        return [prepare_layers([w], [s], operand)[0] for w, s in zip(weights, settings, strict=True)]
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(w, name).detach() for w in weights])
+
+    projects = fold(stacked("project").mT, stacked("norm1_weight"), stacked("norm1_bias"), operand)
+    shrinkage = settings[0].shrinkage
+    steps = fold(stacked("operator"), stacked("norm2_weight"), stacked("norm2_bias"), operand, shrinkage)
+    outs = stacked("out_weight").to(operand).unbind()
+    return [
+        PreparedWeights(p.matrix.mT, p.gain, p.offset, out, *step) for p, step, out in zip(projects, steps, outs, strict=True)
+    ]
 
 
 class Activations(NamedTuple):

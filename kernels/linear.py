@@ -158,14 +158,15 @@ def _linear_kernel(
 
 @triton.jit
 def _fold_kernel(
-    p_weight,  # (inputs, outputs), any strides
-    p_gamma,  # (inputs,)
-    p_beta,  # (inputs,)
-    p_matrix,  # (inputs, outputs), the weight's strides
-    p_gain,  # (outputs,) float32
-    p_offset,  # (outputs,) float32
+    p_weight,  # (layers, inputs, outputs), any strides
+    p_gamma,  # (layers, inputs)
+    p_beta,  # (layers, inputs)
+    p_matrix,  # (layers, inputs, outputs), the weight's strides
+    p_gain,  # (layers, outputs) float32
+    p_offset,  # (layers, outputs) float32
     inputs,
     outputs,
+    stride_wl,
     stride_wk,
     stride_wn,
     shrinkage,
@@ -173,7 +174,15 @@ def _fold_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = tl.cdiv(outputs, BLOCK_N)
+    layer = (tl.program_id(0) // blocks).to(tl.int64)
+    p_weight += layer * stride_wl
+    p_matrix += layer * stride_wl
+    p_gamma += layer * inputs
+    p_beta += layer * inputs
+    p_gain += layer * outputs
+    p_offset += layer * outputs
+    column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = column < outputs
     b_gain = tl.zeros([BLOCK_N], tl.float32)
     b_offset = tl.zeros([BLOCK_N], tl.float32)
@@ -197,7 +206,8 @@ def _fold_kernel(
 
 
 def _folded_shapes(weight, gamma, beta, operand, shrinkage):
-    gain, offset = (torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device) for _ in range(2))
+    shape = (weight.shape[0], weight.shape[2])
+    gain, offset = (torch.empty(shape, dtype=torch.float32, device=weight.device) for _ in range(2))
     return torch.empty_like(weight, dtype=operand), gain, offset
 
 
@@ -205,22 +215,26 @@ def _folded_shapes(weight, gamma, beta, operand, shrinkage):
 def fold_weight(
     weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(matrix, gain, offset) of `Folded`."""
+    """(matrix, gain, offset) of `Folded`, each with the layers in front."""
     matrix, gain, offset = _folded_shapes(weight, gamma, beta, operand, shrinkage)
-    inputs, outputs = weight.shape
+    layers, inputs, outputs = weight.shape
     block = 64
     launch(
-        _fold_kernel, triton.cdiv(outputs, block), weight, gamma, beta, matrix, gain, offset, inputs, outputs,
+        _fold_kernel, layers * triton.cdiv(outputs, block), weight, gamma, beta, matrix, gain, offset, inputs, outputs,
         *weight.stride(), shrinkage or 0.0, SHRINK=shrinkage is not None, BLOCK_N=block, BLOCK_K=block,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return matrix, gain, offset
 
 
-def fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> Folded:
-    """Folds LayerNorm's γ and β into `weight` (in, out), for a projection or, with ηλ given, for an ISTA step's M."""
+def fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> list[Folded]:
+    """Folds LayerNorm's γ and β into projections or, with ηλ given, into the M of ISTA steps: all layers in one launch.
+
+    weight: (layers, in, out), the strides without gaps; gamma, beta: (layers, in), contiguous.
+    """
     fold_here = fold_weight if torch.compiler.is_compiling() else fold_weight.body  # a graph needs the operator, else it costs
-    return Folded(*fold_here(weight, gamma, beta, operand, shrinkage))
+    folded = fold_here(weight, gamma, beta, operand, shrinkage)
+    return [Folded(*parts) for parts in zip(*(stacked.unbind() for stacked in folded), strict=True)]
 
 
 def linear(
