@@ -34,7 +34,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from crate_fast.kernels import attention, gradients, ista, layer, linear, mssa, runtime
+from crate_fast.kernels import attention, gradients, ista, layer, linear, mssa, runtime, stack
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 """KiB of shared memory that one program can have."""
@@ -48,7 +48,7 @@ SPILLS_ALLOWED = {
 MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 """What 16-bit products must be made of where that is not HMMA."""
 
-NOT_MATRIX = {"_fold_kernel", "_delta_kernel"}
+NOT_MATRIX = {"_fold_kernel", "_delta_kernel", "_leave_kernel"}
 
 # parameters, stream, operands
 DTYPES = {
@@ -118,6 +118,8 @@ def _layer(parameter, stream, operand, tokens: int, dim: int, head_width: int) -
     saved = layer.layer_forward.body(x, prepared, vector, vector, heads, settings.scale, 1e-5, 1e-5)
     *saved, sums = saved
     scale, vector = _empty(1, dtype=torch.float32), _empty(dim, dtype=torch.float32)
+    for first in (False, True):
+        stack.leave_backward.body(x, scale, x, vector, vector, 1.0, first)
     for below in ([], [vector, vector]):  # at the bottom of a stack, and on a layer
         layer.layer_backward.body(x, sums, scale, [x, *saved], prepared, list(weights), below, settings.scale, [True] * 3)
 
@@ -190,7 +192,7 @@ class Row(NamedTuple):
 
 def compile_one(launch: Launch, arch: str) -> Row:
     """Compiles one launch for one architecture and reads the machine code."""
-    kernel = next(getattr(m, launch.kernel) for m in (attention, linear, gradients) if hasattr(m, launch.kernel))
+    kernel = next(getattr(m, launch.kernel) for m in (attention, linear, gradients, stack) if hasattr(m, launch.kernel))
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(fn=kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=launch.options)

@@ -26,11 +26,6 @@ def ista_step(h: Tensor, matrix: Tensor, shrinkage: float) -> Tensor:
     return linear(h, matrix, h.dtype, offset=offset, shrink=True)
 
 
-def masked(dy: Tensor, y: Tensor) -> Tensor:
-    """dy, zero where y was rectified to zero; kept where y is NaN."""
-    return torch.ops.aten.threshold_backward(dy, y, 0)
-
-
 def _fake_backward(dy, h, y, matrix):
     return torch.empty_like(h, memory_format=torch.contiguous_format), matrix.new_empty(matrix.shape, dtype=torch.float32)
 
@@ -38,7 +33,7 @@ def _fake_backward(dy, h, y, matrix):
 @operator(fake=_fake_backward)
 def ista_step_backward(dy: Tensor, h: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(dh, dM): (rows, dim) in h's dtype and (dim, dim) in float32."""
-    g = masked(dy, y)
+    g = torch.ops.aten.threshold_backward(dy, y, 0)  # 0 where y <= 0; what relu's own backward is
     return data_gradient(g, matrix, h.dtype, shrink=True), weight_gradient(h, g, matrix.dtype)[0].contiguous()
 
 

@@ -5,14 +5,7 @@
     z  = x + o Woᵀ + b                  linear             normalised, nothing tokens × tokens
     y  = relu(h + h M − ηλ), h = LN(z)  norm_linear
 
-The stream (x, z, y) and the operands (w, o, weights) have dtypes of their own. With float16 operands gradients are float16
-too, multiplied by one power of two: `leave_stack` sets it from the gradient that enters, every layer divides it out of its
-weights' gradients in float32, `enter_stack` out of the gradient that leaves. So it stays on the device.
-
-What a layer's backward pass needs of the layer above, besides y's gradient, comes the same way: as the gradients of small
-tensors that the layers hand on beside the stream (`Stream`) and whose values nobody reads. Every backward pass has its own,
-and autograd orders the uses. They are the gradients' scale, and the row sums that LayerNorm's backward pass needs of the
-ISTA step: the layer above has y and its gradient at hand, masks the gradient and sums it, and y is not read again.
+The stream (x, z, y) and the operands (w, o, weights) have dtypes of their own; stack.py has how layers are strung together.
 """
 
 from __future__ import annotations
@@ -25,13 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient, weight_gradient
-from .ista import masked
 from .linear import Folded, Statistics, fold, linear, norm_linear
 from .mssa import mssa_backward, mssa_forward
 from .runtime import operator
-
-SCALE_EXPONENT = 4
-"""The largest gradient that enters the stack is scaled to [2^3, 2^4): a factor 4,096 of room above, 10^8 below."""
+from .stack import Stream, fit_sums
 
 
 class LayerWeights(NamedTuple):
@@ -221,15 +211,6 @@ def _nothing(like: Tensor, count: int) -> list[Tensor]:
     return [like.new_empty(0, dtype=torch.float32) for _ in range(count)]
 
 
-class Stream(NamedTuple):
-    """What fused layers hand on. Values of the second and third are never read; their gradients come from the layer above."""
-
-    x: Tensor  # (batch, tokens, dim), contiguous
-    gradient_scale: Tensor  # (): its gradient is the factor on all gradients
-    sums: Tensor | None = None  # (2, parts, batch * tokens): its gradient are the row sums of x's
-    writer: Rectified | None = None  # of the ISTA step that wrote x; None where none did
-
-
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gradient_scale, sums, gain, offset, settings: LayerSettings, *weights_and_prepared: Tensor):
@@ -251,17 +232,8 @@ class _Layer(torch.autograd.Function):
         wanted = [any(need[:3]), any(need[3:5]), any(need[5:])]
         dx, dx_sums, *gradients = layer_backward(dy, sums, gradient_scale, saved, prepared, weights, below, ctx.scale, wanted)
         gradients = [g.to(w.dtype) if n else None for g, w, n in zip(gradients, weights, need, strict=True)]
-        dx_sums = _fit(dx_sums, ctx.sums_shape) if below else None
+        dx_sums = fit_sums(dx_sums, ctx.sums_shape) if below else None
         return dx, gradient_scale, dx_sums, None, None, None, *gradients, *[None] * len(prepared)
-
-
-def _fit(sums: Tensor, shape: torch.Size) -> Tensor:
-    """Row sums in the number of parts that the layer below has put in its placeholder: almost always their own."""
-    if sums.shape == shape:
-        return sums
-    fitted = sums.new_zeros(shape)
-    fitted[:, 0] = sums.sum(1)
-    return fitted
 
 
 def fused_layer(stream: Stream, weights: LayerWeights, prepared: PreparedWeights, settings: LayerSettings) -> Stream:
@@ -270,71 +242,3 @@ def fused_layer(stream: Stream, weights: LayerWeights, prepared: PreparedWeights
     gain, offset = writer or (None, None)
     y, gradient_scale, sums = _Layer.apply(x, gradient_scale, sums, gain, offset, settings, *weights, *prepared)
     return Stream(y, gradient_scale, sums, Rectified(prepared.ista_gain, prepared.ista_offset))
-
-
-class _EnterStack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, stream: torch.dtype):
-        ctx.dtype = x.dtype
-        return x.to(stream, memory_format=torch.contiguous_format, copy=True), x.new_empty((), dtype=torch.float32)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dx: Tensor, gradient_scale: Tensor):
-        return (dx.float() / gradient_scale).to(ctx.dtype), None
-
-
-class _LeaveStack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, gradient_scale, sums, gain, offset, out: torch.dtype, pool: str | None, scaled: bool) -> Tensor:
-        ctx.save_for_backward(x, gain, offset)
-        ctx.sums_shape, ctx.pool, ctx.scaled = sums.shape, pool, scaled
-        if pool == "cls":
-            return x[:, 0].to(out, copy=True)
-        return x.mean(1, dtype=torch.float32).to(out) if pool == "mean" else x.to(out, copy=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        x, gain, offset = ctx.saved_tensors
-        dy = dy.float()
-        if ctx.pool == "mean":
-            dy = dy / x.shape[1]
-        scale = _power_of_two_scale(dy) if ctx.scaled else dy.new_ones(())
-        dy = (dy * scale).to(x.dtype)
-        if ctx.pool == "cls":
-            g = masked(dy, x[:, 0])
-            sums, dx = x.new_zeros(2, *x.shape[:2], dtype=torch.float32), torch.zeros_like(x)
-            dx[:, 0], sums[:, :, 0] = g, _row_sums(g, x[:, 0], gain, offset)
-        else:
-            dx = masked(dy if ctx.pool is None else dy[:, None].expand(x.shape), x)
-            sums = _row_sums(dx, x, gain, offset)
-        return dx, scale, _fit(sums.view(2, 1, -1), ctx.sums_shape), *[None] * 5
-
-
-def _row_sums(g: Tensor, y: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
-    """c₁ = Σ g·(y − u) and c₂ = Σ g·v of every row, stacked, float32."""
-    g = g.float()
-    return torch.stack(((g * (y - offset)).sum(-1), (g * gain).sum(-1)))
-
-
-def _power_of_two_scale(g: Tensor) -> Tensor:
-    """The power of two that brings the largest |g| just under 2^SCALE_EXPONENT; 1 where that is 0 or not finite."""
-    largest = g.abs().amax()
-    _, exponent = torch.frexp(largest)
-    scale = torch.ldexp(torch.ones_like(largest), (SCALE_EXPONENT - exponent).clamp(-100, 100))
-    return torch.where(torch.isfinite(largest) & (largest > 0), scale, 1.0)
-
-
-def enter_stack(x: Tensor, stream: torch.dtype) -> Stream:
-    """The stream of x, in dtype `stream`."""
-    return Stream(*_EnterStack.apply(x, stream))
-
-
-def leave_stack(stream: Stream, out: torch.dtype, pool: str | None, scaled: bool) -> Tensor:
-    """All tokens in dtype `out`, or their pooling ("cls", "mean") as (batch, dim); `scaled` where operands are float16.
-
-    stream: what `fused_layer` returned.
-    """
-    x, gradient_scale, sums, writer = stream
-    return _LeaveStack.apply(x, gradient_scale, sums, *writer, out, pool, scaled)
