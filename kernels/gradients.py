@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .linear import GROUP, Folded, Statistics, _swizzle
+from .linear import GROUP, Folded, Statistics, _halves, _swizzle
 from .runtime import float32_precision, launch
 
 
@@ -84,6 +84,49 @@ def _data_gradient_kernel(
         b_w = tl.load(p_w, mask=m_k[:, None] & m_column[None, :], other=0.0)  # [K, N]
         b_dx = tl.dot(b_g.to(b_w.dtype), b_w, b_dx, input_precision=PRECISION)
 
+    if NORM and BLOCK_M * BLOCK_N >= 128 * 128:
+        b_left, b_right = _halves(b_dx)
+        b_0, b_1 = _halves(b_left)
+        b_2, b_3 = _halves(b_right)
+        b_c1, b_c2 = _finish(
+            b_0, block_n * 4, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
+            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        )  # fmt: skip
+        b_1c1, b_1c2 = _finish(
+            b_1, block_n * 4 + 1, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
+            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        )  # fmt: skip
+        b_2c1, b_2c2 = _finish(
+            b_2, block_n * 4 + 2, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
+            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        )  # fmt: skip
+        b_3c1, b_3c2 = _finish(
+            b_3, block_n * 4 + 3, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
+            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        )  # fmt: skip
+        b_c1, b_c2 = b_c1 + b_1c1 + b_2c1 + b_3c1, b_c2 + b_1c2 + b_2c2 + b_3c2
+    else:
+        b_c1, b_c2 = _finish(
+            b_dx, block_n, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
+            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        )  # fmt: skip
+    if RECTIFIED:
+        p_part = p_parts + block_n * rows.to(tl.int64) + row
+        tl.store(p_part, b_c1, mask=m_row)
+        tl.store(p_part + tl.cdiv(inputs, BLOCK_N) * rows.to(tl.int64), b_c2, mask=m_row)
+
+
+@triton.jit
+def _finish(
+    b_dx, block_n, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row, m_row, rows,
+    inputs, parts, stride_gm, stride_gk, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
+    RECTIFIED: tl.constexpr, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """What follows the product, on block `block_n` of columns; returns, if RECTIFIED, the row sums of dx."""
+    BLOCK_M: tl.constexpr = b_dx.shape[0]
+    BLOCK_N: tl.constexpr = b_dx.shape[1]
+    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_column = column < inputs
     m_dx = m_row[:, None] & m_column[None, :]
     p_tile = row[:, None] * inputs + column[None, :]
     if SHRINK:
@@ -107,14 +150,16 @@ def _data_gradient_kernel(
     b_dx = b_dx.to(p_dx.dtype.element_ty)
     tl.store(p_dx + p_tile, b_dx, mask=m_dx)
     b_dx = b_dx.to(tl.float32)  # sums of what was stored, since that is what the products are made of
+    if HEAD_WIDTH > 0:
+        _store_head_sums(p_parts, b_dx * b_x, block_n, row, m_row, rows, inputs, HEAD_WIDTH, PIECES, BLOCK_N)
+    b_c1 = tl.zeros([BLOCK_M], tl.float32)
+    b_c2 = b_c1
     if RECTIFIED:
         b_gain = tl.load(p_gain + column, mask=m_column, other=0.0)
         b_offset = tl.load(p_offset + column, mask=m_column, other=0.0)
-        p_part = p_parts + block_n.to(tl.int64) * rows + row
-        tl.store(p_part, tl.sum(b_dx * (b_x - b_offset[None, :]), 1), mask=m_row)
-        tl.store(p_part + tl.cdiv(inputs, BLOCK_N).to(tl.int64) * rows, tl.sum(b_dx * b_gain[None, :], 1), mask=m_row)
-    if HEAD_WIDTH > 0:
-        _store_head_sums(p_parts, b_dx * b_x, block_n, row, m_row, rows, inputs, HEAD_WIDTH, PIECES, BLOCK_N)
+        b_c1 = tl.sum(b_dx * (b_x - b_offset[None, :]), 1)
+        b_c2 = tl.sum(b_dx * b_gain[None, :], 1)
+    return b_c1, b_c2
 
 
 @triton.jit

@@ -134,6 +134,51 @@ def _linear_kernel(
             b_x = tl.where(m_k[None, :], b_x, 0.0)
         b_out = tl.dot(b_x.to(b_w.dtype), b_w, b_out, input_precision=PRECISION)
 
+    if NORM == "none":
+        b_mean = tl.zeros([BLOCK_M], tl.float32)  # not read
+        b_rstd = b_mean
+    if (SHRINK or RESIDUAL) and BLOCK_M * BLOCK_N >= 128 * 128:
+        b_left, b_right = _halves(b_out)
+        b_0, b_1 = _halves(b_left)
+        b_2, b_3 = _halves(b_right)
+        _finish_linear(
+            b_0, block_n * 4, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+        )  # fmt: skip
+        _finish_linear(
+            b_1, block_n * 4 + 1, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+        )  # fmt: skip
+        _finish_linear(
+            b_2, block_n * 4 + 2, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+        )  # fmt: skip
+        _finish_linear(
+            b_3, block_n * 4 + 3, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+        )  # fmt: skip
+    else:
+        _finish_linear(
+            b_out, block_n, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _halves(b):
+    """The left and the right half of a tile's columns. What follows a large product works on a quarter of the columns at a
+    time, so that only a quarter of its other operands is in registers."""
+    return tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish_linear(
+    b_out, block_n, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd, outputs, stride_xk,
+    NORM: tl.constexpr, SHRINK: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """What follows the product, on block `block_n` of columns."""
+    column = block_n * b_out.shape[1] + tl.arange(0, b_out.shape[1])
+    m_column = column < outputs
     m_out = m_row[:, None] & m_column[None, :]
     if NORM == "folded":
         b_gain = tl.load(p_gain + column, mask=m_column, other=0.0)
