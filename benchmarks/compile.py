@@ -72,7 +72,7 @@ class Launch(NamedTuple):
     aligned: tuple[int, ...]
     options: dict[str, int]
     operand_bits: int
-    wide: bool  # 16-bit operands whose rows all start on 16 bytes
+    wide: bool  # 16-bit operands in rows of a multiple of 16, which Triton knows to start on 16 bytes
 
 
 def collect() -> list[Launch]:
@@ -128,6 +128,8 @@ def _attention(dtype: torch.dtype, head_width: int) -> None:
     w = _empty(16, 197, 4 * head_width, dtype=dtype)
     o, lse = mssa.mssa_forward(w, 4, 0.125)
     mssa.attend_backward.body(w, o, w, lse, 4, 0.125)
+    vector, delta = _empty(4 * head_width, dtype=torch.float32), _empty(4, 1, 16 * 197, dtype=torch.float32)
+    mssa.mssa_backward(w, w, lse, delta, 0.125, linear.Folded(vector, vector, vector))  # in a layer
 
 
 def _ista_alone(stream: torch.dtype, operand: torch.dtype) -> None:
@@ -164,7 +166,7 @@ def _specialise(kernel, label: str, arguments: tuple, constants: dict, operand_b
     blocks = "×".join(str(v) for k, v in constexprs.items() if k in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     name = f"{label},{ends} {blocks} {options['num_warps']}w {options['num_stages']}s"
     matrices = [x for x in arguments if isinstance(x, torch.Tensor) and x.dim() > 1 and x.itemsize == 2]
-    wide = operand_bits == 16 and all(x.shape[-1] % 8 == 0 for x in matrices)
+    wide = operand_bits == 16 and bool(matrices) and all(x.shape[-1] % 16 == 0 for x in matrices)
     return Launch(kernel.fn.__name__, name, signature, constexprs, tuple(aligned), options, operand_bits, wide)
 
 
