@@ -6,7 +6,8 @@ The library's own launch code runs on tensors without memory; what it would have
 specialisation that Triton's runtime would choose (alignment, unit strides, 32- or 64-bit sizes). A row a kernel:
 registers, bytes spilled, shared memory, matrix instructions, 16-byte global loads, and for float32 the precision that the
 PTX names. Exit status 1 where a kernel spills and `SPILLS_ALLOWED` does not say why, needs more shared memory than the
-chip has, has no matrix instruction though its operands are 16 bit, or uses tf32 unasked.
+chip has, uses tf32 unasked, or, with 16-bit operands, has no matrix instruction (HGMMA on sm_90, UTCHMMA on sm_100) or no
+16-byte load though all rows start on 16 bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,19 +34,25 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from crate_fast.kernels import ista, layer, linear, mssa, runtime
+from crate_fast.kernels import attention, gradients, ista, layer, linear, mssa, runtime, stack
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 """KiB of shared memory that one program can have."""
 
 SPILLS_ALLOWED = {
-    ("_mssa_backward_kernel", "fp32 width 80,"): "ieee products are FMAs with both operands in registers; 16 × 16 is the least",
-    ("_mssa_backward_kernel", "fp32 width 96,"): "the same",
+    ("_mssa_backward_kernel", "fp32 width 96,"): "ieee products are FMAs with both operands in registers; 16 × 16 is the least",
     ("_mssa_backward_kernel", "fp32 width 128,"): "the same",
+    (
+        "_mssa_forward_kernel",
+        "fp32 odd,",
+    ): "8 bytes where the compiler settles for 72 registers; 8 warps spill at widths 32 and 48 too",
 }
 """(kernel, part of the configuration's name) of the spills that are known, with the reason."""
 
-NOT_MATRIX = {"_fold_kernel"}
+MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+"""What 16-bit products must be made of where that is not HMMA."""
+
+NOT_MATRIX = {"_fold_kernel", "_delta_kernel", "_leave_kernel"}
 
 # parameters, stream, operands
 DTYPES = {
@@ -68,6 +76,7 @@ class Launch(NamedTuple):
     aligned: tuple[int, ...]
     options: dict[str, int]
     operand_bits: int
+    wide: bool  # 16-bit operands in rows of a multiple of 16, which Triton knows to start on 16 bytes
 
 
 def collect() -> list[Launch]:
@@ -108,17 +117,23 @@ def _layer(parameter, stream, operand, tokens: int, dim: int, head_width: int) -
     weights = layer.LayerWeights(vector, vector, matrix, matrix, vector, vector, vector, _empty(dim, dim, dtype=torch.float32))
     heads = dim // head_width
     settings = layer.LayerSettings(heads, head_width**-0.5, 1e-5, 1e-5, 0.01)
-    prepared = list(layer.prepare_layer(weights, settings, operand))
+    prepared = list(layer.prepare_layers([weights], [settings], operand)[0])
     x = _empty(16, tokens, dim, dtype=stream)
     saved = layer.layer_forward.body(x, prepared, vector, vector, heads, settings.scale, 1e-5, 1e-5)
-    scale = _empty(1, dtype=torch.float32)
-    layer.layer_backward.body(x, scale, [x, *saved], prepared, list(weights), heads, settings.scale, [True] * 3)
+    *saved, sums = saved
+    scale, vector = _empty(1, dtype=torch.float32), _empty(dim, dtype=torch.float32)
+    for first in (False, True):
+        stack.leave_backward.body(x, scale, x, vector, vector, 1.0, first)
+    for below in ([], [vector, vector]):  # at the bottom of a stack, and on a layer
+        layer.layer_backward.body(x, sums, scale, [x, *saved], prepared, list(weights), below, settings.scale, [True] * 3)
 
 
 def _attention(dtype: torch.dtype, head_width: int) -> None:
     w = _empty(16, 197, 4 * head_width, dtype=dtype)
     o, lse = mssa.mssa_forward(w, 4, 0.125)
-    mssa.mssa_backward(w, o, w, lse, 4, 0.125)
+    mssa.attend_backward.body(w, o, w, lse, 4, 0.125)
+    vector, delta = _empty(4 * head_width, dtype=torch.float32), _empty(4, 1, 16 * 197, dtype=torch.float32)
+    mssa.mssa_backward(w, w, lse, delta, 0.125, linear.Folded(vector, vector, vector))  # in a layer
 
 
 def _ista_alone(stream: torch.dtype, operand: torch.dtype) -> None:
@@ -148,14 +163,18 @@ def _specialise(kernel, label: str, arguments: tuple, constants: dict, operand_b
         aligned += [index] if divisible else []
     signature |= dict.fromkeys(constexprs, "constexpr")
     ends = "".join(
-        f" {v if isinstance(v, str) else k}".lower() for k, v in constexprs.items() if k in _ENDS and v not in (False, "none")
+        f" {v if isinstance(v, str) else k}".lower()
+        for k, v in constexprs.items()
+        if k in _ENDS and v not in (False, 0, "none")
     )
     blocks = "×".join(str(v) for k, v in constexprs.items() if k in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     name = f"{label},{ends} {blocks} {options['num_warps']}w {options['num_stages']}s"
-    return Launch(kernel.fn.__name__, name, signature, constexprs, tuple(aligned), options, operand_bits)
+    matrices = [x for x in arguments if isinstance(x, torch.Tensor) and x.dim() > 1 and x.itemsize == 2]
+    wide = operand_bits == 16 and bool(matrices) and all(x.shape[-1] % 16 == 0 for x in matrices)
+    return Launch(kernel.fn.__name__, name, signature, constexprs, tuple(aligned), options, operand_bits, wide)
 
 
-_ENDS = ("NORM", "SHRINK", "RESIDUAL")
+_ENDS = ("NORM", "SHRINK", "RESIDUAL", "RECTIFIED", "HEAD_WIDTH", "SUMS")
 
 
 def _pointer_type(dtype: torch.dtype) -> str:
@@ -179,18 +198,19 @@ class Row(NamedTuple):
 
 def compile_one(launch: Launch, arch: str) -> Row:
     """Compiles one launch for one architecture and reads the machine code."""
-    kernel = next(getattr(m, launch.kernel) for m in (mssa, linear) if hasattr(m, launch.kernel))
+    kernel = next(getattr(m, launch.kernel) for m in (attention, linear, gradients, stack) if hasattr(m, launch.kernel))
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(fn=kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=launch.options)
     usage, code = _disassemble(compiled.asm["cubin"])
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     spilled = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
-    matrix = re.findall(r"\b(HGMMA|UTCHMMA|HMMA)\b", code)
+    matrix = Counter(re.findall(r"\b(HGMMA|UTCHMMA|HMMA)\b", code))
     precision = "" if launch.operand_bits == 16 else ("tf32" if "tf32" in compiled.asm["ptx"] else "ieee")
     row = Row(
         arch, launch.kernel, launch.name, registers, spilled, compiled.metadata.shared,
-        f"{len(matrix)} {matrix[0]}" if matrix else "0", len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128", code)), precision, "",
+        " + ".join(f"{count} {name}" for name, count in sorted(matrix.items())) or "0",
+        len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128", code)), precision, "",
     )  # fmt: skip
     return row._replace(problem=_problem(row, launch))
 
@@ -201,8 +221,11 @@ def _problem(row: Row, launch: Launch) -> str:
         return "spills"
     if row.shared_bytes > SHARED_MEMORY[row.arch] * 1024:
         return "shared memory"
-    if launch.operand_bits == 16 and row.kernel not in NOT_MATRIX and row.matrix_instructions == "0":
-        return "no matrix instructions"
+    if launch.operand_bits == 16 and row.kernel not in NOT_MATRIX:
+        if MATRIX_INSTRUCTION.get(row.arch, "HMMA") not in row.matrix_instructions:
+            return "no matrix instructions"
+        if launch.wide and not row.wide_loads:
+            return "no 16-byte loads"
     if row.precision == "tf32" and runtime.float32_precision() != "tf32":
         return "tf32 unasked"
     return ""
@@ -255,13 +278,13 @@ def main() -> int:
 
 def _print(rows: list[Row]) -> None:
     print(
-        f"{'arch':6} {'kernel':24} {'configuration':58} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>12} {'16 B':>4}  fp32"
+        f"{'arch':6} {'kernel':24} {'configuration':58} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>21} {'16 B':>4}  fp32"
     )
     for r in rows:
         kernel = r.kernel.strip("_").removesuffix("_kernel")
         print(
             f"{r.arch:6} {kernel:24} {r.configuration:58} {r.registers:4} {r.spilled_bytes:5} "
-            f"{r.shared_bytes:7} {r.matrix_instructions:>12} {r.wide_loads:4}  {r.precision} {r.problem}"
+            f"{r.shared_bytes:7} {r.matrix_instructions:>21} {r.wide_loads:4}  {r.precision} {r.problem}"
         )
     for (kernel, part), reason in SPILLS_ALLOWED.items():
         print(f"spills allowed: {kernel} ({part}): {reason}")

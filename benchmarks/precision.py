@@ -35,6 +35,7 @@ from tqdm import tqdm
 from crate_fast import CRATE, reference
 from crate_fast.checkpoint import constructor_arguments, load_model
 from crate_fast.kernels import layer
+from crate_fast.kernels.gradients import column_blocks
 from crate_fast.kernels.linear import Folded, Statistics
 from crate_fast.training import TrainConfig
 from crate_fast.training.digits import Digits
@@ -47,10 +48,12 @@ OURS = {
 }
 
 
-def _fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> Folded:
-    matrix = (gamma[:, None] * weight).to(operand)
-    gain, offset = matrix.float().sum(0), beta @ weight
-    return Folded(matrix, gain, offset) if shrinkage is None else Folded(matrix, gain + gamma, offset + beta - shrinkage)
+def _fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> list[Folded]:
+    matrix = (gamma[..., None] * weight).to(operand)
+    gain, offset = matrix.float().sum(1), (beta[:, None] @ weight)[:, 0]
+    if shrinkage is not None:
+        gain, offset = gain + gamma, offset + beta - shrinkage
+    return [Folded(*parts) for parts in zip(matrix, gain, offset, strict=True)]
 
 
 def _norm_linear(x: Tensor, folded: Folded, gamma, out: torch.dtype, eps: float, statistics: Statistics) -> Tensor:
@@ -70,23 +73,31 @@ def _linear(x: Tensor, weight: Tensor, out: torch.dtype, *, offset: Tensor, resi
     return (x.float() @ weight.float() + offset + residual.float()).to(out)
 
 
-def _linear_backward(g: Tensor, weight: Tensor, out: torch.dtype) -> Tensor:
-    return (g.to(weight.dtype).float() @ weight.float().t()).to(out)
+def _attention_gradient(g: Tensor, weight: Tensor, o: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
+    do = (g.to(weight.dtype).float() @ weight.float().t()).to(o.dtype)
+    delta = (do.float() * o.float()).unflatten(-1, (-1, head_width)).sum(-1)
+    return do, delta.t()[:, None].contiguous()
 
 
-def _norm_linear_backward(g, result, x, folded: Folded, gamma, statistics: Statistics, residual=None) -> Tensor:
-    wide = g.float() if gamma is None else torch.where(result > 0, g, 0).float()
+def _row_sums(g: Tensor, result: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    return torch.stack(((g.float() * (result.float() - offset)).sum(-1), (g.float() * gain).sum(-1)))
+
+
+def _norm_data_gradient(g, sums, x, folded: Folded, gamma, statistics: Statistics, residual=None, rectified=None):
     normal = (x.float() - statistics.mean[:, None]) * statistics.rstd[:, None]
-    dh = wide.to(folded.matrix.dtype).float() @ folded.matrix.float().t() + (0 if gamma is None else wide * gamma)
-    c1 = (wide * (result.float() - folded.offset)).sum(1, keepdim=True) / x.shape[1]
-    c2 = (wide * folded.gain).sum(1, keepdim=True) / x.shape[1]
+    dh = g.to(folded.matrix.dtype).float() @ folded.matrix.float().t() + (0 if gamma is None else g.float() * gamma)
+    c1, c2 = sums.sum(1)[..., None] / x.shape[1]
     dx = statistics.rstd[:, None] * (dh - c2 - normal * c1)
-    return (dx if residual is None else dx + residual.float()).to(x.dtype)
+    dx = (dx if residual is None else dx + residual.float()).to(x.dtype)
+    if rectified is None:
+        return dx, None
+    dx = torch.where(x > 0, dx, 0)
+    parts = column_blocks(folded.matrix)
+    return dx, torch.nn.functional.pad(_row_sums(dx, x, *rectified)[:, None], (0, 0, 0, parts - 1))
 
 
-def _weight_gradient(x, g, operand, *, result=None, statistics=None, transposed=False) -> tuple[Tensor, Tensor]:
+def _weight_gradient(x, g, operand, *, statistics=None, transposed=False) -> tuple[Tensor, Tensor]:
     normal = x.float() if statistics is None else (x.float() - statistics.mean[:, None]) * statistics.rstd[:, None]
-    g = g if result is None else torch.where(result > 0, g, 0)
     product = normal.to(operand).float().t() @ g.to(operand).float()
     return product.t().contiguous() if transposed else product, g.float().sum(0)
 
@@ -103,24 +114,25 @@ def _mssa_forward(w: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     return o.transpose(1, 2).flatten(2).to(w.dtype), scores.logsumexp(-1)
 
 
-def _mssa_backward(w: Tensor, o: Tensor, do: Tensor, lse: Tensor, heads: int, scale: float) -> Tensor:
+def _mssa_backward(w: Tensor, do: Tensor, lse: Tensor, delta: Tensor, scale: float, folded: Folded) -> tuple[Tensor, Tensor]:
+    heads = delta.shape[0]
     split, g = _heads(w, heads), _heads(do, heads)
-    delta = (g * _heads(o, heads)).sum(-1, keepdim=True)
+    delta = delta.sum(1).unflatten(-1, w.shape[:2]).transpose(0, 1)[..., None]
     p = (split @ split.transpose(-1, -2) * scale - lse[..., None]).exp()
     e = p * (g @ split.transpose(-1, -2) - delta)
     e = ((e + e.transpose(-1, -2)) * scale).to(w.dtype).float()
-    dw = p.transpose(-1, -2).to(w.dtype).float() @ g + e @ split
-    return dw.transpose(1, 2).flatten(2).to(w.dtype)
+    dw = (p.transpose(-1, -2).to(w.dtype).float() @ g + e @ split).transpose(1, 2).flatten(2).to(w.dtype)
+    return dw, _row_sums(dw, w, folded.gain, folded.offset).flatten(1)[:, None]
 
 
 EMULATED = {
+    "attention_gradient": _attention_gradient,
     "fold": _fold,
     "linear": _linear,
-    "linear_backward": _linear_backward,
     "mssa_backward": _mssa_backward,
     "mssa_forward": _mssa_forward,
+    "norm_data_gradient": _norm_data_gradient,
     "norm_linear": _norm_linear,
-    "norm_linear_backward": _norm_linear_backward,
     "weight_gradient": _weight_gradient,
 }
 """What `crate_fast.kernels.layer` launches, in PyTorch, with the kernels' roundings: operands and results in their dtypes,

@@ -17,6 +17,7 @@ from .checkpoint import CheckpointError
 from .extras import MissingPackageError
 from .training import ConfigError, TrainConfig, TrainingError, evaluate_run, train
 from .training.config import PRECISIONS, flag
+from .tune import add_tune
 
 USER_ERRORS = (BackendError, CheckpointError, ConfigError, MissingPackageError, OSError, TrainingError)
 FAILED = 2
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
     _add_train(subcommands)
     _add_evaluate(subcommands)
+    add_tune(subcommands)
     return parser
 
 

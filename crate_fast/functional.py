@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from .backend import choose_backend
@@ -113,6 +116,34 @@ def ista_operator(weight: Tensor, step_size: float) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         d = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return torch.addmm(d, d.t(), d, beta=step_size, alpha=-step_size)
+
+
+class _Operator(torch.autograd.Function):
+    """M, at hand, as a function of D: the gradient goes on as dD = η(dM − D(dM + dMᵀ)), in two products' worth of launches."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, operator: Tensor, step_size: float) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.step_size = step_size
+        return operator.view_as(operator)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dm: Tensor):
+        (weight,) = ctx.saved_tensors
+        d = weight.to(dm.dtype)
+        return torch.addmm(dm, d, dm + dm.t(), beta=ctx.step_size, alpha=-ctx.step_size).to(weight.dtype), None, None
+
+
+def ista_operators(weights: Sequence[Tensor], step_sizes: Sequence[float]) -> list[Tensor]:
+    """`ista_operator` of many weights, in one batched product where they are alike; differentiable once, one by one."""
+    if any(w.shape != weights[0].shape or s != step_sizes[0] for w, s in zip(weights, step_sizes, strict=True)):
+        return [ista_operators([w], [s])[0] for w, s in zip(weights, step_sizes, strict=True)]
+    with torch.autocast(weights[0].device.type, enabled=False):
+        d = torch.stack([w.detach() for w in weights])
+        d = d.to(torch.promote_types(d.dtype, torch.float32))
+        operators = torch.baddbmm(d, d.mT, d, beta=step_sizes[0], alpha=-step_sizes[0])
+    return [_Operator.apply(w, m, s) for w, m, s in zip(weights, operators.unbind(), step_sizes, strict=True)]
 
 
 def ista_with_operator(

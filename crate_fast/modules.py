@@ -258,27 +258,39 @@ class Layer(nn.ModuleList):
         self._prepared.clear()
         return super()._apply(fn, recurse)
 
-    def run_fused(self, x: Tensor, gradient_scale: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor]:
-        """This layer by the fused kernels, between `kernels.enter_stack` and `kernels.leave_stack`."""
-        from .kernels import LayerSettings, LayerWeights, fused_layer, prepare_layer
+    def settings(self):
+        """The numbers that are not learned, as `kernels.LayerSettings`."""
+        from .kernels import LayerSettings
 
         mssa, ista = self
-        step_size, shrinkage = ista.fn.step_size, ista.fn.step_size * ista.fn.lambd
-        settings = LayerSettings(mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, ista.norm.eps, shrinkage)
+        shrinkage = ista.fn.step_size * ista.fn.lambd
+        return LayerSettings(mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, ista.norm.eps, shrinkage)
+
+    def kept_weights(self, operand: torch.dtype):
+        """What `_fresh_weights` gives for this layer; M and the folded weights are kept from call to call, for evaluation."""
+        from .kernels import LayerWeights
+
         *others, dictionary = self.weights()
+        step_size = self[1].fn.step_size
 
-        def prepare():
-            weights = LayerWeights(*others, functional.ista_operator(dictionary, step_size))
-            return weights.operator, prepare_layer(weights, settings, operand)
+        def make():
+            ((weights, prepared),) = _fresh_weights([self], operand)
+            return weights.operator, prepared
 
-        if self.training:
+        operator, prepared = self._prepared.get((*others, dictionary), (self.settings(), step_size, operand), make)
+        if torch.is_grad_enabled() and dictionary.requires_grad:
             operator = functional.ista_operator(dictionary, step_size)
-            prepared = prepare_layer(LayerWeights(*others, operator), settings, operand)
-        else:
-            operator, prepared = self._prepared.get((*others, dictionary), (settings, step_size, operand), prepare)
-            if torch.is_grad_enabled() and dictionary.requires_grad:
-                operator = functional.ista_operator(dictionary, step_size)
-        return fused_layer(x, gradient_scale, LayerWeights(*others, operator), prepared, settings)
+        return LayerWeights(*others, operator), prepared
+
+
+def _fresh_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
+    """(`kernels.LayerWeights`, `kernels.PreparedWeights`) of every layer, made together."""
+    from .kernels import LayerWeights, prepare_layers
+
+    dictionaries, step_sizes = zip(*((layer[1].fn.weight, layer[1].fn.step_size) for layer in layers), strict=True)
+    operators = functional.ista_operators(dictionaries, step_sizes)
+    weights = [LayerWeights(*layer.weights()[:-1], m) for layer, m in zip(layers, operators, strict=True)]
+    return list(zip(weights, prepare_layers(weights, [layer.settings() for layer in layers], operand), strict=True))
 
 
 class Transformer(nn.Module):
@@ -352,17 +364,20 @@ class Transformer(nn.Module):
         return choose_backend(self.backend, x, inner_dim // layer[0].fn.heads).name == "triton"
 
     def _run_fused(self, layers: list[Layer], x: Tensor, pool: str | None) -> Tensor:
-        from .kernels import enter_stack, leave_stack
+        from .kernels import enter_stack, fused_layer, leave_stack
 
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         stream, operand = stream_dtypes(self.stream, torch.get_autocast_dtype(device)) if autocast else (x.dtype, x.dtype)
         result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
         with torch.autocast(device, enabled=False):
-            x, gradient_scale = enter_stack(x, stream)
+            training = [layer for layer in layers if layer.training]
+            fresh = iter(_fresh_weights(training, operand) if training else ())
+            handed_on = enter_stack(x, stream)
             for layer in layers:
-                x, gradient_scale = layer.run_fused(x, gradient_scale, operand)
-            return leave_stack(x, gradient_scale, result, pool, scaled=operand == torch.float16)
+                weights, prepared = next(fresh) if layer.training else layer.kept_weights(operand)
+                handed_on = fused_layer(handed_on, weights, prepared, layer.settings())
+            return leave_stack(handed_on, result, pool, scaled=operand == torch.float16)
 
 
 def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torch.dtype]:

@@ -1,9 +1,10 @@
 """Triton kernels of CRATE with their autograd functions. Depends on torch and triton alone."""
 
 from .ista import ISTA
-from .layer import LayerSettings, LayerWeights, PreparedWeights, enter_stack, fused_layer, leave_stack, prepare_layer
+from .layer import LayerSettings, LayerWeights, PreparedWeights, fused_layer, prepare_layers
 from .mssa import MSSA
 from .runtime import INTERPRETED
+from .stack import Stream, enter_stack, leave_stack
 
 __all__ = [
     "INTERPRETED",
@@ -12,8 +13,9 @@ __all__ = [
     "LayerSettings",
     "LayerWeights",
     "PreparedWeights",
+    "Stream",
     "enter_stack",
     "fused_layer",
     "leave_stack",
-    "prepare_layer",
+    "prepare_layers",
 ]

@@ -1,7 +1,7 @@
 """The ISTA step on its own: relu(h + h M − ηλ) with M = η(D − DᵀD), one product forward and two backward.
 
     forward     y = relu(h + h M − ηλ)             the residual, the threshold and the relu in the product's epilogue
-    backward    g = dy ∘ (y > 0)                   read off the saved result, in the products' prologues
+    backward    g = dy ∘ (y > 0)                   read off the saved result
                 dh = g + g Mᵀ,   dM = hᵀ g
 
 The gradient goes on from M to D by autograd: d³, independent of the number of tokens. Inside a layer the same kernels take
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import linear, linear_backward, weight_gradient
+from .gradients import data_gradient, weight_gradient
+from .linear import linear
 from .runtime import operator
 
 
@@ -32,8 +33,8 @@ def _fake_backward(dy, h, y, matrix):
 @operator(fake=_fake_backward)
 def ista_step_backward(dy: Tensor, h: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(dh, dM): (rows, dim) in h's dtype and (dim, dim) in float32."""
-    dh = linear_backward(dy, matrix, h.dtype, result=y)
-    return dh, weight_gradient(h, dy, matrix.dtype, result=y)[0].contiguous()
+    g = torch.ops.aten.threshold_backward(dy, y, 0)  # 0 where y <= 0; what relu's own backward is
+    return data_gradient(g, matrix, h.dtype, shrink=True), weight_gradient(h, g, matrix.dtype)[0].contiguous()
 
 
 class ISTA(torch.autograd.Function):

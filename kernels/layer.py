@@ -5,26 +5,23 @@
     z  = x + o Woᵀ + b                  linear             normalised, nothing tokens × tokens
     y  = relu(h + h M − ηλ), h = LN(z)  norm_linear
 
-The stream (x, z, y) and the operands (w, o, weights) have dtypes of their own. With float16 operands gradients are float16
-too, multiplied by one power of two: `leave_stack` sets it from the gradient that enters, every layer divides it out of its
-weights' gradients in float32, `enter_stack` out of the gradient that leaves. Between them it travels as the gradient of a
-scalar that the layers hand on, so it stays on the device, every backward pass has its own, and autograd orders the uses.
+The stream (x, z, y) and the operands (w, o, weights) have dtypes of their own; stack.py has how layers are strung together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import Folded, Statistics, fold, linear, linear_backward, norm_linear, norm_linear_backward, weight_gradient
+from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient, weight_gradient
+from .linear import Folded, Statistics, fold, linear, norm_linear
 from .mssa import mssa_backward, mssa_forward
 from .runtime import operator
-
-SCALE_EXPONENT = 4
-"""The largest gradient that enters the stack is scaled to [2^3, 2^4): a factor 4,096 of room above, 10^8 below."""
+from .stack import Stream, fit_sums
 
 
 class LayerWeights(NamedTuple):
@@ -67,13 +64,24 @@ class LayerSettings(NamedTuple):
     shrinkage: float  # ηλ
 
 
-def prepare_layer(weights: LayerWeights, settings: LayerSettings, operand: torch.dtype) -> PreparedWeights:
-    """Folds the norms into the weights and rounds them to `operand`; no gradient."""
-    weights = LayerWeights(*(w.detach() for w in weights))
-    project = fold(weights.project.t(), weights.norm1_weight, weights.norm1_bias, operand)
-    ista = fold(weights.operator, weights.norm2_weight, weights.norm2_bias, operand, settings.shrinkage)
-    out_weight = weights.out_weight.to(operand)
-    return PreparedWeights(project.matrix.t(), project.gain, project.offset, out_weight, *ista)
+def prepare_layers(
+    weights: Sequence[LayerWeights], settings: Sequence[LayerSettings], operand: torch.dtype
+) -> list[PreparedWeights]:
+    """Folds the norms into the weights and rounds them to `operand`; no gradient. Layers of one kind share their launches."""
+    kinds = [([w.shape for w in layer], numbers.shrinkage) for layer, numbers in zip(weights, settings, strict=True)]
+    if any(kind != kinds[0] for kind in kinds):
+        return [prepare_layers([w], [s], operand)[0] for w, s in zip(weights, settings, strict=True)]
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(w, name).detach() for w in weights])
+
+    projects = fold(stacked("project").mT, stacked("norm1_weight"), stacked("norm1_bias"), operand)
+    shrinkage = settings[0].shrinkage
+    steps = fold(stacked("operator"), stacked("norm2_weight"), stacked("norm2_bias"), operand, shrinkage)
+    outs = stacked("out_weight").to(operand).unbind()
+    return [
+        PreparedWeights(p.matrix.mT, p.gain, p.offset, out, *step) for p, step, out in zip(projects, steps, outs, strict=True)
+    ]
 
 
 class Activations(NamedTuple):
@@ -93,7 +101,13 @@ def _forward_shapes(x, prepared, out_bias, norm2_weight, heads, scale, eps_mssa,
     w = x.new_empty(batch, tokens, prepared[0].shape[0], dtype=prepared[0].dtype)
     lse = x.new_empty(batch, heads, tokens, dtype=torch.float32)
     statistics = x.new_empty(4, batch * tokens, dtype=torch.float32)
-    return w, torch.empty_like(w), torch.empty_like(x), torch.empty_like(x), lse, statistics
+    return w, torch.empty_like(w), torch.empty_like(x), torch.empty_like(x), lse, statistics, _empty_sums(x, prepared)
+
+
+def _empty_sums(x: Tensor, prepared: list[Tensor]) -> Tensor:
+    """A placeholder for the row sums of a gradient like x, (2, parts, batch * tokens) float32."""
+    parts = column_blocks(PreparedWeights(*prepared).folded()[0].matrix)
+    return x.new_empty(2, parts, x.shape[0] * x.shape[1], dtype=torch.float32)
 
 
 @operator(fake=_forward_shapes)
@@ -106,8 +120,8 @@ def layer_forward(
     scale: float,
     eps_mssa: float,
     eps_ista: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(w, o, z, y, lse, statistics) of x: (batch, tokens, dim), contiguous; see `Activations`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(w, o, z, y, lse, statistics), see `Activations`, and a placeholder; x: (batch, tokens, dim), contiguous."""
     weights = PreparedWeights(*prepared)
     project, ista = weights.folded()
     batch, tokens, dim = x.shape
@@ -118,56 +132,62 @@ def layer_forward(
     o, lse = mssa_forward(w, heads, scale)
     z = linear(o.view(batch * tokens, -1), weights.out_weight.t(), x.dtype, offset=out_bias, residual=rows)
     y = norm_linear(z, ista, norm2_weight, x.dtype, eps_ista, Statistics(*statistics[2:]))
-    return w, o, z.view(x.shape), y.view(x.shape), lse, statistics
+    return w, o, z.view(x.shape), y.view(x.shape), lse, statistics, _empty_sums(x, prepared)
 
 
-def _backward_shapes(dy, gradient_scale, saved, prepared, weights, heads, scale, wanted):
-    dx = torch.empty_like(saved[0])
+def _backward_shapes(dy, sums, gradient_scale, saved, prepared, weights, below, scale, wanted):
     groups = (wanted[0],) * 3 + (wanted[1],) * 2 + (wanted[2],) * 3
     gradients = [w.new_empty(w.shape if want else (0,), dtype=torch.float32) for w, want in zip(weights, groups, strict=True)]
-    return [dx, *gradients]
+    dx_sums = _empty_sums(saved[0], prepared) if below else gradient_scale.new_empty(0)
+    return [torch.empty_like(saved[0]), dx_sums, *gradients]
 
 
 @operator(fake=_backward_shapes)
 def layer_backward(
     dy: Tensor,
+    sums: Tensor,
     gradient_scale: Tensor,
     saved: list[Tensor],
     prepared: list[Tensor],
     weights: list[Tensor],
-    heads: int,
+    below: list[Tensor],
     scale: float,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """[dx, then the gradients of `LayerWeights` in order, float32 and unscaled].
+    """[dx, its row sums, then the gradients of `LayerWeights` in order, float32 and unscaled].
 
-    `wanted`: whether the weights of the projection, the projection back, the ISTA step are wanted; empty tensors where not.
+    dy is masked where y is 0, and `sums` (2, parts, rows) are its row sums. below: `Rectified` of the layer that wrote x, for
+    which dx is masked and summed; empty if none did. wanted: whether the weights of the projection, the projection back, the
+    ISTA step are wanted. Tensors are empty where something is not.
     """
     a, w = Activations(*saved), LayerWeights(*weights)
     project, ista = PreparedWeights(*prepared).folded()
     out_weight = prepared[3]
     dim, inner, operand = a.x.shape[-1], a.w.shape[-1], a.w.dtype
-    x, z, y, o = a.x.view(-1, dim), a.z.view(-1, dim), a.y.view(-1, dim), a.o.view(-1, inner)
+    x, z, o = a.x.view(-1, dim), a.z.view(-1, dim), a.o.view(-1, inner)
     stats1, stats2 = Statistics(*a.statistics[:2]), Statistics(*a.statistics[2:])
     unscale = gradient_scale.reciprocal()
 
     dy = dy.reshape(-1, dim)
-    dz = norm_linear_backward(dy, y, z, ista, w.norm2_weight, stats2)
-    ista_gradients = _ista_gradients(z, dy, y, stats2, w, operand, unscale) if wanted[2] else _nothing(x, 3)
-    do = linear_backward(dz, out_weight.t(), operand)
+    dz, _ = norm_data_gradient(dy, sums, z, ista, w.norm2_weight, stats2)
+    ista_gradients = _ista_gradients(z, dy, stats2, w, operand, unscale) if wanted[2] else _nothing(x, 3)
+    do, delta = attention_gradient(dz, out_weight.t(), o, inner // a.lse.shape[1])
     out_gradients = _nothing(x, 2)
     if wanted[1]:
         product, total = weight_gradient(o, dz, operand, transposed=True)
         out_gradients = [product * unscale, total * unscale]
-    dw = mssa_backward(a.w, a.o, do.view(a.w.shape), a.lse, heads, scale).view(-1, inner)
-    dx = norm_linear_backward(dw, a.w.view(-1, inner), x, project, None, stats1, residual=dz)
+    dw, dw_sums = mssa_backward(a.w, do.view(a.w.shape), a.lse, delta, scale, project)
+    dw = dw.view(-1, inner)
+    rectified = Rectified(*below) if below else None
+    dx, dx_sums = norm_data_gradient(dw, dw_sums, x, project, None, stats1, residual=dz, rectified=rectified)
     project_gradients = _project_gradients(x, dw, stats1, w, operand, unscale) if wanted[0] else _nothing(x, 3)
-    return [dx.view(a.x.shape), *project_gradients, *out_gradients, *ista_gradients]
+    dx_sums = x.new_empty(0, dtype=torch.float32) if dx_sums is None else dx_sums
+    return [dx.view(a.x.shape), dx_sums, *project_gradients, *out_gradients, *ista_gradients]
 
 
-def _ista_gradients(z, dy, y, statistics, w: LayerWeights, operand, unscale) -> list[Tensor]:
+def _ista_gradients(z, dy, statistics, w: LayerWeights, operand, unscale) -> list[Tensor]:
     """dγ₂, dβ₂, dM from G = x̂ᵀ g and Σ g."""
-    product, total = weight_gradient(z, dy, operand, result=y, statistics=statistics)
+    product, total = weight_gradient(z, dy, operand, statistics=statistics)
     product, total = product * unscale, total * unscale
     d_gamma = product.diagonal() + (product * w.operator).sum(1)
     d_beta = total + w.operator @ total
@@ -193,84 +213,32 @@ def _nothing(like: Tensor, count: int) -> list[Tensor]:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gradient_scale: Tensor, settings: LayerSettings, *weights_and_prepared: Tensor):
+    def forward(ctx, x, gradient_scale, sums, gain, offset, settings: LayerSettings, *weights_and_prepared: Tensor):
         weights, prepared = weights_and_prepared[:8], weights_and_prepared[8:]
         w = LayerWeights(*weights)
         numbers = (settings.heads, settings.scale, settings.eps_mssa, settings.eps_ista)
-        activations = layer_forward(x, list(prepared), w.out_bias, w.norm2_weight, *numbers)
-        y = activations[3]
-        ctx.save_for_backward(x, *activations, *weights, *prepared)
-        ctx.heads, ctx.scale = settings.heads, settings.scale
-        return y, gradient_scale.clone()
+        *activations, y_sums = layer_forward(x, list(prepared), w.out_bias, w.norm2_weight, *numbers)
+        below = () if sums is None else (gain, offset)
+        ctx.save_for_backward(x, *activations, *weights, *prepared, *below)
+        ctx.scale, ctx.sums_shape = settings.scale, None if sums is None else sums.shape
+        return activations[3], torch.empty_like(gradient_scale), y_sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor, gradient_scale: Tensor):
-        saved = list(ctx.saved_tensors)
-        saved, weights, prepared = saved[:7], saved[7:15], saved[15:]
-        need = ctx.needs_input_grad[3:11]
+    def backward(ctx, dy: Tensor, gradient_scale: Tensor, sums: Tensor):
+        tensors = list(ctx.saved_tensors)
+        saved, weights, prepared, below = tensors[:7], tensors[7:15], tensors[15:22], tensors[22:]
+        need = ctx.needs_input_grad[6:14]
         wanted = [any(need[:3]), any(need[3:5]), any(need[5:])]
-        dx, *gradients = layer_backward(dy, gradient_scale, saved, prepared, weights, ctx.heads, ctx.scale, wanted)
+        dx, dx_sums, *gradients = layer_backward(dy, sums, gradient_scale, saved, prepared, weights, below, ctx.scale, wanted)
         gradients = [g.to(w.dtype) if n else None for g, w, n in zip(gradients, weights, need, strict=True)]
-        return dx, gradient_scale, None, *gradients, *[None] * len(prepared)
+        dx_sums = fit_sums(dx_sums, ctx.sums_shape) if below else None
+        return dx, gradient_scale, dx_sums, None, None, None, *gradients, *[None] * len(prepared)
 
 
-def fused_layer(
-    x: Tensor, gradient_scale: Tensor, weights: LayerWeights, prepared: PreparedWeights, settings: LayerSettings
-) -> tuple[Tensor, Tensor]:
-    """One layer on the stream x: (batch, tokens, dim), between `enter_stack` and `leave_stack`; differentiable once."""
-    return _Layer.apply(x, gradient_scale, settings, *weights, *prepared)
-
-
-class _EnterStack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, stream: torch.dtype):
-        ctx.dtype = x.dtype
-        return x.to(stream, memory_format=torch.contiguous_format, copy=True), x.new_ones((), dtype=torch.float32)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dx: Tensor, gradient_scale: Tensor):
-        return (dx.float() / gradient_scale).to(ctx.dtype), None
-
-
-class _LeaveStack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, gradient_scale: Tensor, out: torch.dtype, pool: str | None, scaled: bool) -> Tensor:
-        ctx.shape, ctx.stream, ctx.pool, ctx.scaled = x.shape, x.dtype, pool, scaled
-        if pool == "cls":
-            return x[:, 0].to(out, copy=True)
-        return x.mean(1, dtype=torch.float32).to(out) if pool == "mean" else x.to(out, copy=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        dy = dy.float()
-        if ctx.pool == "mean":
-            dy = dy / ctx.shape[1]
-        scale = _power_of_two_scale(dy) if ctx.scaled else dy.new_ones(())
-        dy = (dy * scale).to(ctx.stream)
-        if ctx.pool == "cls":
-            dx = dy.new_zeros(ctx.shape)
-            dx[:, 0] = dy
-        else:
-            dx = dy[:, None].expand(ctx.shape).contiguous() if ctx.pool == "mean" else dy
-        return dx, scale, None, None, None
-
-
-def _power_of_two_scale(g: Tensor) -> Tensor:
-    """The power of two that brings the largest |g| just under 2^SCALE_EXPONENT; 1 where that is 0 or not finite."""
-    largest = g.abs().amax()
-    _, exponent = torch.frexp(largest)
-    scale = torch.ldexp(torch.ones_like(largest), (SCALE_EXPONENT - exponent).clamp(-100, 100))
-    return torch.where(torch.isfinite(largest) & (largest > 0), scale, 1.0)
-
-
-def enter_stack(x: Tensor, stream: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x in the stream's dtype, contiguous; the scalar whose gradient is the gradients' scale)."""
-    return _EnterStack.apply(x, stream)
-
-
-def leave_stack(x: Tensor, gradient_scale: Tensor, out: torch.dtype, pool: str | None, scaled: bool) -> Tensor:
-    """All tokens in dtype `out`, or their pooling ("cls", "mean") as (batch, dim); `scaled` where operands are float16."""
-    return _LeaveStack.apply(x, gradient_scale, out, pool, scaled)
+def fused_layer(stream: Stream, weights: LayerWeights, prepared: PreparedWeights, settings: LayerSettings) -> Stream:
+    """One layer, between `enter_stack` and `leave_stack`; differentiable once. The result may go to one place only."""
+    x, gradient_scale, sums, writer = stream
+    gain, offset = writer or (None, None)
+    y, gradient_scale, sums = _Layer.apply(x, gradient_scale, sums, gain, offset, settings, *weights, *prepared)
+    return Stream(y, gradient_scale, sums, Rectified(prepared.ista_gain, prepared.ista_offset))

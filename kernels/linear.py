@@ -134,6 +134,51 @@ def _linear_kernel(
             b_x = tl.where(m_k[None, :], b_x, 0.0)
         b_out = tl.dot(b_x.to(b_w.dtype), b_w, b_out, input_precision=PRECISION)
 
+    if NORM == "none":
+        b_mean = tl.zeros([BLOCK_M], tl.float32)  # not read
+        b_rstd = b_mean
+    if (SHRINK or RESIDUAL) and BLOCK_M * BLOCK_N >= 128 * 128:
+        b_left, b_right = _halves(b_out)
+        b_0, b_1 = _halves(b_left)
+        b_2, b_3 = _halves(b_right)
+        _finish_linear(
+            b_0, block_n * 4, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+        )  # fmt: skip
+        _finish_linear(
+            b_1, block_n * 4 + 1, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+        )  # fmt: skip
+        _finish_linear(
+            b_2, block_n * 4 + 2, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+        )  # fmt: skip
+        _finish_linear(
+            b_3, block_n * 4 + 3, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+        )  # fmt: skip
+    else:
+        _finish_linear(
+            b_out, block_n, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _halves(b):
+    """The left and the right half of a tile's columns. What follows a large product works on a quarter of the columns at a
+    time, so that only a quarter of its other operands is in registers."""
+    return tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish_linear(
+    b_out, block_n, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd, outputs, stride_xk,
+    NORM: tl.constexpr, SHRINK: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """What follows the product, on block `block_n` of columns."""
+    column = block_n * b_out.shape[1] + tl.arange(0, b_out.shape[1])
+    m_column = column < outputs
     m_out = m_row[:, None] & m_column[None, :]
     if NORM == "folded":
         b_gain = tl.load(p_gain + column, mask=m_column, other=0.0)
@@ -157,154 +202,16 @@ def _linear_kernel(
 
 
 @triton.jit
-def _linear_backward_kernel(
-    p_g,  # (rows, outputs) gradient of the result, any strides
-    p_result,  # (rows, outputs) the result, contiguous: NORM or SHRINK
-    p_weight,  # (inputs, outputs), any strides
-    p_dx,  # (rows, inputs), contiguous
-    p_x,  # (rows, inputs), contiguous, NORM
-    p_gamma,  # (inputs,), NORM with SHRINK
-    p_gain,  # (outputs,), NORM
-    p_offset,  # (outputs,), NORM
-    p_mean,  # (rows,), NORM
-    p_rstd,
-    p_residual,  # (rows, inputs), contiguous, added to dx: RESIDUAL
-    rows,
-    inputs,
-    outputs,
-    stride_gm,
-    stride_gk,
-    stride_wi,
-    stride_wo,
-    NORM: tl.constexpr,
-    SHRINK: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    block_m, block_n = _swizzle(rows, inputs, BLOCK_M, BLOCK_N, GROUP_M)
-    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_row = row < rows
-    m_column = column < inputs
-    row = row.to(tl.int64)
-    b_dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    b_c1 = tl.zeros([BLOCK_M], tl.float32)
-    b_c2 = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, outputs, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        m_k = k < outputs
-        m_g = m_row[:, None] & m_k[None, :]
-        b_g = tl.load(p_g + row[:, None] * stride_gm + k[None, :] * stride_gk, mask=m_g, other=0.0)  # [M, K]
-        if NORM or SHRINK:
-            b_s = tl.load(p_result + row[:, None] * outputs + k[None, :], mask=m_g, other=0.0)  # [M, K]
-        if SHRINK:
-            b_g = tl.where(b_s <= 0.0, 0.0, b_g)
-        if NORM:
-            b_v = tl.load(p_gain + k, mask=m_k, other=0.0)
-            b_u = tl.load(p_offset + k, mask=m_k, other=0.0)
-            b_c2 += tl.sum(b_g.to(tl.float32) * b_v[None, :], 1)
-            b_c1 += tl.sum(b_g.to(tl.float32) * (b_s.to(tl.float32) - b_u[None, :]), 1)
-        p_w = p_weight + column[None, :] * stride_wi + k[:, None] * stride_wo
-        b_w = tl.load(p_w, mask=m_k[:, None] & m_column[None, :], other=0.0)  # [K, N]
-        b_dx = tl.dot(b_g.to(b_w.dtype), b_w, b_dx, input_precision=PRECISION)
-
-    m_dx = m_row[:, None] & m_column[None, :]
-    p_tile = row[:, None] * inputs + column[None, :]
-    if SHRINK:
-        b_g = tl.load(p_g + row[:, None] * stride_gm + column[None, :] * stride_gk, mask=m_dx, other=0.0)  # [M, N]
-        b_g = tl.where(tl.load(p_result + p_tile, mask=m_dx, other=0.0) <= 0.0, 0.0, b_g).to(tl.float32)
-        if NORM:
-            b_g *= tl.load(p_gamma + column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-        b_dx += b_g
-    if NORM:
-        b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
-        b_rstd = tl.load(p_rstd + row, mask=m_row, other=0.0)
-        b_x = tl.load(p_x + p_tile, mask=m_dx, other=0.0).to(tl.float32)
-        b_normal = (b_x - b_mean[:, None]) * b_rstd[:, None]
-        b_dx = b_rstd[:, None] * (b_dx - (b_c2[:, None] + b_normal * b_c1[:, None]) / inputs)
-    if RESIDUAL:
-        b_dx += tl.load(p_residual + p_tile, mask=m_dx, other=0.0).to(tl.float32)
-    tl.store(p_dx + p_tile, b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
-
-
-@triton.jit
-def _weight_gradient_kernel(
-    p_x,  # (rows, inputs), any strides
-    p_g,  # (rows, outputs), any strides
-    p_result,  # (rows, outputs), contiguous, SHRINK
-    p_mean,  # (rows,), NORM
-    p_rstd,
-    p_product,  # (splits, inputs, outputs) float32, any strides: x̂ᵀ g over the rows of a split
-    p_total,  # (splits, outputs) float32: column sums of g
-    rows,
-    inputs,
-    outputs,
-    rows_per_split,
-    stride_xm,
-    stride_xk,
-    stride_gm,
-    stride_gk,
-    stride_ps,
-    stride_pi,
-    stride_po,
-    NORM: tl.constexpr,
-    SHRINK: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    blocks_m = tl.cdiv(inputs, BLOCK_M)
-    blocks_n = tl.cdiv(outputs, BLOCK_N)
-    split = pid // (blocks_m * blocks_n)
-    block_m = pid % (blocks_m * blocks_n) // blocks_n
-    i = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_i = i < inputs
-    m_j = j < outputs
-    first = split.to(tl.int64) * rows_per_split
-    last = tl.minimum(first + rows_per_split, rows)
-
-    b_product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    b_total = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, rows_per_split, BLOCK_K):
-        row = first + start + tl.arange(0, BLOCK_K)
-        m_row = row < last
-        b_x = tl.load(p_x + row[:, None] * stride_xm + i[None, :] * stride_xk, mask=m_row[:, None] & m_i[None, :], other=0.0)
-        m_g = m_row[:, None] & m_j[None, :]
-        b_g = tl.load(p_g + row[:, None] * stride_gm + j[None, :] * stride_gk, mask=m_g, other=0.0)  # [K, N]
-        if NORM:
-            b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
-            b_rstd = tl.load(p_rstd + row, mask=m_row, other=0.0)
-            b_x = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]  # [K, M]
-        if SHRINK:
-            b_s = tl.load(p_result + row[:, None] * outputs + j[None, :], mask=m_g, other=0.0)
-            b_g = tl.where(b_s <= 0.0, 0.0, b_g)
-        b_total += tl.sum(b_g.to(tl.float32), 0)
-        b_product = tl.dot(tl.trans(b_x.to(OPERAND)), b_g.to(OPERAND), b_product, input_precision=PRECISION)
-
-    p_tile = p_product + split.to(tl.int64) * stride_ps + i[:, None] * stride_pi + j[None, :] * stride_po
-    tl.store(p_tile, b_product, mask=m_i[:, None] & m_j[None, :])
-    if block_m == 0:
-        tl.store(p_total + split * outputs + j, b_total, mask=m_j)
-
-
-@triton.jit
 def _fold_kernel(
-    p_weight,  # (inputs, outputs), any strides
-    p_gamma,  # (inputs,)
-    p_beta,  # (inputs,)
-    p_matrix,  # (inputs, outputs), the weight's strides
-    p_gain,  # (outputs,) float32
-    p_offset,  # (outputs,) float32
+    p_weight,  # (layers, inputs, outputs), any strides
+    p_gamma,  # (layers, inputs)
+    p_beta,  # (layers, inputs)
+    p_matrix,  # (layers, inputs, outputs), the weight's strides
+    p_gain,  # (layers, outputs) float32
+    p_offset,  # (layers, outputs) float32
     inputs,
     outputs,
+    stride_wl,
     stride_wk,
     stride_wn,
     shrinkage,
@@ -312,7 +219,15 @@ def _fold_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = tl.cdiv(outputs, BLOCK_N)
+    layer = (tl.program_id(0) // blocks).to(tl.int64)
+    p_weight += layer * stride_wl
+    p_matrix += layer * stride_wl
+    p_gamma += layer * inputs
+    p_beta += layer * inputs
+    p_gain += layer * outputs
+    p_offset += layer * outputs
+    column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = column < outputs
     b_gain = tl.zeros([BLOCK_N], tl.float32)
     b_offset = tl.zeros([BLOCK_N], tl.float32)
@@ -336,7 +251,8 @@ def _fold_kernel(
 
 
 def _folded_shapes(weight, gamma, beta, operand, shrinkage):
-    gain, offset = (torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device) for _ in range(2))
+    shape = (weight.shape[0], weight.shape[2])
+    gain, offset = (torch.empty(shape, dtype=torch.float32, device=weight.device) for _ in range(2))
     return torch.empty_like(weight, dtype=operand), gain, offset
 
 
@@ -344,22 +260,26 @@ def _folded_shapes(weight, gamma, beta, operand, shrinkage):
 def fold_weight(
     weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(matrix, gain, offset) of `Folded`."""
+    """(matrix, gain, offset) of `Folded`, each with the layers in front."""
     matrix, gain, offset = _folded_shapes(weight, gamma, beta, operand, shrinkage)
-    inputs, outputs = weight.shape
+    layers, inputs, outputs = weight.shape
     block = 64
     launch(
-        _fold_kernel, triton.cdiv(outputs, block), weight, gamma, beta, matrix, gain, offset, inputs, outputs,
+        _fold_kernel, layers * triton.cdiv(outputs, block), weight, gamma, beta, matrix, gain, offset, inputs, outputs,
         *weight.stride(), shrinkage or 0.0, SHRINK=shrinkage is not None, BLOCK_N=block, BLOCK_K=block,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return matrix, gain, offset
 
 
-def fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> Folded:
-    """Folds LayerNorm's γ and β into `weight` (in, out), for a projection or, with ηλ given, for an ISTA step's M."""
+def fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> list[Folded]:
+    """Folds LayerNorm's γ and β into projections or, with ηλ given, into the M of ISTA steps: all layers in one launch.
+
+    weight: (layers, in, out), the strides without gaps; gamma, beta: (layers, in), contiguous.
+    """
     fold_here = fold_weight if torch.compiler.is_compiling() else fold_weight.body  # a graph needs the operator, else it costs
-    return Folded(*fold_here(weight, gamma, beta, operand, shrinkage))
+    folded = fold_here(weight, gamma, beta, operand, shrinkage)
+    return [Folded(*parts) for parts in zip(*(stacked.unbind() for stacked in folded), strict=True)]
 
 
 def linear(
@@ -373,7 +293,8 @@ def linear(
 ) -> Tensor:
     """x W [+ x] [+ offset] [+ residual], rectified if `shrink`: (rows, in) to (rows, out), without a LayerNorm."""
     result = x.new_empty(x.shape[0], weight.shape[1], dtype=out)
-    _launch_linear(x, weight, result, offset=offset, residual=residual, shrink=shrink)
+    name = "ista" if shrink else "out_project"
+    _launch_linear(name, x, weight, result, offset=offset, residual=residual, shrink=shrink)
     return result
 
 
@@ -388,6 +309,7 @@ def norm_linear(
     result = x.new_empty(x.shape[0], folded.matrix.shape[1], dtype=out)
     exact = x.dtype == folded.matrix.dtype and x.dtype != torch.float32
     _launch_linear(
+        "project" if gamma is None else "ista",
         x, folded.matrix, result, norm="folded" if exact else "first", offset=folded.offset, gain=folded.gain,
         gamma=gamma, shrink=gamma is not None, statistics=statistics, eps=eps,
     )  # fmt: skip
@@ -395,88 +317,15 @@ def norm_linear(
 
 
 def _launch_linear(
-    x, weight, result, *, norm="none", offset=None, gain=None, gamma=None, residual=None, shrink=False, statistics=None, eps=0.0
-) -> None:
+    name, x, weight, result, *, norm="none", offset=None, gain=None, gamma=None, residual=None, shrink=False,
+    statistics=None, eps=0.0,
+) -> None:  # fmt: skip
     (rows, inputs), outputs = x.shape, weight.shape[1]
-    config = tuning.matrix("linear", weight.dtype, inputs, outputs)
-    programs = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(outputs, config["BLOCK_N"])
+    config = tuning.matrix(name, weight.dtype, inputs, outputs, weight.device)
+    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_n)
     mean, rstd = statistics or (None, None)
     launch(
         _linear_kernel, programs, x, weight, result, offset, gain, gamma, residual, mean, rstd, rows, inputs, outputs,
         *x.stride(), *weight.stride(), eps, NORM=norm, SHRINK=shrink, OFFSET=offset is not None,
-        RESIDUAL=residual is not None, PRECISION=float32_precision(), GROUP_M=GROUP, **config,
+        RESIDUAL=residual is not None, PRECISION=float32_precision(), GROUP_M=GROUP, **config.constants(),
     )  # fmt: skip
-
-
-def linear_backward(g: Tensor, weight: Tensor, out: torch.dtype, *, result: Tensor | None = None) -> Tensor:
-    """Gradient of `linear` to its x; with `result`, of the rectified ISTA step that gave `result`."""
-    dx = g.new_empty(g.shape[0], weight.shape[0], dtype=out)
-    _launch_linear_backward(g, weight, dx, result=result, shrink=result is not None)
-    return dx
-
-
-def norm_linear_backward(
-    g: Tensor,
-    result: Tensor,
-    x: Tensor,
-    folded: Folded,
-    gamma: Tensor | None,
-    statistics: Statistics,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Gradient of `norm_linear` to its x, through the LayerNorm, plus `residual`; in x's dtype."""
-    dx = torch.empty_like(x)
-    _launch_linear_backward(
-        g, folded.matrix, dx, result=result, shrink=gamma is not None, norm=True, x=x, gamma=gamma, gain=folded.gain,
-        offset=folded.offset, statistics=statistics, residual=residual,
-    )  # fmt: skip
-    return dx
-
-
-def _launch_linear_backward(
-    g, weight, dx, *, result, shrink, norm=False, x=None, gamma=None, gain=None, offset=None, statistics=None, residual=None
-) -> None:
-    rows, (inputs, outputs) = g.shape[0], weight.shape
-    config = tuning.matrix("linear_backward", weight.dtype, inputs, outputs)
-    programs = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(inputs, config["BLOCK_N"])
-    mean, rstd = statistics or (None, None)
-    launch(
-        _linear_backward_kernel, programs, g, result, weight, dx, x, gamma, gain, offset, mean, rstd, residual,
-        rows, inputs, outputs, *g.stride(), *weight.stride(), NORM=norm, SHRINK=shrink, RESIDUAL=residual is not None,
-        PRECISION=float32_precision(), GROUP_M=GROUP, **config,
-    )  # fmt: skip
-
-
-def weight_gradient(
-    x: Tensor,
-    g: Tensor,
-    operand: torch.dtype,
-    *,
-    result: Tensor | None = None,
-    statistics: Statistics | None = None,
-    transposed: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(x̂ᵀ g, Σ g) in float32, (in, out) or with `transposed` (out, in), and (out,).
-
-    x̂ is x, normalised on the way in when `statistics` are given; g is masked by `result` when that is given. The rows are
-    cut in splits that depend on the shape alone and are summed in one order: the same bits from run to run.
-    """
-    (rows, inputs), outputs = x.shape, g.shape[1]
-    config = tuning.matrix("weight_gradient", operand, inputs, outputs)
-    tiles = triton.cdiv(inputs, config["BLOCK_M"]) * triton.cdiv(outputs, config["BLOCK_N"])
-    splits = tuning.splits(tiles, rows, config["BLOCK_K"])
-    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), config["BLOCK_K"]) * config["BLOCK_K"]
-    shape = (splits, outputs, inputs) if transposed else (splits, inputs, outputs)
-    product = torch.empty(shape, dtype=torch.float32, device=x.device)
-    total = torch.empty(splits, outputs, dtype=torch.float32, device=x.device)
-    mean, rstd = statistics or (None, None)
-    strides = product.transpose(1, 2).stride() if transposed else product.stride()
-    launch(
-        _weight_gradient_kernel, tiles * splits, x, g, result, mean, rstd, product, total, rows, inputs, outputs,
-        rows_per_split, *x.stride(), *g.stride(), *strides, NORM=statistics is not None, SHRINK=result is not None,
-        OPERAND=_TRITON_DTYPE[operand], PRECISION=float32_precision(), **config,
-    )  # fmt: skip
-    return (product[0], total[0]) if splits == 1 else (product.sum(0), total.sum(0))
-
-
-_TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

@@ -1,50 +1,114 @@
-"""Block shapes, warps and pipeline stages of every kernel: one table, chosen by dtype, head width and alignment.
+"""Block shapes, warps and pipeline stages of every kernel: one table, and what the user's own GPU was measured to prefer.
 
-The shapes were compared by compiled resources (`python benchmarks/compile.py` prints them for the table below), not yet by
-the clock of a GPU.
+The table's shapes were compared by compiled resources (`python benchmarks/compile.py` prints them; docs/performance.md has
+what was seen), not yet by the clock of a GPU. `crate-fast tune` measures `candidates` on a GPU and writes the winners to
+`results_path()`; they are looked up there, by the GPU's name, before the table. Nothing is ever measured unasked.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 
-# (largest head width, BLOCK_M, BLOCK_N, num_warps, num_stages)
-_ATTENTION = {
-    ("mssa_forward", 16): [(64, 64, 64, 4, 3), (128, 64, 64, 4, 2)],
-    # float32 products are FMAs with both operands in registers, so blocks shrink as heads widen.
-    ("mssa_forward", 32): [(64, 32, 32, 4, 2), (128, 32, 32, 8, 2)],
-    ("mssa_backward", 16): [(64, 64, 32, 4, 2), (128, 64, 32, 8, 1)],
-    ("mssa_backward", 32): [(16, 32, 32, 4, 1), (32, 32, 32, 8, 1), (64, 32, 16, 8, 1), (128, 16, 16, 8, 1)],
+CACHE_VARIABLE = "CRATE_FAST_CACHE"
+ATTENTION = ("mssa_forward", "mssa_backward")
+MATRIX = ("project", "out_project", "ista", "ista_gradient", "out_gradient", "project_gradient", "weight_gradient")
+
+
+class TuningError(OSError):
+    """The file of measured configurations cannot be read; the message names it and says how to get rid of it."""
+
+
+class Config(NamedTuple):
+    """A kernel's shape. Attention: M rows against N columns. Products: M × N of the result, K of the depth at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int  # 0 in the attention
+    warps: int
+    stages: int
+
+    def constants(self) -> dict[str, int]:
+        """The arguments of a launch."""
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n} | ({"BLOCK_K": self.block_k} if self.block_k else {})
+        return blocks | {"num_warps": self.warps, "num_stages": self.stages}
+
+
+class Line(NamedTuple):
+    """One line of the table: the first that fits is taken."""
+
+    kernels: tuple[str, ...]
+    bits: int
+    widest: int | None  # head width of an attention; None for products
+    aligned: bool  # whether all rows of the operands start on 16 bytes
+    config: Config
+    reason: str
+
+
+_PRODUCTS = ("project", "out_project", "ista")
+_GRADIENTS = ("ista_gradient", "out_gradient", "project_gradient")
+
+TABLE = (
+    Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3), "124 registers: 4 programs a multiprocessor"),
+    Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 2), "162 registers, 3 programs; a third stage takes 16 KB"),
+    Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 2), "2 programs; 64 columns spill"),
+    Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 2), "2 programs; 32 columns take all 255 registers"),
+    Line(("mssa_forward",), 32, 64, True, Config(32, 32, 0, 4, 2), "float32 products are FMAs with operands in registers"),
+    Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 8, 2), "the same; 4 warps spill"),
+    Line(("mssa_backward",), 32, 16, True, Config(32, 32, 0, 8, 1), "the same; blocks shrink as heads widen"),
+    Line(("mssa_backward",), 32, 32, True, Config(32, 16, 0, 8, 1), "the same"),
+    Line(("mssa_backward",), 32, 128, True, Config(16, 16, 0, 8, 1), "the least there is"),
+    Line(_PRODUCTS, 16, None, True, Config(128, 128, 64, 8, 3), "128 registers, 96 KB: 2 programs a multiprocessor"),
+    Line(_GRADIENTS, 16, None, True, Config(128, 128, 32, 8, 4), "128 registers but for a rectified end (165), 64 KB"),
+    Line(("weight_gradient",), 16, None, True, Config(128, 128, 32, 8, 2), "normalising on the way in takes 165 registers"),
+    Line(MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
+    Line(MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
+    Line(MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
+)
+
+CANDIDATES = {
+    ("mssa_forward", 16): [(64, 64, 0, 4, 2), (64, 64, 0, 4, 3), (64, 32, 0, 4, 3), (128, 64, 0, 8, 3), (64, 128, 0, 4, 2)],
+    ("mssa_backward", 16): [(64, 32, 0, 4, 1), (64, 32, 0, 4, 2), (64, 16, 0, 4, 2), (128, 32, 0, 8, 1), (128, 32, 0, 8, 2)],
+    ("product", 16): [
+        (128, 128, 64, 8, 3),
+        (128, 128, 32, 8, 4),
+        (128, 64, 64, 4, 3),
+        (64, 128, 64, 4, 3),
+        (64, 128, 32, 8, 3),
+    ],
+    ("weight_gradient", 16): [(128, 128, 32, 8, 2), (128, 128, 64, 8, 2), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3)],
+    ("mssa_forward", 32): [(32, 32, 0, 4, 2), (32, 32, 0, 8, 2)],
+    ("mssa_backward", 32): [(16, 16, 0, 8, 1), (32, 16, 0, 8, 1), (32, 32, 0, 8, 1)],
+    ("product", 32): [(64, 64, 32, 4, 2), (32, 64, 32, 8, 2)],
+    ("weight_gradient", 32): [(64, 64, 32, 4, 2), (32, 64, 32, 8, 2)],
 }
+"""What `crate-fast tune` measures, by kernel ("product" stands for the six products over tokens) and bits."""
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)
-_MATRIX = {
-    ("linear", 16): (128, 128, 64, 8, 3),
-    ("linear_backward", 16): (64, 128, 32, 8, 3),  # 128 registers, two programs a multiprocessor; 128 × 128 takes 254
-    ("weight_gradient", 16): (128, 128, 32, 8, 2),
-    ("linear", 32): (64, 64, 32, 4, 2),
-    ("linear_backward", 32): (64, 64, 32, 4, 2),
-    ("weight_gradient", 32): (64, 64, 32, 4, 2),
-}
-
-# Rows that do not start on 16 bytes are loaded element by element, with an address each: larger blocks spill.
-_UNALIGNED = {16: (64, 64, 32, 8, 2), 32: (32, 64, 32, 8, 2)}
+_forced: dict[str, Config] = {}
+_measured: dict[Path, dict[str, Config]] = {}
 
 
-def attention(kernel: str, dtype: torch.dtype, head_width: int) -> dict[str, int]:
-    """Constants of "mssa_forward" or "mssa_backward" for tokens of `dtype` and heads of a width."""
-    for widest, block_m, block_n, warps, stages in _ATTENTION[kernel, _bits(dtype)]:
-        if head_width <= widest:
-            return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    raise ValueError(f"head width is {head_width}; the kernels take 16 to 128")
+def attention(kernel: str, dtype: torch.dtype, head_width: int, device: torch.device) -> Config:
+    """The shape of one of `ATTENTION` for tokens of `dtype` and heads of a width; ValueError if there is none so wide."""
+    return _lookup(kernel, dtype, head_width, True, key(kernel, dtype, head_width), device)
 
 
-def matrix(kernel: str, operand: torch.dtype, inputs: int, outputs: int) -> dict[str, int]:
-    """Constants of "linear", "linear_backward" or "weight_gradient" for operands of a dtype and a weight's sizes."""
+def matrix(kernel: str, operand: torch.dtype, inputs: int, outputs: int, device: torch.device) -> Config:
+    """The shape of one of `MATRIX` for operands of a dtype and a weight (in, out)."""
     aligned = inputs % 16 == 0 and outputs % 16 == 0
-    bits = _bits(operand)
-    block_m, block_n, block_k, warps, stages = _MATRIX[kernel, bits] if aligned else _UNALIGNED[bits]
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+    return _lookup(kernel, operand, None, aligned, key(kernel, operand, inputs, outputs), device)
+
+
+def candidates(kernel: str, dtype: torch.dtype) -> list[Config]:
+    """The shapes worth measuring for a kernel and the dtype of its operands."""
+    name = kernel if kernel in (*ATTENTION, "weight_gradient") else "product"
+    return [Config(*shape) for shape in CANDIDATES[name, _bits(dtype)]]
 
 
 def splits(tiles: int, rows: int, block: int) -> int:
@@ -53,6 +117,81 @@ def splits(tiles: int, rows: int, block: int) -> int:
     132 multiprocessors (H100, H200) are assumed on every device, so that results do not depend on it.
     """
     return max(1, min(2 * 132 // tiles, rows // (4 * block)))
+
+
+@contextmanager
+def forced(kernel: str, config: Config) -> Iterator[None]:
+    """While open, `kernel` has this shape whatever the sizes."""
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+
+
+def key(kernel: str, dtype: torch.dtype, *sizes: int) -> str:
+    """Under what a measured shape is stored, for one GPU."""
+    return f"{kernel} {_bits(dtype)} {'x'.join(map(str, sizes))}"
+
+
+def results_path() -> Path:
+    """Where measured shapes are: tuning.json in $CRATE_FAST_CACHE, else in crate_fast under the user's cache directory."""
+    directory = os.environ.get(CACHE_VARIABLE)
+    if directory:
+        return Path(directory) / "tuning.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate_fast" / "tuning.json"
+
+
+def store(device_name: str, winners: dict[str, Config]) -> Path:
+    """Adds measured shapes of a GPU to the file, in one step, and returns its path."""
+    path = results_path()
+    contents = _read(path)
+    contents.setdefault(device_name, {}).update({name: list(config) for name, config in winners.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    _measured.clear()
+    return path
+
+
+def measured(device_name: str) -> dict[str, Config]:
+    """The measured shapes of a GPU, by `key`; read once a process. Raises TuningError for a damaged file."""
+    path = results_path()
+    if path not in _measured:
+        _measured[path] = {
+            f"{device} {name}": Config(*shape) for device, shapes in _read(path).items() for name, shape in shapes.items()
+        }
+    prefix = f"{device_name} "
+    return {name.removeprefix(prefix): config for name, config in _measured[path].items() if name.startswith(prefix)}
+
+
+def _read(path: Path) -> dict[str, dict[str, list[int]]]:
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        for shapes in contents.values():
+            for shape in shapes.values():
+                if len(shape) != len(Config._fields) or not all(isinstance(n, int) and 0 <= n <= 1024 for n in shape):
+                    raise ValueError(f"{shape} is no shape")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise TuningError(f"{path} is damaged ({error}); delete it, and measure again with crate-fast tune") from error
+    return contents
+
+
+def _lookup(kernel: str, dtype: torch.dtype, width: int | None, aligned: bool, name: str, device: torch.device) -> Config:
+    if kernel in _forced:
+        return _forced[kernel]
+    if device.type == "cuda":
+        found = measured(torch.cuda.get_device_name(device)).get(name)
+        if found:
+            return found
+    for line in TABLE:
+        fits = line.widest is None if width is None else line.widest is not None and width <= line.widest
+        if kernel in line.kernels and line.bits == _bits(dtype) and line.aligned == aligned and fits:
+            return line.config
+    raise ValueError(f"head width is {width}; the kernels take 16 to 128")
 
 
 def _bits(dtype: torch.dtype) -> int:

@@ -9,6 +9,7 @@ from lion_pytorch import Lion
 
 from crate_fast import CRATE, reference
 from crate_fast.kernels import layer
+from crate_fast.modules import pool_tokens
 from crate_fast.training import TrainConfig, train
 
 CONFIGURATIONS = [
@@ -66,6 +67,50 @@ def test_float32_layers_agree_with_float64_at_any_number_of_tokens(tokens, width
         torch.autograd.grad((out * cotangent).sum(), tuple(ours.transformer.parameters())), gradients, strict=True
     ):
         assert relative(gradient, exact_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", None])
+def test_gradients_pass_through_any_mixture_of_fused_composed_and_frozen_layers(pool):
+    """Fused layers hand row sums on to the fused layer below, so whoever stands above or below must not matter."""
+    options = {"image_size": 8, "patch_size": 4, "dim": 48, "depth": 5, "heads": 2, "dim_head": 24, "num_classes": 5}
+    ours, published = pair(reference.CRATE, **options)
+    layers = ours.transformer.layers
+    layers[2][1].register_forward_hook(lambda *_: None)  # runs module by module
+    for model in (ours, published):
+        model.transformer.layers[1][0].requires_grad_(False)
+        model.transformer.layers[4].requires_grad_(False)
+    x = torch.randn(2, 19, 48)
+    inputs = [x.requires_grad_(), x.detach().double().requires_grad_()]
+    outputs = [ours.transformer.run(inputs[0], pool), pool_tokens(published.transformer(inputs[1]), pool)]
+    cotangent = torch.randn(outputs[0].shape)
+    for out in outputs:
+        (out * cotangent.to(out.dtype)).sum().backward()
+    assert relative(inputs[0].grad, inputs[1].grad) < 1e-5
+    exact = dict(published.transformer.named_parameters())
+    for name, parameter in ours.transformer.named_parameters():
+        assert (parameter.grad is None) == (exact[name].grad is None), name
+        assert parameter.grad is None or relative(parameter.grad, exact[name].grad) < 1e-5, name
+
+
+def test_layers_of_different_sizes_follow_one_another():
+    """Their row sums come in different numbers of parts."""
+    torch.manual_seed(0)
+    models = []
+    for cls in (CRATE, reference.CRATE):
+        wide = {"image_size": 8, "patch_size": 4, "dim": 144, "depth": 3, "heads": 2, "num_classes": 5}
+        model, narrow = cls(**wide, dim_head=24), cls(**wide, dim_head=17)
+        model.transformer.layers[1] = narrow.transformer.layers[1]
+        models.append(model)
+    ours, published = models
+    ours.load_state_dict(published.state_dict())
+    ours.transformer.backend = "triton"
+    x, cotangent = torch.randn(2, 40, 144), torch.randn(2, 40, 144)
+    gradients = []
+    for model, dtype in ((ours, torch.float32), (published.double(), torch.float64)):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=model is ours):
+            out = model.transformer(x.to(dtype))
+        gradients.append(torch.autograd.grad(out, tuple(model.transformer.parameters()), cotangent.to(dtype)))
+    assert max(relative(a, b) for a, b in zip(*gradients, strict=True)) < 0.03
 
 
 def resolve_ties(ours, published, lr: float) -> int:

@@ -111,6 +111,7 @@ def test_a_layer_is_four_kernels_forward_and_seven_backward():
     assert sum(forward.values()) <= 4 * SMALL["depth"]
     loss = model.train()(x).sum()
     backward = launches(loss.backward)
+    assert backward.pop("_leave_kernel") == 1  # once a stack
     assert sum(backward.values()) <= 7 * SMALL["depth"]
     assert not any("fold" in name for name in backward)
 

@@ -1,0 +1,142 @@
+"""`crate-fast tune`: measures the kernels' shapes on this machine's GPU and stores the fastest where the library looks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .backend import BackendError, choose_backend
+from .extras import require
+from .model import SIZES
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Workload(NamedTuple):
+    """One kernel of a layer on tensors of the size asked for."""
+
+    kernel: str
+    sizes: tuple[int, ...]
+    run: Callable[[], object]
+
+
+def add_tune(subcommands) -> None:
+    """Adds the subcommand to the command line's."""
+    parser = subcommands.add_parser(
+        "tune",
+        help="find the fastest shapes of the kernels on this GPU",
+        description="Measures a handful of block shapes for each kernel of a layer on the GPU at hand (minutes) and stores the "
+        "fastest in $CRATE_FAST_CACHE/tuning.json, or ~/.cache/crate_fast/tuning.json, where every later run finds them. "
+        "Without it the kernels run with shapes chosen from what the compiler makes of them.",
+    )
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="a published size (default: tiny)")
+    for name, text in (("dim", "width of a token"), ("heads", "attention heads"), ("dim-head", "width of a head")):
+        parser.add_argument(f"--{name}", type=_positive, metavar="N", help=f"{text} (default: the size's)")
+    parser.add_argument("--tokens", type=_positive, default=197, metavar="N", help="tokens of an image (default: 197)")
+    parser.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="images (default: 256)")
+    parser.add_argument("--precision", choices=DTYPES, default="float16", help="of matrix operands; 16-bit types share shapes")
+    parser.set_defaults(run=_tune)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    require("tqdm")
+    if not torch.cuda.is_available():
+        raise BackendError("tune measures on a GPU, and PyTorch sees none here")
+    size = SIZES[arguments.size]
+    dim, heads = arguments.dim or size["dim"], arguments.heads or size["heads"]
+    head_width, dtype = arguments.dim_head or size["dim_head"], DTYPES[arguments.precision]
+    choose_backend("triton", torch.empty(0, dtype=dtype, device="cuda"), head_width)
+    torch.manual_seed(0)
+    tokens = torch.randn(arguments.batch_size, arguments.tokens, dim, dtype=dtype, device="cuda")
+    from .kernels import tuning
+
+    winners = find_winners(workloads(tokens, heads, head_width), dtype, _milliseconds)
+    path = tuning.store(torch.cuda.get_device_name(), winners)
+    for name, config in winners.items():
+        print(f"{name:32} {config}")
+    print(f"stored in {path}")
+
+
+def find_winners(jobs: list[Workload], dtype: torch.dtype, clock: Callable[[Callable], float]) -> dict:
+    """The fastest `tuning.Config` of every job by `clock(run)`, under the key that the library looks it up by.
+
+    A shape that the GPU cannot run, because it wants more shared memory or registers than there are, is passed over.
+    """
+    from tqdm import tqdm
+    from triton.runtime.errors import OutOfResources
+
+    from .kernels import tuning
+
+    pairs = [(job, config) for job in jobs for config in tuning.candidates(job.kernel, dtype)]
+    times: dict[str, dict] = {}
+    for job, config in tqdm(pairs, desc="measuring", disable=None):
+        with tuning.forced(job.kernel, config):
+            try:
+                taken = clock(job.run)
+            except OutOfResources:
+                continue
+        times.setdefault(tuning.key(job.kernel, dtype, *job.sizes), {})[config] = taken
+    return {name: min(measured, key=measured.get) for name, measured in times.items()}
+
+
+def _milliseconds(run: Callable) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=25, rep=100, return_mode="median")
+
+
+def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workload]:
+    """Every kernel of a layer on `tokens` (batch, tokens, dim), of the operands' dtype, as forward and backward launch it."""
+    from .kernels import gradients, linear, mssa
+
+    batch, count, dim = tokens.shape
+    dtype, inner, scale = tokens.dtype, heads * head_width, head_width**-0.5
+    x = tokens.reshape(-1, dim)
+    gamma, beta = torch.ones(dim, device=x.device), torch.zeros(dim, device=x.device)
+    (project,) = linear.fold(_weight(x, dim, inner)[None], gamma[None], beta[None], dtype)
+    (step,) = linear.fold(_weight(x, dim, dim)[None], gamma[None], beta[None], dtype, 0.01)
+    out = _weight(x, inner, dim).to(dtype)
+    statistics = linear.Statistics(*torch.empty(2, len(x), device=x.device))
+    rectified = gradients.Rectified(step.gain, step.offset)
+
+    w = linear.norm_linear(x, project, None, dtype, 1e-5, statistics).view(batch, count, inner)
+    o, lse = mssa.mssa_forward(w, heads, scale)
+    o = o.view(-1, inner)
+    do, delta = gradients.attention_gradient(x, out, o, head_width)
+    dw, sums = mssa.mssa_backward(w, do.view_as(w), lse, delta, scale, project)
+    dw = dw.view(-1, inner)
+
+    def weight_gradient(size: tuple[int, int], a, g, **norm) -> Workload:
+        return Workload("weight_gradient", size, lambda: gradients.weight_gradient(a, g, dtype, **norm))
+
+    jobs = [
+        Workload("project", (dim, inner), lambda: linear.norm_linear(x, project, None, dtype, 1e-5, statistics)),
+        Workload("mssa_forward", (head_width,), lambda: mssa.mssa_forward(w, heads, scale)),
+        Workload("out_project", (inner, dim), lambda: linear.linear(o, out, dtype, offset=beta, residual=x)),
+        Workload("ista", (dim, dim), lambda: linear.norm_linear(x, step, gamma, dtype, 1e-5, statistics)),
+        Workload("ista_gradient", (dim, dim), lambda: gradients.norm_data_gradient(x, sums, x, step, gamma, statistics)),
+        weight_gradient((dim, dim), x, x, statistics=statistics),
+        Workload("out_gradient", (inner, dim), lambda: gradients.attention_gradient(x, out, o, head_width)),
+        weight_gradient((inner, dim), o, x),
+        Workload("mssa_backward", (head_width,), lambda: mssa.mssa_backward(w, do.view_as(w), lse, delta, scale, project)),
+        Workload(
+            "project_gradient",
+            (dim, inner),
+            lambda: gradients.norm_data_gradient(dw, sums, x, project, None, statistics, residual=x, rectified=rectified),
+        ),
+        weight_gradient((dim, inner), x, dw, statistics=statistics),
+    ]
+    return list({(job.kernel, job.sizes): job for job in jobs}.values())
+
+
+def _weight(like: torch.Tensor, inputs: int, outputs: int) -> torch.Tensor:
+    return torch.randn(inputs, outputs, device=like.device) / inputs**0.5

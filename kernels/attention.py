@@ -1,0 +1,333 @@
+"""Triton kernels of tied attention; mssa.py has their mathematics and launches them.
+
+A head of width p is held in one or two parts of D0 and D1 columns, each a power of two (48 = 32 + 16), so that no product
+works on padding; without a second part D1 is 0 and its blocks stand for nothing. Tokens of one head are cut in row blocks
+of BLOCK_M, one program each, whose last may be TAIL high, against column blocks of BLOCK_N, then of TAIL: 197 tokens cost
+208 × 208.
+
+Names: `p_` pointers, `b_` blocks in registers, `m_` masks. M rows, N columns, D head width; i rows, j columns.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+TAIL = tl.constexpr(16)
+
+
+@triton.jit
+def _tile_position(tokens, heads, BLOCK_M: tl.constexpr):
+    """(batch, head, first row) of this program; the tiles of one head are neighbours, so that they share it in L2."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(tokens, BLOCK_M)
+    plane = pid // tiles
+    return (plane // heads).to(tl.int64), (plane % heads).to(tl.int64), (pid % tiles) * BLOCK_M
+
+
+@triton.jit
+def _load_part(
+    p_head, first, tokens, stride_n, stride_d, START: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr
+):
+    """Rows first .. first + ROWS, columns START .. START + D of one head; zero past the last token and the head's width."""
+    row = first + tl.arange(0, ROWS)
+    column = START + tl.arange(0, D)
+    p_rows = p_head + row.to(tl.int64)[:, None] * stride_n + column[None, :] * stride_d
+    m_rows = (row < tokens)[:, None]
+    if START + D > WIDTH:
+        m_rows = m_rows & (column < WIDTH)[None, :]
+    return tl.load(p_rows, mask=m_rows, other=0.0)
+
+
+@triton.jit
+def _load_tokens(
+    p_head, first, tokens, stride_n, stride_d, WIDTH: tl.constexpr, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
+):
+    """Both parts of rows first .. first + ROWS of one head, [ROWS, D0] and [ROWS, D1]."""
+    b_0 = _load_part(p_head, first, tokens, stride_n, stride_d, 0, WIDTH, ROWS, D0)
+    b_1 = b_0
+    if D1 > 0:
+        b_1 = _load_part(p_head, first, tokens, stride_n, stride_d, D0, WIDTH, ROWS, D1)
+    return b_0, b_1
+
+
+@triton.jit
+def _store_part(p_head, b, first, tokens, stride_n, START: tl.constexpr, WIDTH: tl.constexpr):
+    row = first + tl.arange(0, b.shape[0])
+    column = START + tl.arange(0, b.shape[1])
+    p_rows = p_head + row.to(tl.int64)[:, None] * stride_n + column[None, :]
+    tl.store(p_rows, b.to(p_head.dtype.element_ty), mask=(row < tokens)[:, None] & (column < WIDTH)[None, :])
+
+
+@triton.jit
+def _scores(b_i0, b_i1, b_j0, b_j1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """b_i b_jᵀ over the whole head, [M, N]."""
+    b_s = tl.dot(b_i0, tl.trans(b_j0), input_precision=PRECISION)
+    if D1 > 0:
+        b_s = tl.dot(b_i1, tl.trans(b_j1), b_s, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
+def _mssa_forward_kernel(
+    p_w,  # (batch, tokens, heads * WIDTH), any strides
+    p_o,  # the same, contiguous
+    p_lse,  # (batch, heads, tokens) float32, log2 of the softmax's denominator
+    tokens,
+    heads,
+    stride_wb,
+    stride_wn,
+    stride_wd,
+    scale_log2,  # scale · log2(e): the softmax is taken in base 2
+    WIDTH: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    batch, head, first = _tile_position(tokens, heads, BLOCK_M)
+    width = heads * WIDTH
+    p_wh = p_w + batch * stride_wb + head * WIDTH * stride_wd
+    p_oh = p_o + batch * tokens * width + head * WIDTH
+    p_lseh = p_lse + (batch * heads + head) * tokens
+    if BLOCK_M > TAIL and tokens - first <= TAIL:
+        _forward_rows(
+            p_wh, p_oh, p_lseh, first, tokens, width, stride_wn, stride_wd, scale_log2, WIDTH, D0, D1, TAIL, BLOCK_N, PRECISION
+        )
+    else:
+        _forward_rows(
+            p_wh,
+            p_oh,
+            p_lseh,
+            first,
+            tokens,
+            width,
+            stride_wn,
+            stride_wd,
+            scale_log2,
+            WIDTH,
+            D0,
+            D1,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
+        )
+
+
+@triton.jit
+def _forward_rows(
+    p_wh, p_oh, p_lseh, first, tokens, width, stride_wn, stride_wd, scale_log2,
+    WIDTH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o and lse of ROWS rows of one head."""
+    b_q0, b_q1 = _load_tokens(p_wh, first, tokens, stride_wn, stride_wd, WIDTH, ROWS, D0, D1)
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    b_o0 = tl.zeros([ROWS, D0], tl.float32)
+    b_o1 = tl.zeros([ROWS, D1 if D1 > 0 else D0], tl.float32)
+    full = tokens // BLOCK_N * BLOCK_N if BLOCK_N > TAIL else 0
+    for start in range(0, full, BLOCK_N):
+        b_k0, b_k1 = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, BLOCK_N, D0, D1)
+        b_max, b_sum, b_o0, b_o1 = _attend_to(
+            b_q0, b_q1, b_k0, b_k1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, D1, False, PRECISION
+        )
+    for start in range(full, tokens, TAIL):
+        b_k0, b_k1 = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, TAIL, D0, D1)
+        b_max, b_sum, b_o0, b_o1 = _attend_to(
+            b_q0, b_q1, b_k0, b_k1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, D1, True, PRECISION
+        )
+    _store_part(p_oh, b_o0 / b_sum[:, None], first, tokens, width, 0, WIDTH)
+    if D1 > 0:
+        _store_part(p_oh, b_o1 / b_sum[:, None], first, tokens, width, D0, WIDTH)
+    row = first + tl.arange(0, ROWS)
+    tl.store(p_lseh + row, b_max + tl.log2(b_sum), mask=row < tokens)
+
+
+@triton.jit
+def _attend_to(
+    b_q0, b_q1, b_k0, b_k1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens,
+    D1: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The running maximum, sum and result of rows after a block of keys; with LAST keys may lie past the end."""
+    b_s = _scores(b_q0, b_q1, b_k0, b_k1, D1, PRECISION) * scale_log2  # [M, N]
+    if LAST:
+        b_s = tl.where((start + tl.arange(0, b_k0.shape[0]) < tokens)[None, :], b_s, float("-inf"))
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    b_p = tl.exp2(b_s - b_new_max[:, None])
+    b_rescale = tl.exp2(b_max - b_new_max)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+    b_p = b_p.to(b_k0.dtype)
+    b_o0 = tl.dot(b_p, b_k0, b_o0 * b_rescale[:, None], input_precision=PRECISION)
+    if D1 > 0:
+        b_o1 = tl.dot(b_p, b_k1, b_o1 * b_rescale[:, None], input_precision=PRECISION)
+    return b_new_max, b_sum, b_o0, b_o1
+
+
+@triton.jit
+def _mssa_backward_kernel(
+    p_w,  # (batch, tokens, heads * WIDTH), any strides
+    p_do,  # the same, any strides
+    p_lse,  # (batch, heads, tokens) float32
+    p_delta,  # (heads, PIECES, batch * tokens) float32, summed over PIECES: Σ do·o
+    p_dw,  # (batch, tokens, heads * WIDTH), contiguous
+    p_gain,  # (heads * WIDTH,) float32, SUMS
+    p_offset,
+    p_sums,  # (2, heads, batch * tokens) float32, SUMS: parts of Σ dw·(w − offset) and Σ dw·gain
+    batches,
+    tokens,
+    heads,
+    stride_wb,
+    stride_wn,
+    stride_wd,
+    stride_gb,
+    stride_gn,
+    stride_gd,
+    scale,
+    scale_log2,
+    SUMS: tl.constexpr,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    batch, head, first = _tile_position(tokens, heads, BLOCK_M)
+    width = heads * WIDTH
+    rows = batches.to(tl.int64) * tokens
+    p_wh = p_w + batch * stride_wb + head * WIDTH * stride_wd
+    p_gh = p_do + batch * stride_gb + head * WIDTH * stride_gd
+    p_lseh = p_lse + (batch * heads + head) * tokens
+    p_deltah = p_delta + head * PIECES * rows + batch * tokens
+    p_dwh = p_dw + batch * tokens * width + head * WIDTH
+    if SUMS:
+        p_gain += head * WIDTH
+        p_offset += head * WIDTH
+        p_sums += head * rows + batch * tokens
+    if BLOCK_M > TAIL and tokens - first <= TAIL:
+        _backward_rows(
+            p_wh, p_gh, p_lseh, p_deltah, p_dwh, p_gain, p_offset, p_sums, first, tokens, rows, heads, stride_wn, stride_wd,
+            stride_gn, stride_gd, scale, scale_log2, SUMS, PIECES, WIDTH, D0, D1, TAIL, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    else:
+        _backward_rows(
+            p_wh, p_gh, p_lseh, p_deltah, p_dwh, p_gain, p_offset, p_sums, first, tokens, rows, heads, stride_wn, stride_wd,
+            stride_gn, stride_gd, scale, scale_log2, SUMS, PIECES, WIDTH, D0, D1, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_rows(
+    p_wh, p_gh, p_lseh, p_deltah, p_dwh, p_gain, p_offset, p_sums, first, tokens, rows, heads, stride_wn, stride_wd,
+    stride_gn, stride_gd, scale, scale_log2, SUMS: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dw of ROWS rows of one head, and its row sums."""
+    b_wi0, b_wi1 = _load_tokens(p_wh, first, tokens, stride_wn, stride_wd, WIDTH, ROWS, D0, D1)
+    b_gi0, b_gi1 = _load_tokens(p_gh, first, tokens, stride_gn, stride_gd, WIDTH, ROWS, D0, D1)
+    b_lse, b_delta = _load_numbers(p_lseh, p_deltah, first, tokens, rows, PIECES, ROWS)
+    b_dw0 = tl.zeros([ROWS, D0], tl.float32)
+    b_dw1 = tl.zeros([ROWS, D1 if D1 > 0 else D0], tl.float32)
+    full = tokens // BLOCK_N * BLOCK_N if BLOCK_N > TAIL else 0
+    for start in range(0, full, BLOCK_N):
+        b_dw0, b_dw1 = _gradient_from(
+            p_wh, p_gh, p_lseh, p_deltah, b_dw0, b_dw1, b_wi0, b_wi1, b_gi0, b_gi1, b_lse, b_delta, start, tokens, rows,
+            stride_wn, stride_wd, stride_gn, stride_gd, scale, scale_log2, PIECES, WIDTH, D0, D1, BLOCK_N, False, PRECISION,
+        )  # fmt: skip
+    for start in range(full, tokens, TAIL):
+        b_dw0, b_dw1 = _gradient_from(
+            p_wh, p_gh, p_lseh, p_deltah, b_dw0, b_dw1, b_wi0, b_wi1, b_gi0, b_gi1, b_lse, b_delta, start, tokens, rows,
+            stride_wn, stride_wd, stride_gn, stride_gd, scale, scale_log2, PIECES, WIDTH, D0, D1, TAIL, True, PRECISION,
+        )  # fmt: skip
+
+    b_dw0, b_dw1 = b_dw0.to(p_dwh.dtype.element_ty), b_dw1.to(p_dwh.dtype.element_ty)
+    _store_part(p_dwh, b_dw0, first, tokens, heads * WIDTH, 0, WIDTH)
+    if D1 > 0:
+        _store_part(p_dwh, b_dw1, first, tokens, heads * WIDTH, D0, WIDTH)
+    if SUMS:
+        # Rows of w again, from the cache: kept in registers they cost a program a multiprocessor.
+        b_wi0, b_wi1 = _load_tokens(p_wh, first, tokens, stride_wn, stride_wd, WIDTH, ROWS, D0, D1)
+        b_c1, b_c2 = _row_sums(b_dw0, b_wi0, p_gain, p_offset, 0, WIDTH)
+        if D1 > 0:
+            b_more1, b_more2 = _row_sums(b_dw1, b_wi1, p_gain, p_offset, D0, WIDTH)
+            b_c1, b_c2 = b_c1 + b_more1, b_c2 + b_more2
+        row = first + tl.arange(0, ROWS)
+        tl.store(p_sums + row, b_c1, mask=row < tokens)
+        tl.store(p_sums + heads * rows + row, b_c2, mask=row < tokens)
+
+
+@triton.jit
+def _load_numbers(p_lse, p_delta, first, tokens, rows, PIECES: tl.constexpr, ROWS: tl.constexpr):
+    """(lse, δ) of rows; lse is infinite past the last token, so that no weight goes there."""
+    row = first + tl.arange(0, ROWS)
+    b_delta = tl.load(p_delta + row, mask=row < tokens, other=0.0)
+    for piece in tl.static_range(1, PIECES):
+        b_delta += tl.load(p_delta + piece * rows + row, mask=row < tokens, other=0.0)
+    return tl.load(p_lse + row, mask=row < tokens, other=float("inf")), b_delta
+
+
+@triton.jit
+def _gradient_from(
+    p_wh, p_gh, p_lseh, p_deltah, b_dw0, b_dw1, b_wi0, b_wi1, b_gi0, b_gi1, b_lse_i, b_delta_i, start, tokens, rows,
+    stride_wn, stride_wd, stride_gn, stride_gd, scale, scale_log2, PIECES: tl.constexpr, WIDTH: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dw of rows after a block of COLUMNS columns; with LAST columns may lie past the end."""
+    b_wj0, b_wj1 = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, COLUMNS, D0, D1)
+    b_gj0, b_gj1 = _load_tokens(p_gh, start, tokens, stride_gn, stride_gd, WIDTH, COLUMNS, D0, D1)
+    b_lse_j, b_delta_j = _load_numbers(p_lseh, p_deltah, start, tokens, rows, PIECES, COLUMNS)
+    b_s = _scores(b_wi0, b_wi1, b_wj0, b_wj1, D1, PRECISION) * scale_log2  # [M, N]
+    if LAST:
+        b_s = tl.where((start + tl.arange(0, COLUMNS) < tokens)[None, :], b_s, float("-inf"))
+    b_pt = tl.exp2(b_s - b_lse_j[None, :])  # P_ji
+    b_dpt = _scores(b_wi0, b_wi1, b_gj0, b_gj1, D1, PRECISION)
+    b_e = b_pt * (b_dpt - b_delta_j[None, :])
+    b_pt = b_pt.to(b_gj0.dtype)
+    b_dw0 = tl.dot(b_pt, b_gj0, b_dw0, input_precision=PRECISION)
+    if D1 > 0:
+        b_dw1 = tl.dot(b_pt, b_gj1, b_dw1, input_precision=PRECISION)
+    b_dp = _scores(b_gi0, b_gi1, b_wj0, b_wj1, D1, PRECISION)
+    b_e += tl.exp2(b_s - b_lse_i[:, None]) * (b_dp - b_delta_i[:, None])  # P_ij (dP_ij - δ_i)
+    b_e = (b_e * scale).to(b_wj0.dtype)
+    b_dw0 = tl.dot(b_e, b_wj0, b_dw0, input_precision=PRECISION)
+    if D1 > 0:
+        b_dw1 = tl.dot(b_e, b_wj1, b_dw1, input_precision=PRECISION)
+    return b_dw0, b_dw1
+
+
+@triton.jit
+def _row_sums(b_dw, b_w, p_gain, p_offset, START: tl.constexpr, WIDTH: tl.constexpr):
+    """Σ dw·(w − offset) and Σ dw·gain over a part's columns, of dw as it was stored."""
+    column = START + tl.arange(0, b_dw.shape[1])
+    b_gain = tl.load(p_gain + column, mask=column < WIDTH, other=0.0)
+    b_offset = tl.load(p_offset + column, mask=column < WIDTH, other=0.0)
+    b_dw = b_dw.to(tl.float32)
+    return tl.sum(b_dw * (b_w.to(tl.float32) - b_offset[None, :]), 1), tl.sum(b_dw * b_gain[None, :], 1)
+
+
+@triton.jit
+def _delta_kernel(
+    p_o,  # (rows, heads * WIDTH), contiguous
+    p_do,  # (batch, tokens, heads * WIDTH), any strides
+    p_delta,  # (heads, rows) float32
+    rows,
+    tokens,
+    stride_gb,
+    stride_gn,
+    stride_gd,
+    heads,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    row = (tl.program_id(0) // heads).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_D)
+    m_tile = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    p_oh = p_o + row[:, None] * (heads * WIDTH) + head * WIDTH + column[None, :]
+    p_row = p_do + row // tokens * stride_gb + row % tokens * stride_gn
+    p_gh = p_row[:, None] + (head * WIDTH + column)[None, :] * stride_gd
+    b_product = tl.load(p_oh, mask=m_tile, other=0.0).to(tl.float32) * tl.load(p_gh, mask=m_tile, other=0.0).to(tl.float32)
+    tl.store(p_delta + head * rows + row, tl.sum(b_product, 1), mask=row < rows)

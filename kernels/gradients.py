@@ -1,0 +1,361 @@
+"""Gradients of the matrix products in linear.py: to their input (data) and to their weight.
+
+No full-width row is needed. With g the gradient of a result s, masked where s was rectified to zero, and v, u its gain and
+offset, LayerNorm's two row sums are c₁ = Σ g·(s − u) and c₂ = Σ g·v, and
+
+    dx = rs·(g Fᵀ [+ γ g] − (c₂ + x̂ c₁)/d)
+
+Both sums and the mask are made where g is written, by the kernel that holds g and s in registers, so that nothing reads s
+again: for an ISTA step by the data gradient of the layer above, whose x is s (RECTIFIED below), for a projection by the
+attention's backward kernel (mssa.py). They travel as parts, (2, parts, rows) float32, one part a block of columns, and are
+summed where they are used, in one order: no atomics, the same bits from run to run.
+
+Names: `p_` pointers, `b_` blocks in registers, `m_` masks. M tokens, N columns of dx, K columns of g.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .linear import GROUP, Folded, Statistics, _halves, _swizzle
+from .runtime import float32_precision, launch
+
+
+class Rectified(NamedTuple):
+    """Of the ISTA step that wrote x: what the row sums of x's gradient are made with."""
+
+    gain: Tensor  # (in,) float32
+    offset: Tensor  # (in,) float32
+
+
+@triton.jit
+def _data_gradient_kernel(
+    p_g,  # (rows, outputs) gradient of the result, any strides
+    p_weight,  # (inputs, outputs), any strides
+    p_dx,  # (rows, inputs), contiguous
+    p_gamma,  # (inputs,), NORM with SHRINK
+    p_x,  # (rows, inputs), contiguous: NORM, HEAD_WIDTH
+    p_mean,  # (rows,) float32, NORM
+    p_rstd,
+    p_sums,  # (2, parts, rows) float32, NORM: parts of c₁ and c₂
+    p_residual,  # (rows, inputs), contiguous, added to dx: RESIDUAL
+    p_gain,  # (inputs,) of the step that wrote x, RECTIFIED
+    p_offset,
+    p_parts,  # float32, written. RECTIFIED: (2, column blocks, rows). HEAD_WIDTH: (heads · PIECES, rows)
+    rows,
+    inputs,
+    outputs,
+    parts,
+    stride_gm,
+    stride_gk,
+    stride_wi,
+    stride_wo,
+    NORM: tl.constexpr,
+    SHRINK: tl.constexpr,  # the step added its (normalised) input
+    RESIDUAL: tl.constexpr,
+    RECTIFIED: tl.constexpr,  # x is the result of an ISTA step: mask dx and make that step's row sums
+    HEAD_WIDTH: tl.constexpr,  # not 0: x is the attention's result; make its δ, Σ dx·x over every head
+    PIECES: tl.constexpr,  # column blocks that a head can lie in
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    block_m, block_n = _swizzle(rows, inputs, BLOCK_M, BLOCK_N, GROUP_M)
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_row = row < rows
+    m_column = column < inputs
+    row = row.to(tl.int64)
+    b_dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, outputs, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        m_k = k < outputs
+        p_block = p_g + row[:, None] * stride_gm + k[None, :] * stride_gk
+        b_g = tl.load(p_block, mask=m_row[:, None] & m_k[None, :], other=0.0)  # [M, K]
+        p_w = p_weight + column[None, :] * stride_wi + k[:, None] * stride_wo
+        b_w = tl.load(p_w, mask=m_k[:, None] & m_column[None, :], other=0.0)  # [K, N]
+        b_dx = tl.dot(b_g.to(b_w.dtype), b_w, b_dx, input_precision=PRECISION)
+
+    if NORM and BLOCK_M * BLOCK_N >= 128 * 128:
+        b_left, b_right = _halves(b_dx)
+        b_0, b_1 = _halves(b_left)
+        b_2, b_3 = _halves(b_right)
+        b_c1, b_c2 = _finish(
+            b_0, block_n * 4, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
+            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        )  # fmt: skip
+        b_1c1, b_1c2 = _finish(
+            b_1, block_n * 4 + 1, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
+            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        )  # fmt: skip
+        b_2c1, b_2c2 = _finish(
+            b_2, block_n * 4 + 2, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
+            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        )  # fmt: skip
+        b_3c1, b_3c2 = _finish(
+            b_3, block_n * 4 + 3, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
+            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        )  # fmt: skip
+        b_c1, b_c2 = b_c1 + b_1c1 + b_2c1 + b_3c1, b_c2 + b_1c2 + b_2c2 + b_3c2
+    else:
+        b_c1, b_c2 = _finish(
+            b_dx, block_n, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
+            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        )  # fmt: skip
+    if RECTIFIED:
+        p_part = p_parts + block_n * rows.to(tl.int64) + row
+        tl.store(p_part, b_c1, mask=m_row)
+        tl.store(p_part + tl.cdiv(inputs, BLOCK_N) * rows.to(tl.int64), b_c2, mask=m_row)
+
+
+@triton.jit
+def _finish(
+    b_dx, block_n, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row, m_row, rows,
+    inputs, parts, stride_gm, stride_gk, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
+    RECTIFIED: tl.constexpr, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """What follows the product, on block `block_n` of columns; returns, if RECTIFIED, the row sums of dx."""
+    BLOCK_M: tl.constexpr = b_dx.shape[0]
+    BLOCK_N: tl.constexpr = b_dx.shape[1]
+    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_column = column < inputs
+    m_dx = m_row[:, None] & m_column[None, :]
+    p_tile = row[:, None] * inputs + column[None, :]
+    if SHRINK:
+        p_block = p_g + row[:, None] * stride_gm + column[None, :] * stride_gk
+        b_g = tl.load(p_block, mask=m_dx, other=0.0).to(tl.float32)  # [M, N]
+        if NORM:
+            b_g *= tl.load(p_gamma + column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        b_dx += b_g
+    if NORM or HEAD_WIDTH > 0:
+        b_x = tl.load(p_x + p_tile, mask=m_dx, other=0.0).to(tl.float32)
+    if NORM:
+        b_c1, b_c2 = _sum_parts(p_sums, row, m_row, parts, rows, BLOCK_M)
+        b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
+        b_rstd = tl.load(p_rstd + row, mask=m_row, other=0.0)
+        b_normal = (b_x - b_mean[:, None]) * b_rstd[:, None]
+        b_dx = b_rstd[:, None] * (b_dx - (b_c2[:, None] + b_normal * b_c1[:, None]) / inputs)
+    if RESIDUAL:
+        b_dx += tl.load(p_residual + p_tile, mask=m_dx, other=0.0).to(tl.float32)
+    if RECTIFIED:
+        b_dx = tl.where(b_x <= 0.0, 0.0, b_dx)  # keeps the gradient where x is NaN
+    b_dx = b_dx.to(p_dx.dtype.element_ty)
+    tl.store(p_dx + p_tile, b_dx, mask=m_dx)
+    b_dx = b_dx.to(tl.float32)  # sums of what was stored, since that is what the products are made of
+    if HEAD_WIDTH > 0:
+        _store_head_sums(p_parts, b_dx * b_x, block_n, row, m_row, rows, inputs, HEAD_WIDTH, PIECES, BLOCK_N)
+    b_c1 = tl.zeros([BLOCK_M], tl.float32)
+    b_c2 = b_c1
+    if RECTIFIED:
+        b_gain = tl.load(p_gain + column, mask=m_column, other=0.0)
+        b_offset = tl.load(p_offset + column, mask=m_column, other=0.0)
+        b_c1 = tl.sum(b_dx * (b_x - b_offset[None, :]), 1)
+        b_c2 = tl.sum(b_dx * b_gain[None, :], 1)
+    return b_c1, b_c2
+
+
+@triton.jit
+def _sum_parts(p_sums, row, m_row, parts, rows, BLOCK_M: tl.constexpr):
+    """(c₁, c₂) of the rows."""
+    b_c1 = tl.zeros([BLOCK_M], tl.float32)
+    b_c2 = tl.zeros([BLOCK_M], tl.float32)
+    p_c1 = p_sums + row
+    p_c2 = p_c1 + parts.to(tl.int64) * rows
+    for _ in range(0, parts):
+        b_c1 += tl.load(p_c1, mask=m_row, other=0.0)
+        b_c2 += tl.load(p_c2, mask=m_row, other=0.0)
+        p_c1 += rows
+        p_c2 += rows
+    return b_c1, b_c2
+
+
+@triton.jit
+def _store_head_sums(
+    p_parts, b_product, block_n, row, m_row, rows, inputs, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Row sums over every head that this block of columns touches. A head over several blocks is written in pieces, and
+    the block with its last column writes zeros for the pieces that it does not have."""
+    start = block_n * BLOCK_N
+    head_of_column = (start + tl.arange(0, BLOCK_N)) // HEAD_WIDTH
+    HEADS: tl.constexpr = BLOCK_N // HEAD_WIDTH if BLOCK_N % HEAD_WIDTH == 0 else (BLOCK_N - 2) // HEAD_WIDTH + 2
+    for index in tl.static_range(0, HEADS):
+        head = start // HEAD_WIDTH + index
+        first = head * HEAD_WIDTH
+        piece = block_n - first // BLOCK_N
+        m_head = m_row & (first < inputs) & (first < start + BLOCK_N)
+        p_piece = p_parts + (head * PIECES + piece).to(tl.int64) * rows + row
+        tl.store(p_piece, tl.sum(tl.where((head_of_column == head)[None, :], b_product, 0.0), 1), mask=m_head)
+        ends = first + HEAD_WIDTH <= start + BLOCK_N
+        for missing in tl.static_range(1, PIECES):
+            tl.store(p_piece + missing * rows, 0.0, mask=m_head & ends & (piece + missing < PIECES))
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    p_x,  # (rows, inputs), any strides
+    p_g,  # (rows, outputs), any strides
+    p_mean,  # (rows,), NORM
+    p_rstd,
+    p_product,  # (splits, inputs, outputs) float32, any strides: x̂ᵀ g over the rows of a split
+    p_total,  # (splits, outputs) float32: column sums of g
+    rows,
+    inputs,
+    outputs,
+    rows_per_split,
+    stride_xm,
+    stride_xk,
+    stride_gm,
+    stride_gk,
+    stride_ps,
+    stride_pi,
+    stride_po,
+    NORM: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    blocks_m = tl.cdiv(inputs, BLOCK_M)
+    blocks_n = tl.cdiv(outputs, BLOCK_N)
+    split = pid // (blocks_m * blocks_n)
+    block_m = pid % (blocks_m * blocks_n) // blocks_n
+    i = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_i = i < inputs
+    m_j = j < outputs
+    first = split.to(tl.int64) * rows_per_split
+    last = tl.minimum(first + rows_per_split, rows)
+
+    b_product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_total = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, rows_per_split, BLOCK_K):
+        row = first + start + tl.arange(0, BLOCK_K)
+        m_row = row < last
+        b_x = tl.load(p_x + row[:, None] * stride_xm + i[None, :] * stride_xk, mask=m_row[:, None] & m_i[None, :], other=0.0)
+        m_g = m_row[:, None] & m_j[None, :]
+        b_g = tl.load(p_g + row[:, None] * stride_gm + j[None, :] * stride_gk, mask=m_g, other=0.0)  # [K, N]
+        if NORM:
+            b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
+            b_rstd = tl.load(p_rstd + row, mask=m_row, other=0.0)
+            b_x = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]  # [K, M]
+        b_total += tl.sum(b_g.to(tl.float32), 0)
+        b_product = tl.dot(tl.trans(b_x.to(OPERAND)), b_g.to(OPERAND), b_product, input_precision=PRECISION)
+
+    p_tile = p_product + split.to(tl.int64) * stride_ps + i[:, None] * stride_pi + j[None, :] * stride_po
+    tl.store(p_tile, b_product, mask=m_i[:, None] & m_j[None, :])
+    if block_m == 0:
+        tl.store(p_total + split * outputs + j, b_total, mask=m_j)
+
+
+def data_gradient(g: Tensor, weight: Tensor, out: torch.dtype, *, shrink: bool = False) -> Tensor:
+    """Gradient of `linear` to its x, (rows, out) to (rows, in); with `shrink`, of the ISTA step, g being masked."""
+    dx = g.new_empty(g.shape[0], weight.shape[0], dtype=out)
+    _launch_data_gradient("ista_gradient", g, weight, dx, shrink=shrink)
+    return dx
+
+
+def attention_gradient(g: Tensor, weight: Tensor, o: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
+    """(do, δ) where g is the gradient of o W: do like o, and δ = Σ do·o of every head for `mssa_backward`."""
+    do = torch.empty_like(o)
+    pieces = _pieces(head_width, tuning.matrix("out_gradient", weight.dtype, *weight.shape, weight.device).block_n)
+    delta = torch.empty(o.shape[1] // head_width, pieces, o.shape[0], dtype=torch.float32, device=o.device)
+    _launch_data_gradient("out_gradient", g, weight, do, x=o, parts=delta, head_width=head_width, pieces=pieces)
+    return do, delta
+
+
+def norm_data_gradient(
+    g: Tensor,
+    sums: Tensor,
+    x: Tensor,
+    folded: Folded,
+    gamma: Tensor | None,
+    statistics: Statistics,
+    residual: Tensor | None = None,
+    rectified: Rectified | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of `norm_linear` to its x, through the LayerNorm, plus `residual`; in x's dtype. `gamma`: of an ISTA step.
+
+    g is masked where the result was rectified, and `sums` (2, parts, rows) are parts of its c₁ and c₂. Where x itself is
+    the result of an ISTA step, `rectified`, dx is masked by it and returned with its own sums (2, column blocks, rows).
+    """
+    dx, parts = torch.empty_like(x), None
+    if rectified is not None:
+        shape = (2, column_blocks(folded.matrix), x.shape[0])
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _launch_data_gradient(
+        "project_gradient" if gamma is None else "ista_gradient",
+        g, folded.matrix, dx, shrink=gamma is not None, x=x, gamma=gamma, statistics=statistics, sums=sums,
+        residual=residual, rectified=rectified, parts=parts,
+    )  # fmt: skip
+    return dx, parts
+
+
+def column_blocks(weight: Tensor) -> int:
+    """In how many blocks of columns the data gradient of a product with `weight` (in, out) is made."""
+    return triton.cdiv(weight.shape[0], tuning.matrix("project_gradient", weight.dtype, *weight.shape, weight.device).block_n)
+
+
+def _pieces(head_width: int, block: int) -> int:
+    """In how many blocks of columns a head can lie, wherever it starts."""
+    return max(1, head_width // block) if head_width % block == 0 or block % head_width == 0 else (head_width - 2) // block + 2
+
+
+def _launch_data_gradient(
+    name, g, weight, dx, *, shrink=False, x=None, gamma=None, statistics=None, sums=None, residual=None, rectified=None,
+    parts=None, head_width=0, pieces=1,
+) -> None:  # fmt: skip
+    rows, (inputs, outputs) = g.shape[0], weight.shape
+    config = tuning.matrix(name, weight.dtype, inputs, outputs, weight.device)
+    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(inputs, config.block_n)
+    mean, rstd = statistics or (None, None)
+    gain, offset = rectified or (None, None)
+    launch(
+        _data_gradient_kernel, programs, g, weight, dx, gamma, x, mean, rstd, sums, residual, gain, offset, parts,
+        rows, inputs, outputs, 0 if sums is None else sums.shape[1], *g.stride(), *weight.stride(), NORM=sums is not None,
+        SHRINK=shrink, RESIDUAL=residual is not None, RECTIFIED=rectified is not None, HEAD_WIDTH=head_width, PIECES=pieces,
+        PRECISION=float32_precision(), GROUP_M=GROUP, **config.constants(),
+    )  # fmt: skip
+
+
+def weight_gradient(
+    x: Tensor,
+    g: Tensor,
+    operand: torch.dtype,
+    *,
+    statistics: Statistics | None = None,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(x̂ᵀ g, Σ g) in float32, (in, out) or with `transposed` (out, in), and (out,).
+
+    x̂ is x, normalised on the way in when `statistics` are given. The rows are cut in splits that depend on the shape alone
+    and are summed in one order: the same bits from run to run.
+    """
+    (rows, inputs), outputs = x.shape, g.shape[1]
+    config = tuning.matrix("weight_gradient", operand, inputs, outputs, x.device)
+    tiles = triton.cdiv(inputs, config.block_m) * triton.cdiv(outputs, config.block_n)
+    splits = tuning.splits(tiles, rows, config.block_k)
+    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), config.block_k) * config.block_k
+    shape = (splits, outputs, inputs) if transposed else (splits, inputs, outputs)
+    product = torch.empty(shape, dtype=torch.float32, device=x.device)
+    total = torch.empty(splits, outputs, dtype=torch.float32, device=x.device)
+    mean, rstd = statistics or (None, None)
+    strides = product.transpose(1, 2).stride() if transposed else product.stride()
+    launch(
+        _weight_gradient_kernel, tiles * splits, x, g, mean, rstd, product, total, rows, inputs, outputs,
+        rows_per_split, *x.stride(), *g.stride(), *strides, NORM=statistics is not None,
+        OPERAND=_TRITON_DTYPE[operand], PRECISION=float32_precision(), **config.constants(),
+    )  # fmt: skip
+    return (product[0], total[0]) if splits == 1 else (product.sum(0), total.sum(0))
+
+
+_TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

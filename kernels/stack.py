@@ -1,0 +1,163 @@
+"""What strings fused layers together: where the stream is entered and left, and what goes beside it.
+
+A layer's backward pass needs more of the layer above than y's gradient. It comes as the gradients of small tensors that the
+layers hand on beside the stream and whose values nobody reads, so it stays on the device, every backward pass has its own,
+and autograd orders the uses:
+
+- With float16 operands gradients are float16 too, multiplied by one power of two: `leave_stack` sets it from the gradient
+  that enters, every layer divides it out of its weights' gradients in float32, `enter_stack` out of the gradient that leaves.
+- LayerNorm's backward pass needs two row sums of the ISTA step's masked gradient (gradients.py). The layer above, or
+  `leave_stack`, has y and its gradient at hand, masks the gradient and sums it, and y is not read again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .gradients import Rectified
+from .runtime import launch, operator
+
+SCALE_EXPONENT = 4
+"""The largest gradient that enters the stack is scaled to [2^3, 2^4): a factor 4,096 of room above, 10^8 below."""
+
+
+class Stream(NamedTuple):
+    """What fused layers hand on. Values of the second and third are never read; their gradients come from the layer above."""
+
+    x: Tensor  # (batch, tokens, dim), contiguous
+    gradient_scale: Tensor  # (): its gradient is the factor on all gradients
+    sums: Tensor | None = None  # (2, parts, batch * tokens): its gradient are the row sums of x's
+    writer: Rectified | None = None  # of the ISTA step that wrote x; None where none did
+
+
+class _EnterStack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, stream: torch.dtype):
+        ctx.dtype = x.dtype
+        return x.to(stream, memory_format=torch.contiguous_format, copy=True), x.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx: Tensor, gradient_scale: Tensor):
+        return (dx.float() / gradient_scale).to(ctx.dtype), None
+
+
+@triton.jit
+def _leave_kernel(
+    p_dy,  # (batch, tokens, dim), any strides
+    p_scale,  # ()
+    p_y,  # (batch * tokens, dim), contiguous
+    p_gain,  # (dim,) float32, of the ISTA step that wrote y
+    p_offset,
+    p_g,  # (batch * tokens, dim), contiguous
+    p_sums,  # (2, 1, batch * tokens) float32
+    rows,
+    tokens,
+    dim,
+    stride_b,
+    stride_n,
+    stride_d,
+    factor,
+    FIRST: tl.constexpr,  # only the first token of an image has a gradient
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = row < rows
+    m_taken = m_row
+    if FIRST:
+        m_taken = m_row & (row % tokens == 0)
+    p_rows = p_dy + row // tokens * stride_b + row % tokens * stride_n
+    scale = tl.load(p_scale) * factor
+    b_c1 = tl.zeros([BLOCK_M], tl.float32)
+    b_c2 = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, dim, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        m_column = column < dim
+        m_tile = m_taken[:, None] & m_column[None, :]
+        p_tile = row[:, None] * dim + column[None, :]
+        b_dy = tl.load(p_rows[:, None] + column[None, :] * stride_d, mask=m_tile, other=0.0).to(tl.float32)
+        b_y = tl.load(p_y + p_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_g = tl.where(b_y <= 0.0, 0.0, b_dy * scale).to(p_g.dtype.element_ty)
+        tl.store(p_g + p_tile, b_g, mask=m_row[:, None] & m_column[None, :])
+        b_g = b_g.to(tl.float32)
+        b_c1 += tl.sum(b_g * (b_y - tl.load(p_offset + column, mask=m_column, other=0.0)[None, :]), 1)
+        b_c2 += tl.sum(b_g * tl.load(p_gain + column, mask=m_column, other=0.0)[None, :], 1)
+    tl.store(p_sums + row, b_c1, mask=m_row)
+    tl.store(p_sums + rows + row, b_c2, mask=m_row)
+
+
+def _leave_shapes(dy, scale, y, gain, offset, factor, first):
+    return torch.empty_like(y), scale.new_empty(2, 1, y.shape[0] * y.shape[1])
+
+
+@operator(fake=_leave_shapes)
+def leave_backward(
+    dy: Tensor, scale: Tensor, y: Tensor, gain: Tensor, offset: Tensor, factor: float, first: bool
+) -> tuple[Tensor, Tensor]:
+    """(g, its row sums): dy · scale · factor, masked where y is 0, like y; of the first token alone if `first`."""
+    g, sums = _leave_shapes(dy, scale, y, gain, offset, factor, first)
+    batch, tokens, dim = y.shape
+    rows, block = batch * tokens, 16
+    launch(
+        _leave_kernel, triton.cdiv(rows, block), dy, scale, y, gain, offset, g, sums, rows, tokens, dim, *dy.stride(),
+        factor, FIRST=first, BLOCK_M=block, BLOCK_D=128, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return g, sums
+
+
+class _LeaveStack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gradient_scale, sums, gain, offset, out: torch.dtype, pool: str | None, scaled: bool) -> Tensor:
+        ctx.save_for_backward(x, gain, offset)
+        ctx.sums_shape, ctx.pool, ctx.scaled = sums.shape, pool, scaled
+        if pool == "cls":
+            return x[:, 0].to(out, copy=True)
+        return x.mean(1, dtype=torch.float32).to(out) if pool == "mean" else x.to(out, copy=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, gain, offset = ctx.saved_tensors
+        factor = 1 / x.shape[1] if ctx.pool == "mean" else 1.0
+        largest = dy.abs().amax().float() * factor
+        scale = _power_of_two_scale(largest) if ctx.scaled else torch.ones_like(largest)
+        dy = dy if ctx.pool is None else dy[:, None].expand(x.shape)
+        dx, sums = leave_backward(dy, scale, x, gain, offset, factor, ctx.pool == "cls")
+        return dx, scale, fit_sums(sums, ctx.sums_shape), *[None] * 5
+
+
+def fit_sums(sums: Tensor, shape: torch.Size) -> Tensor:
+    """Row sums in the number of parts that the layer below has put in its placeholder: almost always their own."""
+    if sums.shape == shape:
+        return sums
+    fitted = sums.new_zeros(shape)
+    fitted[:, 0] = sums.sum(1)
+    return fitted
+
+
+def _power_of_two_scale(largest: Tensor) -> Tensor:
+    """The power of two that brings the largest |gradient| just under 2^SCALE_EXPONENT; 1 where that is 0 or not finite."""
+    _, exponent = torch.frexp(largest)
+    scale = torch.ldexp(torch.ones_like(largest), (SCALE_EXPONENT - exponent).clamp(-100, 100))
+    return torch.where(torch.isfinite(largest) & (largest > 0), scale, 1.0)
+
+
+def enter_stack(x: Tensor, stream: torch.dtype) -> Stream:
+    """The stream of x, in dtype `stream`."""
+    return Stream(*_EnterStack.apply(x, stream))
+
+
+def leave_stack(stream: Stream, out: torch.dtype, pool: str | None, scaled: bool) -> Tensor:
+    """All tokens in dtype `out`, or their pooling ("cls", "mean") as (batch, dim); `scaled` where operands are float16.
+
+    stream: what `fused_layer` returned.
+    """
+    x, gradient_scale, sums, writer = stream
+    return _LeaveStack.apply(x, gradient_scale, sums, *writer, out, pool, scaled)

@@ -1,0 +1,118 @@
+"""Shapes of the kernels: every one gives right values; measured ones are stored, found again, and refused when damaged."""
+
+import json
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from crate_fast import CRATE, reference, tune
+from crate_fast.kernels import tuning
+
+# 70 tokens: a full block of 64 rows and a narrow one; a head of 80 in two parts; widths that are no multiple of a block
+SIZES = {"image_size": (28, 40), "patch_size": 4, "num_classes": 5, "dim": 144, "depth": 2, "heads": 1, "dim_head": 80}
+KERNELS = (*tuning.ATTENTION, *tuning.MATRIX)
+CASES = [
+    pytest.param(dtype, index, id=f"{dtype} {index}".removeprefix("torch."))
+    for dtype in (torch.float16, torch.float32)
+    for index in range(max(len(tuning.candidates(kernel, dtype)) for kernel in KERNELS))
+]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def run(layers, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The result of layers and every gradient."""
+    generator = torch.Generator().manual_seed(1)
+    x, cotangent = (torch.randn(1, 70, 144, generator=generator) for _ in range(2))
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float16):
+        out = layers(x.to(exact))
+    return [out, *torch.autograd.grad(out, tuple(layers.parameters()), cotangent.to(exact))]
+
+
+@pytest.fixture(scope="module")
+def layers():
+    torch.manual_seed(0)
+    return CRATE(**SIZES, backend="triton", stream="float16").transformer
+
+
+@pytest.fixture(scope="module")
+def right(layers):
+    """By dtype: in float64 the published layers; in float16 ours with the table's shapes, which other tests judge."""
+    published = reference.CRATE(**SIZES).transformer.double()
+    published.load_state_dict(layers.state_dict())
+    return {torch.float32: run(published, torch.float64), torch.float16: run(layers, torch.float16)}
+
+
+@pytest.mark.parametrize(("dtype", "index"), CASES)
+def test_every_candidate_gives_right_values(layers, right, dtype, index):
+    with ExitStack() as stack:
+        for kernel in KERNELS:
+            configs = tuning.candidates(kernel, dtype)
+            stack.enter_context(tuning.forced(kernel, configs[index % len(configs)]))
+        values = run(layers, dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    assert max(map(relative, values, right[dtype])) < tolerance
+
+
+def test_the_table_has_every_kernel_and_says_why():
+    device = torch.device("cpu")
+    for dtype in (torch.float16, torch.float32):
+        assert all(tuning.attention(kernel, dtype, width, device) for kernel in tuning.ATTENTION for width in range(16, 129))
+        assert all(tuning.matrix(kernel, dtype, n, n, device) for kernel in tuning.MATRIX for n in (384, 33))
+    assert all(line.reason for line in tuning.TABLE)
+    with pytest.raises(ValueError, match="head width is 129"):
+        tuning.attention("mssa_forward", torch.float16, 129, device)
+
+
+def test_the_fastest_is_stored_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path / "cache"))
+    jobs = tune.workloads(torch.randn(1, 20, 32), 1, 32)
+    assert {job.kernel for job in jobs} == {*tuning.ATTENTION, *tuning.MATRIX}
+    calls = []
+
+    def clock(run) -> float:
+        calls.append(run())
+        return -len(calls)  # the last candidate is the fastest
+
+    winners = tune.find_winners(jobs, torch.float32, clock)
+    path = tuning.store("some GPU", winners)
+    tuning.store("another GPU", {})
+    assert path == tmp_path / "cache" / "tuning.json"
+    assert list(path.parent.iterdir()) == [path]
+    assert tuning.measured("some GPU") == winners
+    assert tuning.measured("another GPU") == tuning.measured("no GPU") == {}
+    name = tuning.key("mssa_backward", torch.float32, 32)
+    assert winners[name] == tuning.candidates("mssa_backward", torch.float32)[-1]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    assert tuning.attention("mssa_backward", torch.float32, 32, torch.device("cuda")) == winners[name]
+    assert tuning.attention("mssa_backward", torch.float32, 64, torch.device("cuda")) != winners[name]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"GPU": 1}', '{"GPU": {"ista 16 8x8": [64, 64]}}', '{"GPU": {"a": [1, 2, 3, 4, "x"]}}']
+)
+def test_a_damaged_file_is_one_clear_error(tmp_path, monkeypatch, text):
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    (tmp_path / "tuning.json").write_text(text)
+    with pytest.raises(tuning.TuningError, match=r"tuning\.json is damaged .* delete it"):
+        tuning.measured("GPU")
+    with pytest.raises(tuning.TuningError):
+        tuning.store("GPU", {})
+    assert (tmp_path / "tuning.json").read_text() == text
+
+
+def test_tune_without_a_gpu_is_one_line():
+    command = [sys.executable, "-m", "crate_fast", "tune"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if torch.cuda.is_available():
+        assert json.loads(tuning.results_path().read_text())
+        return
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == "crate-fast: error: tune measures on a GPU, and PyTorch sees none here\n"
