@@ -150,7 +150,7 @@ def _draw_roofline(axes, rows: list[dict], result: dict) -> bool:
     for index, row in enumerate(chosen):
         reached = row["flops"] / row["ms"] / 1e9
         name = f"{row['what']}, {row['size']}, batch {row['batch']}, {row['dtype']}"
-        axes.scatter(row["flops"] / row["bytes"], reached, marker="osD^vPX*<>"[index % 10], s=45, label=name, zorder=3)
+        axes.scatter(row["flops"] / row["bytes"], reached, marker="osD^vPX*<>hdp8"[index % 14], s=45, label=name, zorder=3)
     axes.set(xscale="log", yscale="log", xlabel="flops a byte (of the unavoidable work)", ylabel="TFLOP/s reached")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -36,7 +36,7 @@ def test_a_layer_moves_and_launches_what_was_promised():
     assert sum(kernel.activations for kernel in forward) <= 18 * traffic.DIM
     assert all(kernel.name == "fold" for kernel in ours["forward"] if not kernel.activations)
     assert len(ours["backward"]) <= 7
-    assert sum(kernel.activations for kernel in ours["backward"]) <= 44 * traffic.DIM
+    assert sum(kernel.activations for kernel in ours["backward"]) <= 38 * traffic.DIM
     for part in ("forward", "backward"):
         assert len(published[part]) > 4 * len(ours[part])
         assert sum(k.activations for k in published[part]) > 4 * sum(k.activations for k in ours[part])
@@ -98,8 +98,8 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path):
     shutil.copytree(ROOT / "crate_fast", tmp_path / "crate_fast")
     shutil.copytree(ROOT / "kernels", tmp_path / "crate_fast" / "kernels")
     shutil.copytree(BENCHMARKS, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
-    kernel = tmp_path / "crate_fast" / "kernels" / "mssa.py"
-    right, wrong = "b_p * (b_dp - b_delta_i[:, None])", "b_p * (b_dp + b_delta_i[:, None])"
+    kernel = tmp_path / "crate_fast" / "kernels" / "attention.py"
+    right, wrong = "* (b_dp - b_delta_i[:, None])", "* (b_dp + b_delta_i[:, None])"
     source = kernel.read_text()
     assert source.count(right) == 1
     kernel.write_text(source.replace(right, wrong))
@@ -136,6 +136,14 @@ def test_the_readme_quotes_the_results_and_nothing_else():
     quoted = text.split(report.START)[1].split(report.END)[0].strip()
     assert quoted == report.section(run.RESULTS)
     assert "images/s" in quoted
+    ratios = json.loads((run.RESULTS / "precision.json").read_text())["ratios"]["bf16"]
+    assert f"| error of the logits against float64, bf16 autocast | {ratios['logits']:.2f} | 1 |" in text
+    assert f"| error of the gradients (median over parameters) | {ratios['median']:.2f} | 1 |" in text
+    counts = []
+    for ours in (True, False):
+        kernels = traffic.layer_traffic(ours)
+        counts.append(" + ".join(str(sum(k.name != "fold" for k in kernels[part])) for part in ("forward", "backward")))
+    assert f"| {counts[0]} | {counts[1]} | `python benchmarks/run.py --suite traffic` |" in text
 
 
 @pytest.mark.parametrize(
