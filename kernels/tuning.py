@@ -57,6 +57,8 @@ _GRADIENTS = ("ista_gradient", "out_gradient", "project_gradient")
 TABLE = (
     Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3), "124 registers: 4 programs a multiprocessor"),
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 2), "162 registers, 3 programs; a third stage takes 16 KB"),
+    Line(("mssa_backward",), 16, 32, True, Config(64, 32, 0, 4, 2), "2 programs; 64 columns spill"),
+    Line(("mssa_backward",), 16, 48, True, Config(64, 16, 0, 4, 2), "in two parts, 32 + 16; triton 3.6 spills 8 bytes at 32"),
     Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 2), "2 programs; 64 columns spill"),
     Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 2), "2 programs; 32 columns take all 255 registers"),
     Line(("mssa_forward",), 32, 64, True, Config(32, 32, 0, 4, 2), "float32 products are FMAs with operands in registers"),
