@@ -33,6 +33,7 @@ class Signals:
         self.received: int | None = None
         self._grace = GRACE[ranks.first]
         self._before: dict = {}
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -42,6 +43,8 @@ class Signals:
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
@@ -49,9 +52,9 @@ class Signals:
                 raise KeyboardInterrupt
             return
         self.received = number
-        timer = threading.Timer(self._grace, os._exit, (128 + number,))
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(self._grace, os._exit, (128 + number,))
+        self._timer.daemon = True
+        self._timer.start()
 
 
 def leave_signals_to_the_run() -> None:
