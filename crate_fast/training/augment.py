@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 CROP_TRIES = 10
 ASPECTS = (3 / 4, 4 / 3)  # of a random crop
 ERASED_AREAS, ERASED_ASPECTS = (0.02, 0.33), (0.3, 3.3)
-RANDAUGMENT_LEVELS = 30
+LEVELS = 30  # of strength, above none
 TRANSLATION = 150 / 331  # RandAugment's largest, as a part of the side
 OPERATIONS = (
     "identity",
@@ -22,6 +23,10 @@ OPERATIONS = (
     *("posterize", "solarize", "autocontrast", "equalize"),
 )
 SIGNED = OPERATIONS[1:10]
+TRIVIALAUGMENT_RANGES = {
+    **{"shear_x": 0.99, "shear_y": 0.99, "translate_x": 32.0, "translate_y": 32.0, "rotate": 135.0, "posterize": 6.0},
+    **dict.fromkeys(SIGNED[5:], 0.99),
+}
 
 
 def random_crop(image: Image.Image, size: int, least: float, draw: np.random.Generator) -> Image.Image:
@@ -61,9 +66,7 @@ def randaugment(image: Image.Image, count: int, level: int, draw: np.random.Gene
     """`count` random operations one after the other, all of strength `level`, 0 to 30 (arXiv:1909.13719)."""
     for _ in range(count):
         operation = OPERATIONS[draw.integers(len(OPERATIONS))]
-        part = level / RANDAUGMENT_LEVELS
-        longest = {"translate_x": TRANSLATION * image.width, "translate_y": TRANSLATION * image.height}
-        value = strength(operation, part, shear=0.3, translate=longest.get(operation, 0.0), rotate=30.0, enhance=0.9, bits=4)
+        value = strength(operation, level, randaugment_ranges(*image.size))
         image = change(image, operation, _signed(operation, value, draw))
     return image
 
@@ -71,19 +74,22 @@ def randaugment(image: Image.Image, count: int, level: int, draw: np.random.Gene
 def trivialaugment(image: Image.Image, draw: np.random.Generator) -> Image.Image:
     """One random operation of random strength, from wider ranges (arXiv:2103.10158)."""
     operation = OPERATIONS[draw.integers(len(OPERATIONS))]
-    part = int(draw.integers(RANDAUGMENT_LEVELS + 1)) / RANDAUGMENT_LEVELS
-    value = strength(operation, part, shear=0.99, translate=32.0, rotate=135.0, enhance=0.99, bits=6)
+    value = strength(operation, int(draw.integers(LEVELS + 1)), TRIVIALAUGMENT_RANGES)
     return change(image, operation, _signed(operation, value, draw))
 
 
-def strength(operation: str, part: float, *, shear: float, translate: float, rotate: float, enhance: float, bits: int) -> float:
-    """An operation's value at `part` of its range, which the other arguments give."""
+def randaugment_ranges(width: int, height: int) -> dict[str, float]:
+    """The values of RandAugment's operations at level 30, of images of a size in pixels."""
+    moves = {"translate_x": TRANSLATION * width, "translate_y": TRANSLATION * height}
+    return {"shear_x": 0.3, "shear_y": 0.3, "rotate": 30.0, "posterize": 4.0, **moves} | dict.fromkeys(SIGNED[5:], 0.9)
+
+
+def strength(operation: str, level: int, ranges: dict[str, float]) -> float:
+    """An operation's value at `level`, 0 to 30; `ranges` tells that at 30, of posterize how many bits are taken."""
     if operation == "posterize":
-        return 8 - round(part * bits)
-    if operation == "solarize":
-        return 255 * (1 - part)
-    kind = operation.partition("_")[0]
-    return part * {"shear": shear, "translate": translate, "rotate": rotate}.get(kind, enhance)
+        return 8 - round(level * ranges[operation] / LEVELS)
+    first, last = (255.0, 0.0) if operation == "solarize" else (0.0, ranges.get(operation, 0.0))
+    return torch.linspace(first, last, LEVELS + 1)[level].item()  # in float32, as torchvision has it, to the last pixel
 
 
 def change(image: Image.Image, operation: str, value: float) -> Image.Image:
