@@ -91,10 +91,12 @@ def test_the_published_finetuning_line(tmp_path, capsys):
     torch.manual_seed(3)
     published = CRATE_tiny(image_size=64, patch_size=16)  # another image size: position embeddings are resampled
     weights = {f"module.{name}": value for name, value in published.state_dict().items()}
-    torch.save({"epoch": 3, "arch": "CRATE_tiny", "state_dict": weights, "best_acc1": torch.tensor(1.0)}, tmp_path / "main.pth")
-    line = f"--bs 16 --net CRATE_tiny --opt adamW --lr 5e-5 --n_epochs 1 --randomaug 1 --data cifar10 --ckpt_dir {tmp_path}/main.pth"
+    content = {"epoch": 3, "arch": "CRATE_tiny", "state_dict": weights, "best_acc1": torch.tensor(1.0)}
+    torch.save(content, tmp_path / "main.pth")
+    line = "--bs 16 --net CRATE_tiny --opt adamW --lr 5e-5 --n_epochs 1 --randomaug 1 --data cifar10"
     run = tmp_path / "run"
-    words = [*line.split(), "--data_dir", str(tmp_path / "cifar"), "--out", str(run), "--workers", "0", *TINY]
+    paths = ["--ckpt_dir", str(tmp_path / "main.pth"), "--data_dir", str(tmp_path / "cifar")]
+    words = [*line.split(), *paths, "--out", str(run), "--workers", "0", *TINY]
     assert main(["finetune", *words]) == 0
     out = capsys.readouterr().out
     assert "main.pth: 104 weights loaded, position embeddings resampled; new: the head (4)" in out

@@ -255,4 +255,4 @@ def _parallel(model: nn.Module, compute: Compute) -> DistributedDataParallel:
     never stopped; not where it looks for unused parameters.
     """
     device_ids = [compute.device] if compute.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, find_unused_parameters=True)
+    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=True)
