@@ -19,7 +19,7 @@ from crate_fast.checkpoint import CheckpointError, load_checkpoint
 from crate_fast.cli import main
 from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, train
 from crate_fast.training.loop import Trainer
-from crate_fast.training.rundir import RunDirectory
+from crate_fast.training.rundir import RunDirectory, unlock
 
 SMALL = TrainConfig(
     **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, batch_size=256, epochs=4),
@@ -151,7 +151,7 @@ def test_a_run_in_use_is_refused(finished, tmp_path):
             check=False,
         )
     finally:
-        holder.unlock()
+        unlock()
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"crate-fast: error: {finished.path}: a run that is not over is in it"
     train(SMALL, resume=str(finished.path))  # and it is free again

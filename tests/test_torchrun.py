@@ -7,17 +7,21 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import kill
 import pytest
 import torch
+import torch.distributed as dist
 from pictures import make_cifar10, make_folder
 
 from crate_fast import CRATE_tiny
 from crate_fast.checkpoint import load_model
 from crate_fast.cli import main
 from crate_fast.training import ConfigError, evaluate_run, resolve, train
+from crate_fast.training.plan import make_plan
+from crate_fast.training.ranks import Ranks, meet
 
 TINY = ["--image-size", "32", "--patch-size", "16", "--num-threads", "1", "--device", "cpu"]
 
@@ -152,20 +156,31 @@ def test_published_checkpoints_are_evaluated(tmp_path, trained, folder):
     assert evaluate_run(path, data=str(small), workers=0, device="cpu").count == 5
 
 
-def test_batches_that_do_not_divide_are_refused(tmp_path):
-    process = launch(2, "train", "--batch-size", "33", "--out", tmp_path / "run", "--device", "cpu")
-    error = process.communicate(timeout=100)[1]
-    assert process.returncode != 0
-    assert "--batch-size is 33, over all processes; it must divide by 2: 2 processes × --accumulate 1" in error
-    assert 'Traceback (most recent call last):\n  File "<frozen runpy>' not in error.partition("torch/distributed")[0]
-    with pytest.raises(ConfigError, match="--batch-size is 32"):
-        train(resolve({"batch_size": 32, "accumulate": 5, "out": str(tmp_path / "run")}))
+def test_batches_that_do_not_divide_are_refused():
+    config = resolve({"batch_size": 32, "accumulate": 5})
+    words = "--batch-size is 32, over all processes; it must divide by 10: 2 processes × --accumulate 5"
+    with pytest.raises(ConfigError, match=words):
+        make_plan(config, 100, Ranks(1, 2))
+
+
+def test_processes_meet_whatever_was_there_before():
+    """Twice in one store, as after a restart that only one of the agents has counted."""
+    store, names = dist.HashStore(), []
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            starts = [pool.submit(meet, store, Ranks(rank, 3), 10.0) for rank in (2, 1, 0)]
+            found = {start.result() for start in starts}
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 2
+    with pytest.raises(RuntimeError, match="3 processes did not meet"):
+        meet(store, Ranks(1, 3), 0.2)
 
 
 def test_a_killed_worker_restarts_the_run(tmp_path):
     """Two agents that meet over c10d on loopback; one of the two workers is killed, and the run ends as if it were not."""
     data = make_folder(tmp_path / "data", train=90, val=90)
-    words = ["train", "--data", data, *kill.SETTINGS, "--epochs", "3", "--workers", "0"]
+    words = ["train", "--data", data, *kill.SETTINGS, "--epochs", "2", "--workers", "0"]
     assert output(launch(2, *words, "--out", tmp_path / "straight"))
     rendezvous = ["--nnodes=2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-id={tmp_path.name}"]
     rendezvous += [f"--rdzv-endpoint=127.0.0.1:{29500 + os.getpid() % 1000}", "--monitor-interval=0.2"]
@@ -175,8 +190,7 @@ def test_a_killed_worker_restarts_the_run(tmp_path):
         assert time.monotonic() < end
         assert all(agent.poll() is None for agent in agents), agents[0].communicate()[1]
         time.sleep(0.02)
-    (worker,) = kill._descendants(agents[0].pid)
-    os.kill(worker, 9)
+    os.kill(kill._descendants(agents[0].pid)[-1], 9)
     printed = [output(agent) for agent in agents]
     assert any("going on after step" in text for text in printed)
     assert kill.outcome(tmp_path / "straight") == kill.outcome(tmp_path / "killed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -169,9 +168,7 @@ def _collate(size: int, samples: list[Sample]) -> tuple[Tensor, Tensor, list[str
 def _start_worker(_: int) -> None:
     leave_signals_to_the_run()
     torch.set_num_threads(1)
-    if rundir.lock_held is not None:  # a worker outlives a killed run for seconds, and must not keep its lock
-        os.close(rundir.lock_held)
-        rundir.lock_held = None
+    rundir.unlock()  # a worker outlives a killed run for seconds, and must not keep its lock
 
 
 def _ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import ConfigError
+
+MEETING = 600.0  # seconds that processes started together may be apart
 
 
 class Ranks(NamedTuple):
@@ -78,7 +82,40 @@ def join(ranks: Ranks, device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend)
+        return
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+    store = dist.PrefixStore(meet(store, ranks), store)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.count)
+
+
+def meet(store: dist.Store, ranks: Ranks, seconds: float = MEETING) -> str:
+    """A name that the processes started together share, and no process that torchrun started before has had.
+
+    PyTorch takes torchrun's count of restarts for that name. But an agent counts only the failures of its own processes, so
+    that after one elsewhere the processes of two machines wait under different names for ever; and the store of all
+    restarts is one, so that what was written before is still there.
+
+    Raises:
+        RuntimeError: the others are not there within `seconds`.
+    """
+    own, end = uuid.uuid4().hex, time.monotonic() + seconds
+    if ranks.first:
+        store.set("crate_fast/name", own)
+    while time.monotonic() < end:
+        if store.check(["crate_fast/name"]):
+            name = store.get("crate_fast/name").decode()
+            store.set(f"crate_fast/{name}/{ranks.rank}", own)
+            keys = [f"crate_fast/{name}/{rank}" for rank in range(ranks.count)]
+            if ranks.first and store.check(keys):
+                store.set(f"crate_fast/{name}/all", " ".join(store.get(key).decode() for key in keys))
+            # An older name's list does not have this process in it.
+            if store.check([f"crate_fast/{name}/all"]) and own in store.get(f"crate_fast/{name}/all").decode().split():
+                return name
+        time.sleep(0.05)
+    raise RuntimeError(f"{ranks.count} processes did not meet within {seconds:.0f} seconds")
 
 
 def leave(ranks: Ranks) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from dataclasses import asdict, replace
 
 import torch
@@ -23,7 +22,7 @@ from .plan import make_plan
 from .plots import plot_curves
 from .ranks import Ranks, join, leave, read_ranks
 from .resolve import check_unchanged, describe
-from .rundir import RunDirectory, find_run
+from .rundir import RunDirectory, find_run, unlock
 from .saving import Checkpoints, circumstances, warn_of_changes
 from .stop import Signals, Stopped
 from .weights import start_from
@@ -53,15 +52,15 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
     """
     require(*DISTRIBUTIONS)  # all of them now, and not after the last epoch
     ranks = read_ranks()
-    resume = "auto" if ranks.restarts and resume is None else resume
-    if resume == "auto" or resume is None:
-        _check_out(config, ranks, resume)
-    run = find_run(resume, config.out) if resume else None
-    if run is not None:
-        own = run.read_config()
-        config = replace(own, **check_unchanged(own, given or {}, run.path), out=str(run.path))
+    _check_out(config, ranks, resume)
     with Signals(ranks) as signals:
         try:
+            join(ranks, choose_compute(config.device, config.precision, ranks).device)
+            resume = ranks.share(lambda: _implied(config, ranks)) if resume is None else resume
+            run = find_run(resume, config.out) if resume else None
+            if run is not None:
+                own = run.read_config()
+                config = replace(own, **check_unchanged(own, given or {}, run.path), out=str(run.path))
             return _train(config, run, resume, ranks, signals)
         except RuntimeError as error:
             if signals.received is None or isinstance(error, TrainingError):
@@ -69,8 +68,7 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
             # The others were gone first, and the sum over all processes failed.
             raise Stopped(signals.received, f"stopped by signal {signals.received}") from error
         finally:
-            if run is not None:
-                run.unlock()
+            unlock()
 
 
 def _train(
@@ -79,36 +77,24 @@ def _train(
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     compute = choose_compute(config.device, config.precision, ranks)
-    join(ranks, compute.device)
-    warnings.filterwarnings("ignore", message="find_unused_parameters")
+    checkpoint = _find_checkpoint(run, resume, ranks) if run is not None else None
     data = open_data(config, compute.device, ranks)
     plan = make_plan(config, data.train_count, ranks)
     model = build_model(config, data)
-    lines = [start_from(model, config.init)] if config.init and run is None else []
-    model.to(compute.device)
-    trainer = Trainer(config, model, data, plan, compute, signals)
-    opened = ranks.share(lambda: _open(config, run, data, trainer) if ranks.first else None)
-    try:
-        checkpoint = _find_checkpoint(opened, resume, ranks)
-        if checkpoint is not None:
-            trainer.load(checkpoint)
-            if ranks.first:
-                warn_of_changes(checkpoint["circumstances"], circumstances(compute, ranks))
-                opened.cut_log(checkpoint["logged"])
-                lines.append(f"going on after step {trainer.step} of {trainer.steps}")
-        elif run is not None and ranks.first:
-            opened.cut_log(0)
-        if ranks.first:
-            _announce(config, trainer, opened, lines)
-        score = trainer.fit(opened)
-        if ranks.first:
-            save_model(trainer.evaluated_model, opened.model)
-            plot_curves(opened.read_metrics(), opened.curves, f"CRATE on {data.name}: test {score}")
-    finally:
-        if ranks.first:
-            opened.unlock()
+    lines = [start_from(model, config.init)] if config.init and checkpoint is None else []
+    trainer = Trainer(config, model.to(compute.device), data, plan, compute, signals)
+    if run is None:
+        run = ranks.share(lambda: _create(config, trainer))
+    else:
+        lines.append(_take_up(trainer, run, checkpoint))
+    if ranks.first:
+        _announce(trainer, run, lines)
+    score = trainer.fit(run)
+    if ranks.first:
+        save_model(trainer.evaluated_model, run.model)
+        plot_curves(run.read_metrics(), run.curves, f"CRATE on {data.name}: test {score}")
     leave(ranks)
-    return (opened if ranks.first else None), score
+    return (run if ranks.first else None), score
 
 
 def build_model(config: TrainConfig, data: Data) -> CRATE:
@@ -134,46 +120,66 @@ def build_model(config: TrainConfig, data: Data) -> CRATE:
 
 def _check_out(config: TrainConfig, ranks: Ranks, resume: str | None) -> None:
     """Where torchrun may restart a run, it must find it again."""
-    if config.out is None and (ranks.restarts or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))) and ranks.count > 1:
+    if config.out is not None:
+        return
+    if ranks.count > 1 and resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise ConfigError(
             "torchrun may restart this run (--max-restarts), which has to find its directory again: give --out DIR"
         )
-    if config.out is None and resume == "auto":
+    if resume == "auto":
         raise ConfigError("--resume is 'auto', which goes on with the run in --out DIR; --out is not given")
 
 
-def _open(config: TrainConfig, run: RunDirectory | None, data: Data, trainer: Trainer) -> RunDirectory:
-    """The directory of the run, locked: made, or where it goes on, as it is."""
-    if run is not None:
-        run.lock()
-        return run
-    run = RunDirectory.create(config.out, data.name)
-    try:
-        run.write_config(_describe(config, trainer))
-    except BaseException:
-        run.unlock()
-        raise
+def _launch() -> str | None:
+    """What torchrun calls this launch in all its restarts; None where it gives no name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
+
+
+def _implied(config: TrainConfig, ranks: Ranks) -> str | None:
+    """ "auto" where torchrun has started this process again: it counts its restarts, but not on every machine alike."""
+    if ranks.restarts:
+        return "auto"
+    before = RunDirectory(config.out).read_launch() if config.out is not None else None
+    return "auto" if before is not None and before == _launch() else None
+
+
+def _create(config: TrainConfig, trainer: Trainer) -> RunDirectory:
+    """A new run directory, locked."""
+    run = RunDirectory.create(config.out, trainer.data.name)
+    run.write_config(_describe(trainer))
     return run
 
 
-def _find_checkpoint(run: RunDirectory, resume: str | None, ranks: Ranks) -> dict | None:
-    """The checkpoint to go on from, in every process."""
-    if resume is None:
-        return None
-    if resume.endswith(".pt"):
-        return load_checkpoint(resume)
+def _find_checkpoint(run: RunDirectory, resume: str, ranks: Ranks) -> dict | None:
+    """Locks a run that exists; the checkpoint to go on from, in every process, or None where it has none yet."""
 
-    def newest() -> str | None:
+    def lock_and_find() -> str | None:
+        run.lock()
+        if resume.endswith(".pt"):
+            return resume
         found = Checkpoints(run.checkpoints, 1).load_newest()
         return found and str(found[0])
 
-    path = ranks.share(newest)
+    path = ranks.share(lock_and_find)
     return None if path is None else load_checkpoint(path)
 
 
-def _announce(config: TrainConfig, trainer: Trainer, run: RunDirectory, lines: list[str]) -> None:
+def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> str:
+    """Loads `checkpoint` and cuts the metrics back to it; a line that says where the run goes on."""
+    if trainer.ranks.first:
+        run.cut_log(checkpoint["logged"] if checkpoint else 0)
+    if checkpoint is None:
+        return "no checkpoint yet: from the start"
+    trainer.load(checkpoint)
+    if trainer.ranks.first:
+        warn_of_changes(checkpoint["circumstances"], circumstances(trainer.compute, trainer.ranks))
+    return f"going on after step {trainer.step} of {trainer.steps}"
+
+
+def _announce(trainer: Trainer, run: RunDirectory, lines: list[str]) -> None:
     """Says what is computed, where and how."""
-    compute, ranks = trainer.compute, trainer.ranks
+    config, compute, ranks = trainer.config, trainer.compute, trainer.ranks
     backend = choose_backend(config.backend, trainer.model.pos_embedding, config.dim_head)
     print(f"{compute.describe()}, {compute.precision}, backend {backend.name} ({backend.reason}); run directory {run.path}")
     print(describe(config))
@@ -186,9 +192,9 @@ def _announce(config: TrainConfig, trainer: Trainer, run: RunDirectory, lines: l
     sys.stdout.flush()
 
 
-def _describe(config: TrainConfig, trainer: Trainer) -> dict:
+def _describe(trainer: Trainer) -> dict:
     """What config.json says: the settings, and all that followed from them and from the machine."""
-    compute = trainer.compute
+    config, compute = trainer.config, trainer.compute
     backend = choose_backend(config.backend, trainer.model.pos_embedding, config.dim_head)
     return {
         "config": asdict(config),
@@ -202,6 +208,7 @@ def _describe(config: TrainConfig, trainer: Trainer) -> dict:
             "warmup_steps": warmup_steps(trainer.steps, config.warmup),
         },
         "circumstances": circumstances(compute, trainer.ranks),
+        "launch": _launch(),
         "model": constructor_arguments(trainer.model),
         "data": trainer.data.describe(),
     }

@@ -65,13 +65,6 @@ class RunDirectory:
             raise ConfigError(f"{self.path}: a run that is not over is in it") from error
         lock_held = descriptor
 
-    def unlock(self) -> None:
-        """Lets other runs in again."""
-        global lock_held
-        if lock_held is not None:
-            os.close(lock_held)
-            lock_held = None
-
     def write_config(self, config: dict) -> None:
         """Writes config.json: `config`, and the versions of everything that computes."""
         text = json.dumps(config | {"versions": versions()}, indent=2) + "\n"
@@ -113,9 +106,24 @@ class RunDirectory:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.config}: not the configuration of a run ({error})") from error
 
+    def read_launch(self) -> str | None:
+        """The name of the launch that made the run, or None."""
+        try:
+            return json.loads(self.config.read_text(encoding="utf-8")).get("launch")
+        except (AttributeError, OSError, ValueError):
+            return None
+
     def read_metrics(self) -> list[dict]:
         """The rows of metrics.jsonl."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def unlock() -> None:
+    """Lets other runs into the directory that this process has locked, if any."""
+    global lock_held
+    if lock_held is not None:
+        os.close(lock_held)
+        lock_held = None
 
 
 def find_run(resume: str, out: str | None) -> RunDirectory | None:
