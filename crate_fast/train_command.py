@@ -12,6 +12,7 @@ from .training.flags import PUBLISHED, Published, architecture, data_set, optimi
 from .training.resolve import NAMES
 
 READERS = {"arch": architecture, "data": data_set, "optimizer": optimizer}
+SWITCH = {"nargs": "?", "const": "yes"}  # a flag that may stand alone
 DESCRIPTIONS = {
     "train": "Trains a CRATE and fills a run directory: config.json, metrics.jsonl, curves.png, checkpoints/ and "
     "model.safetensors. Without --data and --recipe: on the 1,797 handwritten digits that scikit-learn carries. All flags are "
@@ -59,6 +60,8 @@ def _add_setting(section, setting, published: Published | None) -> None:
     others = [word for word in (published.names if published else ()) if word != name]
     read = READERS.get(setting.name)
     metavar = None if choices and not read else {int: "N", float: "X", str: "NAME"}[kind]
+    if setting.default is not None:
+        text += f" (digits: {setting.default})"
     if choices and read:
         text += f" ({', '.join(choices)})"
     section.add_argument(
@@ -70,6 +73,7 @@ def _add_setting(section, setting, published: Published | None) -> None:
         default=argparse.SUPPRESS,
         metavar=metavar,
         help=text,
+        **SWITCH if choices == ("no", "yes") else {},
     )
 
 
