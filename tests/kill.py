@@ -62,7 +62,7 @@ class Attempt:
             return False
         return row["split"] == "train" and row["step"] % STEPS_PER_EPOCH == 0
 
-    def wait_for(self, moment: str, seconds: float = 120) -> None:
+    def wait_for(self, moment: str, seconds: float = 500) -> None:
         """Returns at a "step", while "writing" or "evaluating", each after at least one step that is new and saved."""
         before, end = self.step(), time.monotonic() + seconds
         reached = {"step": lambda: True, "SIGTERM": lambda: True, "writing": self.is_writing, "evaluating": self.is_evaluating}
@@ -88,7 +88,7 @@ class Attempt:
 
     def finish(self) -> None:
         """Waits for its end, which must be a good one."""
-        if self.process.wait(timeout=400):
+        if self.process.wait(timeout=900):
             raise SystemExit(f"the run failed: {self.log()}")
 
 

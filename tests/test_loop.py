@@ -77,7 +77,7 @@ torch.save([trainer.flat.gradients, trainer.flat.weights, trainer.meter.sums], s
 def torchrun(ranks: int, *words, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False, **options)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False, **options)
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):

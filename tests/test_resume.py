@@ -97,6 +97,15 @@ def test_a_damaged_newest_checkpoint_is_set_aside(finished, tmp_path, monkeypatc
     assert len(list(run.checkpoints.glob("step-*.damaged-*"))) == 1
 
 
+def test_a_run_goes_on_from_an_older_checkpoint(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    run, _ = train(SMALL, resume=str(tmp_path / "run" / "checkpoints" / "step-00000018.pt"))
+    assert same_end(run, finished)
+    assert load_checkpoint(run.last_checkpoint)["step"] == 24
+    names = {path.name.partition(".")[2].partition("-")[0] for path in run.checkpoints.glob("step-*")}
+    assert names == {"pt", "left"}
+
+
 def test_the_newest_and_the_best_are_kept(finished):
     names = sorted(path.name for path in finished.checkpoints.iterdir())
     assert names == ["best.pt", "last.pt", "step-00000018.pt", "step-00000024.pt"]
@@ -147,7 +156,7 @@ def test_a_run_in_use_is_refused(finished, tmp_path):
             [sys.executable, "-m", "crate_fast", "train", "--resume", str(finished.path)],
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=500,
             check=False,
         )
     finally:
@@ -185,8 +194,8 @@ def test_signals_end_a_process_with_their_status(tmp_path):
             time.sleep(0.05)
         process.send_signal(getattr(signal, name))
         start = time.monotonic()
-        error = process.communicate(timeout=60)[1]
-        assert time.monotonic() - start < 20
+        error = process.communicate(timeout=300)[1]
+        assert time.monotonic() - start < 30
         statuses[name] = process.returncode
         assert re.fullmatch(r"crate-fast: stopped by signal \d+ after step \d+, saved as [^\n]+\.pt\n", error)
     assert statuses == {"SIGUSR1": 138, "SIGINT": 130}

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from pictures import make_cifar10, make_folder
 
 from crate_fast import CRATE_tiny
-from crate_fast.checkpoint import load_model
+from crate_fast.checkpoint import load_checkpoint, load_model
 from crate_fast.cli import main
 from crate_fast.training import ConfigError, evaluate_run, resolve, train
 from crate_fast.training.plan import make_plan
@@ -37,7 +37,7 @@ def launch(ranks: int, *words, standalone=("--standalone",)) -> subprocess.Popen
 
 def output(process: subprocess.Popen) -> str:
     """What a process that ends well prints."""
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
     return out
 
@@ -88,6 +88,20 @@ def test_two_processes_train_as_one_does(trained, folder, tmp_path):
         # A gradient near zero may change its sign, and Lion's step with it: two steps of two learning rates at most.
         assert (value - two[name]).abs().max() <= 4 * 2e-4 + 1e-6, name
         assert (value - two[name]).abs().mean() < 2e-6, name
+
+
+def test_a_run_goes_on_with_another_number_of_processes(trained, folder, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = [sys.executable, "-m", "crate_fast", "train", "--resume", str(tmp_path / "run"), "--workers", "0"]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=500, check=True)
+    assert checkpoint["circumstances"]["ranks"] == 2
+    assert "warning: ranks was 2 and is 1: the run goes on with the same images in the same order" in done.stderr
+    assert "going on after step 2 of 2" in done.stdout
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
 
 
 def test_the_published_finetuning_line(tmp_path, capsys):
@@ -185,7 +199,7 @@ def test_a_killed_worker_restarts_the_run(tmp_path):
     rendezvous = ["--nnodes=2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-id={tmp_path.name}"]
     rendezvous += [f"--rdzv-endpoint=127.0.0.1:{29500 + os.getpid() % 1000}", "--monitor-interval=0.2"]
     agents = [launch(1, *words, "--out", tmp_path / "killed", standalone=rendezvous) for _ in range(2)]
-    checkpoints, end = tmp_path / "killed" / "checkpoints", time.monotonic() + 90
+    checkpoints, end = tmp_path / "killed" / "checkpoints", time.monotonic() + 400
     while not list(checkpoints.glob("step-*.pt")):
         assert time.monotonic() < end
         assert all(agent.poll() is None for agent in agents), agents[0].communicate()[1]

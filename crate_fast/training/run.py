@@ -156,9 +156,11 @@ def _find_checkpoint(run: RunDirectory, resume: str, ranks: Ranks) -> dict | Non
 
     def lock_and_find() -> str | None:
         run.lock()
+        checkpoints = Checkpoints(run.checkpoints, 1)
         if resume.endswith(".pt"):
+            checkpoints.set_aside_after(load_checkpoint(resume)["step"])
             return resume
-        found = Checkpoints(run.checkpoints, 1).load_newest()
+        found = checkpoints.load_newest()
         return found and str(found[0])
 
     path = ranks.share(lock_and_find)

@@ -73,10 +73,22 @@ class Checkpoints:
             try:
                 return path, load_checkpoint(path)
             except CheckpointError as error:
-                damaged = path.with_suffix(f".damaged-{time.strftime('%Y%m%d-%H%M%S')}")
-                path.rename(damaged)
-                print(f"crate-fast: warning: {error}; set aside as {damaged.name}", file=sys.stderr, flush=True)
+                aside = _set_aside(path, "damaged")
+                print(f"crate-fast: warning: {error}; set aside as {aside.name}", file=sys.stderr, flush=True)
         return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames the checkpoints of later steps than `step`, from which the run goes on again."""
+        for path in self.numbered():
+            if path.name > NAME.format(step):
+                _set_aside(path, "left")
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    """Renames `path`, so that it is no checkpoint of the run any more."""
+    aside = path.with_suffix(f".{why}-{time.strftime('%Y%m%d-%H%M%S')}")
+    path.rename(aside)
+    return aside
 
 
 def _link(path: Path, name: Path) -> None:
