@@ -51,6 +51,19 @@ def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     monkeypatch.setattr(Trainer, "_update", update_and_signal)
 
 
+def test_float16_goes_on_with_its_scale(tmp_path, monkeypatch):
+    config = replace(SMALL, precision="float16", epochs=2, optimizer="AdamW", clip_norm=1.0)
+    straight, _ = train(replace(config, out=str(tmp_path / "straight")))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(Stopped):
+            train(replace(config, out=str(tmp_path / "run")))
+    scaler = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["scaler"]
+    assert scaler["_growth_tracker"] > 0
+    run, _ = train(config, resume=str(tmp_path / "run"))
+    assert same_end(run, straight)
+
+
 @pytest.mark.parametrize("step", [1, 6, 15, 24])
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, step):
     config = replace(SMALL, out=str(tmp_path / "run"))
