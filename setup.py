@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-TRAIN = ["lion-pytorch", "matplotlib", "numpy", "safetensors", "scikit-learn", "tqdm"]
+TRAIN = ["lion-pytorch", "matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "tqdm"]
 TEST = ["hypothesis", "ninja", "pytest", "pytest-benchmark", "ruff"]
 
 setup(
@@ -17,8 +17,8 @@ setup(
     python_requires=">=3.10",
     packages=["crate_fast", "crate_fast.kernels", "crate_fast.training"],
     package_dir={"crate_fast.kernels": "kernels"},
-    package_data={"crate_fast": ["py.typed"]},
-    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "einops"],
+    package_data={"crate_fast": ["py.typed"], "crate_fast.training": ["recipes/*.toml"]},
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "einops", "tomli; python_version < '3.11'"],
     extras_require={"train": TRAIN, "test": TRAIN + TEST},
     entry_points={"console_scripts": ["crate-fast = crate_fast.cli:main"]},
 )

@@ -37,8 +37,9 @@ from crate_fast.checkpoint import constructor_arguments, load_model
 from crate_fast.kernels import layer
 from crate_fast.kernels.gradients import column_blocks
 from crate_fast.kernels.linear import Folded, Statistics
-from crate_fast.training import TrainConfig
 from crate_fast.training.digits import Digits
+from crate_fast.training.plan import Plan
+from crate_fast.training.resolve import resolve
 
 # name of the row: (autocast dtype, stream of the fused layers)
 OURS = {
@@ -221,10 +222,11 @@ def _model(options: argparse.Namespace) -> CRATE:
 def _images(options: argparse.Namespace, model: CRATE) -> Tensor:
     if not options.checkpoint:
         return torch.randn(options.batch, model.channels, *model.image_size)
-    data, images, settings = Digits(model.image_size, torch.device("cpu")), [], TrainConfig()
-    moves = {name: getattr(settings, name) for name in ("rotate", "zoom", "shift")}
-    for epoch in range(1 + (options.batch - 1) // len(data.train_labels)):
-        images += [batch for batch, _ in data.train_batches(len(data.train_labels), torch.initial_seed(), epoch, **moves)]
+    settings = resolve({})
+    data = Digits(model.image_size, torch.device("cpu"), rotate=settings.rotate, zoom=settings.zoom, shift=settings.shift)
+    plan, images = Plan(data.train_count, data.train_count, torch.initial_seed()), []
+    for epoch in range(1 + (options.batch - 1) // data.train_count):
+        images += [batch for batch, _ in data.train_batches(plan, epoch)]
     return torch.cat(images)[: options.batch]
 
 

@@ -11,6 +11,8 @@ import json
 import math
 import os
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -135,16 +137,28 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         CheckpointError: the file is missing or damaged, or holds something else.
     """
     path = Path(path)
-    _signature(path)
+    if _signature(path) == ZIP_SIGNATURE:
+        _check_sums(path)
     try:
         with warnings.catch_warnings():  # a foreign pickle is refused in one line, without PyTorch's advice on it
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can raise anything; nothing in it has been executed
-        raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast ({first_line(error)})") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "model")):
         raise CheckpointError(f"{path}: no checkpoint of crate-fast: it has no 'arguments' and 'model'")
     return content
+
+
+def _check_sums(path: Path) -> None:
+    """Raises CheckpointError unless all parts of the archive have the CRC-32 that was written; PyTorch looks at none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"{path}: damaged ({first_line(error)})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged: {damaged} is not what was written")
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
@@ -190,7 +204,7 @@ def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
             # Copies, since what safetensors gives may lie in the file's own pages, at any alignment.
             weights = {key: file.get_tensor(key).clone() for key in file.offset_keys()}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged, or not safetensors ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: damaged, or not safetensors ({first_line(error)})") from error
     if METADATA_KEY not in metadata:
         raise CheckpointError(f"{path}: no model of crate-fast: its metadata has no {METADATA_KEY!r}")
     try:
@@ -216,7 +230,7 @@ def _build(path: Path, arguments: object, weights: dict[str, Tensor], overrides:
     try:
         model = _skeleton(arguments)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: its arguments build no CRATE ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: its arguments build no CRATE ({first_line(error)})") from error
     difference = _difference(model, weights)
     if difference:
         raise CheckpointError(f"{path}: {difference}")
@@ -249,5 +263,6 @@ def _difference(model: CRATE, weights: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's message, cut off at its first line; the name of its class where it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

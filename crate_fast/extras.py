@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 DISTRIBUTIONS = {
+    "PIL": "pillow",
     "lion_pytorch": "lion-pytorch",
     "matplotlib": "matplotlib",
     "numpy": "numpy",

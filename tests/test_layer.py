@@ -10,7 +10,8 @@ from lion_pytorch import Lion
 from crate_fast import CRATE, reference
 from crate_fast.kernels import layer
 from crate_fast.modules import pool_tokens
-from crate_fast.training import TrainConfig, train
+from crate_fast.training import train
+from crate_fast.training.resolve import resolve
 
 CONFIGURATIONS = [
     {"image_size": (24, 16), "patch_size": (6, 4), "dim": 96, "depth": 2, "heads": 2, "dim_head": 48},
@@ -182,7 +183,7 @@ def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
 
 
 def test_16_bit_layers_are_no_less_precise_on_a_model_trained_on_the_digits(precision, tmp_path):
-    run, score = train(TrainConfig(out=str(tmp_path), epochs=8, lr=2e-3, device="cpu"))
+    run, score = train(resolve({"out": str(tmp_path), "epochs": 8, "lr": 2e-3, "device": "cpu"}))
     assert score.top1 > 0.8
     rows = precision.measure(precision.argparse.Namespace(seeds=4, batch=256, checkpoint=run.model), "cpu")
     assert max(rows["bf16"][value] for value in ("logits", "median", "p90")) <= 1, rows

@@ -12,11 +12,13 @@ from crate_fast.extras import MissingPackageError, require
 from crate_fast.training import ConfigError, TrainConfig, TrainingError, digits, evaluate_run, train
 from crate_fast.training.compute import choose_compute
 from crate_fast.training.digits import Digits, load_scans, split_indices, transform, transforms
-from crate_fast.training.metrics import Meter
+from crate_fast.training.metrics import Meter, Score, measure
 from crate_fast.training.optimizer import learning_rate
+from crate_fast.training.plan import Plan
+from crate_fast.training.ranks import ALONE
 
 CPU = torch.device("cpu")
-MINIATURE = dict(epochs=2, batch_size=256, image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=2)
+MINIATURE = dict(epochs=2, batch_size=256, image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1)
 NO_MOVES = dict(rotate=0.0, zoom=0.0, shift=0.0)
 
 
@@ -50,33 +52,37 @@ def test_split_is_fixed_by_its_seed_alone(monkeypatch):
 def test_no_test_image_is_trained_on(data):
     scans, labels = load_scans()
     training, test = split_indices(labels)
-    batches = list(data.train_batches(1437, 0, 1, **NO_MOVES))
+    batches = list(data.train_batches(Plan(1437, 1437), 1))
     trained = (batches[0][0] * data.std + data.mean).flatten(1)
     assert len(batches) == 1
     torch.testing.assert_close(trained.sum(0), scans[training].flatten(1).sum(0), rtol=1e-4, atol=1e-3)
-    tested = torch.cat([images for images, _ in data.test_batches(100)])
+    tested = torch.cat([images for images, _ in data.test_batches(100, ALONE)])
     torch.testing.assert_close(tested * data.std + data.mean, scans[test], rtol=0, atol=1e-5)
-    assert torch.equal(torch.cat([truth for _, truth in data.test_batches(100)]), labels[test])
+    assert torch.equal(torch.cat([truth for _, truth in data.test_batches(100, ALONE)]), labels[test])
 
 
 def test_normalised_by_the_training_images(data):
-    images = torch.cat([images for images, _ in data.train_batches(1437, 0, 1, **NO_MOVES)])
+    images = torch.cat([images for images, _ in data.train_batches(Plan(1437, 1437), 1)])
     assert abs(images.mean().item()) < 1e-4
     assert abs(images.std().item() - 1) < 1e-3
 
 
-def test_batches_depend_on_seed_and_epoch(data):
+def test_batches_depend_on_seed_and_epoch():
+    data = Digits((8, 8), CPU, rotate=12.0, zoom=0.1, shift=1.0)
+
     def first(seed, epoch):
-        return next(data.train_batches(64, seed, epoch, rotate=12.0, zoom=0.1, shift=1.0))[0]
+        return next(data.train_batches(Plan(1437, 64, seed), epoch))[0]
 
     assert torch.equal(first(0, 1), first(0, 1))
     assert not torch.equal(first(0, 1), first(1, 1))
     assert not torch.equal(first(0, 1), first(0, 2))
 
 
-def test_batches_are_full(data):
-    sizes = [len(labels) for _, labels in data.train_batches(128, 0, 1, **NO_MOVES)]
-    assert sizes == [128] * 11
+def test_incomplete_batches_are_dropped_or_kept(data):
+    for drop, expected in ((True, [128] * 11), (False, [128] * 11 + [29])):
+        plan = Plan(1437, 128, drop_last=drop)
+        assert [len(labels) for _, labels in data.train_batches(plan, 1)] == expected
+        assert plan.steps == len(expected)
 
 
 def test_transforms_stay_in_their_bounds():
@@ -105,17 +111,14 @@ def test_learning_rate_rises_and_falls():
     assert learning_rate(1, 100, 2.0, 0.0) == 2.0
 
 
-def test_meter_counts_and_remembers_the_first_bad_step():
+def test_meter_counts_what_has_a_label():
     meter = Meter(CPU)
-    logits, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1, 1])
-    meter.add(torch.tensor(0.5), logits, labels, step=1)
-    meter.add(torch.tensor(2.0), logits[:1], labels[:1], step=2)
-    score = meter.read()
-    assert score == (pytest.approx(0.875), 3, 4, None)
-    assert str(score) == "top-1 75.00% (3 of 4), loss 0.8750"
-    for step in (3, 4):
-        meter.add(torch.tensor(math.nan), logits, labels, step)
-    assert meter.read().bad_step == 3
+    logits, labels = torch.arange(7.0).repeat(6, 1), torch.tensor([6, 5, 2, 1, 0, -100])
+    logits[4] = math.nan
+    meter.add(measure(torch.tensor(2.5), logits, labels, meter.sums))
+    meter.add(measure(torch.tensor(1.0), logits[:1], labels[:1], meter.sums))
+    assert meter.read() == Score(loss=pytest.approx(3.5 / 6), correct=2, correct5=4, count=6)
+    assert str(Score(0.875, 3, 4, 4)) == "top-1 75.00% (3 of 4), top-5 100.00%, loss 0.8750"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +173,7 @@ def test_run_directory(finished):
     assert names == {"config.json", "metrics.jsonl", "curves.png", "checkpoints", "model.safetensors"}
     config = json.loads(run.config.read_text(encoding="utf-8"))
     assert config["config"] | MINIATURE == config["config"]
-    assert config["resolved"] | {"device": "cpu", "precision": "float32", "steps": 10, "num_threads": 2} == config["resolved"]
+    assert config["resolved"] | {"device": "cpu", "precision": "float32", "steps": 10, "num_threads": 1} == config["resolved"]
     assert config["data"] | {"train_images": 1437, "test_images": 360} == config["data"]
     assert (
         config["versions"]["torch"] == torch.__version__.partition("+")[0] or config["versions"]["torch"] == torch.__version__
@@ -220,12 +223,14 @@ def test_same_seed_same_bytes(finished, tmp_path):
 
 def test_training_learns(tmp_path):
     model = dict(image_size=8, dim=32, depth=1, heads=2, dim_head=16)
-    _, score = train(TrainConfig(out=str(tmp_path), epochs=10, batch_size=32, lr=2e-3, device="cpu", **model, **NO_MOVES))
+    _, score = train(
+        TrainConfig(out=str(tmp_path), epochs=10, batch_size=32, lr=2e-3, device="cpu", **model, **NO_MOVES, num_threads=1)
+    )
     assert score.top1 > 0.85
 
 
 def test_diverging_run_says_where(tmp_path):
-    with pytest.raises(TrainingError, match=r"not finite at step \d of 10 \(epoch [12], learning rate"):
+    with pytest.raises(TrainingError, match=r"not finite at step \d of 10 \(epoch [12], learning rate.*checkpoint is none"):
         train(TrainConfig(out=str(tmp_path), lr=1000.0, weight_decay=1000.0, warmup=0.0, **MINIATURE))
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
         evaluate_run(tmp_path)

@@ -2,6 +2,21 @@
 
 from .config import ConfigError, TrainConfig
 from .evaluation import evaluate_run
-from .loop import TrainingError, train
+from .images import UnreadableError
+from .loop import TrainingError
+from .resolve import resolve
+from .run import train
+from .saving import SavingError
+from .stop import Stopped
 
-__all__ = ["ConfigError", "TrainConfig", "TrainingError", "evaluate_run", "train"]
+__all__ = [
+    "ConfigError",
+    "SavingError",
+    "Stopped",
+    "TrainConfig",
+    "TrainingError",
+    "UnreadableError",
+    "evaluate_run",
+    "resolve",
+    "train",
+]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .config import ConfigError
+from .ranks import Ranks
 
 
 class Compute(NamedTuple):
@@ -28,8 +29,10 @@ class Compute(NamedTuple):
         return f"{torch.get_num_threads()} CPU threads" if self.device.type == "cpu" else self.device.type
 
 
-def choose_compute(device: str, precision: str) -> Compute:
+def choose_compute(device: str, precision: str, ranks: Ranks | None = None) -> Compute:
     """The device called `device` ("auto": a GPU where there is one) and the precision meant by `precision` on it.
+
+    Of several processes each takes the GPU of its own number.
 
     "auto" is bfloat16 on a CUDA GPU that has it and float32 everywhere else.
 
@@ -37,6 +40,13 @@ def choose_compute(device: str, precision: str) -> Compute:
         ConfigError: there is no such device.
     """
     place = _find_device(device)
+    if place.type == "cuda" and ranks is not None and ranks.count > 1:
+        if place.index is not None or ranks.local_count > torch.cuda.device_count():
+            raise ConfigError(
+                f"--device is {device!r} with {ranks.local_count} processes on this machine, which takes as many GPUs; it has "
+                f"{torch.cuda.device_count()}, and each process takes one by itself (--device auto)"
+            )
+        place = torch.device("cuda", ranks.local_rank)
     if precision == "auto":
         precision = "bfloat16" if place.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return Compute(place, precision)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..extras import require
+from .plan import Plan, epoch_generator, share_of
+from .ranks import Ranks
 
 CLASSES = 10
 CHANNELS = 1
@@ -44,39 +46,64 @@ class Digits:
     Args:
         image_size: (height, width) in pixels to which the scans are enlarged.
         device: where the images live and are augmented.
+        rotate, zoom, shift: how far training images are moved; see `transforms`.
     """
 
     name = "digits"
+    classes = CLASSES
+    channels = CHANNELS
 
-    def __init__(self, image_size: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self, image_size: tuple[int, int], device: torch.device, *, rotate: float = 0.0, zoom: float = 0.0, shift: float = 0.0
+    ) -> None:
         scans, labels = load_scans()
         train, test = split_indices(labels)
         images = F.interpolate(scans, size=image_size, mode="bicubic", align_corners=False)
         self.mean, self.std = images[train].mean().item(), images[train].std().item()
         self.train_images, self.train_labels = images[train].to(device), labels[train].to(device)
         self.test_images, self.test_labels = images[test].to(device), labels[test].to(device)
+        self._moves = {"rotate": rotate, "zoom": zoom, "shift": shift}
 
-    def train_batches(
-        self, batch_size: int, seed: int, epoch: int, *, rotate: float, zoom: float, shift: float
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of one epoch, (batch, 1, height, width) float32 and (batch,) int64, shuffled and augmented.
+    @property
+    def train_count(self) -> int:
+        return len(self.train_labels)
 
-        They depend on `seed` and `epoch` alone, on every device. A last batch that would not be full is left out: Lion's
-        steps are of one length, whatever few images they come from. For `rotate`, `zoom` and `shift` see `transforms`.
+    @property
+    def test_count(self) -> int:
+        return len(self.test_labels)
+
+    def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parts of the steps of `epoch` from step `first` (counted from 0) on, as `plan` cuts them.
+
+        A part is (batch, 1, height, width) float32 and (batch,) int64, shuffled and augmented. The images depend on the
+        plan's seed and `epoch` alone, on every device.
         """
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        count = len(self.train_labels)
+        generator = epoch_generator(plan.seed, epoch)
+        count = self.train_count
         order = torch.randperm(count, generator=generator).to(self.train_labels.device)
-        moves = transforms(count, generator, rotate=rotate, zoom=zoom, shift=shift).to(self.train_images.device)
-        for start in range(0, count - batch_size + 1, batch_size):
-            chosen = order[start : start + batch_size]
-            images = transform(self.train_images[chosen], moves[start : start + batch_size])
-            yield self._normalise(images), self.train_labels[chosen]
+        moves = transforms(count, generator, **self._moves).to(self.train_images.device)
+        for step in range(first, plan.steps):
+            for part in plan.parts(step):
+                chosen = order[part]
+                yield self._normalise(transform(self.train_images[chosen], moves[part])), self.train_labels[chosen]
 
-    def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test split in order, as `train_batches` gives batches, but as scanned."""
-        for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
-            yield self._normalise(images), labels
+    def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the test split in order, as `train_batches` gives parts, but as scanned."""
+        share = share_of(self.test_count, ranks)
+        for start in range(share.start, share.stop, batch_size):
+            chosen = slice(start, min(start + batch_size, share.stop))
+            yield self._normalise(self.test_images[chosen]), self.test_labels[chosen]
+
+    def describe(self) -> dict:
+        """What config.json says of them."""
+        return {
+            "name": self.name,
+            "split_seed": SPLIT_SEED,
+            "train_images": self.train_count,
+            "test_images": self.test_count,
+            "mean": self.mean,
+            "std": self.std,
+        }
 
     def _normalise(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
@@ -101,5 +128,7 @@ def transforms(count: int, generator: torch.Generator, *, rotate: float, zoom: f
 
 def transform(images: Tensor, maps: Tensor) -> Tensor:
     """`images` (batch, 1, height, width) moved by `maps` (batch, 2, 3), bilinearly; paper comes in from outside."""
+    if not len(images):
+        return images
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)

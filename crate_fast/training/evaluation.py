@@ -1,17 +1,23 @@
-"""Evaluating what a run left behind."""
+"""Evaluating what a run left behind, or a published checkpoint."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint import CheckpointError, load_model
+from ..checkpoint import CheckpointError, load_checkpoint, load_model
 from ..model import CRATE
 from .compute import choose_compute
 from .config import ConfigError, TrainConfig
-from .digits import CHANNELS, CLASSES, Digits
+from .data import Data, open_data
 from .metrics import Score, evaluate
+from .ranks import join, leave, read_ranks
+from .resolve import resolve
 from .rundir import RunDirectory
+from .weights import build_published, read_weights
+
+# Settings of the run's own data, which are no others'.
+UNMOVED = {"rotate": 0.0, "zoom": 0.0, "shift": 0.0, "augment": "none", "erase": 0.0}
 
 
 def evaluate_run(
@@ -21,38 +27,56 @@ def evaluate_run(
     precision: str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
+    data: str | None = None,
+    data_dir: str | None = None,
+    workers: int | None = None,
+    arch: str | None = None,
 ) -> Score:
-    """The score of a trained model on the test split of the digits.
+    """The score of a trained model on its test images; under torchrun, of all processes together.
 
     Args:
-        path: a run directory, its model.safetensors, or a checkpoint of it.
-        backend, precision, batch_size: as in the run where None, and so exactly the score it logged on such a machine.
+        path: a run directory, its model.safetensors, a checkpoint of it, or a checkpoint of the published scripts.
+        backend, precision, batch_size, data, data_dir, workers: as in the run where None, and so exactly the score it logged
+            on such a machine; the digits, or main.py's settings for other data, where there is no run.
         device: as in training.
+        arch: the size of a published checkpoint, where its shapes leave it open.
 
     Raises:
         CheckpointError: the model's file is missing, damaged or something else.
-        ConfigError: the model is not for the digits, the run's config.json is damaged, a value is out of its bounds, or the
+        ConfigError: the model is not for the data, the run's config.json is damaged, a value is out of its bounds, or the
             device is not here.
         BackendError: the backend does not run here.
     """
-    path = Path(path)
-    asked = {"backend": backend, "precision": precision, "batch_size": batch_size}
-    settings = replace(_settings(path), **{name: value for name, value in asked.items() if value is not None})
+    path, ranks = Path(path), read_ranks()
+    asked = {"backend": backend, "precision": precision, "batch_size": batch_size, "data": data, "data_dir": data_dir}
+    asked = {name: value for name, value in (asked | {"workers": workers}).items() if value is not None}
+    settings = _settings(path, asked)
     file = _model_file(path)
-    compute = choose_compute(device, settings.precision)
-    model = load_model(file, backend=settings.backend)
-    _check_fits(model, file)
-    data = Digits(model.image_size, compute.device)
-    return evaluate(model.to(compute.device), data.test_batches(settings.batch_size), compute)
+    compute = choose_compute(device, settings.precision, ranks)
+    join(ranks, compute.device)
+    model = _load(file, settings, arch)
+    images = open_data(replace(settings, image_size=model.image_size[0], patch_size=model.patch_size[0]), compute.device, ranks)
+    _check_fits(model, images, file)
+    batches = images.test_batches(max(1, settings.batch_size // ranks.count), ranks)
+    score = evaluate(model.to(compute.device), batches, compute, ranks)
+    leave(ranks)
+    return score
 
 
-def _settings(path: Path) -> TrainConfig:
+def is_first() -> bool:
+    """Whether this is the process that prints."""
+    return read_ranks().first
+
+
+def _settings(path: Path, asked: dict) -> TrainConfig:
     """How the run computed of which `path` is the directory, or a file up to two folders down; defaults without a run."""
     for folder in (path, path.parent, path.parent.parent):
         run = RunDirectory(folder)
         if run.config.is_file():
-            return run.read_config()
-    return TrainConfig()
+            own = run.read_config()
+            still = {} if asked.get("data", own.data) == own.data else dict(UNMOVED)
+            return replace(own, classes=None, **still | asked)
+    return resolve(asked)
 
 
 def _model_file(path: Path) -> Path:
@@ -64,10 +88,24 @@ def _model_file(path: Path) -> Path:
     return run.model
 
 
-def _check_fits(model: CRATE, file: Path) -> None:
+def _load(file: Path, settings: TrainConfig, arch: str | None) -> CRATE:
+    """The model in `file`, of a checkpoint the one that the run evaluated: the mean of the weights where there is one."""
+    try:
+        model = load_model(file, backend=settings.backend)
+    except CheckpointError as ours:
+        try:
+            return build_published(file, arch, settings.image_size, settings.patch_size)
+        except CheckpointError as theirs:
+            raise (theirs if "does not fit" in str(theirs) else ours) from theirs
+    if file.suffix == ".pt" and load_checkpoint(file).get("ema"):
+        model.load_state_dict(read_weights(file))
+    return model
+
+
+def _check_fits(model: CRATE, data: Data, file: Path) -> None:
     channels, classes = model.channels, model.mlp_head[1].out_features
-    if (channels, classes) != (CHANNELS, CLASSES):
+    if (channels, classes) != (data.channels, data.classes):
         raise ConfigError(
-            f"{file}: the model takes {channels} channels and tells {classes} classes apart; the digits have {CHANNELS} "
-            f"and {CLASSES}"
+            f"{file}: the model takes {channels} channels and tells {classes} classes apart; {data.name} has {data.channels} "
+            f"and {data.classes}"
         )

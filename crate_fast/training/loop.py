@@ -1,198 +1,258 @@
-"""Training from a configuration to a finished run directory."""
+"""Steps and epochs: a model, its data and its optimizer, from any step to the end."""
 
 from __future__ import annotations
 
+import copy
 import time
-from dataclasses import asdict
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ..backend import Choice, choose_backend
-from ..checkpoint import constructor_arguments, save_checkpoint, save_model
-from ..extras import DISTRIBUTIONS, require
 from ..model import CRATE
-from .compute import Compute, choose_compute
-from .config import ConfigError, TrainConfig
-from .digits import CHANNELS, CLASSES, SPLIT_SEED, Digits
-from .metrics import Meter, Score, evaluate
-from .optimizer import build_optimizer, learning_rate, set_learning_rate
-from .plots import plot_curves
+from .compute import Compute
+from .config import TrainConfig
+from .data import Data
+from .flat import Flat
+from .metrics import Meter, Score, evaluate, measure
+from .mixing import mix
+from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from .plan import Plan
 from .rundir import RunDirectory
+from .saving import Checkpoints, circumstances
+from .stop import Signals, Stopped
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+NEVER = torch.iinfo(torch.int64).max
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where and why."""
 
 
-def train(config: TrainConfig) -> tuple[RunDirectory, Score]:
-    """Trains a CRATE on the digits and fills a run directory.
-
-    Equal configurations give bit-identical weights on one machine's CPU with one number of threads.
-
-    Returns:
-        The run directory and the score of its model, the one after the last epoch, on the test split.
-
-    Raises:
-        ConfigError: the settings do not fit each other, the machine or the disk.
-        BackendError: the backend asked for does not run here.
-        TrainingError: the loss is no longer finite.
-        MissingPackageError: a package of the extra "train" is not installed.
-    """
-    require(*DISTRIBUTIONS)  # all of them now, and not after the last epoch
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    compute = choose_compute(config.device, config.precision)
-    model = build_model(config).to(compute.device)
-    backend = choose_backend(config.backend, model.pos_embedding, config.dim_head)
-    data = Digits(model.image_size, compute.device)
-    if config.batch_size > len(data.train_labels):
-        raise ConfigError(f"--batch-size is {config.batch_size}; there are {len(data.train_labels)} training images")
-    trainer = Trainer(config, model, data, compute)
-    run = RunDirectory.create(config.out, data.name)
-    run.write_config(_describe(config, trainer, backend))
-    print(f"{compute.describe()}, {compute.precision}, backend {backend.name} ({backend.reason}); run directory {run.path}")
-    score = trainer.fit(run)
-    save_model(model, run.model)
-    plot_curves(run.read_metrics(), run.curves, f"CRATE on the digits: test {score}")
-    return run, score
-
-
-def build_model(config: TrainConfig) -> CRATE:
-    """The CRATE that `config` asks for, on the CPU, its weights drawn from the seed."""
-    torch.manual_seed(config.seed)
-    return CRATE(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=CLASSES,
-        dim=config.dim,
-        depth=config.depth,
-        heads=config.heads,
-        pool=config.pool,
-        channels=CHANNELS,
-        dim_head=config.dim_head,
-        dropout=config.dropout,
-        emb_dropout=config.dropout,
-        ista=config.ista,
-        lambd=config.lambd,
-        backend=config.backend,
-    )
-
-
 class Trainer:
-    """Steps, epochs and their metrics: a model, its data and its optimizer."""
+    """Trains `model` on `data` as `config` and `plan` say. Its state is the same in every process at the end of every step."""
 
-    def __init__(self, config: TrainConfig, model: CRATE, data: Digits, compute: Compute) -> None:
-        self.config, self.model, self.data, self.compute = config, model, data, compute
-        self.optimizer = build_optimizer(model, config.lr, config.weight_decay)
+    def __init__(self, config: TrainConfig, model: CRATE, data: Data, plan: Plan, compute: Compute, signals: Signals) -> None:
+        self.config, self.model, self.data, self.plan, self.compute = config, model, data, plan, compute
+        self.ranks, self.signals = plan.ranks, signals
+        self.flat = Flat(model)
+        self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+        self.flat_average = Flat(self.average, gradients=False) if config.ema else None
+        if config.compile == "yes":
+            model.compile()
+        self.net = _parallel(model, compute) if self.ranks.count > 1 else model
+        self.optimizer = build_optimizer(model, config)
         # float16 needs its gradients scaled, and the scaler waits for the device at every step; otherwise it does nothing.
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "float16")
-        self.steps_per_epoch = len(data.train_labels) // config.batch_size
-        self.steps = self.steps_per_epoch * config.epochs
-        self.step = 0
-        self.lr = 0.0
+        self.steps = plan.steps * config.epochs
+        self.step = self.evaluated = 0  # steps made; epochs made and evaluated
+        self.score: Score | None = None
+        self.best = -1.0
+        self.meter = Meter(compute.device)
+        self.bad_step = torch.full((), NEVER, device=compute.device)
+        self._before = torch.empty_like(self.flat.weights)
+        self._saved = time.monotonic()
 
     def fit(self, run: RunDirectory) -> Score:
-        """All epochs, with metrics and checkpoints written to `run`; the test score after the last one."""
+        """All steps and epochs that are left, with metrics and checkpoints written to `run`; the last test score.
+
+        Raises:
+            TrainingError: a loss or gradient was not finite.
+            Stopped: a signal came; where this process is the first, a checkpoint is written.
+            SavingError, UnreadableError: a checkpoint cannot be written; too many images cannot be read.
+        """
         from tqdm import tqdm
 
-        config = self.config
-        with tqdm(total=self.steps, unit="step", disable=None, dynamic_ncols=True) as bar:
-            for epoch in range(1, config.epochs + 1):
-                trained, speed = self._train_epoch(epoch, run, bar)
-                tested = self._test(epoch, run)
-                bar.set_postfix_str(
-                    f"epoch {epoch}, loss {trained.loss:.3f}, test top-1 {tested.top1:.1%}, {speed:,.0f} images/s"
-                )
-                if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-                    self._save(epoch, run)
-                    line = f"epoch {epoch} of {config.epochs}: training {trained}, {speed:,.0f} images/s; test {tested}"
-                    bar.write(line)
-        return tested
+        self.run, self.checkpoints = run, Checkpoints(run.checkpoints, self.config.keep_checkpoints)
+        hide = None if self.ranks.first else True  # None: hidden unless stderr is a terminal
+        with tqdm(total=self.steps, initial=self.step, unit="step", disable=hide, dynamic_ncols=True) as bar:
+            while self.evaluated < self.config.epochs:
+                self._train_epoch(bar)
+                self._evaluate_epoch(bar)
+        return self.score
 
-    def _train_epoch(self, epoch: int, run: RunDirectory, bar: tqdm) -> tuple[Score, float]:
-        """One pass over the training images; the score since the last line of metrics, and images a second."""
-        config = self.config
-        self.model.train()
-        moves = {"rotate": config.rotate, "zoom": config.zoom, "shift": config.shift}
-        meter, start = Meter(self.compute.device), time.perf_counter()
-        for images, labels in self.data.train_batches(config.batch_size, config.seed, epoch, **moves):
-            self._train_step(images, labels, meter)
-            bar.update()
-            if self.step % config.log_every == 0 or self.step % self.steps_per_epoch == 0:
-                score = self._finite(meter.read(), epoch)
-                speed = score.count / (time.perf_counter() - start)
-                self._log(run, epoch, "train", score, lr=self.lr, images_per_second=round(speed, 1))
-                meter, start = Meter(self.compute.device), time.perf_counter()
-        return score, speed
+    @property
+    def evaluated_model(self) -> CRATE:
+        """The model that is evaluated, and saved in the end: the mean of the weights where there is one."""
+        return self.model if self.average is None else self.average
 
-    def _train_step(self, images: torch.Tensor, labels: torch.Tensor, meter: Meter) -> None:
-        self.step += 1
-        self.lr = learning_rate(self.step, self.steps, self.config.lr, self.config.warmup)
-        set_learning_rate(self.optimizer, self.lr)
-        with self.compute.autocast():
-            logits = self.model(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        meter.add(loss, logits, labels, self.step)
-
-    def _test(self, epoch: int, run: RunDirectory) -> Score:
-        score = evaluate(self.model, self.data.test_batches(self.config.batch_size), self.compute, self.step)
-        self._log(run, epoch, "test", self._finite(score, epoch))
-        return score
-
-    def _log(self, run: RunDirectory, epoch: int, split: str, score: Score, **more) -> None:
-        counts = {"loss": score.loss, "top1": score.top1, "correct": score.correct, "count": score.count}
-        run.log(step=self.step, epoch=epoch, split=split, **counts, **more)
-
-    def _finite(self, score: Score, epoch: int) -> Score:
-        """`score` itself, if all its losses were finite."""
-        if score.bad_step is None:
-            return score
-        lr = learning_rate(score.bad_step, self.steps, self.config.lr, self.config.warmup)
-        raise TrainingError(
-            f"the loss is not finite at step {score.bad_step} of {self.steps} (epoch {epoch}, learning rate {lr:.3g}); "
-            f"a lower --lr or a longer --warmup may help"
-        )
-
-    def _save(self, epoch: int, run: RunDirectory) -> None:
-        state = {
+    def state(self) -> dict:
+        """What a checkpoint needs beside the model to go on to the same bits."""
+        return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": epoch,
+            "ema": None if self.average is None else self.average.state_dict(),
             "step": self.step,
+            "epoch": self.evaluated,
+            "meter": self.meter.sums.tolist(),
+            "score": None if self.score is None else list(self.score),
+            "best": self.best,
+            "circumstances": circumstances(self.compute, self.ranks),
         }
-        save_checkpoint(self.model, run.last_checkpoint, **state)
+
+    def load(self, checkpoint: dict) -> None:
+        """Takes up where `checkpoint` was saved."""
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint["ema"])
+        self.step, self.evaluated, self.best = checkpoint["step"], checkpoint["epoch"], checkpoint["best"]
+        self.meter.sums.copy_(torch.tensor(checkpoint["meter"], dtype=torch.float64))
+        self.score = None if checkpoint["score"] is None else Score(*checkpoint["score"])
+
+    def _train_epoch(self, bar: tqdm) -> None:
+        """The steps of the epoch that are left."""
+        first = self.step - self.evaluated * self.plan.steps
+        self.model.train()
+        batches = self.data.train_batches(self.plan, self.evaluated + 1, first)
+        start, waited, logged = time.perf_counter(), 0.0, self.step
+        for place in range(first, self.plan.steps):
+            waited += self._train_step(place, batches)
+            bar.update()
+            if self.step % self.config.log_every == 0 or place + 1 == self.plan.steps:
+                self._log_training(bar, time.perf_counter() - start, waited, self.step - logged)
+                start, waited, logged = time.perf_counter(), 0.0, self.step
+            self._pause()
+
+    def _train_step(self, place: int, batches) -> float:
+        """One step, the epoch's `place`-th; the seconds for which it waited for data. Nothing here waits for the device."""
+        self.step += 1
+        self.lr = learning_rate_at(self.step, self.plan.steps, self.config)
+        set_learning_rate(self.optimizer, self.lr)
+        self.flat.gradients.zero_()
+        sums, waited = torch.zeros_like(self.meter.sums), 0.0
+        for part in range(self.plan.accumulate):
+            start = time.perf_counter()
+            images, labels = next(batches)
+            waited += time.perf_counter() - start
+            sums += self._accumulate(images, labels, part, self.plan.images(place))
+        self._update(self.ranks.sum(sums))
+        return waited
+
+    def _accumulate(self, images: Tensor, labels: Tensor, part: int, total: int) -> Tensor:
+        """Adds a part's share of the gradient of the mean over the step's `total` images; its sums for the meter."""
+        key = (self.config.seed, self.step, self.ranks.rank, part)
+        torch.manual_seed(hash_of(key))  # for dropout
+        batch = mix(images, labels, self.config, key)
+        last = part + 1 == self.plan.accumulate
+        with nullcontext() if last or self.ranks.count == 1 else self.net.no_sync():
+            with self.compute.autocast():
+                logits = self.net(batch.images)
+            loss = batch.loss(logits.float(), self.config.label_smoothing)
+            # Over processes gradients are averaged, which divides by their number.
+            self.scaler.scale(loss * (self.ranks.count / total)).backward()
+        return measure(loss, logits, batch.labels, self.meter.sums)
+
+    @torch.no_grad()
+    def _update(self, sums: Tensor) -> None:
+        """Moves the weights, unless the loss or the gradient of this step or of one before it is not finite."""
+        self.scaler.unscale_(self.optimizer)
+        norm = self.flat.gradients.norm()
+        finite = sums[0].isfinite()
+        if not self.scaler.is_enabled():  # the scaler itself skips infinite gradients, and tries smaller ones
+            finite = finite & norm.isfinite()
+        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=self.step))
+        if self.config.clip_norm:
+            self.flat.clip(norm, self.config.clip_norm)
+        self._before.copy_(self.flat.weights)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.flat.keep_where(self.bad_step == NEVER, self._before)
+        if self.flat_average is not None:
+            decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # a short mean at first
+            self.flat_average.weights.lerp_(self.flat.weights, 1 - decay)
+        self.meter.add(sums)
+
+    def _log_training(self, bar: tqdm, seconds: float, waited: float, steps: int) -> None:
+        """A line of metrics, and of the bar; waits for the device."""
+        self._check_finite()
+        score, self.meter = self.meter.read(), Meter(self.compute.device)
+        speed = steps * self.config.batch_size / seconds
+        self._log("train", score, lr=self.lr, **self._timing(seconds, waited, speed))
+        left = (self.steps - self.step) * seconds / steps
+        bar.set_postfix_str(
+            f"epoch {self.evaluated + 1}, loss {score.loss:.3f}, top-1 {score.top1:.1%}, {speed:,.0f} images/s, "
+            f"{waited / seconds:.0%} waiting, {left / 3600:.1f} h left"
+        )
+
+    def _timing(self, seconds: float, waited: float, speed: float) -> dict:
+        """What of a line of metrics differs from run to run."""
+        timing = {"images_per_second": round(speed, 1), "waiting": round(waited / seconds, 3)}
+        if self.compute.device.type == "cuda":
+            timing["memory_gib"] = round(torch.cuda.max_memory_allocated(self.compute.device) / 2**30, 2)
+        return timing
+
+    def _evaluate_epoch(self, bar: tqdm) -> None:
+        """Evaluates the epoch that is over, and saves where that is due."""
+        batch = self.config.batch_size // self.ranks.count
+        score = evaluate(
+            self.evaluated_model, self.data.test_batches(batch, self.ranks), self.compute, self.ranks, between=self._pause
+        )
+        self.evaluated += 1
+        self._log("test", score)
+        best = score.top1 > self.best
+        self.score, self.best = score, max(self.best, score.top1)
+        if self.evaluated % self.config.checkpoint_every == 0 or self.evaluated == self.config.epochs or best:
+            self._save(best)
+        if self.ranks.first and (self.evaluated % self.config.checkpoint_every == 0 or self.evaluated == self.config.epochs):
+            bar.write(f"epoch {self.evaluated} of {self.config.epochs}: test {score}")
+
+    def _log(self, split: str, score: Score, **more) -> None:
+        if self.ranks.first:
+            epoch = self.evaluated + (split == "train")
+            counts = {"top1": score.top1, "top5": score.top5, "correct": score.correct, "count": score.count}
+            self.run.log(step=self.step, epoch=epoch, split=split, loss=score.loss, **counts, **more)
+
+    def _check_finite(self) -> None:
+        bad_step = self.bad_step.item()
+        if bad_step == NEVER:
+            return
+        lr = learning_rate_at(bad_step, self.plan.steps, self.config)
+        last = next(iter(self.checkpoints.numbered()), None)
+        raise TrainingError(
+            f"the loss or its gradient is not finite at step {bad_step} of {self.steps} (epoch "
+            f"{(bad_step - 1) // self.plan.steps + 1}, learning rate {lr:.3g}); a lower --lr or a longer --warmup may help; "
+            f"the last good checkpoint is {last or 'none'}"
+        )
+
+    def _pause(self) -> None:
+        """Between steps: saves where it is time to, and ends the run where a signal says so."""
+        number = self.signals.received
+        if number is not None and self.ranks.first:
+            path = self._save(False)
+            raise Stopped(number, f"stopped by signal {number} after step {self.step}, saved as {path}")
+        if self.ranks.first and time.monotonic() - self._saved > 60 * self.config.checkpoint_minutes:
+            self._save(False)
+
+    def _save(self, best: bool):
+        """Writes a checkpoint, where this is the first process; no other process takes part in it."""
+        if not self.ranks.first:
+            return None
+        self._check_finite()
+        state = self.state() | {"logged": self.run.logged()}
+        self._saved = time.monotonic()
+        return self.checkpoints.save(self.model, self.step, best, state)
 
 
-def _describe(config: TrainConfig, trainer: Trainer, backend: Choice) -> dict:
-    """What config.json says: the settings, and all that followed from them and from the machine."""
-    data, compute = trainer.data, trainer.compute
-    return {
-        "config": asdict(config),
-        "resolved": {
-            "device": str(compute.device),
-            "device_name": compute.describe(),
-            "precision": compute.precision,
-            "backend": backend._asdict(),
-            "num_threads": torch.get_num_threads(),
-            "steps": trainer.steps,
-            "warmup_steps": int(config.warmup * trainer.steps),
-        },
-        "model": constructor_arguments(trainer.model),
-        "data": {
-            "name": data.name,
-            "split_seed": SPLIT_SEED,
-            "train_images": len(data.train_labels),
-            "test_images": len(data.test_labels),
-            "mean": data.mean,
-            "std": data.std,
-        },
-    }
+def hash_of(key: tuple[int, ...]) -> int:
+    """A seed made of several numbers, the same everywhere."""
+    mixed = 0
+    for value in key:
+        mixed = (mixed * 0x9E3779B97F4A7C15 + value + 1) % 2**63
+    return mixed
+
+
+def _parallel(model: nn.Module, compute: Compute) -> DistributedDataParallel:
+    """`model` with gradients averaged over processes.
+
+    PyTorch rearranges its buckets after the first step, so that a resumed process would add in another order than one that
+    never stopped; not where it looks for unused parameters.
+    """
+    device_ids = [compute.device] if compute.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=True)

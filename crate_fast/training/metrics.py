@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,57 +10,77 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compute import Compute
+from .ranks import ALONE, Ranks
+
+IGNORED = -100  # label of an image that could not be read: it counts nowhere
 
 
 class Score(NamedTuple):
-    """Mean loss over `count` images, `correct` of which got their label, and the first step of a non-finite loss, or None."""
+    """Mean loss over `count` images, and how many of them got their label as the first, or among the first five."""
 
     loss: float
     correct: int
+    correct5: int
     count: int
-    bad_step: int | None = None
 
     @property
     def top1(self) -> float:
         """The part of the images that got their label."""
-        return self.correct / self.count
+        return self.correct / max(self.count, 1)
+
+    @property
+    def top5(self) -> float:
+        """The part of the images whose label was among the first five."""
+        return self.correct5 / max(self.count, 1)
 
     def __str__(self) -> str:
-        return f"top-1 {self.top1:.2%} ({self.correct} of {self.count}), loss {self.loss:.4f}"
+        return f"top-1 {self.top1:.2%} ({self.correct} of {self.count}), top-5 {self.top5:.2%}, loss {self.loss:.4f}"
 
 
 class Meter:
-    """Sums over batches, on `device`; adding never waits for it."""
-
-    NEVER = torch.iinfo(torch.int64).max
+    """Sums over batches and processes, on `device`; adding never waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._loss = torch.zeros((), device=device)
-        self._correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._bad_step = torch.full((), self.NEVER, device=device)
-        self._count = 0
+        # Sums of counts are exact in float64, so that equal images give equal numbers in whatever order they are added.
+        self.sums = torch.zeros(4, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, step: int = 0) -> None:
-        """Adds a batch: its mean `loss`, `logits` (batch, classes) and `labels` (batch,), and the step they are of."""
-        loss = loss.detach().float()
-        self._loss += loss * len(labels)
-        self._correct += (logits.detach().argmax(dim=1) == labels).sum()
-        self._bad_step = torch.where(loss.isfinite(), self._bad_step, self._bad_step.clamp(max=step))
-        self._count += len(labels)
+    def add(self, sums: Tensor) -> None:
+        """Adds what `measure` gave."""
+        self.sums += sums
 
     def read(self) -> Score:
-        """The score of all batches so far; waits for the device."""
-        bad_step = self._bad_step.item()
-        loss = self._loss.item() / self._count
-        return Score(loss, self._correct.item(), self._count, None if bad_step == self.NEVER else bad_step)
+        """The score of all that was added; waits for the device."""
+        loss, correct, correct5, count = self.sums.tolist()
+        return Score(loss / max(count, 1), int(correct), int(correct5), int(count))
 
 
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], compute: Compute, step: int = 0) -> Score:
-    """The score of `model`, put in evaluation mode, on `batches` of images and labels; `step` is how long it was trained."""
+def measure(loss: Tensor, logits: Tensor, labels: Tensor, like: Tensor) -> Tensor:
+    """(4,) of the dtype of `like`: the batch's summed `loss`, correct at the first and among the first five, and images."""
+    logits = logits.detach()
+    own = logits.gather(1, labels.clamp(min=0).unsqueeze(1))
+    known = labels >= 0
+    hit = known & own.squeeze(1).isfinite()  # a NaN has no place among the first
+    first = hit & (logits.argmax(dim=1) == labels)
+    # As many logits at most may be larger than the label's as leave it a place: no sort.
+    among5 = hit & ((logits > own).sum(dim=1) < 5)
+    return torch.stack([value.to(like.dtype) for value in (loss.detach(), first.sum(), among5.sum(), known.sum())])
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    compute: Compute,
+    ranks: Ranks = ALONE,
+    between: Callable[[], None] = lambda: None,
+) -> Score:
+    """The score of `model`, put in evaluation mode, on the `batches` of all processes; `between` is called after each."""
     model.eval()
     meter = Meter(compute.device)
     with torch.inference_mode(), compute.autocast():
         for images, labels in batches:
             logits = model(images).float()
-            meter.add(F.cross_entropy(logits, labels), logits, labels, step)
+            loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            meter.add(measure(loss, logits, labels, meter.sums))
+            between()
+        ranks.sum(meter.sums)
     return meter.read()

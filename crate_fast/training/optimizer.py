@@ -4,18 +4,48 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ..extras import require
+from .config import TrainConfig
+
+MAIN_WARMUP = 20  # epochs, in the published main.py
 
 
-def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
-    """Lion on all parameters, as CRATE was published; every step moves all tensors together."""
-    require("lion_pytorch")
-    from lion_pytorch.foreach import Lion
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """The optimizer that `config` asks for, on all parameters; every step moves all tensors together."""
+    groups = _groups(model, config)
+    if config.optimizer == "Lion":
+        require("lion_pytorch")
+        from lion_pytorch.foreach import Lion
 
-    return Lion(model.parameters(), lr=lr, weight_decay=weight_decay)
+        return Lion(groups, lr=config.lr, weight_decay=config.weight_decay)
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, "foreach": True}
+    if config.optimizer == "SGD":
+        return torch.optim.SGD(groups, momentum=config.momentum, **options)
+    return {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.optimizer](groups, betas=(0.9, 0.999), **options)
+
+
+def _groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """All parameters in one group that decays; with decay="matrices" vectors and embeddings in another, that does not."""
+    if config.decay == "all":
+        return [{"params": list(model.parameters())}]
+    decaying, other = [], []
+    for parameter in model.parameters():
+        (decaying if parameter.dim() == 2 else other).append(parameter)
+    return [{"params": decaying}, {"params": other, "weight_decay": 0.0}]
+
+
+def learning_rate_at(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
+    """The learning rate of `step`, counted from 1 over all epochs, by the schedule that `config` asks for."""
+    epoch = (step - 1) // steps_per_epoch
+    if config.schedule == "main-epoch":
+        return config.lr * main_factor(epoch, config.epochs)
+    if config.schedule == "finetune-epoch":
+        return config.lr * finetune_factor(epoch, config.epochs)
+    return learning_rate(step, steps_per_epoch * config.epochs, config.lr, config.warmup)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -23,10 +53,25 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
     `warmup` is the rise's part of all steps.
     """
-    rise = int(warmup * steps)
+    rise = warmup_steps(steps, warmup)
     if step <= rise:
         return peak * step / rise
     return peak * 0.5 * (1 + math.cos(math.pi * (step - 1 - rise) / (steps - rise)))
+
+
+def warmup_steps(steps: int, warmup: float) -> int:
+    """Steps of the rise, of `steps` in all; at least one is left to fall in."""
+    return min(round(warmup * steps), steps - 1)
+
+
+def main_factor(epoch: int, epochs: int) -> float:
+    """main.py's learning rate in `epoch` (counted from 0), as a part of --lr: 20 epochs of warmup capped by half a cosine."""
+    return min((epoch + 1) / (MAIN_WARMUP + 1e-8), 0.5 * (math.cos(epoch / epochs * math.pi) + 1))
+
+
+def finetune_factor(epoch: int, epochs: int) -> float:
+    """finetune.py's, likewise: half a cosine that lags two epochs, since it steps to `epoch - 1` after an epoch."""
+    return 1.0 if epoch == 0 else 0.5 * (1 + math.cos(math.pi * (epoch - 2) / epochs))
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -11,8 +12,16 @@ from pathlib import Path
 from ..checkpoint import write_atomically
 from .config import ConfigError, TrainConfig
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where runs are not kept apart
+    fcntl = None
+
 RUNS = Path("runs")
-PACKAGES = ("crate-fast", "torch", "triton", "lion-pytorch", "numpy", "safetensors", "scikit-learn")
+PACKAGES = ("crate-fast", "torch", "triton", "lion-pytorch", "numpy", "pillow", "safetensors", "scikit-learn")
+
+lock_held: int | None = None
+"""The descriptor that holds the lock of this process's run, for processes forked from it to close."""
 
 
 class RunDirectory:
@@ -29,14 +38,32 @@ class RunDirectory:
 
     @classmethod
     def create(cls, out: str | None, name: str) -> RunDirectory:
-        """Makes the directory `out`, or with None a new one under runs/, called by `name` and the time.
+        """Makes the directory `out`, or with None a new one under runs/, called by `name` and the time, and locks it.
 
         Raises:
-            ConfigError: `out` exists and is not an empty directory, or cannot be made.
+            ConfigError: `out` exists and is not an empty directory, or cannot be made, or a run is making it.
         """
         run = cls(_make_new(name) if out is None else _make(Path(out)))
-        run.checkpoints.mkdir()
+        run.lock()
+        run.checkpoints.mkdir(exist_ok=True)
         return run
+
+    def lock(self) -> None:
+        """Keeps other runs out of the directory until this process ends, however it ends.
+
+        Raises:
+            ConfigError: a run that is not over is in it.
+        """
+        global lock_held
+        if fcntl is None:
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise ConfigError(f"{self.path}: a run that is not over is in it") from error
+        lock_held = descriptor
 
     def write_config(self, config: dict) -> None:
         """Writes config.json: `config`, and the versions of everything that computes."""
@@ -47,6 +74,23 @@ class RunDirectory:
         """Adds one line to metrics.jsonl."""
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def logged(self) -> int:
+        """Bytes of metrics.jsonl, all of them on the disk."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def cut_log(self, length: int) -> None:
+        """Takes off metrics.jsonl what was written after its first `length` bytes.
+
+        Raises:
+            ConfigError: it is shorter.
+        """
+        if length > (self.metrics.stat().st_size if self.metrics.exists() else 0):
+            raise ConfigError(f"{self.metrics}: shorter than at the last checkpoint")
+        if self.metrics.exists():
+            os.truncate(self.metrics, length)
 
     def read_config(self) -> TrainConfig:
         """The settings in config.json, with the precision that "auto" turned out to mean.
@@ -62,9 +106,42 @@ class RunDirectory:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.config}: not the configuration of a run ({error})") from error
 
+    def read_launch(self) -> str | None:
+        """The name of the launch that made the run, or None."""
+        try:
+            return json.loads(self.config.read_text(encoding="utf-8")).get("launch")
+        except (AttributeError, OSError, ValueError):
+            return None
+
     def read_metrics(self) -> list[dict]:
         """The rows of metrics.jsonl."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def unlock() -> None:
+    """Lets other runs into the directory that this process has locked, if any."""
+    global lock_held
+    if lock_held is not None:
+        os.close(lock_held)
+        lock_held = None
+
+
+def find_run(resume: str, out: str | None) -> RunDirectory | None:
+    """The run that `--resume` names: its directory or a checkpoint in it, or with "auto" what is in `out`; None: start one.
+
+    Raises:
+        ConfigError: there is none in the path, or "auto" has no `out` to look in.
+    """
+    if resume != "auto":
+        path = Path(resume)
+        run = RunDirectory(path.parent.parent if path.suffix == ".pt" else path)
+        if not path.exists() or not run.config.is_file():
+            raise ConfigError(f"--resume is {resume}, which is neither a run directory nor a checkpoint in one")
+        return run
+    if out is None:
+        raise ConfigError("--resume is 'auto', which goes on with the run in --out DIR; --out is not given")
+    run = RunDirectory(out)
+    return run if run.config.is_file() else None
 
 
 def versions() -> dict[str, str | None]:
@@ -81,8 +158,10 @@ def versions() -> dict[str, str | None]:
 def _make(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise ConfigError(f"--out is {path}, which is not empty: a run needs a directory of its own")
+        # A run that was killed before it wrote its configuration leaves an empty folder of checkpoints and no more.
+        found = [entry for entry in path.rglob("*") if entry != path / "checkpoints"]
+        if found:
+            raise ConfigError(f"--out is {path}, which is not empty: a run needs a directory of its own, or --resume auto")
     except OSError as error:
         raise ConfigError(f"--out is {path}, which cannot be made a directory ({error.strerror})") from error
     return path

@@ -1,0 +1,197 @@
+"""CIFAR10 and CIFAR100 in their published files (Krizhevsky, 2009): pickles, read without letting them run anything."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import tarfile
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..checkpoint import write_atomically
+from .config import ConfigError
+
+SIDE = 32
+TIMEOUT = 30  # seconds without a byte
+
+
+class Files(NamedTuple):
+    """Where a data set comes from and what is in it."""
+
+    url: str
+    md5: str
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    labels: str
+    classes: int
+
+
+SETS = {
+    "cifar10": Files(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        "c58f30108f718f92721af3b95e74349a",
+        "cifar-10-batches-py",
+        tuple(f"data_batch_{number}" for number in range(1, 6)),
+        ("test_batch",),
+        "labels",
+        10,
+    ),
+    "cifar100": Files(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        "eb9058c3a382ffc7106e4002c42a8d85",
+        "cifar-100-python",
+        ("train",),
+        ("test",),
+        "fine_labels",
+        100,
+    ),
+}
+
+
+class Pictures:
+    """Images in memory, (n, 32, 32, 3) uint8, with the interface of `folder.Photographs`."""
+
+    def __init__(self, name: str, pixels: np.ndarray, labels: list[int]) -> None:
+        self._name, self._pixels, self._labels = name, pixels, labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
+    def place(self, index: int) -> str:
+        return f"{self._name}, image {index}"
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self._pixels[index])
+
+
+def open_cifar(name: str, directory: str | Path) -> tuple[Pictures, Pictures, int]:
+    """Training and test images of "cifar10" or "cifar100", and the number of classes.
+
+    Args:
+        name: the data set.
+        directory: where its folder is, or is made from the published archive, which is downloaded if it is not there.
+
+    Raises:
+        ConfigError: the files are neither there nor to be had, or one is damaged or holds something else.
+    """
+    files, directory = SETS[name], Path(directory)
+    folder = directory if (directory / files.test[0]).is_file() else directory / files.folder
+    if not folder.is_dir():
+        _extract(_archive(name, files, directory), directory)
+    missing = [part for part in (*files.train, *files.test) if not (folder / part).is_file()]
+    if missing:
+        raise ConfigError(f"{folder}: {missing[0]} of {name} is missing")
+    train, test = (_join(folder, parts, files) for parts in (files.train, files.test))
+    return Pictures(name, *train), Pictures(f"{name} test", *test), files.classes
+
+
+def _join(folder: Path, parts: tuple[str, ...], files: Files) -> tuple[np.ndarray, list[int]]:
+    batches = [read_batch(folder / part, files.labels, files.classes) for part in parts]
+    return np.concatenate([pixels for pixels, _ in batches]), [label for _, labels in batches for label in labels]
+
+
+def read_batch(path: Path, key: str, classes: int) -> tuple[np.ndarray, list[int]]:
+    """The images, (n, 32, 32, 3) uint8, and labels of one published file.
+
+    Raises:
+        ConfigError: the file cannot be read, asks for anything but arrays, or does not hold such images and labels.
+    """
+    try:
+        content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except Exception as error:  # a damaged pickle can raise anything; nothing in it has been executed
+        raise ConfigError(f"{path}: damaged, or no file of CIFAR ({str(error).strip() or type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: no file of CIFAR: it holds a {type(content).__name__}")
+    named = {word.decode("latin1") if isinstance(word, bytes) else word: value for word, value in content.items()}
+    pixels, labels = named.get("data"), named.get(key)
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3 * SIDE**2:
+        raise ConfigError(f"{path}: no file of CIFAR: its 'data' is no uint8 array of rows of {3 * SIDE**2}")
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(_is_label(label, classes) for label in labels):
+        raise ConfigError(f"{path}: no file of CIFAR: its {key!r} are not {len(pixels)} whole numbers below {classes}")
+    pixels = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(pixels), labels
+
+
+def _is_label(value: object, classes: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < classes
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits arrays and what they are made of, and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return _reconstruct
+        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
+            return _frombuffer
+        if module == "numpy" and name == "ndarray":
+            return np.ndarray
+        if module == "numpy" and name == "dtype":
+            return _dtype
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in a pickle that Python 2 can read
+            return _encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only arrays are read")
+
+
+def _reconstruct(kind: type, shape: tuple, code: bytes) -> np.ndarray:
+    """An empty array, which its pickled state fills."""
+    if kind is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError("it asks for something else than an array")
+    return np.ndarray((0,), np.uint8)
+
+
+def _frombuffer(content: bytes, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
+    return np.frombuffer(content, dtype).reshape(shape, order=order)
+
+
+def _dtype(code: object, *_: object) -> np.dtype:
+    code = code.decode("latin1") if isinstance(code, bytes) else code
+    if code not in ("u1", "i1", "i2", "i4", "i8", "|u1"):
+        raise pickle.UnpicklingError(f"it asks for an array of {code!r}, and only whole numbers are read")
+    return np.dtype(code)
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError("it asks for another encoding than latin1")
+    return text.encode("latin1")
+
+
+def _archive(name: str, files: Files, directory: Path) -> Path:
+    """The published archive in `directory`, downloaded if it is not there, and checked."""
+    archive = directory / files.url.rsplit("/", 1)[-1]
+    if not archive.is_file():
+        print(f"downloading {files.url}", flush=True)
+        try:
+            with urllib.request.urlopen(files.url, timeout=TIMEOUT) as answer:
+                content = answer.read()
+            directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(archive, lambda file: file.write(content))
+        except OSError as error:
+            reason = getattr(error, "reason", None) or error.strerror or error
+            raise ConfigError(
+                f"--data-dir is {directory}, which has no {files.folder}, and {files.url} cannot be downloaded ({reason})"
+            ) from error
+    if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != files.md5:
+        raise ConfigError(f"{archive}: not the published archive (its MD5 is another); remove it to download it again")
+    return archive
+
+
+def _extract(archive: Path, directory: Path) -> None:
+    try:
+        with tarfile.open(archive) as content:
+            content.extractall(directory, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        raise ConfigError(f"{archive}: cannot be unpacked in {directory} ({error})") from error

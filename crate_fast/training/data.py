@@ -1,0 +1,59 @@
+"""The data of a run, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..extras import require
+from .cifar import SETS, open_cifar
+from .config import ConfigError, TrainConfig
+from .digits import Digits
+from .folder import open_folder
+from .images import Photos, Synthetic
+from .plan import Plan
+from .ranks import Ranks
+
+
+class Data(Protocol):
+    """What training needs of its data; batches are float32 images, normalised, and int64 labels, on the device."""
+
+    name: str
+    classes: int
+    channels: int
+    train_count: int
+    test_count: int
+
+    def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def describe(self) -> dict: ...
+
+
+def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
+    """The data that `config` asks for.
+
+    Raises:
+        ConfigError: it is not there or damaged, or --classes is another number than it has.
+    """
+    data = _open(config, device, ranks)
+    if config.classes is not None and config.classes != data.classes:
+        raise ConfigError(f"--classes is {config.classes}; {data.name} has {data.classes}")
+    return data
+
+
+def _open(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
+    size = (config.image_size, config.image_size)
+    if config.data == "digits":
+        return Digits(size, device, rotate=config.rotate, zoom=config.zoom, shift=config.shift)
+    if config.data == "synthetic":
+        return Synthetic(config, device)
+    require("PIL")
+    if config.data in SETS:
+        ranks.share(lambda: open_cifar(config.data, config.data_dir) and None)  # one process downloads
+        train, test, classes = open_cifar(config.data, config.data_dir)
+        return Photos(config.data, train, test, classes, config, device, ranks)
+    train, test, names = open_folder(config.data)
+    return Photos("folder", train, test, len(names), config, device, ranks)

@@ -1,0 +1,91 @@
+"""From a recipe and flags to a configuration: recipes are readable files, and every value in them yields to its flag."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from ..model import SIZES
+from .config import ConfigError, TrainConfig, flag
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent / "recipes"
+NAMES = tuple(sorted(path.stem for path in RECIPES.glob("*.toml")))
+SETTINGS = {setting.name: setting for setting in fields(TrainConfig)}
+# What a resumed run may be told anew: where things are and how often it saves, nothing that moves a bit of its weights.
+CHANGEABLE = ("data_dir", "workers", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_unreadable")
+
+
+def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -> TrainConfig:
+    """The configuration that `recipe` and the settings in `given` make, the latter first.
+
+    Args:
+        given: settings that were asked for, by name.
+        recipe: one of `NAMES`, or a file: TOML as in `RECIPES`, or the config.json of a run. None: with "train", the digits,
+            or main.py's defaults if `given` names other data; with "finetune", finetune.py's defaults.
+        command: "train" or "finetune", the published scripts' names here.
+
+    Raises:
+        ConfigError: an unknown recipe, a damaged file, or a value that cannot be used.
+    """
+    if recipe is None:
+        digits = given.get("data", "digits") == "digits"
+        recipe = "finetune" if command == "finetune" else "digits" if digits else "main"
+    values = read_recipe(recipe)
+    if "data" not in values and "data" not in given:
+        raise ConfigError(f"--recipe is {recipe!r}, which needs --data DIR, a folder with train/ and val/")
+    if command == "finetune" and given.get("optimizer", "AdamW") != "AdamW":
+        values["weight_decay"] = 0.0  # the published script gives it to AdamW alone
+    asked = _sizes(given) | given
+    return TrainConfig(**values | asked)
+
+
+def read_recipe(name: str) -> dict:
+    """The settings in a recipe, by name; those that an `arch` in it stands for are among them.
+
+    Raises:
+        ConfigError: there is no such recipe or file, or it is damaged, or it has an unknown setting.
+    """
+    path = RECIPES / f"{name}.toml" if name in NAMES else Path(name)
+    if name not in NAMES and path.suffix not in (".toml", ".json"):
+        raise ConfigError(f"--recipe is {name!r}; allowed are {', '.join(NAMES)}, a .toml file and a run's config.json")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)["config"]
+    except OSError as error:
+        raise ConfigError(f"--recipe is {name!r}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: no recipe ({error})") from error
+    unknown = sorted(set(values) - set(SETTINGS)) if isinstance(values, dict) else ["it is no table"]
+    if unknown:
+        raise ConfigError(f"{path}: no recipe: unknown setting {unknown[0]!r}")
+    values.pop("out", None)  # a run's own directory is not part of how to repeat it
+    return _sizes(values) | values
+
+
+def _sizes(values: dict) -> dict:
+    """The settings of a model that `values["arch"]` stands for."""
+    arch = values.get("arch")
+    size = SIZES.get(str(arch).removeprefix("CRATE_"))
+    return dict(size) if size and str(arch).startswith("CRATE_") else {}
+
+
+def check_unchanged(config: TrainConfig, given: dict, where: Path) -> dict:
+    """The settings of `given` that a resumed run takes; raises ConfigError if another one differs from the run's `config`."""
+    for name, value in given.items():
+        ours = getattr(config, name)
+        if name not in (*CHANGEABLE, "out", "data") and value != ours:
+            raise ConfigError(f"{flag(name)} is {value}; the run in {where} was started with {ours}, which a resumed run keeps")
+    return {name: value for name, value in given.items() if name in (*CHANGEABLE, "data")}
+
+
+def describe(config: TrainConfig) -> str:
+    """All settings that are set, as TOML: a recipe that repeats the run."""
+    values = {name: getattr(config, name) for name in SETTINGS}
+    return "\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None)

@@ -1,0 +1,216 @@
+"""From a configuration to a finished run directory, on one process or many, from the start or from where it stopped."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict, replace
+
+import torch
+
+from ..backend import choose_backend
+from ..checkpoint import constructor_arguments, load_checkpoint, save_model
+from ..extras import DISTRIBUTIONS, require
+from ..model import CRATE
+from .compute import choose_compute
+from .config import ConfigError, TrainConfig
+from .data import Data, open_data
+from .loop import Trainer, TrainingError
+from .metrics import Score
+from .optimizer import warmup_steps
+from .plan import make_plan
+from .plots import plot_curves
+from .ranks import Ranks, join, leave, read_ranks
+from .resolve import check_unchanged, describe
+from .rundir import RunDirectory, find_run, unlock
+from .saving import Checkpoints, circumstances, warn_of_changes
+from .stop import Signals, Stopped
+from .weights import start_from
+
+
+def train(config: TrainConfig, *, given: dict | None = None, resume: str | None = None) -> tuple[RunDirectory | None, Score]:
+    """Trains a CRATE and fills a run directory, in this process or, under torchrun, together with the others.
+
+    Equal configurations give bit-identical weights on one machine with one number of processes and CPU threads, whether the
+    run is stopped on its way or not.
+
+    Args:
+        config: the settings.
+        given: those of them that were asked for, which a resumed run compares with its own.
+        resume: a run directory or a checkpoint in one to go on from, or "auto": what is in `config.out`, if anything.
+
+    Returns:
+        The run directory, None in all processes but the first, and the last score on the test images.
+
+    Raises:
+        ConfigError: the settings do not fit each other, the data, the machine or the disk.
+        CheckpointError: the weights to start from cannot be used.
+        BackendError: the backend asked for does not run here.
+        TrainingError: a loss or gradient is not finite, or an image too many cannot be read.
+        Stopped: a signal ended the run; it is saved.
+        MissingPackageError: a package of the extra "train" is not installed.
+    """
+    require(*DISTRIBUTIONS)  # all of them now, and not after the last epoch
+    ranks = read_ranks()
+    _check_out(config, ranks, resume)
+    with Signals(ranks) as signals:
+        try:
+            join(ranks, choose_compute(config.device, config.precision, ranks).device)
+            resume = ranks.share(lambda: _implied(config, ranks)) if resume is None else resume
+            run = find_run(resume, config.out) if resume else None
+            if run is not None:
+                own = run.read_config()
+                config = replace(own, **check_unchanged(own, given or {}, run.path), out=str(run.path))
+            return _train(config, run, resume, ranks, signals)
+        except RuntimeError as error:
+            if signals.received is None or isinstance(error, TrainingError):
+                raise
+            # The others were gone first, and the sum over all processes failed.
+            raise Stopped(signals.received, f"stopped by signal {signals.received}") from error
+        finally:
+            unlock()
+
+
+def _train(
+    config: TrainConfig, run: RunDirectory | None, resume: str | None, ranks: Ranks, signals: Signals
+) -> tuple[RunDirectory | None, Score]:
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    compute = choose_compute(config.device, config.precision, ranks)
+    checkpoint = _find_checkpoint(run, resume, ranks) if run is not None else None
+    data = open_data(config, compute.device, ranks)
+    plan = make_plan(config, data.train_count, ranks)
+    model = build_model(config, data)
+    lines = [start_from(model, config.init)] if config.init and checkpoint is None else []
+    trainer = Trainer(config, model.to(compute.device), data, plan, compute, signals)
+    if run is None:
+        run = ranks.share(lambda: _create(config, trainer))
+    else:
+        lines.append(_take_up(trainer, run, checkpoint))
+    if ranks.first:
+        _announce(trainer, run, lines)
+    score = trainer.fit(run)
+    if ranks.first:
+        save_model(trainer.evaluated_model, run.model)
+        plot_curves(run.read_metrics(), run.curves, f"CRATE on {data.name}: test {score}")
+    leave(ranks)
+    return (run if ranks.first else None), score
+
+
+def build_model(config: TrainConfig, data: Data) -> CRATE:
+    """The CRATE that `config` asks for, with a head for `data`, on the CPU, its weights drawn from the seed."""
+    torch.manual_seed(config.seed)
+    return CRATE(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=data.classes,
+        dim=config.dim,
+        depth=config.depth,
+        heads=config.heads,
+        pool=config.pool,
+        channels=data.channels,
+        dim_head=config.dim_head,
+        dropout=config.dropout,
+        emb_dropout=config.dropout,
+        ista=config.ista,
+        lambd=config.lambd,
+        backend=config.backend,
+    )
+
+
+def _check_out(config: TrainConfig, ranks: Ranks, resume: str | None) -> None:
+    """Where torchrun may restart a run, it must find it again."""
+    if config.out is not None:
+        return
+    if ranks.count > 1 and resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ConfigError(
+            "torchrun may restart this run (--max-restarts), which has to find its directory again: give --out DIR"
+        )
+    if resume == "auto":
+        raise ConfigError("--resume is 'auto', which goes on with the run in --out DIR; --out is not given")
+
+
+def _launch() -> str | None:
+    """What torchrun calls this launch in all its restarts; None where it gives no name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
+
+
+def _implied(config: TrainConfig, ranks: Ranks) -> str | None:
+    """ "auto" where torchrun has started this process again: it counts its restarts, but not on every machine alike."""
+    if ranks.restarts:
+        return "auto"
+    before = RunDirectory(config.out).read_launch() if config.out is not None else None
+    return "auto" if before is not None and before == _launch() else None
+
+
+def _create(config: TrainConfig, trainer: Trainer) -> RunDirectory:
+    """A new run directory, locked."""
+    run = RunDirectory.create(config.out, trainer.data.name)
+    run.write_config(_describe(trainer))
+    return run
+
+
+def _find_checkpoint(run: RunDirectory, resume: str, ranks: Ranks) -> dict | None:
+    """Locks a run that exists; the checkpoint to go on from, in every process, or None where it has none yet."""
+
+    def lock_and_find() -> str | None:
+        run.lock()
+        checkpoints = Checkpoints(run.checkpoints, 1)
+        if resume.endswith(".pt"):
+            checkpoints.set_aside_after(load_checkpoint(resume)["step"])
+            return resume
+        found = checkpoints.load_newest()
+        return found and str(found[0])
+
+    path = ranks.share(lock_and_find)
+    return None if path is None else load_checkpoint(path)
+
+
+def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> str:
+    """Loads `checkpoint` and cuts the metrics back to it; a line that says where the run goes on."""
+    if trainer.ranks.first:
+        run.cut_log(checkpoint["logged"] if checkpoint else 0)
+    if checkpoint is None:
+        return "no checkpoint yet: from the start"
+    trainer.load(checkpoint)
+    if trainer.ranks.first:
+        warn_of_changes(checkpoint["circumstances"], circumstances(trainer.compute, trainer.ranks))
+    return f"going on after step {trainer.step} of {trainer.steps}"
+
+
+def _announce(trainer: Trainer, run: RunDirectory, lines: list[str]) -> None:
+    """Says what is computed, where and how."""
+    config, compute, ranks = trainer.config, trainer.compute, trainer.ranks
+    backend = choose_backend(config.backend, trainer.model.pos_embedding, config.dim_head)
+    print(f"{compute.describe()}, {compute.precision}, backend {backend.name} ({backend.reason}); run directory {run.path}")
+    print(describe(config))
+    for line in lines:
+        print(line)
+    idle = torch.cuda.device_count() if compute.device.type == "cuda" and ranks.count == 1 else 1
+    if idle > 1:
+        line = " ".join(sys.argv[1:])
+        print(f"{idle} GPUs are here and one is used; all: torchrun --nproc_per_node={idle} -m crate_fast {line}")
+    sys.stdout.flush()
+
+
+def _describe(trainer: Trainer) -> dict:
+    """What config.json says: the settings, and all that followed from them and from the machine."""
+    config, compute = trainer.config, trainer.compute
+    backend = choose_backend(config.backend, trainer.model.pos_embedding, config.dim_head)
+    return {
+        "config": asdict(config),
+        "resolved": {
+            "device": str(compute.device),
+            "device_name": compute.describe(),
+            "precision": compute.precision,
+            "backend": backend._asdict(),
+            "num_threads": torch.get_num_threads(),
+            "steps": trainer.steps,
+            "warmup_steps": warmup_steps(trainer.steps, config.warmup),
+        },
+        "circumstances": circumstances(compute, trainer.ranks),
+        "launch": _launch(),
+        "model": constructor_arguments(trainer.model),
+        "data": trainer.data.describe(),
+    }

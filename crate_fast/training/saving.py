@@ -1,0 +1,135 @@
+"""The checkpoints of a run: the newest few and the best, and which of them to go on from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ..model import CRATE
+from .compute import Compute
+from .ranks import Ranks
+
+NAME = "step-{:08d}.pt"
+
+
+class SavingError(RuntimeError):
+    """A checkpoint cannot be written; the message names it and the one before it."""
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints: `step-N.pt`, the newest of them also as `last.pt`, the best as `best.pt`.
+
+    A file is written aside, flushed to the disk and renamed, so one that has its name is whole, whenever the run is killed.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self._keep = folder, keep
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.pt"
+
+    def numbered(self) -> list[Path]:
+        """The checkpoints by number, the newest first."""
+        return sorted(self.folder.glob("step-*.pt"), reverse=True)
+
+    def save(self, model: CRATE, step: int, best: bool, state: dict) -> Path:
+        """Writes a checkpoint, and removes those that are no longer to be kept.
+
+        Raises:
+            SavingError: the disk is full or not to be written to; what was there before is still there.
+        """
+        path = self.folder / NAME.format(step)
+        before = next(iter(self.numbered()), None)
+        try:
+            save_checkpoint(model, path, **state)
+            for link in (self.last, self.best) if best else (self.last,):
+                _link(path, link)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer makes RuntimeErrors of the system's
+            reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+            kept = f"{before} is kept" if before else "there was none before it"
+            raise SavingError(f"{path} cannot be written ({reason}); {kept}") from error
+        for old in self.numbered()[self._keep :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def load_newest(self) -> tuple[Path, dict] | None:
+        """The newest checkpoint that is whole, or None if there is none; damaged ones are set aside, with a warning."""
+        for aside in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            aside.unlink(missing_ok=True)
+        for path in self.numbered():
+            try:
+                return path, load_checkpoint(path)
+            except CheckpointError as error:
+                aside = _set_aside(path, "damaged")
+                print(f"crate-fast: warning: {error}; set aside as {aside.name}", file=sys.stderr, flush=True)
+        return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames the checkpoints of later steps than `step`, from which the run goes on again."""
+        for path in self.numbered():
+            if path.name > NAME.format(step):
+                _set_aside(path, "left")
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    """Renames `path`, so that it is no checkpoint of the run any more."""
+    aside = path.with_suffix(f".{why}-{time.strftime('%Y%m%d-%H%M%S')}")
+    path.rename(aside)
+    return aside
+
+
+def _link(path: Path, name: Path) -> None:
+    """Makes `name` another name of the file `path`, at once: it is the old file or the new one."""
+    aside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(path, aside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, aside)
+    os.replace(aside, name)
+
+
+def circumstances(compute: Compute, ranks: Ranks) -> dict[str, str | int]:
+    """On what the bits of a run depend, beside its configuration."""
+    return {
+        "ranks": ranks.count,
+        "device": compute.describe(),
+        "precision": compute.precision,
+        "torch": str(torch.__version__),
+        "kernels": _kernels_digest(),
+    }
+
+
+def _kernels_digest() -> str:
+    """A digest of the kernels' source and of their configurations, which are part of it."""
+    digest = hashlib.sha256()
+    specification = find_spec("crate_fast.kernels")
+    for folder in specification.submodule_search_locations or ():
+        for file in sorted(Path(folder).glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def warn_of_changes(before: dict, now: dict) -> None:
+    """Says in what a run goes on otherwise than it began, so that its bits may be others."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            print(
+                f"crate-fast: warning: {name} was {before.get(name)} and is {value}: the run goes on with the same images in "
+                "the same order, but not to the same bits",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,0 +1,295 @@
+"""Photographs and CIFAR: what is read, what is refused, what augmentation draws from."""
+
+import hashlib
+import io
+import pickle
+import re
+import tarfile
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pictures import make_cifar10, make_folder
+from PIL import Image
+
+from crate_fast.training import ConfigError, UnreadableError, cifar, resolve, train
+from crate_fast.training.augment import (
+    OPERATIONS,
+    SIGNED,
+    TRIVIALAUGMENT_RANGES,
+    central_crop,
+    change,
+    erase,
+    randaugment_ranges,
+    random_crop,
+    strength,
+)
+from crate_fast.training.cifar import open_cifar, read_batch
+from crate_fast.training.data import open_data
+from crate_fast.training.folder import open_folder
+from crate_fast.training.images import MEAN, STD
+from crate_fast.training.plan import Plan
+from crate_fast.training.ranks import ALONE, Ranks
+
+CPU = torch.device("cpu")
+SMALL = dict(
+    image_size=16, patch_size=8, dim=16, depth=1, heads=1, dim_head=16, workers=0, epochs=1, num_threads=1, device="cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("folder"), train=30, val=13)
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory):
+    return make_cifar10(tmp_path_factory.mktemp("cifar"), train=50, test=20)
+
+
+def config_for(data, **changes):
+    return resolve(SMALL | {"data": str(data)} | changes)
+
+
+def epoch_of(config, epoch=1, first=0, ranks=ALONE):
+    data = open_data(config, CPU, ranks)
+    plan = Plan(data.train_count, 8, config.seed, ranks=ranks)
+    return [(images, labels) for images, labels in data.train_batches(plan, epoch, first)]
+
+
+def test_labels_are_the_folders(folder):
+    train_images, val, names = open_folder(folder)
+    assert names == ["china", "flower", "hopper"]
+    assert (len(train_images), len(val)) == (30, 13)
+    for store in (train_images, val):
+        for index in range(len(store)):
+            assert f"/{names[store.label(index)]}/" in store.place(index)
+            assert store.read(index).mode == "RGB"
+
+
+def test_evaluation_sees_each_image_as_it_is(folder):
+    config = config_for(folder, image_size=24, eval_crop=0.75)
+    data = open_data(config, CPU, ALONE)
+    seen = [torch.cat(parts) for parts in zip(*data.test_batches(5, ALONE), strict=True)]
+    _, store, _ = open_folder(folder)
+    assert seen[1].tolist() == [store.label(index) for index in range(13)]
+    for index in (0, 12):
+        pixels = np.asarray(store.read(index).resize((32, 32), Image.Resampling.BILINEAR).crop((4, 4, 28, 28))) / 255
+        expected = torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1).float()
+        torch.testing.assert_close(seen[0][index], expected, rtol=1e-5, atol=1e-5)
+    shares = [[labels for _, labels in data.test_batches(2, Ranks(rank, 3))] for rank in range(3)]
+    assert torch.equal(torch.cat([labels for share in shares for labels in share]), seen[1])
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(folder):
+    config = config_for(folder, augment="randaugment", erase=0.5)
+    whole = epoch_of(config)
+    assert [len(labels) for _, labels in whole] == [8, 8, 8, 6]
+    later = epoch_of(config, first=2)
+    in_workers = epoch_of(replace(config, workers=2))
+    torch.rand(3)
+    for number, (images, labels) in enumerate(whole):
+        for other in (in_workers, [None, None, *later] if number > 1 else whole):
+            assert torch.equal(other[number][0], images)
+            assert torch.equal(other[number][1], labels)
+    ranks = [epoch_of(config, ranks=Ranks(rank, 2)) for rank in range(2)]
+    for number, (images, _) in enumerate(whole):
+        assert torch.equal(torch.cat([part[number][0] for part in ranks]), images)
+    assert not torch.equal(epoch_of(config, epoch=2)[0][0], whole[0][0])
+    assert not torch.equal(epoch_of(replace(config, seed=1))[0][0], whole[0][0])
+
+
+def test_two_images_of_a_batch_share_no_draws(tmp_path):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(4):
+                make = np.random.default_rng(0).integers(256, size=(30, 30, 3), dtype=np.uint8)
+                Image.fromarray(make).save(tmp_path / split / name / f"{index}.png")
+    images = epoch_of(config_for(tmp_path))[0][0]
+    assert len({image.numpy().tobytes() for image in images}) == 8
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: (path / "val" / "china").rename(path / "val" / "porcelain"), "only train has china"),
+        (lambda path: (path / "val" / "more").mkdir(), "only val has more"),
+        (lambda path: Image.new("RGB", (8, 8)).save(path / "val" / "loose.jpg"), "loose.jpg lies in no folder of a class"),
+        (lambda path: [(path / split / "empty").mkdir() for split in ("train", "val")], "empty has no images"),
+        (lambda path: (path / "val").rename(path / "validation"), "val is no directory"),
+        (lambda path: [file.unlink() for file in (path / "train" / "china").iterdir()], "china has no images"),
+    ],
+)
+def test_folders_that_would_be_mislabelled_are_refused(tmp_path, make, words):
+    make_folder(tmp_path, train=6, val=6)
+    make(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        open_folder(tmp_path)
+
+
+def test_unreadable_images_are_named_counted_and_skipped(tmp_path, capsys):
+    make_folder(tmp_path / "data", train=24, val=9)
+    files = sorted((tmp_path / "data").rglob("*.jpg"))
+    damaged = [file for file in files if "train" in file.parts][:2] + [file for file in files if "val" in file.parts][:1]
+    for file in damaged:
+        file.write_bytes(file.read_bytes()[:200])
+    config = config_for(tmp_path / "data", max_unreadable=3, batch_size=8, out=str(tmp_path / "run"), epochs=2)
+    run, score = train(config)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "unreadable" in line]
+    assert len(lines) == 3
+    for file in damaged:
+        assert any(str(file) in line for line in lines)
+    assert score.count == 8
+    assert sum(row["count"] for row in run.read_metrics() if row["split"] == "train") == 2 * 22
+    with pytest.raises(UnreadableError, match="2 images cannot be read, and --max-unreadable is 1; the last is "):
+        train(replace(config, max_unreadable=1, out=str(tmp_path / "other")))
+
+
+def test_cifar_is_read_as_published(cifar10):
+    train_images, test, classes = open_cifar("cifar10", cifar10)
+    assert (len(train_images), len(test), classes) == (50, 20, 10)
+    with open(cifar10 / "cifar-10-batches-py" / "data_batch_2", "rb") as file:
+        raw = pickle.load(file, encoding="bytes")
+    assert [train_images.label(10 + index) for index in range(10)] == raw[b"labels"]
+    pixels = np.asarray(train_images.read(13)).transpose(2, 0, 1).ravel()
+    assert np.array_equal(pixels, raw[b"data"][3])
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_cifar_written_by_any_python(tmp_path, protocol):
+    pixels, labels = np.arange(2 * 3072, dtype=np.uint32).astype(np.uint8).reshape(2, 3072), [3, 99]
+    for number, names in enumerate((("data", "fine_labels"), (b"data", b"fine_labels"))):
+        file = tmp_path / f"{protocol}-{number}"
+        file.write_bytes(pickle.dumps(dict(zip(names, (pixels, labels), strict=True)), protocol=protocol))
+        read, known = read_batch(file, "fine_labels", 100)
+        assert known == labels
+        assert np.array_equal(read.transpose(0, 3, 1, 2).reshape(2, 3072), pixels)
+
+
+class Calls:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+GOOD = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (pickle.dumps(GOOD | {"more": Calls(print, "executed")}), "asks for builtins.print"),
+        (pickle.dumps(GOOD | {"more": Calls(eval, "1")}), "asks for builtins.eval"),
+        (pickle.dumps(GOOD | {"more": Calls(np.load, "file")}), "asks for numpy"),
+        (pickle.dumps(GOOD | {"data": np.array([[print]])}), "only"),
+        (pickle.dumps(GOOD | {"data": np.zeros((2, 3072), object)}), "only"),
+        (pickle.dumps(GOOD | {"data": np.zeros((2, 3071), np.uint8)}), "rows of 3072"),
+        (pickle.dumps(GOOD | {"data": np.zeros((2, 3072), np.int64)}), "rows of 3072"),
+        (pickle.dumps(GOOD | {"labels": [0]}), "are not 2 whole numbers below 10"),
+        (pickle.dumps(GOOD | {"labels": [0, 10]}), "are not 2 whole numbers below 10"),
+        (pickle.dumps(GOOD | {"labels": [0, "1"]}), "are not 2 whole numbers below 10"),
+        (pickle.dumps([1, 2]), "it holds a list"),
+        (pickle.dumps(GOOD)[:-40], "damaged"),
+        (b"", "damaged"),
+        (b"no pickle", "damaged"),
+    ],
+)
+def test_pickles_of_anything_else_are_refused_unexecuted(tmp_path, capsys, content, words):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        read_batch(tmp_path / "file", "labels", 10)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_cifar_is_downloaded_and_checked(cifar10, tmp_path, monkeypatch):
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as content:
+        content.add(cifar10 / "cifar-10-batches-py", "cifar-10-batches-py")
+    (tmp_path / "away").mkdir()
+    source = tmp_path / "away" / "cifar-10-python.tar.gz"
+    source.write_bytes(archive.getvalue())
+    digest = hashlib.md5(source.read_bytes()).hexdigest()
+    entry = cifar.SETS["cifar10"]._replace(url=source.as_uri(), md5=digest)
+    monkeypatch.setitem(cifar.SETS, "cifar10", entry)
+    assert len(open_cifar("cifar10", tmp_path / "data")[0]) == 50
+    monkeypatch.setitem(cifar.SETS, "cifar10", entry._replace(md5="0" * 32))
+    with pytest.raises(ConfigError, match="not the published archive"):
+        open_cifar("cifar10", tmp_path / "other")
+    monkeypatch.setitem(cifar.SETS, "cifar10", entry._replace(url=(tmp_path / "nowhere").as_uri()))
+    with pytest.raises(ConfigError, match=r"no cifar-10-batches-py, and file:.* cannot be downloaded \("):
+        open_cifar("cifar10", tmp_path / "third")
+
+
+# Strengths of torchvision 0.29.1, for images of 331 by 200 pixels: RandAugment's and TrivialAugmentWide's at levels 9 and 15.
+STRENGTHS = {
+    "shear_x": ((0.09, 0.15), (0.297, 0.495)),
+    "translate_x": ((45.0, 75.0), (9.6, 15.999999)),
+    "translate_y": ((27.190332, 45.317219), (9.6, 15.999999)),
+    "rotate": ((9.0, 15.0), (40.5, 67.5)),
+    "contrast": ((0.27, 0.45), (0.297, 0.495)),
+    "posterize": ((7, 6), (6, 5)),
+    "solarize": ((178.5, 127.5), (178.5, 127.5)),
+}
+
+
+@pytest.mark.parametrize("operation", STRENGTHS)
+def test_strengths_are_torchvisions(operation):
+    wide, trivial = STRENGTHS[operation]
+    ranges = randaugment_ranges(331, 200)
+    assert [strength(operation, level, ranges) for level in (9, 15)] == pytest.approx(wide, abs=1e-5)
+    assert [strength(operation, level, TRIVIALAUGMENT_RANGES) for level in (9, 15)] == pytest.approx(trivial, abs=1e-5)
+
+
+def test_operations_do_what_they_are_called():
+    pixels = np.random.default_rng(0).integers(20, 200, size=(20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    for operation in OPERATIONS:
+        value = strength(operation, 20, randaugment_ranges(30, 20))
+        for signed in (value, -value) if operation in SIGNED else (value,):
+            changed = np.asarray(change(image, operation, signed))
+            assert changed.shape == pixels.shape
+            assert np.array_equal(changed, pixels) == (operation == "identity"), operation
+    assert np.array_equal(np.asarray(change(image, "translate_x", 5.9))[:, 5:], pixels[:, :-5])
+    assert np.array_equal(np.asarray(change(image, "translate_y", -5.9))[:-5], pixels[5:])
+    assert np.array_equal(np.asarray(change(image, "posterize", 3)), pixels & 0b11100000)
+    assert np.array_equal(np.asarray(change(image, "solarize", 100.0)), np.where(pixels < 100, pixels, 255 - pixels))
+
+
+def test_crops_stay_in_their_bounds():
+    draw, image = np.random.default_rng(0), Image.new("RGB", (120, 80), (200, 100, 50))
+    for size in ((120, 80), (400, 20), (1, 1), (5, 300)):
+        crop = random_crop(image.resize(size), 16, 0.08, draw)
+        assert crop.size == (16, 16)
+        assert np.asarray(crop).min() == 50
+        for part in (0.0, 0.875):
+            assert central_crop(image.resize(size), 16, part).size == (16, 16)
+
+
+def test_erasing_is_as_frequent_as_asked():
+    draw, pixels = np.random.default_rng(0), np.zeros((32, 32, 3), np.uint8)
+    colour = np.array([9, 8, 7], np.uint8)
+    shares = [(erase(pixels, 0.25, colour, draw) == colour).all(axis=2).mean() for _ in range(2000)]
+    assert abs(sum(share > 0 for share in shares) / 2000 - 0.25) < 0.04
+    assert max(shares) < 0.36
+    assert Counter(erase(pixels, 0.0, colour, draw).ravel().tolist()) == {0: 3072}
+
+
+def test_classes_must_agree(folder):
+    assert open_data(config_for(folder, classes=3), CPU, ALONE).classes == 3
+    with pytest.raises(ConfigError, match=re.escape("--classes is 10; folder has 3")):
+        open_data(config_for(folder, classes=10), CPU, ALONE)
+
+
+def test_synthetic_batches_time_the_loop_alone():
+    data = open_data(resolve(SMALL | {"data": "synthetic", "classes": 7}), CPU, ALONE)
+    images, labels = next(data.train_batches(Plan(data.train_count, 6, accumulate=2), 1))
+    assert images.shape == (3, 3, 16, 16)
+    assert (labels < 7).all()
+    assert sum(len(labels) for _, labels in data.test_batches(4096, Ranks(2, 3))) == 50_000 - 2 * 50_000 // 3

@@ -1,0 +1,242 @@
+"""The command lines of the published scripts: what every flag of them does here; recipes; what is refused."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from crate_fast.cli import build_parser, main
+from crate_fast.model import SIZES
+from crate_fast.train_command import given_settings, warnings_of
+from crate_fast.training import TrainConfig, resolve
+from crate_fast.training.flags import PUBLISHED
+from crate_fast.training.resolve import NAMES, describe, read_recipe
+
+DOCS = Path(__file__).parent.parent / "docs" / "training.md"
+
+
+def parsed(line: str) -> tuple[TrainConfig, list[str]]:
+    """The configuration that a command line means, and the warnings that it is worth."""
+    arguments = build_parser().parse_args(line.split())
+    given = given_settings(arguments)
+    config = resolve(given, arguments.recipe, command=arguments.command)
+    return config, warnings_of(arguments, given, config)
+
+
+# flag and value of the published script: the setting it gives and its value, or "warning", or "refused" and a word of it
+MAIN = {
+    "--data some/folder": ("data", "some/folder"),
+    "-a CRATE_base": ("dim", 768),
+    "--arch CRATE_small": ("dim_head", 48),
+    "--arch vit_tiny": ("refused", "CRATE_tiny"),
+    "-j 3": ("workers", 3),
+    "--workers 5": ("workers", 5),
+    "--epochs 7": ("epochs", 7),
+    "--start-epoch 3": ("refused", "--resume"),
+    "--label_smooth 0.2": ("label_smoothing", 0.2),
+    "-b 64": ("batch_size", 64),
+    "--batch-size 32": ("batch_size", 32),
+    "--lr 0.25": ("lr", 0.25),
+    "--learning-rate 0.5": ("lr", 0.5),
+    "--momentum 0.8": ("warning", "SGD"),
+    "--optimizer SGD --momentum 0.8": ("momentum", 0.8),
+    "--wd 0.3": ("weight_decay", 0.3),
+    "--weight-decay 0.4": ("weight_decay", 0.4),
+    "-p 11": ("log_every", 11),
+    "--print-freq 12": ("log_every", 12),
+    "-e": ("refused", "crate-fast evaluate"),
+    "--evaluate": ("refused", "crate-fast evaluate"),
+    "--pretrained": ("warning", "--init"),
+    "--world-size 2": ("warning", "torchrun"),
+    "--rank 1": ("warning", "torchrun"),
+    "--dist-url tcp://127.0.0.1:1": ("warning", "torchrun"),
+    "--dist-backend gloo": ("warning", "gloo"),
+    "--seed 9": ("seed", 9),
+    "--gpu 1": ("warning", "--device"),
+    "--optimizer Lion": ("optimizer", "Lion"),
+    "--optimizer AdamW": ("optimizer", "AdamW"),
+    "--multiprocessing-distributed": ("warning", "torchrun"),
+    "--dummy": ("data", "synthetic"),
+}
+FINETUNE = {
+    "--lr 0.25": ("lr", 0.25),
+    "--opt adamW": ("optimizer", "AdamW"),
+    "--opt adam": ("weight_decay", 0.0),
+    "--opt sgd": ("optimizer", "SGD"),
+    "--opt sgd --weight-decay 0.5": ("weight_decay", 0.5),
+    "--net CRATE_large": ("depth", 24),
+    "--net vit": ("refused", "CRATE_tiny"),
+    "--bs 24": ("batch_size", 24),
+    "--data cifar100": ("data", "cifar100"),
+    "--data flower": ("refused", "train/"),
+    "--data pets": ("refused", "val/"),
+    "--classes 10": ("classes", 10),
+    "--randomaug 1": ("augment", "randaugment"),
+    "--randomaug 0": ("augment", "trivial"),
+    "--rand_aug_n 3": ("randaugment_ops", 3),
+    "--rand_aug_m 9": ("randaugment_magnitude", 9),
+    "--randomaug 0 --rand_aug_m 9": ("warning", "trivial"),
+    "--erase_prob 0.25": ("erase", 0.25),
+    "--n_epochs 3": ("epochs", 3),
+    "--patch 8": ("warning", "--patch-size"),
+    "--ckpt_dir file.pth": ("init", "file.pth"),
+    "--ckpt_dir None": ("init", None),
+    "--data_dir there": ("data_dir", "there"),
+}
+CASES = [("train", *case) for case in MAIN.items()] + [("finetune", *case) for case in FINETUNE.items()]
+
+
+@pytest.mark.parametrize(("command", "words", "fate"), CASES, ids=[f"{case[0]} {case[1]}" for case in CASES])
+def test_flag_has_its_effect(capsys, command, words, fate):
+    line = f"{command} {'' if '--data ' in words or command == 'finetune' else '--data folder '}{words}"
+    kind, value = fate
+    if kind == "refused":
+        with pytest.raises(SystemExit) as caught:
+            parsed(line)
+        error = capsys.readouterr().err
+        assert (caught.value.code, error.count("\n")) == (2, 1)
+        assert value in error
+        assert words.split()[0] in error
+        return
+    config, warned = parsed(line)
+    if kind == "warning":
+        assert len(warned) == 1
+        assert value in warned[0]
+        plain = parsed(line.replace(words, "")) if "--randomaug" not in words else parsed(f"{command} --randomaug 0")
+        assert plain[0] == config or "momentum" in words or "rand_aug" in words
+    else:
+        assert warned == []
+        assert getattr(config, kind) == value
+
+
+def test_all_published_flags_are_tried_and_in_the_documentation():
+    text = DOCS.read_text(encoding="utf-8")
+    for command, cases in (("train", MAIN), ("finetune", FINETUNE)):
+        tried = {word for words in cases for word in words.split() if word.startswith("-")}
+        names = {name for entry in PUBLISHED[command] for name in entry.names}
+        assert names - tried == {"--resume"}  # tried in test_resume.py
+        for entry in PUBLISHED[command]:
+            row = next(line for line in text.splitlines() if line.startswith(f"| `{entry.names[0]}`") and entry.text in line)
+            assert entry.fate in row
+
+
+def test_published_lines_mean_what_they_mean_there():
+    line = "--arch CRATE_tiny --batch-size 512 --epochs 200 --optimizer Lion --lr 0.0002 --weight-decay 0.05 --print-freq 25"
+    config, warned = parsed(f"train {line} --data DIR")
+    assert (warned, config) == ([], resolve({"data": "DIR"}, "imagenet-readme"))
+    assert (config.dim, config.schedule, config.label_smoothing, config.last_batch) == (384, "main-epoch", 0.1, "keep")
+    line = (
+        "--bs 256 --net CRATE_tiny --opt adamW --lr 5e-5 --n_epochs 200 --randomaug 1 --data cifar10 --ckpt_dir C --data_dir D"
+    )
+    config, warned = parsed(f"finetune {line}")
+    assert (warned, config) == ([], resolve({"init": "C", "data_dir": "D"}, "cifar10-finetune"))
+    assert (config.image_size, config.weight_decay, config.schedule, config.eval_crop) == (224, 0.01, "finetune-epoch", 0)
+
+
+def test_defaults_are_the_scripts():
+    assert parsed("train")[0] == TrainConfig() == resolve({}, "digits")
+    config = parsed("train --data DIR")[0]
+    assert (config.epochs, config.batch_size, config.lr, config.weight_decay, config.workers) == (90, 256, 4e-4, 0.1, 16)
+    assert (config.optimizer, config.dim, config.log_every) == ("AdamW", 384, 10)
+    config = parsed("finetune")[0]
+    assert (config.epochs, config.batch_size, config.lr, config.data, config.classes) == (400, 50, 1e-4, "cifar10", None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flags_go_before_recipes(name):
+    values = read_recipe(name)
+    data = {} if "data" in values else {"data": "DIR"}
+    config = resolve(data | {"lr": 0.125, "arch": "CRATE_base"}, name)
+    assert (config.lr, config.dim, config.heads) == (0.125, SIZES["base"]["dim"], 12)
+    plain = resolve(data, name)
+    assert {key: getattr(plain, key) for key in values} == values
+
+
+def test_a_printed_configuration_is_a_recipe(tmp_path):
+    config = resolve({"data": "DIR", "mixup": 0.2, "out": "away"}, "imagenet-paper")
+    (tmp_path / "again.toml").write_text(describe(config))
+    (tmp_path / "config.json").write_text(json.dumps({"config": asdict(config)}))
+    for file in ("again.toml", "config.json"):
+        assert resolve({"out": "away"}, str(tmp_path / file)) == config
+
+
+WRONG = """
+train --recipe nothing
+train --recipe none.toml
+train --recipe {here}/bad.toml
+train --recipe {here}/unknown.toml
+train --recipe {here}/wrong.toml
+train --recipe imagenet-paper
+train --arch CRATE_huge
+train --optimizer Adagrad
+train --lr x
+train --batch-size 1.5
+train --batch-size 64 --accumulate 3
+train --accumulate 0
+train --mixup -1
+train --cutmix nan
+train --clip-norm -1
+train --ema 1
+train --decay some
+train --schedule linear
+train --last-batch half
+train --workers -1
+train --augment randaugment
+train --augment strong --data {here}
+train --erase 0.5
+train --erase 2 --data {here}
+train --rotate 3 --data synthetic
+train --crop-least 0
+train --eval-crop 1.5
+train --keep-checkpoints 0
+train --checkpoint-minutes 0
+train --classes 9
+train --init {here}/absent.pt
+train --init {here}/bad.toml
+train --data {here}/absent
+train --data {here}/bad.toml
+train --data {here}
+train --resume auto
+train --resume {here}/absent
+train --resume {here}
+train --resume {here}/bad.toml
+train --recipe digits --resume {here}
+train --n_epochs 3
+train --label-smooth 0.1
+train --compile maybe
+finetune --data_dir {here}/empty --data cifar10
+finetune --randomaug x
+finetune --opt rmsprop
+finetune --ckpt_dir
+finetune --classes 0
+finetune --rand_aug_m 31
+finetune --erase_prob 1.5
+evaluate {here}/bad.toml
+evaluate {here} --workers x
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with damaged recipes and data."""
+    path = tmp_path_factory.mktemp("here")
+    (path / "bad.toml").write_text("lr = = 1")
+    (path / "unknown.toml").write_text("colour = 'red'")
+    (path / "wrong.toml").write_text("lr = 'fast'")
+    (path / "empty" / "cifar-10-batches-py").mkdir(parents=True)
+    return path
+
+
+@pytest.mark.parametrize("line", WRONG.strip().splitlines())
+def test_wrong_values_end_in_one_line(capsys, here, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main([word.format(here=here) for word in line.split()])
+    except SystemExit as end:
+        status = end.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert re.fullmatch(r"crate-fast[^\n]*: [^\n]+\n", error), error
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,233 @@
+"""A run that is killed, stopped, or robbed of its newest checkpoint goes on to the same bits; what cannot go on is refused."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import kill
+import pytest
+import torch
+
+from crate_fast.checkpoint import CheckpointError, load_checkpoint
+from crate_fast.cli import main
+from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, train
+from crate_fast.training.loop import Trainer
+from crate_fast.training.rundir import RunDirectory, unlock
+
+SMALL = TrainConfig(
+    **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, batch_size=256, epochs=4),
+    **dict(checkpoint_every=1, log_every=2, ema=0.9, mixup=0.2, dropout=0.1, accumulate=2, last_batch="keep"),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing stopped: six steps an epoch."""
+    torch.set_num_threads(1)
+    run, _ = train(replace(SMALL, out=str(tmp_path_factory.mktemp("straight") / "run")))
+    return run
+
+
+def same_end(run: RunDirectory, other: RunDirectory) -> bool:
+    return kill.outcome(run.path) == kill.outcome(other.path)
+
+
+def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Sends this process a signal in the middle of a step."""
+    update = Trainer._update
+
+    def update_and_signal(self, sums):
+        update(self, sums)
+        if self.step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "_update", update_and_signal)
+
+
+def test_float16_goes_on_with_its_scale(tmp_path, monkeypatch):
+    config = replace(SMALL, precision="float16", epochs=2, optimizer="AdamW", clip_norm=1.0)
+    straight, _ = train(replace(config, out=str(tmp_path / "straight")))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(Stopped):
+            train(replace(config, out=str(tmp_path / "run")))
+    scaler = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["scaler"]
+    assert scaler["_growth_tracker"] > 0
+    run, _ = train(config, resume=str(tmp_path / "run"))
+    assert same_end(run, straight)
+
+
+@pytest.mark.parametrize("step", [1, 6, 15, 24])
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, step):
+    config = replace(SMALL, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(Stopped, match=f"signal 15 after step {step}, saved as") as caught:
+            train(config)
+        assert caught.value.status == 143
+    before = signal.getsignal(signal.SIGTERM)
+    run, score = train(config, resume="auto")
+    assert same_end(run, finished)
+    assert score.count == 360
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_finished_run_goes_on_to_itself(finished, tmp_path):
+    before = kill.outcome(finished.path)
+    run, _ = train(SMALL, resume=str(finished.path))
+    assert kill.outcome(run.path) == before
+
+
+def test_three_kills_leave_no_trace(tmp_path):
+    kill.compare(tmp_path, 1, (0, 3), ("writing", "evaluating", "step"))
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside(finished, tmp_path, monkeypatch, capsys):
+    config = replace(SMALL, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 15)
+        with pytest.raises(Stopped):
+            train(config)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000015.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        load_checkpoint(newest)
+    capsys.readouterr()
+    run, _ = train(config, resume=str(tmp_path / "run"))
+    out, err = capsys.readouterr()
+    assert "going on after step 12 of 24" in out
+    assert re.search(r"warning: .*step-00000015\.pt: damaged.*set aside as step-00000015\.damaged-", err)
+    assert same_end(run, finished)
+    assert len(list(run.checkpoints.glob("step-*.damaged-*"))) == 1
+
+
+def test_a_run_goes_on_from_an_older_checkpoint(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    run, _ = train(SMALL, resume=str(tmp_path / "run" / "checkpoints" / "step-00000018.pt"))
+    assert same_end(run, finished)
+    assert load_checkpoint(run.last_checkpoint)["step"] == 24
+    names = {path.name.partition(".")[2].partition("-")[0] for path in run.checkpoints.glob("step-*")}
+    assert names == {"pt", "left"}
+
+
+def test_the_newest_and_the_best_are_kept(finished):
+    names = sorted(path.name for path in finished.checkpoints.iterdir())
+    assert names == ["best.pt", "last.pt", "step-00000018.pt", "step-00000024.pt"]
+    rows = [row for row in finished.read_metrics() if row["split"] == "test"]
+    best = max(rows, key=lambda row: row["top1"])
+    assert load_checkpoint(finished.checkpoints / "best.pt")["epoch"] == best["epoch"]
+    assert load_checkpoint(finished.last_checkpoint)["step"] == 24
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    config = replace(SMALL, out=str(tmp_path / "run"))
+    save, calls = torch.save, []
+
+    def full(content, file, **options):
+        calls.append(file)
+        if len(calls) == 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        SavingError, match=r"step-00000012\.pt cannot be written \(No space left on device\).*00006\.pt is kept"
+    ):
+        train(config)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 6
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"lr": 0.5}, "--lr is 0.5; the run in .* was started with 0.001, which a resumed run keeps"),
+        ({"epochs": 9}, "--epochs is 9; .*4"),
+        ({"seed": 1}, "--seed is 1"),
+    ],
+)
+def test_a_resumed_run_keeps_its_settings(finished, given, words):
+    with pytest.raises(ConfigError, match=words):
+        train(replace(SMALL, **given), given=given, resume=str(finished.path))
+
+
+def test_a_run_in_use_is_refused(finished, tmp_path):
+    holder = RunDirectory(finished.path)
+    holder.lock()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "crate_fast", "train", "--resume", str(finished.path)],
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+    finally:
+        unlock()
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"crate-fast: error: {finished.path}: a run that is not over is in it"
+    train(SMALL, resume=str(finished.path))  # and it is free again
+
+
+def test_resume_names_what_it_needs(finished, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="--out is not given"):
+        train(SMALL, resume="auto")
+    with pytest.raises(ConfigError, match="neither a run directory nor a checkpoint"):
+        train(SMALL, resume=str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ConfigError, match="give --out DIR"):
+        train(SMALL)
+
+
+def test_signals_end_a_process_with_their_status(tmp_path):
+    statuses = {}
+    for name in ("SIGUSR1", "SIGINT"):
+        out = tmp_path / name
+        words = ["--epochs", "500", "--dim", "16", "--depth", "1", "--out", out, "--num-threads", "1", "--device", "cpu"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "crate_fast", "train", *map(str, words)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not (out / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, name))
+        start = time.monotonic()
+        error = process.communicate(timeout=300)[1]
+        assert time.monotonic() - start < 30
+        statuses[name] = process.returncode
+        assert re.fullmatch(r"crate-fast: stopped by signal \d+ after step \d+, saved as [^\n]+\.pt\n", error)
+    assert statuses == {"SIGUSR1": 138, "SIGINT": 130}
+
+
+@pytest.mark.parametrize(("switch", "expected"), [("0", None), ("1", "auto"), ("some/run", "some/run")])
+def test_resume_of_the_published_scripts(monkeypatch, switch, expected):
+    seen = {}
+    monkeypatch.setattr("crate_fast.train_command.train", lambda config, **options: seen.update(options) or (None, None))
+    for command in ("train", "finetune"):
+        assert main([command, "--resume", switch, "--out", "there"]) == 0
+        assert seen["resume"] == expected
+
+
+def test_metrics_shorter_than_the_checkpoint_are_refused(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="shorter than at the last checkpoint"):
+        train(SMALL, resume=str(tmp_path / "run"))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["circumstances"]["ranks"] == 1
+    assert re.fullmatch("[0-9a-f]{16}", config["circumstances"]["kernels"])

@@ -1,0 +1,211 @@
+"""Several processes under torchrun, and the published command lines in miniature."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import kill
+import pytest
+import torch
+import torch.distributed as dist
+from pictures import make_cifar10, make_folder
+
+from crate_fast import CRATE_tiny
+from crate_fast.checkpoint import load_checkpoint, load_model
+from crate_fast.cli import main
+from crate_fast.training import ConfigError, evaluate_run, resolve, train
+from crate_fast.training.plan import make_plan
+from crate_fast.training.ranks import Ranks, meet
+
+TINY = ["--image-size", "32", "--patch-size", "16", "--num-threads", "1", "--device", "cpu"]
+
+
+def launch(ranks: int, *words, standalone=("--standalone",)) -> subprocess.Popen:
+    """torchrun with `crate-fast words` in `ranks` processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", *standalone, f"--nproc_per_node={ranks}", "-m", "crate_fast"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*launcher, *map(str, words)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def output(process: subprocess.Popen) -> str:
+    """What a process that ends well prints."""
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    return out
+
+
+def last_test(run: Path) -> dict:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("data") / "folder", train=40, val=1003, side=16)
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The published command line of main.py on two processes: its run, and what it printed."""
+    line = "--arch CRATE_tiny --batch-size 32 --epochs 1 --optimizer Lion --lr 0.0002 --weight-decay 0.05 --print-freq 25"
+    run = folder.parent / "run"
+    return run, output(launch(2, "train", *line.split(), "--data", folder, "-j", 2, "--out", run, *TINY))
+
+
+def test_the_published_training_line_on_two_processes(trained):
+    run, printed = trained
+    row = last_test(run)
+    expected = f"test top-1 {row['top1']:.2%} ({row['correct']} of 1003), top-5 {row['top5']:.2%}, loss {row['loss']:.4f}"
+    assert expected in printed.splitlines()
+    assert printed.count("run directory") == 1
+    assert json.loads((run / "config.json").read_text())["circumstances"]["ranks"] == 2
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["split"], row["step"], row["count"]) for row in rows] == [("train", 2, 40), ("test", 2, 1003)]
+
+
+def test_evaluation_counts_each_image_once_on_any_number_of_processes(trained, capsys):
+    run, _ = trained
+    row = last_test(run)
+    assert main(["evaluate", str(run), "--workers", "0"]) == 0
+    printed = [capsys.readouterr().out, *(output(launch(ranks, "evaluate", run, "--workers", 0)) for ranks in (2, 3))]
+    counts = {re.search(r"\((\d+) of (\d+)\), top-5 ([\d.]+)%", text).groups() for text in printed}
+    assert counts == {(str(row["correct"]), "1003", f"{100 * row['top5']:.2f}")}
+
+
+def test_two_processes_train_as_one_does(trained, folder, tmp_path):
+    """As long as nothing is drawn by rank: weights of two steps, up to the order of sums."""
+    line = "--arch CRATE_tiny --batch-size 32 --epochs 1 --optimizer Lion --lr 0.0002 --weight-decay 0.05 --print-freq 25"
+    assert main(["train", *line.split(), "--data", str(folder), "-j", "0", "--out", str(tmp_path / "one"), *TINY]) == 0
+    one, two = (load_model(path / "model.safetensors").state_dict() for path in (tmp_path / "one", trained[0]))
+    for name, value in one.items():
+        # A gradient near zero may change its sign, and Lion's step with it: two steps of two learning rates at most.
+        assert (value - two[name]).abs().max() <= 4 * 2e-4 + 1e-6, name
+        assert (value - two[name]).abs().mean() < 2e-6, name
+
+
+def test_a_run_goes_on_with_another_number_of_processes(trained, folder, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = [sys.executable, "-m", "crate_fast", "train", "--resume", str(tmp_path / "run"), "--workers", "0"]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=500, check=True)
+    assert checkpoint["circumstances"]["ranks"] == 2
+    assert "warning: ranks was 2 and is 1: the run goes on with the same images in the same order" in done.stderr
+    assert "going on after step 2 of 2" in done.stdout
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
+
+
+def test_the_published_finetuning_line(tmp_path, capsys):
+    make_cifar10(tmp_path / "cifar", train=50, test=20)
+    torch.manual_seed(3)
+    published = CRATE_tiny(image_size=64, patch_size=16)  # another image size: position embeddings are resampled
+    weights = {f"module.{name}": value for name, value in published.state_dict().items()}
+    content = {"epoch": 3, "arch": "CRATE_tiny", "state_dict": weights, "best_acc1": torch.tensor(1.0)}
+    torch.save(content, tmp_path / "main.pth")
+    line = "--bs 16 --net CRATE_tiny --opt adamW --lr 5e-5 --n_epochs 1 --randomaug 1 --data cifar10"
+    run = tmp_path / "run"
+    paths = ["--ckpt_dir", str(tmp_path / "main.pth"), "--data_dir", str(tmp_path / "cifar")]
+    words = [*line.split(), *paths, "--out", str(run), "--workers", "0", *TINY]
+    assert main(["finetune", *words]) == 0
+    out = capsys.readouterr().out
+    assert "main.pth: 104 weights loaded, position embeddings resampled; new: the head (4)" in out
+    row = last_test(run)
+    assert main(["evaluate", str(run)]) == 0
+    assert f"({row['correct']} of 20)" in capsys.readouterr().out
+    model = load_model(run / "model.safetensors")
+    moved = (model.state_dict()["cls_token"] - published.cls_token).abs().max().item()
+    assert 0 < moved < 1e-3  # a few steps of 5e-5 from where it started
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (lambda weights: {"model": weights}, "104 weights loaded; new: the head"),
+        (lambda weights: weights, "104 weights loaded; new: the head"),
+        (
+            lambda weights: {"model": {k: v for k, v in weights.items() if k != "cls_token"}},
+            "missing there, and random: cls_token",
+        ),
+        (lambda weights: weights | {"extra": torch.zeros(1)}, "not of this model, and left out: extra"),
+    ],
+)
+def test_checkpoints_of_every_shape(tmp_path, capsys, wrap, words):
+    torch.save(wrap(CRATE_tiny(image_size=32, patch_size=16).state_dict()), tmp_path / "file.pth")
+    make_cifar10(tmp_path / "cifar", train=10, test=5)
+    given = ["--ckpt_dir", tmp_path / "file.pth", "--data_dir", tmp_path / "cifar", "--out", tmp_path / "run", *TINY]
+    assert main(["finetune", *map(str, given), "--epochs", "1", "--workers", "0"]) == 0
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"fc.weight": torch.zeros(2)}}, [1], {"model": 3}, CRATE_tiny])
+def test_weights_of_something_else_are_refused(tmp_path, content):
+    made = content(dim=64, image_size=32).state_dict() if callable(content) else content
+    torch.save(made, tmp_path / "file.pth")
+    make_cifar10(tmp_path / "cifar", train=10, test=5)
+    settings = {"init": str(tmp_path / "file.pth"), "data_dir": str(tmp_path / "cifar"), "image_size": 32, "workers": 0}
+    with pytest.raises(ValueError, match=r"file\.pth: .*(no weights of a CRATE|another size)"):
+        train(resolve(settings | {"out": str(tmp_path / "run")}, "cifar10-finetune"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_published_checkpoints_are_evaluated(tmp_path, trained, folder):
+    run, _ = trained
+    weights = load_model(run / "model.safetensors").state_dict()
+    path = tmp_path / "main.pth.tar"
+    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, path)
+    with pytest.raises(ValueError, match="does not fit CRATE_tiny for 224 pixels"):
+        evaluate_run(path, data=str(folder))
+    published = CRATE_tiny(num_classes=3)
+    torch.save({"state_dict": published.state_dict()}, path)
+    small = make_folder(tmp_path / "small", train=3, val=5, side=16)
+    assert evaluate_run(path, data=str(small), workers=0, device="cpu").count == 5
+
+
+def test_batches_that_do_not_divide_are_refused():
+    config = resolve({"batch_size": 32, "accumulate": 5})
+    words = "--batch-size is 32, over all processes; it must divide by 10: 2 processes × --accumulate 5"
+    with pytest.raises(ConfigError, match=words):
+        make_plan(config, 100, Ranks(1, 2))
+
+
+def test_processes_meet_whatever_was_there_before():
+    """Twice in one store, as after a restart that only one of the agents has counted."""
+    store, names = dist.HashStore(), []
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            starts = [pool.submit(meet, store, Ranks(rank, 3), 10.0) for rank in (2, 1, 0)]
+            found = {start.result() for start in starts}
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 2
+    with pytest.raises(RuntimeError, match="3 processes did not meet"):
+        meet(store, Ranks(1, 3), 0.2)
+
+
+def test_a_killed_worker_restarts_the_run(tmp_path):
+    """Two agents that meet over c10d on loopback; one of the two workers is killed, and the run ends as if it were not."""
+    data = make_folder(tmp_path / "data", train=90, val=90)
+    words = ["train", "--data", data, *kill.SETTINGS, "--epochs", "2", "--workers", "0"]
+    assert output(launch(2, *words, "--out", tmp_path / "straight"))
+    rendezvous = ["--nnodes=2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-id={tmp_path.name}"]
+    rendezvous += [f"--rdzv-endpoint=127.0.0.1:{29500 + os.getpid() % 1000}", "--monitor-interval=0.2"]
+    agents = [launch(1, *words, "--out", tmp_path / "killed", standalone=rendezvous) for _ in range(2)]
+    checkpoints, end = tmp_path / "killed" / "checkpoints", time.monotonic() + 400
+    while not list(checkpoints.glob("step-*.pt")):
+        assert time.monotonic() < end
+        assert all(agent.poll() is None for agent in agents), agents[0].communicate()[1]
+        time.sleep(0.02)
+    os.kill(kill._descendants(agents[0].pid)[-1], 9)
+    printed = [output(agent) for agent in agents]
+    assert any("going on after step" in text for text in printed)
+    assert kill.outcome(tmp_path / "straight") == kill.outcome(tmp_path / "killed")
+    shutil.rmtree(tmp_path / "data")
