@@ -50,7 +50,7 @@ def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto
         from .kernels import MSSA
 
         return MSSA.apply(w, heads, scale)
-    return _attend(w.unflatten(-1, (heads, head_width)), scale)
+    return attend(w, heads, scale)
 
 
 def class_token_mssa(h: Tensor, project: Tensor, heads: int, scale: float) -> Tensor:
@@ -71,15 +71,19 @@ def class_token_mssa(h: Tensor, project: Tensor, heads: int, scale: float) -> Te
     return torch.einsum("bhn,bnd,hpd->bhp", probabilities, h, u).flatten(1)[:, None]
 
 
-def _attend(w: Tensor, scale: float) -> Tensor:
-    """`mssa` of w: (batch, tokens, heads, head width), by PyTorch's own attention."""
-    split = w.transpose(1, 2)
-    out = F.scaled_dot_product_attention(split, split, split, scale=scale).transpose(1, 2)
-    if w.device.type == "cpu":
-        # PyTorch's CPU attention answers a query of NaN with zeros. Summed in float32, where no finite float16 overflows.
-        total = w.sum(-1, keepdim=True, dtype=torch.promote_types(w.dtype, torch.float32))
-        nothing = (0 * total).to(out.dtype)
-        out = out + nothing if torch.is_grad_enabled() else out.add_(nothing)
+def attend(w: Tensor, heads: int, scale: float, *, look: bool = False) -> Tensor:
+    """`mssa` on "torch", by PyTorch's own attention.
+
+    On a CPU that answers a query of NaN with zeros, which is mended afterwards: for every token or, where values may steer
+    the computation (`look`: inside an operator), only if something is not finite, which saves two passes over the tokens.
+    """
+    split = w.unflatten(-1, (heads, -1))
+    turned = split.transpose(1, 2)
+    out = F.scaled_dot_product_attention(turned, turned, turned, scale=scale).transpose(1, 2)
+    # Sums in float32, where no finite float16 overflows.
+    wide = torch.promote_types(w.dtype, torch.float32)
+    if w.device.type == "cpu" and not (look and torch.isfinite(w.sum(dtype=wide))):
+        out = out + (0 * split.sum(-1, keepdim=True, dtype=wide)).to(out.dtype)
     return out.flatten(2)
 
 
@@ -165,7 +169,7 @@ def _ista_torch(h: Tensor, operator: Tensor, shrinkage: float, operand: torch.dt
     if operand == h.dtype == operator.dtype:
         # The residual goes in as the product's addend: I + M would save its copy, but rounds M to the precision of I.
         rows = h.reshape(-1, h.shape[-1])
-        return torch.addmm(rows, rows, operator).sub_(shrinkage).relu_().view(h.shape)
+        return torch.sub(rows, shrinkage).addmm_(rows, operator).relu_().view(h.shape)
     return torch.relu(h + F.linear(h.to(operand), operator.t().to(operand)) - shrinkage)
 
 

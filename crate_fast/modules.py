@@ -44,7 +44,8 @@ def _evaluated_layer(
     norm1_weight, norm1_bias, project, out_weight, out_bias, norm2_weight, norm2_bias, dictionary = weights
     width = x.shape[-1:]
     w = F.linear(F.layer_norm(x, width, norm1_weight, norm1_bias, eps_mssa), project)
-    z = F.linear(functional.mssa(w, heads, scale, "torch"), out_weight, out_bias).add_(x)
+    o = functional.attend(w, heads, scale, look=True)
+    z = F.linear(o, out_weight, out_bias).add_(x)
     h = F.layer_norm(z, width, norm2_weight, norm2_bias, eps_ista)
     return functional.ista_with_operator(h, dictionary, _kept_operator(dictionary, step_size), step_size, lambd, "torch")
 

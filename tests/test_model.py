@@ -240,6 +240,18 @@ def test_inference_mode_then_gradients(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_evaluated_layers_take_strides_and_nan_as_they_come(backend):
+    model, published = build(backend=backend).eval(), build(reference.CRATE).eval()
+    x = torch.randn(7, 3, 32).transpose(0, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model.transformer(x), published.transformer(x), rtol=1e-5, atol=1e-6)
+        x[0, 2, 5] = float("nan")
+        out = model.transformer(x)
+    assert out[0].isnan().all()
+    assert not out[1:].isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_copies_and_pickles_compute_the_same(backend):
     model = build(backend=backend).eval()
     x = images(model)
