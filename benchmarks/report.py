@@ -10,6 +10,8 @@ from crate_fast.checkpoint import write_atomically
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- results: made by `python benchmarks/run.py --report` -->", "<!-- end of results -->"
+SCHEMA = 1
+_NAMES = {"suite", "what", "size", "batch", "dtype", "peer", "mode"}
 NOISE = 1.05
 """A difference of medians within 5%, or within both runs' quartiles, is noise."""
 
@@ -208,13 +210,16 @@ def update_readme(folder: Path) -> int:
 
 
 def compare(old_path: Path, new_path: Path) -> int:
-    """Prints what became slower or faster from one results file to another; 1 if anything became slower, 2 if unreadable."""
+    """Prints what became slower or faster between two results files; 1: something became slower, 2: they do not compare."""
     try:
-        files = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in (old_path, new_path)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"run.py: error: {old_path} or {new_path} is no results file ({error})", file=sys.stderr)
+        files = [_read_rows(path) for path in (old_path, new_path)]
+    except ValueError as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
         return 2
     old, new = ({(title(r), r["peer"], r["mode"]): r for r in rows if "ms" in r} for rows in files)
+    if not set(old) & set(new):
+        print(f"run.py: error: {old_path} and {new_path} have no measurement in common", file=sys.stderr)
+        return 2
     changes = [(key, old[key], new[key]) for key in new if key in old and _differs(old[key], new[key])]
     for key, a, b in sorted(changes, key=lambda change: change[1]["ms"] / change[2]["ms"]):
         verdict = "slower" if b["ms"] > a["ms"] else "faster"
@@ -224,6 +229,19 @@ def compare(old_path: Path, new_path: Path) -> int:
         print(f"no longer measured: {', '.join(key)}")
     print(f"{len(set(old) & set(new))} rows compared, {len(changes)} differ outside the noise")
     return 1 if any(b["ms"] > a["ms"] for _, a, b in changes) else 0
+
+
+def _read_rows(path: Path) -> list[dict]:
+    """The rows of a results file; ValueError, naming the file, if it is none or of another schema."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA or not isinstance(result.get("rows"), list):
+        raise ValueError(f"{path} is no results file of schema {SCHEMA}")
+    if not all(isinstance(row, dict) and set(row) >= _NAMES for row in result["rows"]):
+        raise ValueError(f"{path} has rows that do not say what was measured ({', '.join(sorted(_NAMES))})")
+    return result["rows"]
 
 
 def _differs(a: dict, b: dict) -> bool:

@@ -29,7 +29,7 @@ from crate_fast.backend import BACKENDS
 from crate_fast.checkpoint import write_atomically
 from crate_fast.model import SIZES
 from peers import Peer, Unavailable, all_peers, load_published
-from report import compare, plot, print_rows, update_readme
+from report import SCHEMA, compare, plot, print_rows, update_readme
 from timing import Timing, ceilings, conditions, interleave, machine, steady_allocator
 from workloads import DTYPES, Judge, Workload, make_ready
 
@@ -37,7 +37,6 @@ RESULTS = Path(__file__).parent / "results"
 SUITES = ("ops", "layer", "inference", "train")
 PARTS = ("forward", "backward", "both")
 WHATS = (*(f"{operation} {part}" for operation in ("mssa", "ista", "layer") for part in PARTS), "inference", "train")
-SCHEMA = 1
 
 
 def plan(options: argparse.Namespace, device: torch.device) -> list[Workload]:

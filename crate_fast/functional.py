@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,13 +19,13 @@ __all__ = ["ista", "ista_operator", "mssa"]
 def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto") -> Tensor:
     """Multi-head subspace self-attention: softmax(w wᵀ · scale) w for each head (arXiv:2306.01129, equation 12).
 
-    One tensor is query, key and value. Differentiable once on every backend, twice on "torch" and "reference".
+    One tensor is query, key and value. Differentiable once on every backend; for more, "reference".
 
     Args:
         w: (batch, tokens, heads × head width), any strides, floating point. Under autocast it is cast as a product's
             operand would be.
         heads: number of heads.
-        scale: factor on the scores; 1/sqrt(head width) when None.
+        scale: factor on the scores, finite; 1/sqrt(head width) when None.
         backend: "auto", "triton", "torch" or "reference" (see `crate_fast.choose_backend`).
 
     Returns:
@@ -32,7 +33,8 @@ def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto
 
     Raises:
         TypeError: `w` is not real floating point.
-        ValueError: `w` is not three-dimensional, its width is no multiple of `heads`, or the backend is unknown.
+        ValueError: `w` is not three-dimensional, its width is no multiple of `heads`, `scale` is not finite, or the backend
+            is unknown.
         BackendError: backend="triton" where the kernels cannot run.
     """
     _check_floating("w", w)
@@ -43,6 +45,8 @@ def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto
     w = w.to(operand_dtype(w))
     head_width = w.shape[-1] // heads
     scale = head_width**-0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
     choice = choose_backend(backend, w, head_width)
     if choice.name == "reference" or w.shape[1] == 0:
         return reference.mssa(w, heads, scale)

@@ -36,6 +36,7 @@ REFUSED = {
     "complex image": (lambda: CRATE(**SMALL)(image(1, 3, 8, 8, dtype=torch.complex64)), TypeError, "complex64"),
     "heads that do not fit": (lambda: functional.mssa(W, 5), ValueError, "32.*5"),
     "mssa of a matrix": (lambda: functional.mssa(W[0], 2), ValueError, r"\(5, 32\)"),
+    "scale of NaN": (lambda: functional.mssa(W, 2, float("nan")), ValueError, "scale is nan"),
     "integer tokens": (lambda: functional.mssa(W.int(), 2), TypeError, "int32"),
     "complex tokens": (lambda: functional.mssa(W.cfloat(), 2), TypeError, "complex64"),
     "weight not square": (lambda: functional.ista(H, D[:16]), ValueError, r"\(16, 32\)"),

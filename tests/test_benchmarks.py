@@ -117,18 +117,23 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path):
 def test_compare_tells_noise_from_change(tmp_path, capsys):
     files = [tmp_path / "old.json", tmp_path / "new.json"]
     rows = [ROW, ROW | {"batch": 64}, ROW | {"batch": 1}]
-    files[0].write_text(json.dumps({"rows": rows}))
+    files[0].write_text(json.dumps({"schema": 1, "rows": rows}))
     noisy = ROW | {"batch": 64, "ms": 12.0, "ms_q1": 9.0, "ms_q3": 14.0}
-    files[1].write_text(json.dumps({"rows": [ROW | {"ms": 10.3, "ms_q1": 10.2, "ms_q3": 10.4}, noisy, rows[2]]}))
+    files[1].write_text(json.dumps({"schema": 1, "rows": [ROW | {"ms": 10.3, "ms_q1": 10.2, "ms_q3": 10.4}, noisy, rows[2]]}))
     assert run.main(["--compare", *map(str, files)]) == 0
     assert "3 rows compared, 0 differ" in capsys.readouterr().out
-    files[1].write_text(json.dumps({"rows": [ROW | {"ms": 20.0, "ms_q1": 19.0, "ms_q3": 21.0}]}))
+    files[1].write_text(json.dumps({"schema": 1, "rows": [ROW | {"ms": 20.0, "ms_q1": 19.0, "ms_q3": 21.0}]}))
     assert run.main(["--compare", *map(str, files)]) == 1
     output = capsys.readouterr().out
     assert "slower: inference, CRATE-tiny, batch 8, float32, crate_fast, eager: 10.00 ms to 20.00 ms" in output
     assert output.count("no longer measured") == 2
-    files[0].write_text("{}")
+    for text in ("{}", "[]", "{", json.dumps({"schema": 2, "rows": []}), json.dumps({"schema": 1, "rows": [{}]})):
+        files[0].write_text(text)
+        assert run.main(["--compare", *map(str, files)]) == 2
+        assert f"error: {files[0]} " in capsys.readouterr().err
+    files[0].write_text(json.dumps({"schema": 1, "rows": [ROW | {"batch": 9}]}))
     assert run.main(["--compare", *map(str, files)]) == 2
+    assert "no measurement in common" in capsys.readouterr().err
 
 
 def test_the_readme_quotes_the_results_and_nothing_else():
