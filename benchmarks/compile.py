@@ -39,15 +39,18 @@ from crate_fast.kernels import attention, gradients, ista, layer, linear, mssa, 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 """KiB of shared memory that one program can have."""
 
-SPILLS_ALLOWED = {
-    ("_mssa_backward_kernel", "fp32 width 96,"): "ieee products are FMAs with both operands in registers; 16 × 16 is the least",
-    ("_mssa_backward_kernel", "fp32 width 128,"): "the same",
-    (
-        "_mssa_forward_kernel",
-        "fp32 odd,",
-    ): "8 bytes where the compiler settles for 72 registers; 8 warps spill at widths 32 and 48 too",
-}
-"""(kernel, part of the configuration's name) of the spills that are known, with the reason."""
+_FMA = "float32 products are FMAs with both operands in registers; 16 × 16 is the least"
+_FEW = "the compiler settles for fewer registers than there are (72, 80 or 128 of 255) and moves a few bytes once"
+SPILLS_ALLOWED = (
+    ("", "_mssa_backward_kernel", "fp32 width 96,", 16, _FMA),
+    ("", "_mssa_backward_kernel", "fp32 width 128,", 168, _FMA),
+    ("", "_mssa_forward_kernel", "fp32 ", 8, _FEW),
+    ("sm_80", "_data_gradient_kernel", "fp32, norm residual", 32, _FMA),
+    ("sm_80", "_weight_gradient_kernel", "fp32 stream odd,", 16, _FEW),
+    ("sm_100", "_data_gradient_kernel", "fp32 stream, norm residual rectified", 16, _FEW),
+    ("sm_100", "_mssa_backward_kernel", "16 width 96,", 8, _FEW),
+)
+"""(architecture or "" for all, kernel, part of the configuration's name, bytes, reason) of the spills that are known."""
 
 MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 """What 16-bit products must be made of where that is not HMMA."""
@@ -216,8 +219,12 @@ def compile_one(launch: Launch, arch: str) -> Row:
 
 
 def _problem(row: Row, launch: Launch) -> str:
-    excused = any(kernel == row.kernel and part in row.configuration for kernel, part in SPILLS_ALLOWED)
-    if row.spilled_bytes and not excused:
+    excused = (
+        size
+        for arch, kernel, part, size, _ in SPILLS_ALLOWED
+        if arch in ("", row.arch) and kernel == row.kernel and part in row.configuration
+    )
+    if row.spilled_bytes > max(excused, default=0):
         return "spills"
     if row.shared_bytes > SHARED_MEMORY[row.arch] * 1024:
         return "shared memory"
@@ -286,8 +293,8 @@ def _print(rows: list[Row]) -> None:
             f"{r.arch:6} {kernel:24} {r.configuration:58} {r.registers:4} {r.spilled_bytes:5} "
             f"{r.shared_bytes:7} {r.matrix_instructions:>21} {r.wide_loads:4}  {r.precision} {r.problem}"
         )
-    for (kernel, part), reason in SPILLS_ALLOWED.items():
-        print(f"spills allowed: {kernel} ({part}): {reason}")
+    for arch, kernel, part, size, reason in SPILLS_ALLOWED:
+        print(f"spills allowed: {arch or 'everywhere'}, {kernel} ({part}), up to {size} bytes: {reason}")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ _PRODUCTS = ("project", "out_project", "ista")
 _GRADIENTS = ("ista_gradient", "out_gradient", "project_gradient")
 
 TABLE = (
+    Line(("mssa_forward",), 16, 32, True, Config(64, 32, 0, 4, 3), "64 columns spill 40 bytes on sm_100 at width 32"),
     Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3), "124 registers: 4 programs a multiprocessor"),
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 2), "162 registers, 3 programs; a third stage takes 16 KB"),
     Line(("mssa_backward",), 16, 32, True, Config(64, 32, 0, 4, 2), "2 programs; 64 columns spill"),
