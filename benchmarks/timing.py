@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -117,8 +118,6 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, storage) -> None:
-        import weakref
-
         key = storage._cdata
         if key in self._known:
             return
