@@ -69,7 +69,7 @@ def modes(peer: Peer, workload: Workload, device: torch.device) -> tuple[str, ..
     than all else.
     """
     if device.type == "cpu":
-        whole = workload.suite in ("inference", "train") and workload.batch > 1
+        whole = workload.suite in ("inference", "train") and workload.batch > 1 and peer.same_function
         return ("eager", "compiled layers") if whole else ("eager",)
     return tuple(mode for mode in peer.modes if workload.suite != "ops" or mode != "max-autotune")
 
@@ -187,6 +187,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for value in values or ():
             if value not in known:
                 parser.error(f"{flag} names {value!r}; allowed are {', '.join(known)}")
+    if options.out and options.out.suffix != ".json":
+        parser.error(f"--out is {options.out}; its name must end in .json (pictures go to the folder of that name without it)")
     if any(batch < 1 for batch in options.batch or ()):
         parser.error(f"--batch is {min(options.batch)}; it must be at least 1")
     if options.device.startswith("cuda") and not torch.cuda.is_available():

@@ -55,7 +55,6 @@ def interleave(
     """
     counts, samples = {}, {name: [] for name in steps}
     for name, step in steps.items():
-        step()
         counts[name] = max(1, min(1000, round(10 / max(_measure(step, 1, device), 1e-3))))
     names, started, rounds = list(steps), time.perf_counter(), 0
     while rounds < least_rounds or (time.perf_counter() - started < seconds and rounds < 200):

@@ -75,20 +75,29 @@ def class_token_mssa(h: Tensor, project: Tensor, heads: int, scale: float) -> Te
     return torch.einsum("bhn,bnd,hpd->bhp", probabilities, h, u).flatten(1)[:, None]
 
 
-def attend(w: Tensor, heads: int, scale: float, *, look: bool = False) -> Tensor:
-    """`mssa` on "torch", by PyTorch's own attention.
-
-    On a CPU that answers a query of NaN with zeros, which is mended afterwards: for every token or, where values may steer
-    the computation (`look`: inside an operator), only if something is not finite, which saves two passes over the tokens.
-    """
+def attend(w: Tensor, heads: int, scale: float) -> Tensor:
+    """`mssa` on "torch", by PyTorch's own attention; a query of NaN, which that answers with zeros on a CPU, mended."""
     split = w.unflatten(-1, (heads, -1))
     turned = split.transpose(1, 2)
     out = F.scaled_dot_product_attention(turned, turned, turned, scale=scale).transpose(1, 2)
-    # Sums in float32, where no finite float16 overflows.
-    wide = torch.promote_types(w.dtype, torch.float32)
-    if w.device.type == "cpu" and not (look and torch.isfinite(w.sum(dtype=wide))):
-        out = out + (0 * split.sum(-1, keepdim=True, dtype=wide)).to(out.dtype)
+    if w.device.type == "cpu" and not _seen_finite(out):
+        # The sum in float32, where no finite float16 overflows.
+        out = out + (0 * split.sum(-1, keepdim=True, dtype=torch.promote_types(w.dtype, torch.float32))).to(out.dtype)
     return out.flatten(2)
+
+
+def _seen_finite(out: Tensor) -> bool:
+    """Whether the result of `attend`, (batch, tokens, heads, head width), may be looked at here and shows tokens without NaN.
+
+    The first token shows it for all: another's NaN makes it NaN, and NaN of its own makes it zero, which is hardly ever the
+    answer to numbers. So 1/tokens of the memory is read, in one operation; mending goes over all of it twice.
+    """
+    if type(out) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or out.numel() == 0:
+        return False
+    try:
+        return torch.linalg.vector_norm(out[:, 0].detach(), ord=-math.inf).item() > 0
+    except RuntimeError:  # the stand-in of a transform, as in torch.func.vmap, has no value
+        return False
 
 
 def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, backend: str = "auto") -> Tensor:

@@ -7,8 +7,9 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from .backend import check_backend
+from .evaluated import evaluated_embedding
 from .modules import STREAMS, Transformer, pool_tokens
-from .plainness import has_global_hooks, is_plain
+from .plainness import drops_nothing, has_global_hooks, is_plain, norm_is_plain, same_place
 
 POOLS = ("cls", "mean")
 
@@ -107,14 +108,39 @@ class CRATE(nn.Module):
             ValueError: its shape does not fit.
         """
         self._check_image(image)
-        x = self.to_patch_embedding(image)
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        x = self.dropout(x + self.pos_embedding[:, : x.shape[1]])
+        x = self._embed(image)
         if has_global_hooks() or not is_plain(self.transformer, Transformer):
             x = pool_tokens(self.transformer(x), self.pool)
         else:
             x = self.transformer.run(x, self.pool)
         return self.mlp_head(self.to_latent(x))
+
+    def _embed(self, image: Tensor) -> Tensor:
+        """(batch, channels, height, width) to the tokens that enter the layers, (batch, 1 + patches, dim)."""
+        if self._embeds_at_once(image):
+            _, norm, linear, last_norm = self.to_patch_embedding
+            weights = [norm.weight, norm.bias, linear.weight, linear.bias, last_norm.weight, last_norm.bias]
+            eps = [norm.eps, last_norm.eps]
+            return evaluated_embedding(image, [*weights, self.cls_token, self.pos_embedding], list(self.patch_size), eps)
+        x = self.to_patch_embedding(image)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        return self.dropout(x + self.pos_embedding[:, : x.shape[1]])
+
+    def _embeds_at_once(self, image: Tensor) -> bool:
+        """Whether `evaluated_embedding` may stand for the modules, on a CPU: GPUs gain nothing from it."""
+        if image.device.type != "cpu" or image.numel() == 0 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        if has_global_hooks() or torch.compiler.is_exporting() or self.transformer.backend == "reference":
+            return False
+        return self._embedding_is_plain() and same_place((image, *self.to_patch_embedding.parameters(), self.cls_token))
+
+    def _embedding_is_plain(self) -> bool:
+        modules = self.to_patch_embedding
+        if not is_plain(modules, nn.Sequential) or len(modules) != 4 or not is_plain(modules[0], Rearrange):
+            return False
+        linear = modules[2]
+        plain = is_plain(linear, nn.Linear) and linear.bias is not None and drops_nothing(self.dropout)
+        return plain and norm_is_plain(modules[1]) and norm_is_plain(modules[3])
 
     def _check_image(self, image: Tensor) -> None:
         if not image.is_floating_point():

@@ -5,54 +5,14 @@ from __future__ import annotations
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import functional, reference
 from .backend import choose_backend
-from .plainness import WeightCache, has_global_hooks, is_plain, same_place
+from .evaluated import evaluated_layer, forget_operator, kept_operator
+from .plainness import WeightCache, drops_nothing, has_global_hooks, is_plain, norm_is_plain, same_place
 
 STREAMS = ("auto", "float16", "bfloat16", "float32")
-
-_operators = WeakTensorKeyDictionary()
-"""A dictionary D to the `WeightCache` of its M, for as long as D lives."""
-
-
-def _kept_operator(weight: Tensor, step_size: float) -> Tensor:
-    if torch.compiler.is_compiling():  # a graph cannot keep it from call to call
-        return functional.ista_operator(weight, step_size)
-    cache = _operators.setdefault(weight, WeightCache())
-    return cache.get((weight,), (step_size,), lambda: functional.ista_operator(weight, step_size))
-
-
-@torch.library.custom_op("crate_fast::evaluated_layer", mutates_args=())
-def _evaluated_layer(
-    x: Tensor,
-    weights: list[Tensor],
-    heads: int,
-    scale: float,
-    eps_mssa: float,
-    eps_ista: float,
-    step_size: float,
-    lambd: float,
-) -> Tensor:
-    """A plain layer on "torch" without gradients or autocast, its `weights` as `Layer.weights` gives them.
-
-    One operator, so that M is kept from call to call under torch.compile too.
-    """
-    norm1_weight, norm1_bias, project, out_weight, out_bias, norm2_weight, norm2_bias, dictionary = weights
-    width = x.shape[-1:]
-    w = F.linear(F.layer_norm(x, width, norm1_weight, norm1_bias, eps_mssa), project)
-    o = functional.attend(w, heads, scale, look=True)
-    z = F.linear(o, out_weight, out_bias).add_(x)
-    h = F.layer_norm(z, width, norm2_weight, norm2_bias, eps_ista)
-    return functional.ista_with_operator(h, dictionary, _kept_operator(dictionary, step_size), step_size, lambd, "torch")
-
-
-@_evaluated_layer.register_fake
-def _(x, weights, heads, scale, eps_mssa, eps_ista, step_size, lambd):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class PreNorm(nn.Module):
@@ -145,7 +105,7 @@ class FeedForward(nn.Module):
             return reference.ista(x, self.weight, self.step_size, self.lambd)
         operator = None
         if not self.training and not (torch.is_grad_enabled() and self.weight.requires_grad):
-            operator = _kept_operator(self.weight, self.step_size)
+            operator = kept_operator(self.weight, self.step_size)
         return functional.ista_with_operator(x, self.weight, operator, self.step_size, self.lambd, choice.name)
 
     def train(self, mode: bool = True) -> FeedForward:
@@ -159,7 +119,7 @@ class FeedForward(nn.Module):
     def _forget(self) -> None:
         weight = self._parameters.get("weight")
         if weight is not None:
-            _operators.pop(weight, None)
+            forget_operator(weight)
 
 
 class Layer(nn.ModuleList):
@@ -174,10 +134,10 @@ class Layer(nn.ModuleList):
             return self[1](self[0](x) + x)
         mssa, ista = self
         numbers = (mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, ista.norm.eps, ista.fn.step_size, ista.fn.lambd)
-        return _evaluated_layer(x, list(self.weights()), *numbers)
+        return evaluated_layer(x, list(self.weights()), *numbers)
 
     def _is_evaluated(self, x: Tensor) -> bool:
-        """Whether `_evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
+        """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
         if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return False
         return self.runs_unwatched(x) and not torch.compiler.is_exporting()
@@ -210,28 +170,28 @@ class Layer(nn.ModuleList):
 
     def _mssa_is_plain(self, backends: tuple[str, ...]) -> bool:
         block = self[0]
-        if not (is_plain(block, PreNorm) and _norm_is_plain(block.norm) and is_plain(block.fn, Attention)):
+        if not (is_plain(block, PreNorm) and norm_is_plain(block.norm) and is_plain(block.fn, Attention)):
             return False
         attention = block.fn
         project_back = attention.to_out
         return (
             attention.backend in backends
             and is_plain(attention.attend, nn.Softmax)
-            and _drops_nothing(attention.dropout)
+            and drops_nothing(attention.dropout)
             and is_plain(attention.qkv, nn.Linear)
             and attention.qkv.bias is None
             and is_plain(project_back, nn.Sequential)
             and len(project_back) == 2
             and is_plain(project_back[0], nn.Linear)
             and project_back[0].bias is not None
-            and _drops_nothing(project_back[1])
+            and drops_nothing(project_back[1])
         )
 
     def _ista_is_plain(self, backends: tuple[str, ...]) -> bool:
         block = self[1]
         return (
             is_plain(block, PreNorm)
-            and _norm_is_plain(block.norm)
+            and norm_is_plain(block.norm)
             and is_plain(block.fn, FeedForward)
             and block.fn.backend in backends
         )
@@ -399,11 +359,3 @@ def pool_tokens(x: Tensor, pool: str | None) -> Tensor:
     if pool is None:
         return x
     return x.mean(dim=1) if pool == "mean" else x[:, 0]
-
-
-def _norm_is_plain(norm: nn.Module) -> bool:
-    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
-
-
-def _drops_nothing(dropout: nn.Module) -> bool:
-    return is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p > 0)

@@ -33,6 +33,16 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     )
 
 
+def norm_is_plain(norm: nn.Module) -> bool:
+    """True for a plain LayerNorm with weight and bias."""
+    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def drops_nothing(dropout: nn.Module) -> bool:
+    """True for a plain Dropout that lets everything through now."""
+    return is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p > 0)
+
+
 def same_place(parameters: tuple[Tensor, ...]) -> bool:
     """True if all parameters have one device and one dtype."""
     first = parameters[0]

@@ -96,10 +96,16 @@ def test_double_backward_through_the_kernels_raises():
             gradient.sum().backward()
 
 
+@pytest.mark.parametrize("tokens", [[0], [3], [0, 1], slice(None)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_in_gives_nan_out_forward_and_backward(backend):
+def test_nan_in_gives_nan_out_forward_and_backward(backend, tokens):
     w = W.clone()
-    w[0, 3, 20] = float("nan")  # second head of the first image
+    w[0, tokens, 20] = float("nan")  # second head of the first image
+    if backend == "torch":
+        with torch.no_grad():
+            mapped = torch.func.vmap(lambda image: functional.mssa(image[None], 2, backend=backend)[0])(w)
+        assert mapped[0, :, 16:].isnan().all()
+        assert not mapped[1].isnan().any()
     w.requires_grad_()
     out = functional.mssa(w, 2, backend=backend)
     out.sum().backward()

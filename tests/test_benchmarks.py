@@ -159,6 +159,7 @@ def test_the_readme_quotes_the_results_and_nothing_else():
         (["--dtype", "int8"], "--dtype names 'int8'"),
         (["--batch", "0"], "--batch is 0"),
         (["--device", "cuda"], "no CUDA GPU"),
+        (["--out", "results"], "--out is results; its name must end in .json"),
     ],
 )
 def test_wrong_arguments_are_named(flags, words, capsys, monkeypatch):

@@ -223,6 +223,16 @@ def test_what_evaluation_keeps_is_never_stale(change, backend):
         torch.testing.assert_close(after, fresh(x), rtol=1e-5, atol=1e-6)
 
 
+@configurations
+def test_evaluation_gives_the_same_bits_as_the_differentiated_path(options):
+    model = build(**options, backend="torch").eval()
+    x = images(model)
+    for image in (x, x.transpose(2, 3).contiguous().transpose(2, 3), x[..., : model.patch_size[1]]):
+        with torch.inference_mode():
+            inside = model(image)
+        assert torch.equal(model(image).detach(), inside)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_inference_mode_then_gradients(backend):
     model = build(backend=backend).eval()
