@@ -143,7 +143,7 @@ def run(options: argparse.Namespace, device: torch.device) -> tuple[dict, Path]:
         peers = [peer for peer in peers if peer.name in (*options.against, "published", "crate_fast")]
     facts = machine(device)
     path = options.out or RESULTS / f"{_file_name(facts['device'])}.json"
-    seconds = 0.5 if options.quick else 3.0 if device.type == "cuda" else 0.8
+    seconds = 0.5 if options.quick else 3.0 if device.type == "cuda" else 0.6
     workloads = plan(options, device)
     limits = {dtype: ceilings(device, DTYPES[dtype]) for dtype in {w.dtype for w in workloads}}
     rows = []

@@ -51,7 +51,7 @@ def interleave(
     """Times every step in turn, round by round, the order turning with the round, for about `seconds` in all.
 
     A round calls a step as often as it takes to fill 10 ms, so that the clock's grain and, on a GPU, the launch of the first
-    call do not count. One round of warm-up is thrown away.
+    call do not count. What is called to find that number is not counted; a step that must warm up longer comes warm.
     """
     counts, samples = {}, {name: [] for name in steps}
     for name, step in steps.items():
@@ -62,7 +62,7 @@ def interleave(
         for name in names[shift:] + names[:shift]:
             samples[name].append(_measure(steps[name], counts[name], device))
         rounds += 1
-    return {name: _quartiles(values[1:]) for name, values in samples.items()}
+    return {name: _quartiles(values) for name, values in samples.items()}
 
 
 def _measure(step: Callable[[], object], count: int, device: torch.device) -> float:
@@ -173,6 +173,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     side = 8192 if large else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     steps = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b)}
+    for step in steps.values():
+        step()
     times = interleave(steps, device, 1.0)
     copied = 2 * source.numel() * source.element_size()
     return {
