@@ -147,16 +147,19 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
 
 
 def in_mode(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
-    """`module` to be called in a mode: "eager", "compiled", "compiled layers", "max-autotune"; "cuda graph" comes later."""
+    """`module` to be called in a mode: "eager", "compiled", "compiled layers", "max-autotune"; "cuda graph" comes later.
+
+    Compiled for the very shapes, for every peer: code for any batch would be slower.
+    """
     if mode in ("eager", "cuda graph"):
         return module
     torch._dynamo.reset()
     if mode == "compiled":
-        return torch.compile(module)
+        return torch.compile(module, dynamic=False)
     if mode == "max-autotune":
-        return torch.compile(module, mode="max-autotune")
+        return torch.compile(module, mode="max-autotune", dynamic=False)
     for block in _blocks(module):
-        block.compile()
+        block.compile(dynamic=False)
     return module
 
 

@@ -46,7 +46,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def interleave(
-    steps: dict[str, Callable[[], object]], device: torch.device, seconds: float, least_rounds: int = 5
+    steps: dict[str, Callable[[], object]], device: torch.device, seconds: float, least_rounds: int = 7
 ) -> dict[str, Timing]:
     """Times every step in turn, round by round, the order turning with the round, for about `seconds` in all.
 

@@ -42,8 +42,7 @@ def choose_backend(backend: str, x: Tensor, head_width: int | None = None) -> Ch
         ValueError: unknown backend.
         BackendError: "triton" where the kernels cannot run; the message names the obstacle and what is allowed.
     """
-    check_backend(backend)
-    if backend in ("torch", "reference"):
+    if check_backend(backend) in ("torch", "reference"):
         return Choice(backend, "asked for")
     obstacle = _triton_obstacle(x, head_width)
     if backend == "triton":

@@ -40,16 +40,17 @@ def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto
     _check_floating("w", w)
     if w.dim() != 3:
         raise ValueError(f"w has shape {tuple(w.shape)}; it must be (batch, tokens, heads × head width)")
-    if heads < 1 or w.shape[-1] % heads or w.shape[-1] == 0:
-        raise ValueError(f"w has width {w.shape[-1]}, which {heads} heads do not divide")
+    _, tokens, width = w.shape
+    if heads < 1 or width % heads or width == 0:
+        raise ValueError(f"w has width {width}, which {heads} heads do not divide")
     dtype = operand_dtype(w)
     w = w if w.dtype == dtype else w.to(dtype)
-    head_width = w.shape[-1] // heads
+    head_width = width // heads
     scale = head_width**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite")
     choice = choose_backend(backend, w, head_width)
-    if choice.name == "reference" or w.shape[1] == 0:
+    if choice.name == "reference" or tokens == 0:
         return reference.mssa(w, heads, scale)
     if choice.name == "triton":
         from .kernels import MSSA
@@ -96,7 +97,7 @@ def _seen_finite(out: Tensor) -> bool:
     if type(out) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or out.numel() == 0:
         return False
     try:
-        return torch.linalg.vector_norm(out[:, 0].detach(), ord=-math.inf).item() > 0
+        return torch.linalg.vector_norm(out.select(1, 0), ord=-math.inf).item() > 0
     except RuntimeError:  # the stand-in of a transform, as in torch.func.vmap, has no value
         return False
 

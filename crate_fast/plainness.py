@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
 
 def has_global_hooks() -> bool:
@@ -20,17 +19,15 @@ def has_global_hooks() -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """True if a forward, forward-pre, backward or backward-pre hook sits on `module` itself."""
-    return any(len(getattr(module, name)) for name in _HOOKS)
+    m = module  # in one line: asked of 13 modules a layer, before each call
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """True if `module` is a `cls` and no subclass, has no hooks, its class's forward, and ordinary tensors as parameters."""
-    return (
-        type(module) is cls
-        and not is_hooked(module)
-        and "forward" not in module.__dict__
-        and all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
-    )
+    if type(module) is not cls or is_hooked(module) or "forward" in module.__dict__:
+        return False
+    return all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
 
 
 def norm_is_plain(norm: nn.Module) -> bool:

@@ -365,6 +365,22 @@ def test_torch_compile_takes_the_whole_model(backend, training):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_layers_notice_what_changes_afterwards():
+    torch._dynamo.reset()
+    model = build(backend="triton").train()
+    compiled = torch.compile(model, backend="aot_eager")
+    x = images(model)
+    assert torch.equal(compiled(x), compiled(x))
+    model.transformer.layers[0][0].fn.dropout.p = 0.5
+    assert not torch.equal(compiled(x), compiled(x))
+    model.transformer.layers[0][0].fn.dropout.p = 0.0
+    expected = model(x)
+    model.transformer.layers[1][0].fn.attend = torch.nn.Softmax(dim=-2)
+    model.transformer.layers[1][0].fn.qkv = torch.nn.Linear(32, 32)
+    assert not torch.allclose(compiled(x), expected)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_two_runs_are_bit_identical(backend):
     model = build(backend=backend)
