@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 HEAD_WIDTHS = (16, 128)  # the narrowest and the widest head that the Triton kernels take
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What can be computed on at all; the kernels take all but float64."""
 
 
 class Choice(NamedTuple):
@@ -20,6 +25,25 @@ class Choice(NamedTuple):
 
 class BackendError(RuntimeError):
     """The backend asked for cannot run on what it was given."""
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raises TypeError if `x`, which a message calls `name`, is no dense tensor of one of `DTYPES`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
+    if x.dtype not in DTYPES or x.layout is not torch.strided:
+        what = x.dtype if x.layout is torch.strided else x.layout
+        raise TypeError(f"{name} is {what}; it must be a dense tensor of real floating point with 16, 32 or 64 bits")
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; False for one that has none, such as "meta"."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast switched off for a type of device, which need not have it."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def check_backend(backend: str) -> str:
@@ -39,9 +63,12 @@ def choose_backend(backend: str, x: Tensor, head_width: int | None = None) -> Ch
         head_width: width of an attention head, where there is one.
 
     Raises:
+        TypeError: `x` is not a tensor.
         ValueError: unknown backend.
         BackendError: "triton" where the kernels cannot run; the message names the obstacle and what is allowed.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; it must be a tensor")
     if check_backend(backend) in ("torch", "reference"):
         return Choice(backend, "asked for")
     obstacle = _triton_obstacle(x, head_width)

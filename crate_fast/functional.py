@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .backend import choose_backend
+from .backend import autocasts, check_tensor, choose_backend, without_autocast
 
 __all__ = ["ista", "ista_operator", "mssa"]
 
@@ -32,23 +32,23 @@ def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto
         (batch, tokens, heads × head width) in the dtype computed in.
 
     Raises:
-        TypeError: `w` is not real floating point.
+        TypeError: `w` is no dense tensor of real floating point, `heads` no integer, or `scale` no number.
         ValueError: `w` is not three-dimensional, its width is no multiple of `heads`, `scale` is not finite, or the backend
             is unknown.
         BackendError: backend="triton" where the kernels cannot run.
     """
-    _check_floating("w", w)
+    check_tensor("w", w)
     if w.dim() != 3:
         raise ValueError(f"w has shape {tuple(w.shape)}; it must be (batch, tokens, heads × head width)")
     _, tokens, width = w.shape
+    if not isinstance(heads, int):
+        raise TypeError(f"heads is {heads!r}; it must be an integer")
     if heads < 1 or width % heads or width == 0:
         raise ValueError(f"w has width {width}, which {heads} heads do not divide")
     dtype = operand_dtype(w)
     w = w if w.dtype == dtype else w.to(dtype)
     head_width = width // heads
-    scale = head_width**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
+    scale = head_width**-0.5 if scale is None else check_number("scale", scale)
     choice = choose_backend(backend, w, head_width)
     if choice.name == "reference" or tokens == 0:
         return reference.mssa(w, heads, scale)
@@ -119,10 +119,14 @@ def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, 
         (..., dim), with exact zeros where the step shrank an entry away.
 
     Raises:
-        TypeError: a tensor is not real floating point, or the two differ in dtype outside autocast.
-        ValueError: `weight` is not square or does not fit `h`, or the backend is unknown.
+        TypeError: a tensor is not dense and of real floating point, the two differ in dtype outside autocast, or η or λ is no
+            number.
+        ValueError: `weight` is not square or does not fit `h`, the two are on different devices, η or λ is not finite, or the
+            backend is unknown.
         BackendError: backend="triton" where the kernels cannot run.
     """
+    step_size, lambd = check_number("step_size", step_size), check_number("lambd", lambd)
+    check_tensor("h", h)
     choice = choose_backend(backend, h)
     if choice.name == "reference":
         _check_ista(h, weight)
@@ -132,7 +136,7 @@ def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, 
 
 def ista_operator(weight: Tensor, step_size: float) -> Tensor:
     """M = η(D − DᵀD), (dim, dim), in float32 or better whatever autocast says; differentiable."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device.type):
         d = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return torch.addmm(d, d.t(), d, beta=step_size, alpha=-step_size)
 
@@ -158,7 +162,7 @@ def ista_operators(weights: Sequence[Tensor], step_sizes: Sequence[float]) -> li
     """`ista_operator` of many weights, in one batched product where they are alike; differentiable once, one by one."""
     if any(w.shape != weights[0].shape or s != step_sizes[0] for w, s in zip(weights, step_sizes, strict=True)):
         return [ista_operators([w], [s])[0] for w, s in zip(weights, step_sizes, strict=True)]
-    with torch.autocast(weights[0].device.type, enabled=False):
+    with without_autocast(weights[0].device.type):
         d = torch.stack([w.detach() for w in weights])
         d = d.to(torch.promote_types(d.dtype, torch.float32))
         operators = torch.baddbmm(d, d.mT, d, beta=step_sizes[0], alpha=-step_sizes[0])
@@ -220,22 +224,30 @@ def _(gradient, result):
 
 def operand_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a matrix product takes `x`: the autocast dtype where autocast applies, else x's own."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocasts(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
+def check_number(name: str, value: float) -> float:
+    """`value` as a float; raises TypeError if it is no number, ValueError if it is not finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; it must be a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}; it must be finite")
+    return number
+
+
 def _check_ista(h: Tensor, weight: Tensor) -> None:
-    _check_floating("h", h)
-    _check_floating("weight", weight)
+    check_tensor("h", h)
+    check_tensor("weight", weight)
     if weight.dim() != 2 or weight.shape[0] != weight.shape[1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be square, (dim, dim)")
     if h.dim() == 0 or h.shape[-1] != weight.shape[0]:
         raise ValueError(f"h has shape {tuple(h.shape)}; its last axis must be {weight.shape[0]}, the size of weight")
+    if h.device != weight.device:
+        raise ValueError(f"h is on {h.device} and weight on {weight.device}; they must be on the same device")
     if h.dtype != weight.dtype and operand_dtype(h) == h.dtype:
         raise TypeError(f"h is {h.dtype} and weight {weight.dtype}; outside autocast they must be the same")
-
-
-def _check_floating(name: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{name} is {x.dtype}; it must be real floating point")

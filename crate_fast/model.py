@@ -6,8 +6,9 @@ import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from .backend import check_backend
+from .backend import autocasts, check_backend, check_tensor
 from .evaluated import evaluated_embedding
+from .functional import check_number
 from .modules import STREAMS, Transformer, pool_tokens
 from .plainness import drops_nothing, has_global_hooks, is_plain, norm_is_plain, same_place
 
@@ -47,7 +48,8 @@ class CRATE(nn.Module):
             autocast and float32 under float16, each at least as precise as the published code under the same.
 
     Raises:
-        ValueError: a size that does not divide, an unknown pool, backend or stream.
+        TypeError: a size that is no integer, a step size or threshold that is no number.
+        ValueError: a size that does not divide or is too small, an unknown pool, backend or stream.
     """
 
     def __init__(
@@ -75,9 +77,14 @@ class CRATE(nn.Module):
         if stream not in STREAMS:
             raise ValueError(f"stream is {stream!r}; allowed are {', '.join(map(repr, STREAMS))}")
         check_backend(backend)
-        for name, value in {"dim": dim, "heads": heads, "dim_head": dim_head, "channels": channels}.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        sizes = {"dim": dim, "heads": heads, "dim_head": dim_head, "channels": channels}
+        for name, value in (sizes | {"depth": depth, "num_classes": num_classes}).items():
+            if not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}; it must be an integer")
+            if value < (name in sizes):
+                raise ValueError(f"{name} is {value}; it must be at least {int(name in sizes)}")
+        check_number("ista", ista)
+        check_number("lambd", lambd)
         self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
         rows, columns = (_divide(i, p) for i, p in zip(self.image_size, self.patch_size, strict=True))
         patch_height, patch_width = self.patch_size
@@ -104,8 +111,8 @@ class CRATE(nn.Module):
         Images smaller than `image_size` work where patches divide them; they use the first position embeddings.
 
         Raises:
-            TypeError: the image is not real floating point.
-            ValueError: its shape does not fit.
+            TypeError: the image is no dense tensor of real floating point, or, outside autocast, not of the model's dtype.
+            ValueError: its shape or device does not fit.
         """
         self._check_image(image)
         x = self._embed(image)
@@ -128,7 +135,7 @@ class CRATE(nn.Module):
 
     def _embeds_at_once(self, image: Tensor) -> bool:
         """Whether `evaluated_embedding` may stand for the modules, on a CPU: GPUs gain nothing from it."""
-        if image.device.type != "cpu" or image.numel() == 0 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if image.device.type != "cpu" or image.numel() == 0 or torch.is_grad_enabled() or autocasts("cpu"):
             return False
         if has_global_hooks() or torch.compiler.is_exporting() or self.transformer.backend == "reference":
             return False
@@ -143,8 +150,12 @@ class CRATE(nn.Module):
         return plain and norm_is_plain(modules[1]) and norm_is_plain(modules[3])
 
     def _check_image(self, image: Tensor) -> None:
-        if not image.is_floating_point():
-            raise TypeError(f"the image is {image.dtype}; it must be real floating point")
+        check_tensor("the image", image)
+        model = self.cls_token
+        if image.device != model.device:
+            raise ValueError(f"the image is on {image.device} and the model on {model.device}; they must be on the same device")
+        if image.dtype != model.dtype and not autocasts(image.device.type):
+            raise TypeError(f"the image is {image.dtype} and the model {model.dtype}; outside autocast they must be the same")
         if image.dim() != 4 or image.shape[1] != self.channels:
             raise ValueError(f"the image has shape {tuple(image.shape)}; it must be (batch, {self.channels}, height, width)")
         size = tuple(image.shape[2:])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference
-from .backend import choose_backend
+from .backend import autocasts, choose_backend
 from .evaluated import evaluated_layer, forget_operator, kept_operator
 from .plainness import WeightCache, has_global_hooks, is_plain, norm_is_plain, same_place
 
@@ -138,7 +138,7 @@ class Layer(nn.ModuleList):
 
     def _is_evaluated(self, x: Tensor) -> bool:
         """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
-        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if self.training or torch.is_grad_enabled() or autocasts(x.device.type):
             return False
         return self.runs_unwatched(x) and not torch.compiler.is_exporting()
 
@@ -323,7 +323,7 @@ class Transformer(nn.Module):
         inner_dim, dim = weights[2].shape
         if dim != x.shape[-1] or not same_place(weights) or weights[0].device != x.device:
             return False  # the composed path says what is wrong
-        if not torch.is_autocast_enabled(x.device.type) and weights[0].dtype != x.dtype:
+        if not autocasts(x.device.type) and weights[0].dtype != x.dtype:
             return False
         return choose_backend(self.backend, x, inner_dim // layer[0].fn.heads).name == "triton"
 
@@ -331,7 +331,7 @@ class Transformer(nn.Module):
         from .kernels import enter_stack, fused_layer, leave_stack
 
         device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = autocasts(device)
         stream, operand = stream_dtypes(self.stream, torch.get_autocast_dtype(device)) if autocast else (x.dtype, x.dtype)
         result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
         with torch.autocast(device, enabled=False):

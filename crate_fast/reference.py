@@ -35,7 +35,8 @@ def attention_probabilities(w: Tensor, scale: float | None = None) -> Tensor:
     Under autocast on a GPU PyTorch takes the softmax in float32; asked for by name, the CPU does the same.
     """
     scores = torch.matmul(w, w.transpose(-1, -2)) * (w.shape[-1] ** -0.5 if scale is None else scale)
-    autocast = torch.is_autocast_enabled(w.device.type) and scores.dtype != torch.float64
+    device = w.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and scores.dtype != torch.float64
     return torch.softmax(scores, dim=-1, dtype=torch.float32 if autocast else None)
 
 

@@ -51,6 +51,21 @@ REFUSED = {
         BackendError,
         "float64",
     ),
+    "half image in a float model": (lambda: CRATE(**SMALL)(image(1, 3, 8, 8).half()), TypeError, "float16.*float32.*autocast"),
+    "image elsewhere": (lambda: CRATE(**SMALL).to("meta")(image(1, 3, 8, 8)), ValueError, "on cpu.*on meta"),
+    "no image but a list": (lambda: CRATE(**SMALL)([1.0]), TypeError, "a list.*a tensor"),
+    "depth of a fraction": (lambda: CRATE(**SMALL | {"depth": 1.5}), TypeError, "depth is 1.5"),
+    "depth below zero": (lambda: CRATE(**SMALL | {"depth": -1}), ValueError, "depth is -1.*at least 0"),
+    "step size of a word": (lambda: CRATE(**SMALL, ista="big"), TypeError, "ista is 'big'"),
+    "threshold without end": (lambda: CRATE(**SMALL, lambd=float("inf")), ValueError, "lambd is inf"),
+    "no tokens but a list": (lambda: functional.mssa([1.0], 2), TypeError, "w is a list"),
+    "heads of a fraction": (lambda: functional.mssa(W, 2.0), TypeError, "heads is 2.0"),
+    "scale of a word": (lambda: functional.mssa(W, 2, "small"), TypeError, "scale is 'small'"),
+    "float8 tokens": (lambda: functional.mssa(W.to(torch.float8_e4m3fn), 2), TypeError, "float8_e4m3fn.*16, 32 or 64 bits"),
+    "sparse tokens": (lambda: functional.ista(H.to_sparse(), D), TypeError, "sparse"),
+    "step size of NaN": (lambda: functional.ista(H, D, float("nan")), ValueError, "step_size is nan"),
+    "weight elsewhere": (lambda: functional.ista(H, D.to("meta")), ValueError, "on cpu.*on meta"),
+    "backend of a list": (lambda: choose_backend("auto", [1.0]), TypeError, "x is a list"),
     "head too narrow": (lambda: functional.mssa(W, 4, backend="triton"), BackendError, "width is 8.*16 to 128"),
     "head too wide": (lambda: functional.mssa(torch.randn(1, 2, 129), 1, backend="triton"), BackendError, "129.*16 to 128"),
 }
@@ -62,6 +77,18 @@ def test_what_cannot_work_is_refused_by_name(call, error, message):
         call()
     assert re.search(message, str(raised.value))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_meta_tensors_give_shapes(backend, training):
+    model = CRATE(**SMALL, backend=backend).to("meta").train(training)
+    logits = model(torch.empty(3, 3, 8, 8, device="meta"))
+    assert logits.shape == (3, 5) and logits.is_meta
+    logits.sum().backward()
+    assert all(p.grad.is_meta for p in model.parameters())
+    with torch.no_grad():
+        assert model(torch.empty(3, 3, 8, 8, device="meta")).shape == (3, 5)
 
 
 def test_without_a_gpu_triton_is_refused_and_auto_says_why():
