@@ -12,6 +12,10 @@ seeds.
 model a gradient's error turns on the few entries that lie at the threshold, and on few images one such entry more or less is
 a factor of ten.
 
+Two computations that are equally exact do not give 1: which entries turn at the relu's threshold is chance, and a gradient's
+error follows it. The rows "published again" say what chance does: the published code against itself with the basis of every
+head rotated, which is the same function with the same number of roundings of other values.
+
 On a GPU the kernels themselves run. Without one, their launchers are replaced by PyTorch that rounds where they round
 (`EMULATED`): Triton's interpreter cannot multiply bfloat16 and takes minutes for one step of this model.
 """
@@ -47,6 +51,7 @@ OURS = {
     "fp16": (torch.float16, "auto"),
     "fp16, float16 stream": (torch.float16, "float16"),
 }
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def _fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> list[Folded]:
@@ -149,6 +154,21 @@ def perturbed(model: torch.nn.Module, amount: float = 0.2) -> torch.nn.Module:
     return model
 
 
+def rotated(model: reference.CRATE) -> reference.CRATE:
+    """The same function in other numbers: a random rotation of every head's basis, in the projection and the one back."""
+    model = copy.deepcopy(model)
+    for attention, _ in model.transformer.layers:
+        module = attention.fn
+        project, back = module.qkv.weight.data, module.to_out[0].weight.data
+        width = project.shape[0] // module.heads
+        for head in range(module.heads):
+            rows = slice(head * width, (head + 1) * width)
+            rotation = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q.to(project)
+            project[rows] = rotation.mT @ project[rows]
+            back[:, rows] = back[:, rows] @ rotation
+    return model
+
+
 def run(model, images: Tensor, cotangent: Tensor, autocast: torch.dtype | None) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and every parameter's gradient of ⟨cotangent, logits⟩."""
     model.zero_grad()
@@ -165,7 +185,8 @@ def errors(result: tuple[Tensor, dict], exact: tuple[Tensor, dict]) -> list[floa
 
 
 def compare(published: reference.CRATE, ours: CRATE, images: Tensor, cotangent: Tensor) -> dict[str, list[float]]:
-    """For each row of `OURS`, the ratio of errors (logits, then each gradient) to the published code's own autocast."""
+    """For each row of `OURS`, and for the published code rotated, the ratio of errors (logits, then gradients) to the published
+    code's own autocast."""
     exact = run(copy.deepcopy(published).double(), images.double(), cotangent.double(), None)
     theirs, ratios = {}, {}
     for row, (autocast, stream) in OURS.items():
@@ -174,6 +195,11 @@ def compare(published: reference.CRATE, ours: CRATE, images: Tensor, cotangent: 
         ours.transformer.stream = stream
         mine = errors(run(ours, images, cotangent, autocast), exact)
         ratios[row] = [a / b for a, b in zip(mine, theirs[autocast], strict=True)]
+    again = rotated(published)
+    exact = run(copy.deepcopy(again).double(), images.double(), cotangent.double(), None)
+    for autocast, errors_published in theirs.items():
+        mine = errors(run(again, images, cotangent, autocast), exact)
+        ratios[f"{_SHORT[autocast]}, published again"] = [a / b for a, b in zip(mine, errors_published, strict=True)]
     return ratios
 
 
@@ -196,7 +222,7 @@ def summarise(seeds: list[list[float]]) -> dict[str, float]:
 
 def measure(options: argparse.Namespace, device: str) -> dict[str, dict[str, float]]:
     """The summary of every row over the seeds."""
-    ratios: dict[str, list[list[float]]] = {row: [] for row in OURS}
+    ratios: dict[str, list[list[float]]] = {}
     emulation = mock.patch.multiple(layer, **EMULATED) if device == "cpu" else mock.patch.multiple(layer)
     with emulation:
         for seed in tqdm(range(options.seeds), desc="seeds", disable=None):
@@ -208,7 +234,7 @@ def measure(options: argparse.Namespace, device: str) -> dict[str, dict[str, flo
             cotangent = torch.randn(len(images), ours.mlp_head[1].out_features)
             inputs = (x.to(device) for x in (published, ours, images, cotangent))
             for row, values in compare(*inputs).items():
-                ratios[row].append(values)
+                ratios.setdefault(row, []).append(values)
     return {row: summarise(values) for row, values in ratios.items()}
 
 
