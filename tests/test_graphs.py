@@ -48,6 +48,7 @@ def emulated(module: nn.Module, sample: tuple, num_warmup_iters: int) -> nn.Modu
 @pytest.fixture(autouse=True)
 def without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", emulated)
+    torch.set_num_threads(1)  # so small are the tensors
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
