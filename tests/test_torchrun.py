@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folder):
     """The published command line of main.py on two processes: its run, and what it printed."""
-    line = "--arch CRATE_tiny --batch-size 32 --epochs 1 --optimizer Lion --lr 0.0002 --weight-decay 0.05 --print-freq 25"
+    line = PUBLISHED_TRAINING.replace("512", "32")
     run = folder.parent / "run"
     return run, output(launch(2, "train", *line.split(), "--data", folder, "-j", 2, "--out", run, *TINY))
 
@@ -89,7 +89,7 @@ def test_evaluation_counts_each_image_once_on_any_number_of_processes(trained, c
 
 def test_two_processes_train_as_one_does(trained, folder, tmp_path):
     """As long as nothing is drawn by rank: weights of two steps, up to the order of sums."""
-    line = "--arch CRATE_tiny --batch-size 32 --epochs 1 --optimizer Lion --lr 0.0002 --weight-decay 0.05 --print-freq 25"
+    line = PUBLISHED_TRAINING.replace("512", "32")
     assert main(["train", *line.split(), "--data", str(folder), "-j", "0", "--out", str(tmp_path / "one"), *TINY]) == 0
     one, two = (load_model(path / "model.safetensors").state_dict() for path in (tmp_path / "one", trained[0]))
     for name, value in one.items():
@@ -112,18 +112,21 @@ def test_a_run_goes_on_with_another_number_of_processes(trained, folder, tmp_pat
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
 
 
+def save_as_published(model: torch.nn.Module, path: Path) -> Path:
+    """Writes a checkpoint as main.py does."""
+    weights = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "arch": "CRATE_tiny", "state_dict": weights, "best_acc1": torch.tensor(1.0)}, path)
+    return path
+
+
 def test_the_published_finetuning_line(tmp_path, capsys):
     make_cifar10(tmp_path / "cifar", train=50, test=20)
     torch.manual_seed(3)
     published = CRATE_tiny(image_size=64, patch_size=16)  # another image size: position embeddings are resampled
-    weights = {f"module.{name}": value for name, value in published.state_dict().items()}
-    content = {"epoch": 3, "arch": "CRATE_tiny", "state_dict": weights, "best_acc1": torch.tensor(1.0)}
-    torch.save(content, tmp_path / "main.pth")
-    line = "--bs 16 --net CRATE_tiny --opt adamW --lr 5e-5 --n_epochs 1 --randomaug 1 --data cifar10"
-    run = tmp_path / "run"
-    paths = ["--ckpt_dir", str(tmp_path / "main.pth"), "--data_dir", str(tmp_path / "cifar")]
-    words = [*line.split(), *paths, "--out", str(run), "--workers", "0", *TINY]
-    assert main(["finetune", *words]) == 0
+    file, run = save_as_published(published, tmp_path / "main.pth"), tmp_path / "run"
+    paths = ["--ckpt_dir", file, "--data_dir", tmp_path / "cifar", "--out", run, "--workers", 0]
+    words = [*PUBLISHED_FINETUNING.replace("256", "16").split(), *paths, *TINY]
+    assert main(["finetune", *map(str, words)]) == 0
     out = capsys.readouterr().out
     assert "main.pth: 104 weights loaded, position embeddings resampled; new: the head (4)" in out
     row = last_test(run)
@@ -134,25 +137,15 @@ def test_the_published_finetuning_line(tmp_path, capsys):
     assert 0 < moved < 1e-3  # a few steps of 5e-5 from where it started
 
 
-def published_checkpoint(path: Path, **options) -> Path:
-    """A checkpoint as main.py writes it."""
-    weights = {f"module.{name}": value for name, value in CRATE_tiny(**options).state_dict().items()}
-    torch.save({"epoch": 3, "arch": "CRATE_tiny", "state_dict": weights, "best_acc1": torch.tensor(1.0)}, path)
-    return path
-
-
 def test_finetuning_on_two_processes(tmp_path, capsys):
     make_cifar10(tmp_path / "cifar", train=50, test=21)
-    file, run = published_checkpoint(tmp_path / "main.pth", image_size=32, patch_size=16), tmp_path / "run"
-    line = PUBLISHED_FINETUNING.replace("256", "16").replace("n_epochs 1", "n_epochs 2")
+    file, run = save_as_published(CRATE_tiny(image_size=32, patch_size=16), tmp_path / "main.pth"), tmp_path / "run"
+    line = PUBLISHED_FINETUNING.replace("256", "16")
     paths = ["--ckpt_dir", file, "--data_dir", tmp_path / "cifar", "--out", run, "--workers", 2]
     printed = output(launch(2, "finetune", *line.split(), *paths, *TINY))
     assert printed.count("main.pth: 104 weights loaded; new: the head (4)") == 1
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["split"], row["step"], row["count"]) for row in rows] == [
-        *(("train", 4, 50), ("test", 4, 21)),
-        *(("train", 8, 50), ("test", 8, 21)),
-    ]
+    assert [(row["split"], row["step"], row["count"]) for row in rows] == [("train", 4, 50), ("test", 4, 21)]
     assert main(["evaluate", str(run), "--workers", "0"]) == 0
     assert f"({rows[-1]['correct']} of 21)" in capsys.readouterr().out
 
@@ -163,9 +156,8 @@ def test_the_published_lines_with_nothing_changed_but_epochs_paths_and_workers(t
     main_run, finetune_run = tmp_path / "main", tmp_path / "finetune"
     paths = ["--data", folder, "-j", 0, "--out", main_run]
     assert main(["train", *PUBLISHED_TRAINING.split(), *map(str, paths)]) == 0
-    weights = load_checkpoint(main_run / "checkpoints" / "last.pt")["model"]
-    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "main.pth")
-    paths = ["--ckpt_dir", tmp_path / "main.pth", "--data_dir", cifar, "--workers", 0, "--out", finetune_run]
+    file = save_as_published(load_model(main_run / "checkpoints" / "last.pt"), tmp_path / "main.pth")
+    paths = ["--ckpt_dir", file, "--data_dir", cifar, "--workers", 0, "--out", finetune_run]
     assert main(["finetune", *PUBLISHED_FINETUNING.split(), *map(str, paths)]) == 0
     assert "main.pth: 104 weights loaded; new: the head (4)" in capsys.readouterr().out
     recipes = {main_run: "imagenet-readme", finetune_run: "cifar10-finetune"}
@@ -248,8 +240,8 @@ def test_a_signal_under_torchrun_saves_and_any_number_of_processes_goes_on(tmp_p
     """As many go on to the same bits. Another number goes on with the same images in the same order: as long as nothing is
     drawn by process (mixing, dropout), to the same weights and losses but for the order of sums.
     """
-    data, run, straight = make_folder(tmp_path / "data", train=90, val=90), tmp_path / "run", tmp_path / "straight"
-    alike = ["--epochs", "3", "--mixup", "0", "--cutmix", "0", "--dropout", "0", "--workers", "0"]
+    data, run, straight = make_folder(tmp_path / "data", train=90, val=30), tmp_path / "run", tmp_path / "straight"
+    alike = ["--epochs", "2", "--mixup", "0", "--cutmix", "0", "--dropout", "0", "--workers", "0"]
     words = ["train", "--data", data, *kill.SETTINGS, *alike]
     signals = ("--standalone", "--signals-to-handle=SIGUSR1,SIGTERM")
     through = launch(2, *words, "--out", straight)
@@ -265,22 +257,22 @@ def test_a_signal_under_torchrun_saves_and_any_number_of_processes_goes_on(tmp_p
     assert time.monotonic() - start < 40
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     step = int(re.search(r"crate-fast: stopped by signal 10 after step (\d+), saved as \S+\.pt\n", errors)[1])
-    assert 3 <= step < 24
+    assert 3 <= step < 16
     assert load_checkpoint(run / "checkpoints" / "last.pt")["step"] == step
 
     output(through)
     other = shutil.copytree(run, tmp_path / "other")
-    assert f"going on after step {step} of 24" in output(launch(2, "train", "--resume", run))
+    assert f"going on after step {step} of 16" in output(launch(2, "train", "--resume", run))
     assert kill.outcome(run) == kill.outcome(straight)
 
     assert main(["train", "--resume", str(other)]) == 0
     printed = capsys.readouterr()
-    assert f"going on after step {step} of 24" in printed.out
+    assert f"going on after step {step} of 16" in printed.out
     assert "ranks was 2 and is 1: the run goes on with the same images in the same order, but not to the same" in printed.err
     (_, rows), (_, expected) = kill.outcome(other), kill.outcome(straight)
     places = [[(row["split"], row["step"], row["count"], row.get("lr")) for row in some] for some in (rows, expected)]
     assert places[0] == places[1]
-    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
 
 
 def test_a_killed_worker_restarts_the_run(tmp_path):
