@@ -4,6 +4,8 @@
 they were at the recording, and weights must still be where they were.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,6 +50,7 @@ def emulated(module: nn.Module, sample: tuple, num_warmup_iters: int) -> nn.Modu
 @pytest.fixture(autouse=True)
 def without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", emulated)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     torch.set_num_threads(1)  # so small are the tensors
 
 

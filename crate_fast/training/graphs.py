@@ -52,7 +52,8 @@ def record(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> nn
     Dropout draws anew at every replay, from the seed that is set before it.
     """
     images = torch.zeros(shape, device=device)
-    return torch.cuda.make_graphed_callables(model.train(), (images,), num_warmup_iters=WARMUP)
+    with torch.cuda.device(device):  # whose streams are recorded from
+        return torch.cuda.make_graphed_callables(model.train(), (images,), num_warmup_iters=WARMUP)
 
 
 def check_graphs(config: TrainConfig, compute: Compute) -> None:
