@@ -4,10 +4,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import kill
@@ -24,6 +26,12 @@ from crate_fast.training.plan import make_plan
 from crate_fast.training.ranks import Ranks, meet
 
 TINY = ["--image-size", "32", "--patch-size", "16", "--num-threads", "1", "--device", "cpu"]
+
+
+PUBLISHED_TRAINING = (
+    "--arch CRATE_tiny --batch-size 512 --epochs 1 --optimizer Lion --lr 0.0002 --weight-decay 0.05 --print-freq 25"
+)
+PUBLISHED_FINETUNING = "--bs 256 --net CRATE_tiny --opt adamW --lr 5e-5 --n_epochs 1 --randomaug 1 --data cifar10"
 
 
 def launch(ranks: int, *words, standalone=("--standalone",)) -> subprocess.Popen:
@@ -54,7 +62,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folder):
     """The published command line of main.py on two processes: its run, and what it printed."""
-    line = "--arch CRATE_tiny --batch-size 32 --epochs 1 --optimizer Lion --lr 0.0002 --weight-decay 0.05 --print-freq 25"
+    line = PUBLISHED_TRAINING.replace("512", "32")
     run = folder.parent / "run"
     return run, output(launch(2, "train", *line.split(), "--data", folder, "-j", 2, "--out", run, *TINY))
 
@@ -81,7 +89,7 @@ def test_evaluation_counts_each_image_once_on_any_number_of_processes(trained, c
 
 def test_two_processes_train_as_one_does(trained, folder, tmp_path):
     """As long as nothing is drawn by rank: weights of two steps, up to the order of sums."""
-    line = "--arch CRATE_tiny --batch-size 32 --epochs 1 --optimizer Lion --lr 0.0002 --weight-decay 0.05 --print-freq 25"
+    line = PUBLISHED_TRAINING.replace("512", "32")
     assert main(["train", *line.split(), "--data", str(folder), "-j", "0", "--out", str(tmp_path / "one"), *TINY]) == 0
     one, two = (load_model(path / "model.safetensors").state_dict() for path in (tmp_path / "one", trained[0]))
     for name, value in one.items():
@@ -104,18 +112,21 @@ def test_a_run_goes_on_with_another_number_of_processes(trained, folder, tmp_pat
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
 
 
+def save_as_published(model: torch.nn.Module, path: Path) -> Path:
+    """Writes a checkpoint as main.py does."""
+    weights = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "arch": "CRATE_tiny", "state_dict": weights, "best_acc1": torch.tensor(1.0)}, path)
+    return path
+
+
 def test_the_published_finetuning_line(tmp_path, capsys):
     make_cifar10(tmp_path / "cifar", train=50, test=20)
     torch.manual_seed(3)
     published = CRATE_tiny(image_size=64, patch_size=16)  # another image size: position embeddings are resampled
-    weights = {f"module.{name}": value for name, value in published.state_dict().items()}
-    content = {"epoch": 3, "arch": "CRATE_tiny", "state_dict": weights, "best_acc1": torch.tensor(1.0)}
-    torch.save(content, tmp_path / "main.pth")
-    line = "--bs 16 --net CRATE_tiny --opt adamW --lr 5e-5 --n_epochs 1 --randomaug 1 --data cifar10"
-    run = tmp_path / "run"
-    paths = ["--ckpt_dir", str(tmp_path / "main.pth"), "--data_dir", str(tmp_path / "cifar")]
-    words = [*line.split(), *paths, "--out", str(run), "--workers", "0", *TINY]
-    assert main(["finetune", *words]) == 0
+    file, run = save_as_published(published, tmp_path / "main.pth"), tmp_path / "run"
+    paths = ["--ckpt_dir", file, "--data_dir", tmp_path / "cifar", "--out", run, "--workers", 0]
+    words = [*PUBLISHED_FINETUNING.replace("256", "16").split(), *paths, *TINY]
+    assert main(["finetune", *map(str, words)]) == 0
     out = capsys.readouterr().out
     assert "main.pth: 104 weights loaded, position embeddings resampled; new: the head (4)" in out
     row = last_test(run)
@@ -124,6 +135,40 @@ def test_the_published_finetuning_line(tmp_path, capsys):
     model = load_model(run / "model.safetensors")
     moved = (model.state_dict()["cls_token"] - published.cls_token).abs().max().item()
     assert 0 < moved < 1e-3  # a few steps of 5e-5 from where it started
+
+
+def test_finetuning_on_two_processes(tmp_path, capsys):
+    make_cifar10(tmp_path / "cifar", train=50, test=21)
+    file, run = save_as_published(CRATE_tiny(image_size=32, patch_size=16), tmp_path / "main.pth"), tmp_path / "run"
+    line = PUBLISHED_FINETUNING.replace("256", "16")
+    paths = ["--ckpt_dir", file, "--data_dir", tmp_path / "cifar", "--out", run, "--workers", 2]
+    printed = output(launch(2, "finetune", *line.split(), *paths, *TINY))
+    assert printed.count("main.pth: 104 weights loaded; new: the head (4)") == 1
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["split"], row["step"], row["count"]) for row in rows] == [("train", 4, 50), ("test", 4, 21)]
+    assert main(["evaluate", str(run), "--workers", "0"]) == 0
+    assert f"({rows[-1]['correct']} of 21)" in capsys.readouterr().out
+
+
+def test_the_published_lines_with_nothing_changed_but_epochs_paths_and_workers(tmp_path, capsys):
+    """At 224 pixels, on few images: a step of each, incomplete as it is, and the score of each read back."""
+    folder, cifar = make_folder(tmp_path / "folder", train=6, val=3), make_cifar10(tmp_path / "cifar", train=5, test=4)
+    main_run, finetune_run = tmp_path / "main", tmp_path / "finetune"
+    paths = ["--data", folder, "-j", 0, "--out", main_run]
+    assert main(["train", *PUBLISHED_TRAINING.split(), *map(str, paths)]) == 0
+    file = save_as_published(load_model(main_run / "checkpoints" / "last.pt"), tmp_path / "main.pth")
+    paths = ["--ckpt_dir", file, "--data_dir", cifar, "--workers", 0, "--out", finetune_run]
+    assert main(["finetune", *PUBLISHED_FINETUNING.split(), *map(str, paths)]) == 0
+    assert "main.pth: 104 weights loaded; new: the head (4)" in capsys.readouterr().out
+    recipes = {main_run: "imagenet-readme", finetune_run: "cifar10-finetune"}
+    changed = {"epochs", "data", "data_dir", "init", "out", "workers"}
+    for run, count in ((main_run, 3), (finetune_run, 4)):
+        row, config = last_test(run), json.loads((run / "config.json").read_text())["config"]
+        assert (row["step"], row["count"]) == (1, count)
+        plain = asdict(resolve({"data": config["data"]}, recipes[run]))
+        assert {name for name, value in config.items() if value != plain[name]} <= changed
+        assert main(["evaluate", str(run)]) == 0
+        assert f"({row['correct']} of {count}), top-5 {row['top5']:.2%}, loss {row['loss']:.4f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -189,6 +234,45 @@ def test_processes_meet_whatever_was_there_before():
     assert len(set(names)) == 2
     with pytest.raises(RuntimeError, match="3 processes did not meet"):
         meet(store, Ranks(1, 3), 0.2)
+
+
+def test_a_signal_under_torchrun_saves_and_any_number_of_processes_goes_on(tmp_path, capsys):
+    """As many go on to the same bits. Another number goes on with the same images in the same order: as long as nothing is
+    drawn by process (mixing, dropout), to the same weights and losses but for the order of sums.
+    """
+    data, run, straight = make_folder(tmp_path / "data", train=90, val=30), tmp_path / "run", tmp_path / "straight"
+    alike = ["--epochs", "2", "--mixup", "0", "--cutmix", "0", "--dropout", "0", "--workers", "0"]
+    words = ["train", "--data", data, *kill.SETTINGS, *alike]
+    signals = ("--standalone", "--signals-to-handle=SIGUSR1,SIGTERM")
+    through = launch(2, *words, "--out", straight)
+    stopped = launch(2, *words, "--out", run, standalone=signals)
+    while not (run / "checkpoints" / "step-00000003.pt").exists():
+        assert stopped.poll() is None, stopped.communicate()[1]
+        time.sleep(0.01)
+    workers = kill._descendants(stopped.pid)
+    start = time.monotonic()
+    stopped.send_signal(signal.SIGUSR1)
+    errors = stopped.communicate(timeout=60)[1]
+    assert stopped.returncode != 0
+    assert time.monotonic() - start < 40
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    step = int(re.search(r"crate-fast: stopped by signal 10 after step (\d+), saved as \S+\.pt\n", errors)[1])
+    assert 3 <= step < 16
+    assert load_checkpoint(run / "checkpoints" / "last.pt")["step"] == step
+
+    output(through)
+    other = shutil.copytree(run, tmp_path / "other")
+    assert f"going on after step {step} of 16" in output(launch(2, "train", "--resume", run))
+    assert kill.outcome(run) == kill.outcome(straight)
+
+    assert main(["train", "--resume", str(other)]) == 0
+    printed = capsys.readouterr()
+    assert f"going on after step {step} of 16" in printed.out
+    assert "ranks was 2 and is 1: the run goes on with the same images in the same order, but not to the same" in printed.err
+    (_, rows), (_, expected) = kill.outcome(other), kill.outcome(straight)
+    places = [[(row["split"], row["step"], row["count"], row.get("lr")) for row in some] for some in (rows, expected)]
+    assert places[0] == places[1]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
 
 
 def test_a_killed_worker_restarts_the_run(tmp_path):

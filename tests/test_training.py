@@ -229,6 +229,17 @@ def test_training_learns(tmp_path):
     assert score.top1 > 0.85
 
 
+def test_a_compiled_model_trains_as_one_that_is_not(tmp_path):
+    settings = MINIATURE | {"epochs": 1, "batch_size": 360, "log_every": 1}
+    rows = []
+    for compiled in ("no", "yes"):
+        run, _ = train(TrainConfig(out=str(tmp_path / compiled), compile=compiled, **settings))
+        rows.append(run.read_metrics())
+    losses = [[row["loss"] for row in some] for some in rows]
+    assert len(losses[0]) == 4  # three steps, and the test
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_diverging_run_says_where(tmp_path):
     with pytest.raises(TrainingError, match=r"not finite at step \d of 10 \(epoch [12], learning rate.*checkpoint is none"):
         train(TrainConfig(out=str(tmp_path), lr=1000.0, weight_decay=1000.0, warmup=0.0, **MINIATURE))
