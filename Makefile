@@ -12,7 +12,7 @@ train: $(VENV)/installed-train
 	$(BIN)/crate-fast train $(ARGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(ARGS)
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 TRAIN = ["lion-pytorch", "matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "tqdm"]
-TEST = ["hypothesis", "ninja", "pytest", "pytest-benchmark", "ruff"]
+TEST = ["hypothesis", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"]
 
 setup(
     name="crate-fast",
