@@ -98,20 +98,6 @@ def test_two_processes_train_as_one_does(trained, folder, tmp_path):
         assert (value - two[name]).abs().mean() < 2e-6, name
 
 
-def test_a_run_goes_on_with_another_number_of_processes(trained, folder, tmp_path):
-    shutil.copytree(trained[0], tmp_path / "run")
-    (tmp_path / "run" / "model.safetensors").unlink()
-    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    again = [sys.executable, "-m", "crate_fast", "train", "--resume", str(tmp_path / "run"), "--workers", "0"]
-    done = subprocess.run(again, capture_output=True, text=True, timeout=500, check=True)
-    assert checkpoint["circumstances"]["ranks"] == 2
-    assert "warning: ranks was 2 and is 1: the run goes on with the same images in the same order" in done.stderr
-    assert "going on after step 2 of 2" in done.stdout
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
-
-
 def save_as_published(model: torch.nn.Module, path: Path) -> Path:
     """Writes a checkpoint as main.py does."""
     weights = {f"module.{name}": value for name, value in model.state_dict().items()}
@@ -241,7 +227,7 @@ def test_a_signal_under_torchrun_saves_and_any_number_of_processes_goes_on(tmp_p
     drawn by process (mixing, dropout), to the same weights and losses but for the order of sums.
     """
     data, run, straight = make_folder(tmp_path / "data", train=90, val=30), tmp_path / "run", tmp_path / "straight"
-    alike = ["--epochs", "2", "--mixup", "0", "--cutmix", "0", "--dropout", "0", "--workers", "0"]
+    alike = ["--epochs", "4", "--mixup", "0", "--cutmix", "0", "--dropout", "0", "--workers", "0"]
     words = ["train", "--data", data, *kill.SETTINGS, *alike]
     signals = ("--standalone", "--signals-to-handle=SIGUSR1,SIGTERM")
     through = launch(2, *words, "--out", straight)
@@ -257,17 +243,17 @@ def test_a_signal_under_torchrun_saves_and_any_number_of_processes_goes_on(tmp_p
     assert time.monotonic() - start < 40
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     step = int(re.search(r"crate-fast: stopped by signal 10 after step (\d+), saved as \S+\.pt\n", errors)[1])
-    assert 3 <= step < 16
+    assert 3 <= step < 32
     assert load_checkpoint(run / "checkpoints" / "last.pt")["step"] == step
 
     output(through)
     other = shutil.copytree(run, tmp_path / "other")
-    assert f"going on after step {step} of 16" in output(launch(2, "train", "--resume", run))
+    assert f"going on after step {step} of 32" in output(launch(2, "train", "--resume", run))
     assert kill.outcome(run) == kill.outcome(straight)
 
     assert main(["train", "--resume", str(other)]) == 0
     printed = capsys.readouterr()
-    assert f"going on after step {step} of 16" in printed.out
+    assert f"going on after step {step} of 32" in printed.out
     assert "ranks was 2 and is 1: the run goes on with the same images in the same order, but not to the same" in printed.err
     (_, rows), (_, expected) = kill.outcome(other), kill.outcome(straight)
     places = [[(row["split"], row["step"], row["count"], row.get("lr")) for row in some] for some in (rows, expected)]
@@ -279,7 +265,7 @@ def test_a_killed_worker_restarts_the_run(tmp_path):
     """Two agents that meet over c10d on loopback; one of the two workers is killed, and the run ends as if it were not."""
     data = make_folder(tmp_path / "data", train=90, val=90)
     words = ["train", "--data", data, *kill.SETTINGS, "--epochs", "2", "--workers", "0"]
-    assert output(launch(2, *words, "--out", tmp_path / "straight"))
+    straight = launch(2, *words, "--out", tmp_path / "straight")
     rendezvous = ["--nnodes=2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-id={tmp_path.name}"]
     rendezvous += [f"--rdzv-endpoint=127.0.0.1:{29500 + os.getpid() % 1000}", "--monitor-interval=0.2"]
     agents = [launch(1, *words, "--out", tmp_path / "killed", standalone=rendezvous) for _ in range(2)]
@@ -291,5 +277,6 @@ def test_a_killed_worker_restarts_the_run(tmp_path):
     os.kill(kill._descendants(agents[0].pid)[-1], 9)
     printed = [output(agent) for agent in agents]
     assert any("going on after step" in text for text in printed)
+    assert output(straight)
     assert kill.outcome(tmp_path / "straight") == kill.outcome(tmp_path / "killed")
     shutil.rmtree(tmp_path / "data")
