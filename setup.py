@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["crate_fast", "crate_fast.kernels", "crate_fast.training"],
+    packages=["crate_fast", "crate_fast.inspection", "crate_fast.kernels", "crate_fast.training"],
     package_dir={"crate_fast.kernels": "kernels"},
     package_data={"crate_fast": ["py.typed"], "crate_fast.training": ["recipes/*.toml"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "einops", "tomli; python_version < '3.11'"],

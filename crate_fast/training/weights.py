@@ -6,11 +6,11 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint import CheckpointError, first_line, load_checkpoint, load_model
 from ..model import CRATE, SIZES
+from ..positions import resample_positions
 
 HEAD = "mlp_head."
 WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
@@ -123,6 +123,4 @@ def _resample(embedding: Tensor, model: CRATE, path: str | Path) -> Tensor:
     side = round((embedding.shape[1] - 1) ** 0.5)
     if embedding.dim() != 3 or side**2 != embedding.shape[1] - 1 or not side:
         raise CheckpointError(f"{path}: its position embeddings, {tuple(embedding.shape)}, are of no square image")
-    grid = embedding[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False, antialias=rows < side)
-    return torch.cat((embedding[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+    return resample_positions(embedding, (side, side), (rows, columns))
