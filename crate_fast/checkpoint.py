@@ -10,6 +10,8 @@ import inspect
 import json
 import math
 import os
+import pickle
+import re
 import warnings
 import zipfile
 import zlib
@@ -139,15 +141,25 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     path = Path(path)
     if _signature(path) == ZIP_SIGNATURE:
         _check_sums(path)
-    try:
-        with warnings.catch_warnings():  # a foreign pickle is refused in one line, without PyTorch's advice on it
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive can raise anything; nothing in it has been executed
-        raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast ({first_line(error)})") from error
+    content = read_safely(path, "damaged, or no checkpoint of crate-fast")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "model")):
         raise CheckpointError(f"{path}: no checkpoint of crate-fast: it has no 'arguments' and 'model'")
     return content
+
+
+def read_safely(path: Path, otherwise: str) -> object:
+    """What `torch.save` wrote to `path`, on the CPU: tensors and plain values, or a CheckpointError that says `otherwise`."""
+    try:
+        with warnings.catch_warnings():  # what is refused is refused in one line, without PyTorch's advice on it
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive can raise anything; nothing in it has been executed
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is not None:
+            reason = f"it asks for {asked[1]}, and only tensors and plain values are read"
+        else:
+            reason = "it is no file of torch.save" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise CheckpointError(f"{path}: {otherwise} ({reason})") from error
 
 
 def _check_sums(path: Path) -> None:

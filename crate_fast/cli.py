@@ -33,6 +33,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options) -> None:
         super().__init__(**options, allow_abbrev=False)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As ever, but a subcommand's parser complains of what it does not know itself, and points to its own help."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
     def error(self, message: str) -> NoReturn:
         self.exit(FAILED, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
@@ -92,7 +99,9 @@ def _add_evaluate(subcommands) -> None:
         "--data-dir", metavar="DIR", help="where the files of cifar10 and cifar100 are (default: as in the run)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: as in the run)")
-    parser.add_argument("--arch", choices=ARCHITECTURES, help="of a published checkpoint (default: what its shapes say)")
+    parser.add_argument(
+        "--arch", choices=ARCHITECTURES, help="of a published checkpoint (default: what its shapes say); in ours it must agree"
+    )
     parser.set_defaults(run=_evaluate)
 
 

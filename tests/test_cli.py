@@ -68,6 +68,16 @@ def test_evaluate_prints_what_was_logged(run, capsys, name):
     assert (status, out, err) == (0, expected, "")
 
 
+def test_a_run_is_what_another_starts_from(run, capsys, tmp_path):
+    status, out, err = call(capsys, "train", *MINIATURE, "--epochs", "1", "--init", run, "--out", tmp_path / "run")
+    assert (status, err) == (0, "")
+    assert f"{run}: 14 weights loaded; new: the head (4)" in out
+
+
+def test_a_file_that_says_its_size_is_no_other(run, capsys):
+    assert_refused(call(capsys, "evaluate", run, "--arch", "CRATE_base"), "--arch is CRATE_base", "dim 16, depth 1, heads 1")
+
+
 def test_train_prints_where_and_how_well(capsys, tmp_path):
     status, out, err = call(capsys, "train", *MINIATURE, "--epochs", "1", "--out", tmp_path / "run")
     assert (status, err) == (0, "")

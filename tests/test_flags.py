@@ -1,11 +1,13 @@
 """The command lines of the published scripts: what every flag of them does here; recipes; what is refused."""
 
+import argparse
 import json
 import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from crate_fast.cli import build_parser, main
 from crate_fast.model import SIZES
@@ -225,18 +227,58 @@ def here(tmp_path_factory):
     (path / "bad.toml").write_text("lr = = 1")
     (path / "unknown.toml").write_text("colour = 'red'")
     (path / "wrong.toml").write_text("lr = 'fast'")
+    torch.save({"args": argparse.Namespace(lr=1), "state_dict": {}}, path / "arguments.pth")
     (path / "empty" / "cifar-10-batches-py").mkdir(parents=True)
     return path
 
 
-@pytest.mark.parametrize("line", WRONG.strip().splitlines())
-def test_wrong_values_end_in_one_line(capsys, here, tmp_path, monkeypatch, line):
-    monkeypatch.chdir(tmp_path)
+def refusal(capsys, words) -> str:
+    """The one line in which `crate-fast words` ends."""
     try:
-        status = main([word.format(here=here) for word in line.split()])
+        status = main(words)
     except SystemExit as end:
         status = end.code
     error = capsys.readouterr().err
     assert status == 2
     assert re.fullmatch(r"crate-fast[^\n]*: [^\n]+\n", error), error
+    return error
+
+
+@pytest.mark.parametrize("line", WRONG.strip().splitlines())
+def test_wrong_values_end_in_one_line(capsys, here, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    refusal(capsys, [word.format(here=here) for word in line.split()])
+    assert not any(tmp_path.iterdir())
+
+
+# Nothing tells where data would be: were it looked for before the values are judged, its absence would be the error.
+REASONS = {
+    "train --out=": "--out is ''",
+    "train --data=": "--data is ''",
+    "finetune --ckpt_dir=": "--init is ''",
+    "train --backend triton": "--backend is 'triton', whose kernels need a CUDA GPU; --device is 'auto', here cpu",
+    "evaluate {here} --backend triton": "no model.safetensors in it",
+    "train --cuda-graphs": "--cuda-graphs is 'yes', which needs a CUDA GPU; --device is 'auto', here cpu",
+    "train --cuda-graphs --compile": "a run takes one of them",
+    "train --n_epochs 3": "(see crate-fast train --help)",
+    "evaluate --epochs 3 {here}": "(see crate-fast evaluate --help)",
+    "finetune --data_dir absent --backend triton": "--backend is 'triton'",
+    "finetune --data_dir absent --accumulate 3": "--accumulate 3",
+    "finetune --data_dir absent --ckpt_dir {here}/absent": "absent: no such file",
+    "finetune --data_dir absent --ckpt_dir {here}": "a directory with no model.safetensors in it",
+    "finetune --data_dir absent --ckpt_dir {here}/bad.toml": "(it is no file of torch.save)",
+    "finetune --data_dir absent --ckpt_dir {here}/arguments.pth": "(it asks for argparse.Namespace, and only tensors and plain",
+    "finetune --data_dir absent --out {here}": "which is not empty",
+    "finetune --data_dir absent --out {here}/bad.toml": "which cannot be made a directory",
+    "finetune --data_dir absent --out {here}/bad.toml/below": "bad.toml is a file)",
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), REASONS.items())
+def test_the_value_at_fault_is_named_before_anything_is_read_or_written(capsys, here, tmp_path, monkeypatch, line, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("crate_fast.kernels.INTERPRETED", False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("crate_fast.training.run.open_data", lambda *_: pytest.fail("data was looked for"))
+    assert reason in refusal(capsys, [word.format(here=here) for word in line.split()])
     assert not any(tmp_path.iterdir())

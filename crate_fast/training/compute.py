@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..backend import BackendError, choose_backend
 from .config import ConfigError
 from .ranks import Ranks
 
@@ -50,6 +51,20 @@ def choose_compute(device: str, precision: str, ranks: Ranks | None = None) -> C
     if precision == "auto":
         precision = "bfloat16" if place.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return Compute(place, precision)
+
+
+def check_kernels(backend: str, device: str, compute: Compute, head_width: int | None = None) -> None:
+    """Raises BackendError, in the words of the flags, where --backend is "triton" and its kernels do not run on `compute`."""
+    if backend != "triton":
+        return
+    try:
+        choose_backend(backend, torch.empty(0, device=compute.device), head_width)
+    except BackendError as error:
+        if compute.device.type == "cuda" or "head width" in str(error):
+            raise BackendError(f"--backend is 'triton': {error}") from error
+        raise BackendError(
+            f"--backend is 'triton', whose kernels need a CUDA GPU; --device is {device!r}, here {compute.device.type}"
+        ) from error
 
 
 def _find_device(name: str) -> torch.device:

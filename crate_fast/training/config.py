@@ -44,7 +44,7 @@ class TrainConfig:
 
     out: str | None = option(None, "run", "run directory; a new name under runs/ if not given", kind=str)
     seed: int = option(0, "run", "of the weights, the order of the images and their augmentation", least=0, below=2**32)
-    init: str | None = option(None, "run", "file of weights to start from; its head is left out", kind=str)
+    init: str | None = option(None, "run", "weights to start from: a file, or a run's directory; not its head", kind=str)
     checkpoint_every: int = option(10, "run", "epochs from one checkpoint to the next", least=1)
     checkpoint_minutes: float = option(10.0, "run", "minutes from one checkpoint to the next within an epoch", above=0)
     keep_checkpoints: int = option(2, "run", "newest checkpoints to keep; the best is kept besides", least=1, most=10_000)
@@ -110,6 +110,9 @@ class TrainConfig:
         "auto", "machine", "autocast dtype, or float32 for none; auto: bfloat16 on a GPU", choices=PRECISIONS
     )
     compile: str = option("no", "machine", "torch.compile of the model", choices=("no", "yes"))
+    cuda_graphs: str = option(
+        "no", "machine", "forward and backward as CUDA graphs, for steps that launching holds up", choices=("no", "yes")
+    )
     num_threads: int = option(0, "machine", "CPU threads; 0: as many as PyTorch takes by itself", least=0, most=1024)
 
     def __post_init__(self) -> None:
@@ -121,6 +124,8 @@ class TrainConfig:
             raise ConfigError(
                 f"--image-size is {self.image_size}, which patches of --patch-size {self.patch_size} do not divide"
             )
+        if self.compile == self.cuda_graphs == "yes":
+            raise ConfigError("--cuda-graphs is 'yes' and --compile is 'yes'; a run takes one of them")
         self._check_augmentation()
 
     def _check_augmentation(self) -> None:
@@ -138,6 +143,8 @@ def check_value(name: str, value, *, kind: type, choices=None, bounds: dict, **_
     """Raises ConfigError, naming `name` and `value`, unless the value is of its kind, among its choices, within its bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+    if value == "":
+        raise ConfigError(f"{name} is '', which names nothing")
     if choices and value not in choices:
         raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(choices)}")
     if isinstance(value, float) and not math.isfinite(value):

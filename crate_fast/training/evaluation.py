@@ -6,16 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint import CheckpointError, load_checkpoint, load_model
-from ..model import CRATE
-from .compute import choose_compute
+from ..model import CRATE, SIZES
+from .compute import check_kernels, choose_compute
 from .config import ConfigError, TrainConfig
 from .data import Data, open_data
 from .metrics import Score, evaluate
 from .ranks import join, leave, read_ranks
 from .resolve import resolve
-from .rundir import RunDirectory
+from .rundir import RunDirectory, model_file
 from .weights import build_published, read_weights
 
+SAID = ("dim", "depth", "heads")  # by a file of crate-fast, of its model's size
 # Settings of the run's own data, which are no others'.
 UNMOVED = {"rotate": 0.0, "zoom": 0.0, "shift": 0.0, "augment": "none", "erase": 0.0}
 
@@ -39,7 +40,8 @@ def evaluate_run(
         backend, precision, batch_size, data, data_dir, workers: as in the run where None, and so exactly the score it logged
             on such a machine; the digits, or main.py's settings for other data, where there is no run.
         device: as in training.
-        arch: the size of a published checkpoint, where its shapes leave it open.
+        arch: the size of a published checkpoint, where its shapes leave it open; our files say theirs, with which it must
+            agree.
 
     Raises:
         CheckpointError: the model's file is missing, damaged or something else.
@@ -51,8 +53,9 @@ def evaluate_run(
     asked = {"backend": backend, "precision": precision, "batch_size": batch_size, "data": data, "data_dir": data_dir}
     asked = {name: value for name, value in (asked | {"workers": workers}).items() if value is not None}
     settings = _settings(path, asked)
-    file = _model_file(path)
+    file = model_file(path)
     compute = choose_compute(device, settings.precision, ranks)
+    check_kernels(settings.backend, device, compute)
     join(ranks, compute.device)
     model = _load(file, settings, arch)
     images = open_data(replace(settings, image_size=model.image_size[0], patch_size=model.patch_size[0]), compute.device, ranks)
@@ -79,15 +82,6 @@ def _settings(path: Path, asked: dict) -> TrainConfig:
     return resolve(asked)
 
 
-def _model_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    run = RunDirectory(path)
-    if not run.model.is_file():
-        raise CheckpointError(f"{path}: no {run.model.name} in it; a run writes it at its end, its checkpoints before")
-    return run.model
-
-
 def _load(file: Path, settings: TrainConfig, arch: str | None) -> CRATE:
     """The model in `file`, of a checkpoint the one that the run evaluated: the mean of the weights where there is one."""
     try:
@@ -97,6 +91,9 @@ def _load(file: Path, settings: TrainConfig, arch: str | None) -> CRATE:
             return build_published(file, arch, settings.image_size, settings.patch_size)
         except CheckpointError as theirs:
             raise (theirs if "does not fit" in str(theirs) else ours) from theirs
+    if arch is not None and any(getattr(model.transformer, name) != SIZES[arch.removeprefix("CRATE_")][name] for name in SAID):
+        size = ", ".join(f"{name} {getattr(model.transformer, name)}" for name in SAID)
+        raise ConfigError(f"--arch is {arch}; {file} holds a model of {size}, and says so itself")
     if file.suffix == ".pt" and load_checkpoint(file).get("ema"):
         model.load_state_dict(read_weights(file))
     return model

@@ -203,8 +203,7 @@ class Synthetic:
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The parts of the steps of `epoch` from step `first` on: the same images in each."""
-        largest = -(-plan.batch_size // (plan.accumulate * plan.ranks.count))
-        images, labels = self._make(largest)
+        images, labels = self._make(plan.largest_part)
         for step in range(first, plan.steps):
             for part in plan.parts(step):
                 count = part.stop - part.start

@@ -16,6 +16,7 @@ from .compute import Compute
 from .config import TrainConfig
 from .data import Data
 from .flat import Flat
+from .graphs import Graphed
 from .metrics import Meter, Score, evaluate, measure
 from .mixing import mix
 from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
@@ -45,7 +46,9 @@ class Trainer:
         self.flat_average = Flat(self.average, gradients=False) if config.ema else None
         if config.compile == "yes":
             model.compile()
-        self.net = _parallel(model, compute) if self.ranks.count > 1 else model
+        part = (plan.largest_part, data.channels, *model.image_size)
+        net = Graphed(model, part, compute) if config.cuda_graphs == "yes" else model
+        self.net = _parallel(net, compute) if self.ranks.count > 1 else net
         self.optimizer = build_optimizer(model, config)
         # float16 needs its gradients scaled, and the scaler waits for the device at every step; otherwise it does nothing.
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "float16")

@@ -42,6 +42,11 @@ class Plan:
         full, rest = divmod(self.count, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
+    @property
+    def largest_part(self) -> int:
+        """Images of each part of a whole step."""
+        return -(-self.batch_size // (self.accumulate * self.ranks.count))
+
     def images(self, step: int) -> int:
         """Images of a step (counted from 0 in its epoch), over all processes."""
         return min(self.batch_size, self.count - step * self.batch_size)
@@ -54,18 +59,23 @@ class Plan:
         return [slice(a, b) for a, b in pairwise(cuts)]
 
 
-def make_plan(config: TrainConfig, count: int, ranks: Ranks) -> Plan:
-    """The plan for `count` training images.
-
-    Raises:
-        ConfigError: the batch size does not divide by processes times parts, or no step would be full where it must.
-    """
+def check_parts(config: TrainConfig, ranks: Ranks) -> None:
+    """Raises ConfigError unless the batch size divides by processes times parts."""
     parts = config.accumulate * ranks.count
     if config.batch_size % parts:
         raise ConfigError(
             f"--batch-size is {config.batch_size}, over all processes; it must divide by {parts}: {ranks.count} processes × "
             f"--accumulate {config.accumulate}"
         )
+
+
+def make_plan(config: TrainConfig, count: int, ranks: Ranks) -> Plan:
+    """The plan for `count` training images.
+
+    Raises:
+        ConfigError: as `check_parts`, or no step would be full where it must.
+    """
+    check_parts(config, ranks)
     plan = Plan(count, config.batch_size, config.seed, config.accumulate, config.last_batch == "drop", ranks)
     if not plan.steps:
         raise ConfigError(f"--batch-size is {config.batch_size}; there are {count} training images")

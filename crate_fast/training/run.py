@@ -12,20 +12,21 @@ from ..backend import choose_backend
 from ..checkpoint import constructor_arguments, load_checkpoint, save_model
 from ..extras import DISTRIBUTIONS, require
 from ..model import CRATE
-from .compute import choose_compute
+from .compute import check_kernels, choose_compute
 from .config import ConfigError, TrainConfig
 from .data import Data, open_data
+from .graphs import check_graphs
 from .loop import Trainer, TrainingError
 from .metrics import Score
 from .optimizer import warmup_steps
-from .plan import make_plan
+from .plan import check_parts, make_plan
 from .plots import plot_curves
 from .ranks import Ranks, join, leave, read_ranks
 from .resolve import check_unchanged, describe
-from .rundir import RunDirectory, find_run, unlock
+from .rundir import RunDirectory, check_free, find_run, unlock
 from .saving import Checkpoints, circumstances, warn_of_changes
 from .stop import Signals, Stopped
-from .weights import start_from
+from .weights import read_weights, start_from
 
 
 def train(config: TrainConfig, *, given: dict | None = None, resume: str | None = None) -> tuple[RunDirectory | None, Score]:
@@ -61,6 +62,8 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
             if run is not None:
                 own = run.read_config()
                 config = replace(own, **check_unchanged(own, given or {}, run.path), out=str(run.path))
+            elif config.out is not None:
+                ranks.share(lambda: check_free(config.out))
             return _train(config, run, resume, ranks, signals)
         except RuntimeError as error:
             if signals.received is None or isinstance(error, TrainingError):
@@ -77,11 +80,16 @@ def _train(
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     compute = choose_compute(config.device, config.precision, ranks)
+    check_kernels(config.backend, config.device, compute, config.dim_head)
+    check_graphs(config, compute)
+    check_parts(config, ranks)
     checkpoint = _find_checkpoint(run, resume, ranks) if run is not None else None
+    # Weights before data, which may have to be downloaded or listed for minutes.
+    weights = read_weights(config.init) if config.init and checkpoint is None else None
     data = open_data(config, compute.device, ranks)
     plan = make_plan(config, data.train_count, ranks)
     model = build_model(config, data)
-    lines = [start_from(model, config.init)] if config.init and checkpoint is None else []
+    lines = [] if weights is None else [start_from(model, weights, config.init)]
     trainer = Trainer(config, model.to(compute.device), data, plan, compute, signals)
     if run is None:
         run = ranks.share(lambda: _create(config, trainer))

@@ -9,7 +9,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..checkpoint import write_atomically
+from ..checkpoint import CheckpointError, write_atomically
 from .config import ConfigError, TrainConfig
 
 try:
@@ -144,6 +144,39 @@ def find_run(resume: str, out: str | None) -> RunDirectory | None:
     return run if run.config.is_file() else None
 
 
+def model_file(path: str | Path) -> Path:
+    """The file of weights that `path` means: itself, or of a run's directory the model that it ended with.
+
+    Raises:
+        CheckpointError: the directory has no model in it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    run = RunDirectory(path)
+    if not run.model.is_file():
+        raise CheckpointError(
+            f"{path}: a directory with no {run.model.name} in it; a run writes that at its end, and "
+            f"{run.checkpoints.name}/{run.last_checkpoint.name} before"
+        )
+    return run.model
+
+
+def check_free(out: str) -> None:
+    """Raises ConfigError unless `out` is, or can be made, an empty directory; makes nothing."""
+    path = Path(out)
+    try:
+        # A run that was killed before it wrote its configuration leaves an empty folder of checkpoints and no more.
+        if any(entry != path / "checkpoints" for entry in path.rglob("*")):
+            raise ConfigError(f"--out is {path}, which is not empty: a run needs a directory of its own, or --resume auto")
+        above = next(place for place in (path, *path.absolute().parents) if place.exists())
+    except OSError as error:
+        raise ConfigError(f"--out is {path}, which cannot be made a directory ({error.strerror})") from error
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = f"{above} cannot be written to" if above.is_dir() else f"{above} is a file"
+        raise ConfigError(f"--out is {path}, which cannot be made a directory ({why})")
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that a run depends on; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -156,12 +189,9 @@ def versions() -> dict[str, str | None]:
 
 
 def _make(path: Path) -> Path:
+    check_free(str(path))
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # A run that was killed before it wrote its configuration leaves an empty folder of checkpoints and no more.
-        found = [entry for entry in path.rglob("*") if entry != path / "checkpoints"]
-        if found:
-            raise ConfigError(f"--out is {path}, which is not empty: a run needs a directory of its own, or --resume auto")
     except OSError as error:
         raise ConfigError(f"--out is {path}, which cannot be made a directory ({error.strerror})") from error
     return path

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, first_line, load_checkpoint, load_model
+from ..checkpoint import CheckpointError, load_checkpoint, load_model, read_safely
 from ..model import CRATE, SIZES
 from ..positions import resample_positions
+from .rundir import model_file
 
 HEAD = "mlp_head."
 WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
@@ -20,23 +20,19 @@ SHAPES = ("state_dict", "model")  # of main.py's and finetune.py's checkpoints
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The weights in `path`, on the CPU, by the names of `CRATE`.
 
-    Read are files of crate-fast (model.safetensors, checkpoints), the published main.py's checkpoints ("state_dict") and
-    finetune.py's ("model"), and bare state dicts; prefixes of DataParallel and DistributedDataParallel are taken off.
+    Read are files of crate-fast (model.safetensors, for which its run's directory may stand, and checkpoints), the published
+    main.py's checkpoints ("state_dict") and finetune.py's ("model"), and bare state dicts; prefixes of DataParallel and
+    DistributedDataParallel are taken off.
 
     Raises:
         CheckpointError: the file is missing, damaged, or has no weights of a CRATE.
     """
-    path = Path(path)
+    path = model_file(path)
     if path.suffix == ".safetensors":
         return load_model(path).state_dict()
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive can raise anything; nothing in it has been executed
-        raise CheckpointError(f"{path}: damaged, or no checkpoint ({first_line(error)})") from error
+    content = read_safely(path, "damaged, or no checkpoint")
     if isinstance(content, dict) and "arguments" in content:
         content = load_checkpoint(path)
         return content.get("ema") or content["model"]
@@ -50,15 +46,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {key: value.float() for key, value in weights.items()}
 
 
-def start_from(model: CRATE, path: str | Path) -> str:
-    """Gives `model` the weights in `path`, all but the head's, and says in a line what was loaded, replaced and missing.
+def start_from(model: CRATE, weights: dict[str, Tensor], path: str | Path) -> str:
+    """Gives `model` the `weights` read from `path`, all but the head's; says in a line what was loaded, replaced and missing.
 
     Position embeddings of another image size are resampled, bicubically.
 
     Raises:
-        CheckpointError: as `read_weights`, or nothing fits, or a weight has another shape.
+        CheckpointError: nothing fits, or a weight has another shape.
     """
-    weights, own = read_weights(path), model.state_dict()
+    weights, own = dict(weights), model.state_dict()
     fresh = [key for key in own if key.startswith(HEAD)]
     wanted = [key for key in own if not key.startswith(HEAD)]
     missing = [key for key in wanted if key not in weights]
