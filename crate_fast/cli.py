@@ -11,8 +11,8 @@ import torch
 
 from . import __version__
 from .backend import BACKENDS, BackendError
-from .checkpoint import CheckpointError
 from .extras import MissingPackageError
+from .reading import CheckpointError
 from .train_command import add_train
 from .training import ConfigError, SavingError, Stopped, TrainingError, UnreadableError, evaluate_run
 from .training.config import ARCHITECTURES, PRECISIONS
@@ -99,9 +99,7 @@ def _add_evaluate(subcommands) -> None:
         "--data-dir", metavar="DIR", help="where the files of cifar10 and cifar100 are (default: as in the run)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: as in the run)")
-    parser.add_argument(
-        "--arch", choices=ARCHITECTURES, help="of a published checkpoint (default: what its shapes say); in ours it must agree"
-    )
+    parser.add_argument("--arch", choices=ARCHITECTURES, help="the size that the model must have (default: any)")
     parser.set_defaults(run=_evaluate)
 
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from pictures import make_cifar10, make_folder
 
 from crate_fast import CRATE_tiny
-from crate_fast.checkpoint import load_checkpoint, load_model
+from crate_fast.checkpoint import load_checkpoint
 from crate_fast.cli import main
+from crate_fast.reading import read_checkpoint
 from crate_fast.training import ConfigError, evaluate_run, resolve, train
 from crate_fast.training.plan import make_plan
 from crate_fast.training.ranks import Ranks, meet
@@ -83,7 +84,7 @@ def test_two_processes_train_as_one_does(trained, folder, tmp_path):
     """As long as nothing is drawn by rank: weights of two steps, up to the order of sums."""
     line = "--arch CRATE_tiny --batch-size 32 --epochs 1 --optimizer Lion --lr 0.0002 --weight-decay 0.05 --print-freq 25"
     assert main(["train", *line.split(), "--data", str(folder), "-j", "0", "--out", str(tmp_path / "one"), *TINY]) == 0
-    one, two = (load_model(path / "model.safetensors").state_dict() for path in (tmp_path / "one", trained[0]))
+    one, two = (load_checkpoint(path / "model.safetensors").state_dict() for path in (tmp_path / "one", trained[0]))
     for name, value in one.items():
         # A gradient near zero may change its sign, and Lion's step with it: two steps of two learning rates at most.
         assert (value - two[name]).abs().max() <= 4 * 2e-4 + 1e-6, name
@@ -93,7 +94,7 @@ def test_two_processes_train_as_one_does(trained, folder, tmp_path):
 def test_a_run_goes_on_with_another_number_of_processes(trained, folder, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
-    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     again = [sys.executable, "-m", "crate_fast", "train", "--resume", str(tmp_path / "run"), "--workers", "0"]
     done = subprocess.run(again, capture_output=True, text=True, timeout=500, check=True)
@@ -121,7 +122,7 @@ def test_the_published_finetuning_line(tmp_path, capsys):
     row = last_test(run)
     assert main(["evaluate", str(run)]) == 0
     assert f"({row['correct']} of 20)" in capsys.readouterr().out
-    model = load_model(run / "model.safetensors")
+    model = load_checkpoint(run / "model.safetensors")
     moved = (model.state_dict()["cls_token"] - published.cls_token).abs().max().item()
     assert 0 < moved < 1e-3  # a few steps of 5e-5 from where it started
 
@@ -159,11 +160,12 @@ def test_weights_of_something_else_are_refused(tmp_path, content):
 
 def test_published_checkpoints_are_evaluated(tmp_path, trained, folder):
     run, _ = trained
-    weights = load_model(run / "model.safetensors").state_dict()
+    weights = load_checkpoint(run / "model.safetensors").state_dict()
     path = tmp_path / "main.pth.tar"
     torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, path)
-    with pytest.raises(ValueError, match="does not fit CRATE_tiny for 224 pixels"):
-        evaluate_run(path, data=str(folder))
+    assert evaluate_run(path, data=str(folder)).count == evaluate_run(run, data=str(folder)).count
+    with pytest.raises(ValueError, match=r"--arch is CRATE_base; .*main\.pth\.tar holds a model of dim"):
+        evaluate_run(path, data=str(folder), arch="CRATE_base")
     published = CRATE_tiny(num_classes=3)
     torch.save({"state_dict": published.state_dict()}, path)
     small = make_folder(tmp_path / "small", train=3, val=5, side=16)
