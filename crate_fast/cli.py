@@ -11,6 +11,7 @@ import torch
 
 from . import __version__
 from .backend import BACKENDS, BackendError
+from .convert_command import add_convert
 from .extras import MissingPackageError
 from .reading import CheckpointError
 from .train_command import add_train
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_train(subcommands, "train")
     add_train(subcommands, "finetune")
     _add_evaluate(subcommands)
+    add_convert(subcommands)
     add_tune(subcommands)
     return parser
 

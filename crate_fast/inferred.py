@@ -24,15 +24,20 @@ def find_weights(content: object) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         return {}
     inner = next((content[name] for name in SHELVES if isinstance(content.get(name), dict)), content)
-    weights = {_unwrapped(str(key)): value for key, value in inner.items()}
+    weights = unwrapped(inner)
     whole = "pos_embedding" in weights and all(isinstance(value, Tensor) for value in weights.values())
     return weights if whole else {}
 
 
-def _unwrapped(key: str) -> str:
-    while key.startswith(WRAPPERS):
-        key = key.partition(".")[2]
-    return key
+def unwrapped(weights: dict) -> dict[str, Tensor]:
+    """The weights without the prefixes of `WRAPPERS`."""
+
+    def bare(key: str) -> str:
+        while key.startswith(WRAPPERS):
+            key = key.partition(".")[2]
+        return key
+
+    return {bare(str(key)): value for key, value in weights.items()}
 
 
 def infer_arguments(weights: dict[str, Tensor], known: dict) -> tuple[dict, dict]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .extras import MissingPackageError, require
-from .inferred import SHELVES, find_weights
+from .inferred import SHELVES, find_weights, unwrapped
 
 METADATA_KEY = "crate_fast"
 ZIP_SIGNATURE = b"PK\x03\x04"
@@ -68,7 +68,7 @@ def read_model(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
     if isinstance(content, dict) and isinstance(content.get("arguments"), dict):
         weights = next((content[name] for name in ("ema", *SHELVES) if isinstance(content.get(name), dict)), {})
         if weights:
-            return content["arguments"], weights
+            return content["arguments"], unwrapped(weights)
     weights = find_weights(content)
     if not weights:
         raise CheckpointError(f"{path}: no weights of a CRATE in it")
