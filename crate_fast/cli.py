@@ -13,7 +13,10 @@ from . import __version__
 from .backend import BACKENDS, BackendError
 from .convert_command import add_convert
 from .extras import MissingPackageError
+from .inspect_command import add_inspect
+from .inspection import InspectionError
 from .reading import CheckpointError
+from .segment_command import add_segment
 from .train_command import add_train
 from .training import ConfigError, SavingError, Stopped, TrainingError, UnreadableError, evaluate_run
 from .training.config import ARCHITECTURES, PRECISIONS
@@ -21,7 +24,7 @@ from .training.evaluation import is_first
 from .tune import add_tune
 
 USER_ERRORS = (
-    *(BackendError, CheckpointError, ConfigError, MissingPackageError, OSError),
+    *(BackendError, CheckpointError, ConfigError, InspectionError, MissingPackageError, OSError),
     *(SavingError, TrainingError, UnreadableError),
 )
 FAILED = 2
@@ -76,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_train(subcommands, "finetune")
     _add_evaluate(subcommands)
     add_convert(subcommands)
+    add_inspect(subcommands)
+    add_segment(subcommands)
     add_tune(subcommands)
     return parser
 
