@@ -34,8 +34,8 @@ def add_segment(subcommands) -> None:
         "segment",
         help="draw where a model looks in photographs",
         description="Draws the class token's attention, head by head, for photographs of any size: for each, in a folder "
-        "of OUT called as it is, image.png, maps, overlays and masks of every head and of their mean, and heads.png with all in one; "
-        "in OUT pca-*.png, the main directions of the last layer's projections, in the same colours for all photographs.",
+        "of OUT called as it is, image.png, maps, overlays and masks of every head and of their mean, and heads.png with "
+        "all in one; in OUT pca-*.png, the main directions of the last layer's projections in common colours.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="photographs")
     parser.add_argument(

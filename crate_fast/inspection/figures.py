@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..checkpoint import write_atomically
 
 DPI = 120
+LETTERS = 11  # of a title, in an inch
 COLOUR_MAP = "inferno"
 COLOUR_SHARE = 0.6  # of a map's colours in an overlay; the rest is the image
 
@@ -29,7 +31,7 @@ def plot_rates(measured: dict[str, list[dict]], path: Path) -> None:
         _plot(
             axes, rows, "compressed_rate", f"{label}: $R^c(Z^{{\\ell+1/2}})$, after", color=colour, marker="^", linestyle="--"
         )
-    axes.set(title="Coding rate across layers", ylabel=r"$R^c$ [SSA block] in nats", ylim=(0, None))
+    axes.set(title="Coding rate across layers", ylabel=r"$R^c$ [SSA block] in nats")
     _finish(figure, axes, path)
 
 
@@ -38,7 +40,7 @@ def plot_sparsity(measured: dict[str, list[dict]], path: Path) -> None:
     figure, axes = _figure_over_layers(measured)
     for label, rows, colour in _coloured(measured):
         _plot(axes, rows, "nonzero", label, color=colour, marker="s")
-    axes.set(title="Sparsity across layers", ylabel="share of non-zero entries [ISTA block]", ylim=(0, None))
+    axes.set(title="Sparsity across layers", ylabel="share of non-zero entries [ISTA block]")
     _finish(figure, axes, path)
 
 
@@ -72,6 +74,7 @@ def _plot(axes, rows: list[dict], name: str, label: str, **style) -> None:
 
 
 def _finish(figure, axes, path: Path) -> None:
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
@@ -101,14 +104,15 @@ def plot_heads(image: Tensor, maps: Tensor, numbers: list[int], title: str, path
     lines = math.ceil(len(panels) / columns)
     height, width = image.shape[:2]
     panel = 2.2 * min(1, max(0.4, width / height)), 2.2 * min(1, max(0.4, height / width))
-    figure = Figure(figsize=(columns * panel[0] + 0.3, lines * (panel[1] + 0.3) + 0.4), dpi=DPI, layout="constrained")
-    places = figure.subplots(lines, columns, squeeze=False).flat
+    size = columns * panel[0] + 0.3, lines * (panel[1] + 0.3) + 0.4
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in places:
         axes.axis("off")
     for axes, (name, draw) in zip(places, panels, strict=False):
         draw(axes)
         axes.set_title(name, fontsize="small")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(textwrap.fill(title, int(LETTERS * size[0])), fontsize="medium")
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
