@@ -293,8 +293,7 @@ model = CRATE(image_size=224, patch_size=8, num_classes=10, dim=128, depth=1, he
 images = torch.randn(1, 3, 960, 960)
 measures = inspection.measure_layers(model, images)
 maps = inspection.attention_maps(model, images)
-colours = inspection.principal_colours(list(inspection.patch_projections(model, images)))
-assert maps.shape == (1, 1, 2, 120, 120) and colours[0].shape == (120, 120, 3) and measures.rate.isfinite().all()
+assert maps.shape == (1, 1, 2, 120, 120) and measures.rate.isfinite().all()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)

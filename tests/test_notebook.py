@@ -20,7 +20,7 @@ def kinds(notebook):
 def test_notebook_runs(tmp_path):
     kept = nbformat.read(PATH, 4)
     fresh = nbformat.read(PATH, 4)
-    NotebookClient(fresh, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(fresh, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert kinds(fresh) == kinds(kept)  # what is kept is what it shows
     assert sum("image/png" in shown for shown in kinds(fresh)) == 4
     assert [cell.execution_count for cell in kept.cells if cell.cell_type == "code"] == list(range(1, 1 + len(kinds(kept))))

@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from test_inspection import assert_measures_are_right, watched
 
-from crate_fast import CRATE, inspection
+from crate_fast import CRATE, inspection, load_checkpoint, reference
 from crate_fast.checkpoint import save_model
 from crate_fast.cli import main
 from crate_fast.inspection import figures, photos
+from crate_fast.training.digits import Digits
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
 RUN = [
@@ -95,9 +97,6 @@ def test_inspect_on_photographs(place, run, capsys):
 
 
 def test_inspect_measures_what_the_function_measures(place, run, capsys):
-    from crate_fast import load_checkpoint
-    from crate_fast.training.digits import Digits
-
     status, _, _ = call(
         capsys, "inspect", "--checkpoint", run, "--images", "digits", "--limit", "40", "--out", place / "digits"
     )
@@ -109,6 +108,17 @@ def test_inspect_measures_what_the_function_measures(place, run, capsys):
     assert status == 0 and found["images"] == 40
     for row, other in zip(found["layers"], expected, strict=True):
         assert row == pytest.approx(other, rel=1e-4)
+
+
+def test_measures_of_the_digits_model(run):
+    """Against float64 matrices of all tokens, as published, and the reference's matrix of attention."""
+    model = load_checkpoint(run)
+    digits = Digits(model.image_size, torch.device("cpu"))
+    images = (digits.test_images[:8] - digits.mean) / digits.std
+    assert_measures_are_right(model, model, images)
+    w = watched(model, images)[-1][0].unflatten(-1, (2, -1)).transpose(1, 2)
+    rows = reference.attention_probabilities(w)[:, :, 0, 1:]
+    torch.testing.assert_close(inspection.attention_maps(model, images, [-1])[0].flatten(-2), rows, rtol=0, atol=1e-6)
 
 
 def test_segment_on_photographs(place, run, capsys):
@@ -128,8 +138,6 @@ def test_segment_on_photographs(place, run, capsys):
     assert np.array_equal(Image.open(out / "pca-china.png"), Image.open(out / "pca-china-2.png"))
     assert np.array_equal(Image.open(out / "flower" / "image.png"), Image.open(images[1]))
     # The mask is that of the function.
-    from crate_fast import load_checkpoint
-
     model = load_checkpoint(place / "colour.safetensors")
     normalise = photos.Normalisation(model, place / "colour.safetensors")
     maps = inspection.attention_maps(model, normalise(photos.read_photo(images[1])), [-1])[0, 0]
