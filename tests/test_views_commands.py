@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import call
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_inspection import assert_measures_are_right, watched
@@ -34,15 +35,6 @@ RUN = [
     "--num-threads",
     "1",
 ]
-
-
-def call(capsys, *argv):
-    """(exit status, stdout, stderr) of `crate-fast argv`."""
-    try:
-        status = main([str(argument) for argument in argv])
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import call
 from safetensors.torch import save_file
 
 import crate_fast.hub
 from crate_fast import CRATE, CheckpointError, CRATE_small, load_checkpoint
 from crate_fast.checkpoint import constructor_arguments, save_checkpoint, save_model
-from crate_fast.cli import main
 from crate_fast.extras import MissingPackageError
 from crate_fast.inferred import infer_arguments
 
@@ -30,15 +30,6 @@ SHAPES = {
     "state_dict, module.": lambda weights: {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
     "compiled": lambda weights: {f"_orig_mod.module.{name}": value for name, value in weights.items()},
 }
-
-
-def call(capsys, *argv):
-    """(exit status, stdout, stderr) of `crate-fast argv`."""
-    try:
-        status = main([str(argument) for argument in argv])
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
 
 
 def equal_weights(model, other):
