@@ -174,12 +174,12 @@ def _build(path: Path, arguments: object, weights: dict[str, Tensor], overrides:
     wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
     if wrong is not None:
         raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
+    arguments = arguments | overrides
     number = next((name for name in ("ista", "lambd") if not _is_finite(arguments.get(name, 0.0))), None)
     if number is not None:
         raise CheckpointError(f"{path}: its argument {number} is {str(arguments[number])[:200]!r}; it must be a finite number")
     # Before anything is built: a false depth could keep the constructor busy for ever.
     layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
-    arguments = arguments | overrides
     if arguments.get("depth") != len(layers):
         raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {arguments.get('depth')!r}")
     try:

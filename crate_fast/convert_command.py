@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import constructor_arguments, load_checkpoint, save_model, write_atomically
-from .inferred import infer_arguments
+from .inferred import WRAPPERS, infer_arguments
 from .model import CRATE, POOLS
 from .reading import CheckpointError
 
@@ -40,11 +40,10 @@ def add_convert(subcommands) -> None:
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
-        default="state_dict",
         help="of an archive: weights under 'state_dict' as main.py has them (the default), under 'model' as finetune.py has "
         "them, or nothing else (bare)",
     )
-    parser.add_argument("--prefix", default="", metavar="WORD", help="before every name in an archive, such as 'module.'")
+    parser.add_argument("--prefix", choices=WRAPPERS, help="before every name in an archive (default: nothing)")
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is there")
     advice = parser.add_argument_group("what the shapes in a published checkpoint do not tell")
     for name, (kind, text) in ADVICE.items():
@@ -58,6 +57,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     target = arguments.target
     if target.suffix != ".safetensors" and target.suffix not in ARCHIVES:
         raise CheckpointError(f"{target}: its ending must be .safetensors, {', '.join(ARCHIVES)}")
+    if target.suffix == ".safetensors" and (arguments.layout or arguments.prefix):
+        raise CheckpointError(f"{target}: --layout and --prefix are of archives ({', '.join(ARCHIVES)}), not of safetensors")
     if target.exists() and not arguments.overwrite:
         raise CheckpointError(f"{target} is there already; --overwrite replaces it")
     if not target.absolute().parent.is_dir():
@@ -68,7 +69,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     if target.suffix == ".safetensors":
         save_model(model, target)
     else:
-        save_published(model, target, arguments.layout, arguments.prefix)
+        save_published(model, target, arguments.layout or LAYOUTS[0], arguments.prefix or "")
     print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters in {len(model.state_dict())} tensors")
 
 

@@ -33,6 +33,7 @@ def add_inspect(subcommands) -> None:
     parser.add_argument(
         "--checkpoint",
         nargs="+",
+        action="extend",
         required=True,
         metavar="PATH",
         help="models: run directories, files of ours or of the published scripts, ORGANISATION/NAME on the Hugging Face Hub",

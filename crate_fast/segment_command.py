@@ -16,6 +16,7 @@ from .inspection.maps import attention_row, keep_mass, principal_colours
 from .inspection.photos import Normalisation, PhotoError, cut_to_patches, read_photo, to_array
 from .inspection.views import InspectionError, layer_views, patch_grid
 from .model import CRATE
+from .reading import first_line
 from .training.compute import choose_compute
 from .training.ranks import Ranks
 from .tune import positive
@@ -137,8 +138,8 @@ def _cut(path: Path, model: CRATE, short_side: int | None):
     photo = read_photo(path)
     try:
         image = cut_to_patches(photo, model.patch_size, short_side)
-    except InspectionError as error:
-        raise PhotoError(f"{path}: {error}") from error
+    except (ValueError, MemoryError, OverflowError) as error:  # too small for a patch, or --size too large for Pillow
+        raise PhotoError(f"{path}: {first_line(error)}") from error
     words = f"{path}: {photo.height}×{photo.width}"
     if short_side is not None:
         words += f", its shorter side scaled to {short_side}"

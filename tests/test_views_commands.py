@@ -175,6 +175,7 @@ WRONG = {
     "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --mass nan": "--mass",
     "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --mass much": "--mass",
     "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --size 7": "smaller than a patch",
+    "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --size 99999999999": "china.JPG: ",
     "segment {i} --checkpoint {p}/two.safetensors --out {p}/x": "takes 2 channels",
     "segment {i} --checkpoint {p}/flat.safetensors --out {p}/x": "no layers",
     "segment --checkpoint {p}/colour.safetensors --out {p}/x": "IMAGE",

@@ -107,17 +107,17 @@ def test_what_shapes_leave_open_is_asked_for(options, known, words, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["state_dict", "model", "bare"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", [[], ["--prefix", "module."]], ids=["plain", "module."])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_conversion_both_ways_is_lossless(layout, prefix, dtype, tmp_path, capsys):
     options = {"heads": 2, "dim_head": 64} | ({} if layout == "bare" else OTHER)
     model = small_model(**options).to(dtype)
     save_model(model, tmp_path / "a.safetensors")
     archive = tmp_path / "b.pth.tar"
-    assert call(capsys, "convert", tmp_path / "a.safetensors", archive, "--layout", layout, "--prefix", prefix)[0] == 0
+    assert call(capsys, "convert", tmp_path / "a.safetensors", archive, "--layout", layout, *prefix)[0] == 0
     content = torch.load(archive, weights_only=True)
     weights = content if layout == "bare" else content[layout]
-    assert list(weights) == [prefix + name for name in model.state_dict()]
+    assert list(weights) == ["".join(prefix[1:]) + name for name in model.state_dict()]
     status, out, _ = call(capsys, "convert", archive, tmp_path / "c.safetensors")
     assert status == 0 and out.startswith(f"{tmp_path / 'c.safetensors'}: ")
     assert (tmp_path / "c.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
@@ -155,6 +155,9 @@ WRONG = {
     "{a} {here}/b.pth --layout bare": "bare weights do not tell .*number of heads.*use another --layout",
     "{b} {here}/b.pth --layout bare": "bare weights do not tell pool='mean', ista=0.25, lambd=0.3; use another --layout",
     "{a} {here}/b.pth --layout tar": "--layout",
+    "{a} {here}/b.pth --prefix x.": "--prefix",
+    "{a} {here}/b.safetensors --layout bare": "--layout and --prefix are of archives",
+    "{a} {here}/c.pth --ista nan": "ista is nan",
     "{a} {here}/b.pth --heads 3": "shape",
     "{a}": "TARGET",
     "{here} {here}/b.pth": "no model.safetensors in it",
