@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import setup
 
 TRAIN = ["lion-pytorch", "matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "tqdm"]
-TEST = ["hypothesis", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"]
+HUB = ["huggingface-hub"]
+TEST = ["hypothesis", "ipykernel", "nbclient", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"]
 
 setup(
     name="crate-fast",
@@ -15,10 +16,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["crate_fast", "crate_fast.kernels", "crate_fast.training"],
+    packages=["crate_fast", "crate_fast.inspection", "crate_fast.kernels", "crate_fast.training"],
     package_dir={"crate_fast.kernels": "kernels"},
     package_data={"crate_fast": ["py.typed"], "crate_fast.training": ["recipes/*.toml"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "einops", "tomli; python_version < '3.11'"],
-    extras_require={"train": TRAIN, "test": TRAIN + TEST},
+    extras_require={"train": TRAIN, "hub": HUB, "test": TRAIN + HUB + TEST},
     entry_points={"console_scripts": ["crate-fast = crate_fast.cli:main"]},
 )

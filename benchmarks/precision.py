@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crate_fast import CRATE, reference
-from crate_fast.checkpoint import constructor_arguments, load_model
+from crate_fast.checkpoint import constructor_arguments, load_checkpoint
 from crate_fast.kernels import layer
 from crate_fast.kernels.gradients import column_blocks
 from crate_fast.kernels.linear import Folded, Statistics
@@ -240,7 +240,7 @@ def measure(options: argparse.Namespace, device: str) -> dict[str, dict[str, flo
 
 def _model(options: argparse.Namespace) -> CRATE:
     if options.checkpoint:
-        return load_model(options.checkpoint, backend="triton")
+        return load_checkpoint(options.checkpoint, backend="triton")
     sizes = {"dim": options.dim, "depth": options.depth, "heads": options.dim // 64, "dim_head": 64}
     return perturbed(CRATE(image_size=64, patch_size=8, num_classes=100, backend="triton", **sizes))
 

@@ -2,7 +2,9 @@
 
 from . import functional
 from .backend import BackendError, choose_backend
+from .checkpoint import load_checkpoint
 from .model import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
+from .reading import CheckpointError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,7 +14,9 @@ __all__ = [
     "CRATE_large",
     "CRATE_small",
     "CRATE_tiny",
+    "CheckpointError",
     "__version__",
     "choose_backend",
     "functional",
+    "load_checkpoint",
 ]

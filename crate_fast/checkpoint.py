@@ -10,11 +10,7 @@ import inspect
 import json
 import math
 import os
-import pickle
-import re
-import warnings
-import zipfile
-import zlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -23,18 +19,14 @@ import torch
 from torch import Tensor
 
 from .extras import require
+from .inferred import infer_arguments
 from .model import CRATE
+from .reading import METADATA_KEY, CheckpointError, first_line, model_file, read_model
 
-METADATA_KEY = "crate_fast"
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
 ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd")
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-ZIP_SIGNATURE = b"PK\x03\x04"
-
-
-class CheckpointError(ValueError):
-    """A file is missing, damaged, or does not hold what it should; the message names the file and what is wrong."""
 
 
 def constructor_arguments(model: CRATE) -> dict:
@@ -75,7 +67,7 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
 
     Raises:
         TypeError: `model` is not a CRATE.
-        ValueError: it was changed after it was built, so that `load_model` could not build it again.
+        ValueError: it was changed after it was built, so that `load_checkpoint` could not build it again.
         OSError: `path` cannot be written.
     """
     require("safetensors")
@@ -89,7 +81,7 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
 
 
 def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
-    """Writes `model` and `state` (tensors and plain values: optimizer state, counters) to `path`, for `load_checkpoint`.
+    """Writes `model` and `state` (tensors and plain values: optimizer state, counters) to `path`, for `read_checkpoint`.
 
     Raises: as `save_model`.
     """
@@ -109,68 +101,46 @@ def _describe(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
     return arguments, weights
 
 
-def load_model(path: str | os.PathLike, **overrides) -> CRATE:
-    """The model in `path`, a file of `save_model` or `save_checkpoint`: on the CPU, in evaluation mode, dtypes as saved.
+def load_checkpoint(source: str | os.PathLike, *, device: str | torch.device = "cpu", **overrides) -> CRATE:
+    """The model in `source`, in evaluation mode, its dtypes as saved; nothing in a file is executed.
+
+    Read are files of `save_model` and `save_checkpoint` (of a training run's the mean of the weights, where it keeps one), and
+    those of the published scripts: bare state dicts, or under "state_dict" or "model", with the prefixes of DataParallel,
+    DistributedDataParallel or torch.compile; as PyTorch's archives or as safetensors. Where a file does not have the
+    constructor's arguments, they are what its shapes tell; what they cannot tell (heads, pool, ista, lambd) is taken as
+    published, and a line on stderr says so.
 
     Args:
-        path: the file.
-        overrides: keywords of `CRATE` that replace the saved ones, such as `backend`.
+        source: a file, a directory with a model.safetensors, or ORGANISATION/NAME of a model on the Hugging Face Hub (for that
+            `pip install 'crate-fast[hub]'`).
+        device: where the weights shall be.
+        overrides: keywords of `CRATE` that replace the file's, such as `backend`, or say what it leaves open.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or holds no model, or one of other names or shapes.
+        CheckpointError: the file is missing or damaged, asks for code to be run, or holds no model, or one of other names or
+            shapes.
+        MissingPackageError: safetensors, or for the Hub huggingface-hub, is not installed.
         TypeError: `overrides` has a keyword that CRATE does not take.
     """
+    return load_file(model_file(source), device, overrides)
+
+
+def load_file(path: Path, device: str | torch.device, overrides: dict) -> CRATE:
+    """`load_checkpoint` of a file."""
     unknown = sorted(set(overrides) - set(inspect.signature(CRATE).parameters))
     if unknown:
         raise TypeError(f"CRATE takes no {', '.join(unknown)}")
-    path = Path(path)
-    if _signature(path) == ZIP_SIGNATURE:
-        checkpoint = load_checkpoint(path)
-        arguments, weights = checkpoint["arguments"], checkpoint["model"]
-    else:
-        arguments, weights = _read_safetensors(path)
-    return _build(path, arguments, weights, overrides)
-
-
-def load_checkpoint(path: str | os.PathLike) -> dict:
-    """What `save_checkpoint` wrote: "arguments", "model" and its `state`, tensors on the CPU.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or holds something else.
-    """
-    path = Path(path)
-    if _signature(path) == ZIP_SIGNATURE:
-        _check_sums(path)
-    content = read_safely(path, "damaged, or no checkpoint of crate-fast")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "model")):
-        raise CheckpointError(f"{path}: no checkpoint of crate-fast: it has no 'arguments' and 'model'")
-    return content
-
-
-def read_safely(path: Path, otherwise: str) -> object:
-    """What `torch.save` wrote to `path`, on the CPU: tensors and plain values, or a CheckpointError that says `otherwise`."""
-    try:
-        with warnings.catch_warnings():  # what is refused is refused in one line, without PyTorch's advice on it
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive can raise anything; nothing in it has been executed
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked is not None:
-            reason = f"it asks for {asked[1]}, and only tensors and plain values are read"
-        else:
-            reason = "it is no file of torch.save" if isinstance(error, pickle.UnpicklingError) else first_line(error)
-        raise CheckpointError(f"{path}: {otherwise} ({reason})") from error
-
-
-def _check_sums(path: Path) -> None:
-    """Raises CheckpointError unless all parts of the archive have the CRC-32 that was written; PyTorch looks at none."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(f"{path}: damaged ({first_line(error)})") from error
-    if damaged is not None:
-        raise CheckpointError(f"{path}: damaged: {damaged} is not what was written")
+    arguments, weights = read_model(path)
+    if arguments is None:
+        try:
+            known = {name: value for name, value in overrides.items() if name in ARGUMENTS}
+            arguments, taken = infer_arguments(weights, known)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: {first_line(error)}") from error
+        if taken:
+            words = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+            print(f"crate-fast: {path}: taken as published, since shapes do not tell it: {words}", file=sys.stderr)
+    return _build(path, arguments, weights, overrides).to(device)
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
@@ -198,45 +168,18 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
             os.close(folder)
 
 
-def _signature(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(ZIP_SIGNATURE))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-
-
-def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    require("safetensors")
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Copies, since what safetensors gives may lie in the file's own pages, at any alignment.
-            weights = {key: file.get_tensor(key).clone() for key in file.offset_keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged, or not safetensors ({first_line(error)})") from error
-    if METADATA_KEY not in metadata:
-        raise CheckpointError(f"{path}: no model of crate-fast: its metadata has no {METADATA_KEY!r}")
-    try:
-        return json.loads(metadata[METADATA_KEY]), weights
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its metadata {METADATA_KEY!r} is not JSON ({error})") from error
-
-
 def _build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict) -> CRATE:
     if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
         raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {str(arguments)[:200]}")
     wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
     if wrong is not None:
         raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
+    arguments = arguments | overrides
     number = next((name for name in ("ista", "lambd") if not _is_finite(arguments.get(name, 0.0))), None)
     if number is not None:
         raise CheckpointError(f"{path}: its argument {number} is {str(arguments[number])[:200]!r}; it must be a finite number")
     # Before anything is built: a false depth could keep the constructor busy for ever.
     layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
-    arguments = arguments | overrides
     if arguments.get("depth") != len(layers):
         raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {arguments.get('depth')!r}")
     try:
@@ -273,8 +216,3 @@ def _difference(model: CRATE, weights: dict[str, Tensor]) -> str | None:
         if weights[key].shape != value.shape:
             return f"{key!r} has shape {tuple(weights[key].shape)}; it must be {tuple(value.shape)}"
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message, cut off at its first line; the name of its class where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

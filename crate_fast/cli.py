@@ -11,8 +11,12 @@ import torch
 
 from . import __version__
 from .backend import BACKENDS, BackendError
-from .checkpoint import CheckpointError
+from .convert_command import add_convert
 from .extras import MissingPackageError
+from .inspect_command import add_inspect
+from .inspection import InspectionError
+from .reading import CheckpointError
+from .segment_command import add_segment
 from .train_command import add_train
 from .training import ConfigError, SavingError, Stopped, TrainingError, UnreadableError, evaluate_run
 from .training.config import ARCHITECTURES, PRECISIONS
@@ -20,7 +24,7 @@ from .training.evaluation import is_first
 from .tune import add_tune
 
 USER_ERRORS = (
-    *(BackendError, CheckpointError, ConfigError, MissingPackageError, OSError),
+    *(BackendError, CheckpointError, ConfigError, InspectionError, MissingPackageError, OSError),
     *(SavingError, TrainingError, UnreadableError),
 )
 FAILED = 2
@@ -74,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_train(subcommands, "train")
     add_train(subcommands, "finetune")
     _add_evaluate(subcommands)
+    add_convert(subcommands)
+    add_inspect(subcommands)
+    add_segment(subcommands)
     add_tune(subcommands)
     return parser
 
@@ -99,9 +106,7 @@ def _add_evaluate(subcommands) -> None:
         "--data-dir", metavar="DIR", help="where the files of cifar10 and cifar100 are (default: as in the run)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: as in the run)")
-    parser.add_argument(
-        "--arch", choices=ARCHITECTURES, help="of a published checkpoint (default: what its shapes say); in ours it must agree"
-    )
+    parser.add_argument("--arch", choices=ARCHITECTURES, help="the size that the model must have (default: any)")
     parser.set_defaults(run=_evaluate)
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
     "lion_pytorch": "lion-pytorch",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
@@ -13,7 +14,8 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "tqdm": "tqdm",
 }
-"""Import name to package name, for all that the extra "train" brings."""
+"""Import name to package name, for all that the extras "train" and "hub" bring."""
+HUB = ("huggingface_hub",)  # the extra "hub"; all else is in "train"
 
 
 class MissingPackageError(ModuleNotFoundError):
@@ -22,6 +24,8 @@ class MissingPackageError(ModuleNotFoundError):
 
 def require(*modules: str) -> None:
     """Raises MissingPackageError, naming all that is missing, unless every one of `modules` can be imported."""
-    missing = [DISTRIBUTIONS[name] for name in modules if find_spec(name) is None]
+    missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise MissingPackageError(f"this needs {', '.join(missing)}: pip install 'crate-fast[train]'")
+        extra = "hub" if set(missing) <= set(HUB) else "train"
+        names = ", ".join(DISTRIBUTIONS[name] for name in missing)
+        raise MissingPackageError(f"this needs {names}: pip install 'crate-fast[{extra}]'")

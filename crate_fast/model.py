@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from .backend import autocasts, check_backend, check_tensor
 from .evaluated import evaluated_embedding
+from .extras import require
 from .functional import check_number
 from .modules import STREAMS, Transformer, pool_tokens
 from .plainness import drops_nothing, has_global_hooks, is_plain, norm_is_plain, same_place
@@ -167,6 +170,64 @@ class CRATE(nn.Module):
                 f"the image is {size[0]}×{size[1]}, {patches} patches; this model has position embeddings for "
                 f"{self.pos_embedding.shape[1] - 1} (image_size={_times(self.image_size)})"
             )
+
+    def save_pretrained(self, directory: str | os.PathLike, **options) -> str | None:
+        """Writes model.safetensors, config.json and a model card to `directory`, which it makes if need be.
+
+        Args:
+            options: of `huggingface_hub.ModelHubMixin.save_pretrained`.
+
+        Returns:
+            The commit's address with `push_to_hub=True`, else None.
+
+        Raises:
+            MissingPackageError: huggingface-hub is not installed.
+            ValueError: the model was changed after it was built, so that it could not be built again.
+            OSError: `directory` cannot be written to.
+        """
+        return _shelf()(self).save_pretrained(directory, **options)
+
+    def push_to_hub(self, name: str, **options) -> str:
+        """Writes the same to the Hugging Face Hub, as the model `name`, ORGANISATION/NAME; returns the commit's address.
+
+        Args:
+            options: of `huggingface_hub.ModelHubMixin.push_to_hub`, such as `private` and `token`.
+
+        Raises: as `save_pretrained`, and what huggingface_hub raises where the Hub refuses.
+        """
+        return _shelf()(self).push_to_hub(name, **options)
+
+    @staticmethod
+    def from_pretrained(
+        source: str | os.PathLike,
+        *,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **overrides,
+    ) -> CRATE:
+        """The model in a directory of `save_pretrained`, or on the Hugging Face Hub, in evaluation mode.
+
+        Args:
+            source: the directory, or ORGANISATION/NAME.
+            device, overrides: as of `crate_fast.load_checkpoint`.
+            revision, cache_dir, force_download, local_files_only, token: of `huggingface_hub.hf_hub_download`.
+
+        Raises: as `crate_fast.load_checkpoint`.
+        """
+        where = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, token=token)
+        where |= dict(local_files_only=local_files_only)
+        return _shelf().from_pretrained(str(source), device=device, overrides=overrides, **where).model
+
+
+def _shelf():
+    require("huggingface_hub")
+    from .hub import Shelf
+
+    return Shelf
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

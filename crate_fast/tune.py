@@ -34,14 +34,15 @@ def add_tune(subcommands) -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="tiny", help="a published size (default: tiny)")
     for name, text in (("dim", "width of a token"), ("heads", "attention heads"), ("dim-head", "width of a head")):
-        parser.add_argument(f"--{name}", type=_positive, metavar="N", help=f"{text} (default: the size's)")
-    parser.add_argument("--tokens", type=_positive, default=197, metavar="N", help="tokens of an image (default: 197)")
-    parser.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="images (default: 256)")
+        parser.add_argument(f"--{name}", type=positive, metavar="N", help=f"{text} (default: the size's)")
+    parser.add_argument("--tokens", type=positive, default=197, metavar="N", help="tokens of an image (default: 197)")
+    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="images (default: 256)")
     parser.add_argument("--precision", choices=DTYPES, default="float16", help="of matrix operands; 16-bit types share shapes")
     parser.set_defaults(run=_tune)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The number that a flag's `text` says, at least 1; raises argparse.ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return int(text)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from crate_fast import reference
+from crate_fast.cli import main
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -39,6 +40,15 @@ def load_module(path: Path):
     sys.modules[specification.name] = module
     specification.loader.exec_module(module)
     return module
+
+
+def call(capsys, *argv):
+    """(exit status, stdout, stderr) of `crate-fast argv`."""
+    try:
+        status = main([str(argument) for argument in argv])
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import zipfile
 import matplotlib.image
 import pytest
 import torch
+from conftest import call
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -22,15 +23,6 @@ MINIATURE = [
     *("--epochs", "2", "--batch-size", "256", "--image-size", "8", "--dim", "16", "--depth", "1"),
     *("--heads", "1", "--dim-head", "16", "--device", "cpu", "--num-threads", "1"),
 ]
-
-
-def call(capsys, *argv):
-    """(exit status, stdout, stderr) of `crate-fast argv`."""
-    try:
-        status = main([str(argument) for argument in argv])
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
 
 
 def process(*argv):

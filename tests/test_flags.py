@@ -264,7 +264,7 @@ REASONS = {
     "evaluate --epochs 3 {here}": "(see crate-fast evaluate --help)",
     "finetune --data_dir absent --backend triton": "--backend is 'triton'",
     "finetune --data_dir absent --accumulate 3": "--accumulate 3",
-    "finetune --data_dir absent --ckpt_dir {here}/absent": "absent: no such file",
+    "finetune --data_dir absent --ckpt_dir {here}/absent": "absent: No such file",
     "finetune --data_dir absent --ckpt_dir {here}": "a directory with no model.safetensors in it",
     "finetune --data_dir absent --ckpt_dir {here}/bad.toml": "(it is no file of torch.save)",
     "finetune --data_dir absent --ckpt_dir {here}/arguments.pth": "(it asks for argparse.Namespace, and only tensors and plain",

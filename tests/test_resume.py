@@ -15,8 +15,8 @@ import kill
 import pytest
 import torch
 
-from crate_fast.checkpoint import CheckpointError, load_checkpoint
 from crate_fast.cli import main
+from crate_fast.reading import CheckpointError, read_checkpoint
 from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, train
 from crate_fast.training.loop import Trainer
 from crate_fast.training.rundir import RunDirectory, unlock
@@ -58,7 +58,7 @@ def test_float16_goes_on_with_its_scale(tmp_path, monkeypatch):
         stop_after(patch, 8)
         with pytest.raises(Stopped):
             train(replace(config, out=str(tmp_path / "run")))
-    scaler = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["scaler"]
+    scaler = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["scaler"]
     assert scaler["_growth_tracker"] > 0
     run, _ = train(config, resume=str(tmp_path / "run"))
     assert same_end(run, straight)
@@ -100,7 +100,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(finished, tmp_path, monkeypatc
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     with pytest.raises(CheckpointError, match="is not what was written"):
-        load_checkpoint(newest)
+        read_checkpoint(newest)
     capsys.readouterr()
     run, _ = train(config, resume=str(tmp_path / "run"))
     out, err = capsys.readouterr()
@@ -114,7 +114,7 @@ def test_a_run_goes_on_from_an_older_checkpoint(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     run, _ = train(SMALL, resume=str(tmp_path / "run" / "checkpoints" / "step-00000018.pt"))
     assert same_end(run, finished)
-    assert load_checkpoint(run.last_checkpoint)["step"] == 24
+    assert read_checkpoint(run.last_checkpoint)["step"] == 24
     names = {path.name.partition(".")[2].partition("-")[0] for path in run.checkpoints.glob("step-*")}
     assert names == {"pt", "left"}
 
@@ -124,8 +124,8 @@ def test_the_newest_and_the_best_are_kept(finished):
     assert names == ["best.pt", "last.pt", "step-00000018.pt", "step-00000024.pt"]
     rows = [row for row in finished.read_metrics() if row["split"] == "test"]
     best = max(rows, key=lambda row: row["top1"])
-    assert load_checkpoint(finished.checkpoints / "best.pt")["epoch"] == best["epoch"]
-    assert load_checkpoint(finished.last_checkpoint)["step"] == 24
+    assert read_checkpoint(finished.checkpoints / "best.pt")["epoch"] == best["epoch"]
+    assert read_checkpoint(finished.last_checkpoint)["step"] == 24
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
         SavingError, match=r"step-00000012\.pt cannot be written \(No space left on device\).*00006\.pt is kept"
     ):
         train(config)
-    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 6
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 6
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 

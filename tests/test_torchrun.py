@@ -19,7 +19,7 @@ import torch.distributed as dist
 from pictures import make_cifar10, make_folder
 
 from crate_fast import CRATE_tiny
-from crate_fast.checkpoint import load_checkpoint, load_model
+from crate_fast.checkpoint import load_checkpoint
 from crate_fast.cli import main
 from crate_fast.training import ConfigError, evaluate_run, resolve, train
 from crate_fast.training.plan import make_plan
@@ -91,7 +91,7 @@ def test_two_processes_train_as_one_does(trained, folder, tmp_path):
     """As long as nothing is drawn by rank: weights of two steps, up to the order of sums."""
     line = PUBLISHED_TRAINING.replace("512", "32")
     assert main(["train", *line.split(), "--data", str(folder), "-j", "0", "--out", str(tmp_path / "one"), *TINY]) == 0
-    one, two = (load_model(path / "model.safetensors").state_dict() for path in (tmp_path / "one", trained[0]))
+    one, two = (load_checkpoint(path / "model.safetensors").state_dict() for path in (tmp_path / "one", trained[0]))
     for name, value in one.items():
         # A gradient near zero may change its sign, and Lion's step with it: two steps of two learning rates at most.
         assert (value - two[name]).abs().max() <= 4 * 2e-4 + 1e-6, name
@@ -118,7 +118,7 @@ def test_the_published_finetuning_line(tmp_path, capsys):
     row = last_test(run)
     assert main(["evaluate", str(run)]) == 0
     assert f"({row['correct']} of 20)" in capsys.readouterr().out
-    model = load_model(run / "model.safetensors")
+    model = load_checkpoint(run / "model.safetensors")
     moved = (model.state_dict()["cls_token"] - published.cls_token).abs().max().item()
     assert 0 < moved < 1e-3  # a few steps of 5e-5 from where it started
 
@@ -142,7 +142,7 @@ def test_the_published_lines_with_nothing_changed_but_epochs_paths_and_workers(t
     main_run, finetune_run = tmp_path / "main", tmp_path / "finetune"
     paths = ["--data", folder, "-j", 0, "--out", main_run]
     assert main(["train", *PUBLISHED_TRAINING.split(), *map(str, paths)]) == 0
-    file = save_as_published(load_model(main_run / "checkpoints" / "last.pt"), tmp_path / "main.pth")
+    file = save_as_published(load_checkpoint(main_run / "checkpoints" / "last.pt"), tmp_path / "main.pth")
     paths = ["--ckpt_dir", file, "--data_dir", cifar, "--workers", 0, "--out", finetune_run]
     assert main(["finetune", *PUBLISHED_FINETUNING.split(), *map(str, paths)]) == 0
     assert "main.pth: 104 weights loaded; new: the head (4)" in capsys.readouterr().out
@@ -190,11 +190,12 @@ def test_weights_of_something_else_are_refused(tmp_path, content):
 
 def test_published_checkpoints_are_evaluated(tmp_path, trained, folder):
     run, _ = trained
-    weights = load_model(run / "model.safetensors").state_dict()
+    weights = load_checkpoint(run / "model.safetensors").state_dict()
     path = tmp_path / "main.pth.tar"
     torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, path)
-    with pytest.raises(ValueError, match="does not fit CRATE_tiny for 224 pixels"):
-        evaluate_run(path, data=str(folder))
+    assert evaluate_run(path, data=str(folder)).count == evaluate_run(run, data=str(folder)).count
+    with pytest.raises(ValueError, match=r"--arch is CRATE_base; .*main\.pth\.tar holds a model of dim"):
+        evaluate_run(path, data=str(folder), arch="CRATE_base")
     published = CRATE_tiny(num_classes=3)
     torch.save({"state_dict": published.state_dict()}, path)
     small = make_folder(tmp_path / "small", train=3, val=5, side=16)

@@ -7,8 +7,9 @@ import matplotlib.image
 import pytest
 import torch
 
-from crate_fast.checkpoint import load_checkpoint, load_model
+from crate_fast.checkpoint import load_checkpoint
 from crate_fast.extras import MissingPackageError, require
+from crate_fast.reading import read_checkpoint
 from crate_fast.training import ConfigError, TrainConfig, TrainingError, digits, evaluate_run, train
 from crate_fast.training.compute import choose_compute
 from crate_fast.training.digits import Digits, load_scans, split_indices, transform, transforms
@@ -207,7 +208,7 @@ def test_evaluation_repeats_the_run(finished):
 
 def test_last_checkpoint_is_the_model(finished):
     run, _ = finished
-    checkpoint, model = load_checkpoint(run.last_checkpoint), load_model(run.model)
+    checkpoint, model = read_checkpoint(run.last_checkpoint), load_checkpoint(run.model)
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 10)
     assert len(checkpoint["optimizer"]["state"]) == len(list(model.parameters()))
     for key, value in model.state_dict().items():

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint import CheckpointError, load_checkpoint, load_model
+from ..checkpoint import load_checkpoint
 from ..model import CRATE, SIZES
+from ..reading import model_file
 from .compute import check_kernels, choose_compute
 from .config import ConfigError, TrainConfig
 from .data import Data, open_data
 from .metrics import Score, evaluate
 from .ranks import join, leave, read_ranks
 from .resolve import resolve
-from .rundir import RunDirectory, model_file
-from .weights import build_published, read_weights
+from .rundir import RunDirectory
 
-SAID = ("dim", "depth", "heads")  # by a file of crate-fast, of its model's size
+SAID = ("dim", "depth", "heads")  # what --arch says of a model
 # Settings of the run's own data, which are no others'.
 UNMOVED = {"rotate": 0.0, "zoom": 0.0, "shift": 0.0, "augment": "none", "erase": 0.0}
 
@@ -40,8 +40,7 @@ def evaluate_run(
         backend, precision, batch_size, data, data_dir, workers: as in the run where None, and so exactly the score it logged
             on such a machine; the digits, or main.py's settings for other data, where there is no run.
         device: as in training.
-        arch: the size of a published checkpoint, where its shapes leave it open; our files say theirs, with which it must
-            agree.
+        arch: the size that the model must have, if any.
 
     Raises:
         CheckpointError: the model's file is missing, damaged or something else.
@@ -83,19 +82,10 @@ def _settings(path: Path, asked: dict) -> TrainConfig:
 
 
 def _load(file: Path, settings: TrainConfig, arch: str | None) -> CRATE:
-    """The model in `file`, of a checkpoint the one that the run evaluated: the mean of the weights where there is one."""
-    try:
-        model = load_model(file, backend=settings.backend)
-    except CheckpointError as ours:
-        try:
-            return build_published(file, arch, settings.image_size, settings.patch_size)
-        except CheckpointError as theirs:
-            raise (theirs if "does not fit" in str(theirs) else ours) from theirs
+    model = load_checkpoint(file, backend=settings.backend)
     if arch is not None and any(getattr(model.transformer, name) != SIZES[arch.removeprefix("CRATE_")][name] for name in SAID):
         size = ", ".join(f"{name} {getattr(model.transformer, name)}" for name in SAID)
-        raise ConfigError(f"--arch is {arch}; {file} holds a model of {size}, and says so itself")
-    if file.suffix == ".pt" and load_checkpoint(file).get("ema"):
-        model.load_state_dict(read_weights(file))
+        raise ConfigError(f"--arch is {arch}; {file} holds a model of {size}")
     return model
 
 

@@ -9,9 +9,10 @@ from dataclasses import asdict, replace
 import torch
 
 from ..backend import choose_backend
-from ..checkpoint import constructor_arguments, load_checkpoint, save_model
+from ..checkpoint import constructor_arguments, save_model
 from ..extras import DISTRIBUTIONS, require
 from ..model import CRATE
+from ..reading import read_checkpoint
 from .compute import check_kernels, choose_compute
 from .config import ConfigError, TrainConfig
 from .data import Data, open_data
@@ -166,13 +167,13 @@ def _find_checkpoint(run: RunDirectory, resume: str, ranks: Ranks) -> dict | Non
         run.lock()
         checkpoints = Checkpoints(run.checkpoints, 1)
         if resume.endswith(".pt"):
-            checkpoints.set_aside_after(load_checkpoint(resume)["step"])
+            checkpoints.set_aside_after(read_checkpoint(resume)["step"])
             return resume
         found = checkpoints.load_newest()
         return found and str(found[0])
 
     path = ranks.share(lock_and_find)
-    return None if path is None else load_checkpoint(path)
+    return None if path is None else read_checkpoint(path)
 
 
 def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> str:

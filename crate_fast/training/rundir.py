@@ -9,7 +9,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..checkpoint import CheckpointError, write_atomically
+from ..checkpoint import write_atomically
+from ..reading import MODEL_NAME
 from .config import ConfigError, TrainConfig
 
 try:
@@ -34,7 +35,7 @@ class RunDirectory:
         self.curves = self.path / "curves.png"
         self.checkpoints = self.path / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.pt"
-        self.model = self.path / "model.safetensors"
+        self.model = self.path / MODEL_NAME
 
     @classmethod
     def create(cls, out: str | None, name: str) -> RunDirectory:
@@ -142,24 +143,6 @@ def find_run(resume: str, out: str | None) -> RunDirectory | None:
         raise ConfigError("--resume is 'auto', which goes on with the run in --out DIR; --out is not given")
     run = RunDirectory(out)
     return run if run.config.is_file() else None
-
-
-def model_file(path: str | Path) -> Path:
-    """The file of weights that `path` means: itself, or of a run's directory the model that it ended with.
-
-    Raises:
-        CheckpointError: the directory has no model in it.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    run = RunDirectory(path)
-    if not run.model.is_file():
-        raise CheckpointError(
-            f"{path}: a directory with no {run.model.name} in it; a run writes that at its end, and "
-            f"{run.checkpoints.name}/{run.last_checkpoint.name} before"
-        )
-    return run.model
 
 
 def check_free(out: str) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ..checkpoint import save_checkpoint
 from ..model import CRATE
+from ..reading import CheckpointError, read_checkpoint
 from .compute import Compute
 from .ranks import Ranks
 
@@ -71,7 +72,7 @@ class Checkpoints:
             aside.unlink(missing_ok=True)
         for path in self.numbered():
             try:
-                return path, load_checkpoint(path)
+                return path, read_checkpoint(path)
             except CheckpointError as error:
                 aside = _set_aside(path, "damaged")
                 print(f"crate-fast: warning: {error}; set aside as {aside.name}", file=sys.stderr, flush=True)

@@ -4,46 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, load_checkpoint, load_model, read_safely
-from ..model import CRATE, SIZES
-from .rundir import model_file
+from ..model import CRATE
+from ..positions import resample_positions
+from ..reading import CheckpointError, model_file, read_model
 
 HEAD = "mlp_head."
-WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
-SHAPES = ("state_dict", "model")  # of main.py's and finetune.py's checkpoints
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights in `path`, on the CPU, by the names of `CRATE`.
-
-    Read are files of crate-fast (model.safetensors, for which its run's directory may stand, and checkpoints), the published
-    main.py's checkpoints ("state_dict") and finetune.py's ("model"), and bare state dicts; prefixes of DataParallel and
-    DistributedDataParallel are taken off.
+    """The weights in `path`, on the CPU, by the names of `CRATE`; whatever `crate_fast.load_checkpoint` reads.
 
     Raises:
         CheckpointError: the file is missing, damaged, or has no weights of a CRATE.
     """
-    path = model_file(path)
-    if path.suffix == ".safetensors":
-        return load_model(path).state_dict()
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    content = read_safely(path, "damaged, or no checkpoint")
-    if isinstance(content, dict) and "arguments" in content:
-        content = load_checkpoint(path)
-        return content.get("ema") or content["model"]
-    for name in SHAPES:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            break
-    weights = {_unwrapped(key): value for key, value in content.items()} if isinstance(content, dict) else {}
-    if "pos_embedding" not in weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(f"{path}: no weights of a CRATE in it")
-    return {key: value.float() for key, value in weights.items()}
+    arguments, weights = read_model(model_file(path))
+    return weights if arguments is not None else {key: value.float() for key, value in weights.items()}
 
 
 def start_from(model: CRATE, weights: dict[str, Tensor], path: str | Path) -> str:
@@ -77,48 +54,10 @@ def start_from(model: CRATE, weights: dict[str, Tensor], path: str | Path) -> st
     return line + (f"; not of this model, and left out: {', '.join(map(str, surplus))}" if surplus else "")
 
 
-def build_published(path: Path, arch: str | None, image_size: int, patch_size: int) -> CRATE:
-    """The model in a published checkpoint, its size told by its shapes, or by `arch` where they leave it open.
-
-    Raises:
-        CheckpointError: as `read_weights`, or no published size has such shapes.
-    """
-    weights = read_weights(path)
-    found = (weights["pos_embedding"].shape[-1], _depth(weights))
-    names = [name for name, size in SIZES.items() if (size["dim"], size["depth"]) == found]
-    if arch is not None:
-        names = [arch.removeprefix("CRATE_")]
-    if not names:
-        raise CheckpointError(f"{path}: no published size has width {found[0]} and {found[1]} layers")
-    with torch.device("meta"):
-        classes = len(weights.get("mlp_head.1.bias", ()))
-        model = CRATE(**SIZES[names[0]], image_size=image_size, patch_size=patch_size, num_classes=classes)
-    own = model.state_dict()
-    shapes = [{key: tuple(value.shape) for key, value in some.items()} for some in (own, weights)]
-    wrong = next((key for key in sorted({*own, *weights}) if shapes[0].get(key) != shapes[1].get(key)), None)
-    if wrong:
-        raise CheckpointError(f"{path}: {wrong!r} does not fit CRATE_{names[0]} for {image_size} pixels")
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
-
-
-def _depth(weights: dict[str, Tensor]) -> int:
-    return len({key.split(".")[2] for key in weights if key.startswith("transformer.layers.")})
-
-
-def _unwrapped(key: object) -> str:
-    key = str(key)
-    while key.startswith(WRAPPERS):
-        key = key.partition(".")[2]
-    return key
-
-
 def _resample(embedding: Tensor, model: CRATE, path: str | Path) -> Tensor:
     """`embedding`, (1, 1 + patches, dim) of a square image, for the grid of `model`."""
     rows, columns = (image // patch for image, patch in zip(model.image_size, model.patch_size, strict=True))
     side = round((embedding.shape[1] - 1) ** 0.5)
     if embedding.dim() != 3 or side**2 != embedding.shape[1] - 1 or not side:
         raise CheckpointError(f"{path}: its position embeddings, {tuple(embedding.shape)}, are of no square image")
-    grid = embedding[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False, antialias=rows < side)
-    return torch.cat((embedding[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+    return resample_positions(embedding, (side, side), (rows, columns))

@@ -1,0 +1,114 @@
+"""What a state dict alone tells of its model: its names and shapes, and the published values for what they leave open."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from .model import SIZES
+
+WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
+SHELVES = ("state_dict", "model")  # where main.py and finetune.py put the weights in their checkpoints
+NEEDED = {"pos_embedding": 3, "to_patch_embedding.1.weight": 1, "mlp_head.1.weight": 2}
+OPEN = {"pool": "cls", "ista": 0.1, "lambd": 0.1}  # as published
+HEAD_WIDTH = 64  # the constructor's
+
+
+def find_weights(content: object) -> dict[str, Tensor]:
+    """The weights in what a checkpoint holds, under the names of `CRATE`; empty where there are none of a CRATE.
+
+    They may lie bare, or as main.py ("state_dict") or finetune.py ("model") puts them; prefixes of DataParallel,
+    DistributedDataParallel and torch.compile are taken off.
+    """
+    if not isinstance(content, dict):
+        return {}
+    inner = next((content[name] for name in SHELVES if isinstance(content.get(name), dict)), content)
+    weights = unwrapped(inner)
+    whole = "pos_embedding" in weights and all(isinstance(value, Tensor) for value in weights.values())
+    return weights if whole else {}
+
+
+def unwrapped(weights: dict) -> dict[str, Tensor]:
+    """The weights without the prefixes of `WRAPPERS`."""
+
+    def bare(key: str) -> str:
+        while key.startswith(WRAPPERS):
+            key = key.partition(".")[2]
+        return key
+
+    return {bare(str(key)): value for key, value in weights.items()}
+
+
+def infer_arguments(weights: dict[str, Tensor], known: dict) -> tuple[dict, dict]:
+    """The arguments of `CRATE` that fit `weights`: those that shapes tell, and those that had to be taken as published.
+
+    Args:
+        weights: by the names of `CRATE`.
+        known: arguments that the caller knows; they go before what shapes tell.
+
+    Returns:
+        (all arguments, those of them that were taken because neither shapes nor `known` tell them).
+
+    Raises:
+        ValueError: shapes tell too little; the message names what has to be said.
+    """
+    for name, dimensions in NEEDED.items():
+        if name not in weights or weights[name].dim() != dimensions:
+            raise ValueError(f"no weights of a CRATE: it has no {name!r} of {dimensions} dimensions")
+    _, tokens, dim = weights["pos_embedding"].shape
+    arguments = {"dim": dim, "num_classes": len(weights["mlp_head.1.weight"])}
+    arguments["depth"] = len({key.split(".")[2] for key in weights if key.startswith("transformer.layers.")})
+    arguments |= _infer_sizes(len(weights["to_patch_embedding.1.weight"]), tokens - 1, known)
+    told, taken = _infer_heads(weights, dim, arguments["depth"], known)
+    taken |= {name: value for name, value in OPEN.items() if name not in known}
+    return arguments | told | taken | known, taken
+
+
+def _infer_sizes(values: int, patches: int, known: dict) -> dict:
+    """channels, patch_size and image_size from the values of a patch and the number of patches, squares unless known."""
+    patch = _as_pair(known["patch_size"]) if "patch_size" in known else None
+    if patch is not None:
+        channels = known.get("channels", values // max(1, patch[0] * patch[1]))
+    else:
+        # 3·a² = b² has no solution, so that colour and grey cannot be mistaken for each other.
+        tried = (known["channels"],) if "channels" in known else (3, 1)
+        channels = next((c for c in tried if c > 0 and values % c == 0 and _root(values // c)), None)
+        if channels is None:
+            raise ValueError(f"a patch has {values} values, of no square patch with {' or '.join(map(str, tried))} channels; "
+                             "say patch_size")  # fmt: skip
+        patch = (_root(values // channels),) * 2
+    if "image_size" not in known and not _root(patches):
+        raise ValueError(f"{patches} patches make no square image; say image_size")
+    side = _root(patches) or 0
+    image = known.get("image_size", [side * patch[0], side * patch[1]])
+    return {"channels": channels, "patch_size": list(patch), "image_size": image}
+
+
+def _infer_heads(weights: dict[str, Tensor], dim: int, depth: int, known: dict) -> tuple[dict, dict]:
+    """(heads and dim_head that are told, those that are taken)."""
+    first = "transformer.layers.0.0.fn."
+    if depth and f"{first}to_out.0.weight" not in weights:
+        return {"heads": 1, "dim_head": dim}, {}  # the only case without a projection back
+    project = weights.get(f"{first}qkv.weight")
+    width = len(project) if project is not None and project.dim() == 2 else HEAD_WIDTH
+    if "heads" in known:
+        return {"dim_head": width // max(1, known["heads"])}, {}
+    if "dim_head" in known:
+        return {"heads": width // max(1, known["dim_head"])}, {}
+    for size in SIZES.values():
+        if (size["dim"], size["depth"], size["heads"] * size["dim_head"]) == (dim, depth, width):
+            return {}, {"heads": size["heads"], "dim_head": size["dim_head"]}
+    if width % HEAD_WIDTH:
+        raise ValueError(f"its shapes leave the number of heads open ({width} values in all heads); say heads")
+    return {}, {"heads": width // HEAD_WIDTH, "dim_head": HEAD_WIDTH}
+
+
+def _as_pair(size) -> tuple[int, int]:
+    return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+
+def _root(number: int) -> int | None:
+    """The whole root of a positive square, else None."""
+    root = math.isqrt(max(0, number))
+    return root if root and root**2 == number else None

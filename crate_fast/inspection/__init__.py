@@ -1,0 +1,20 @@
+"""What a CRATE does inside: rates and sparsity layer by layer, attention maps, projections in colour."""
+
+from .maps import attention_maps, attention_row, keep_mass, patch_projections, principal_colours
+from .rates import Measures, coding_rate, measure_layers, subspace_rate
+from .views import InspectionError, LayerView, layer_views
+
+__all__ = [
+    "InspectionError",
+    "LayerView",
+    "Measures",
+    "attention_maps",
+    "attention_row",
+    "coding_rate",
+    "keep_mass",
+    "layer_views",
+    "measure_layers",
+    "patch_projections",
+    "principal_colours",
+    "subspace_rate",
+]

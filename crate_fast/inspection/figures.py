@@ -1,0 +1,143 @@
+"""The papers' figures: rates and sparsity over layers, and attention maps head by head."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import write_atomically
+
+DPI = 120
+LETTERS = 11  # of a title, in an inch
+COLOUR_MAP = "inferno"
+COLOUR_SHARE = 0.6  # of a map's colours in an overlay; the rest is the image
+
+
+def plot_rates(measured: dict[str, list[dict]], path: Path) -> None:
+    """Draws R^c before and after each layer's MSSA, mean and deviation over images, as a PNG at `path`.
+
+    Args:
+        measured: by label, the rows of `Measures.rows`.
+        path: the file.
+    """
+    figure, axes = _figure_over_layers(measured)
+    for label, rows, colour in _coloured(measured):
+        _plot(axes, rows, "subspace_rate", f"{label}: $R^c(Z^\\ell)$, before MSSA", color=colour, marker="o")
+        _plot(
+            axes, rows, "compressed_rate", f"{label}: $R^c(Z^{{\\ell+1/2}})$, after", color=colour, marker="^", linestyle="--"
+        )
+    axes.set(title="Coding rate across layers", ylabel=r"$R^c$ [SSA block] in nats")
+    _finish(figure, axes, path)
+
+
+def plot_sparsity(measured: dict[str, list[dict]], path: Path) -> None:
+    """Draws the share of entries that are not zero after each layer's ISTA; as `plot_rates`."""
+    figure, axes = _figure_over_layers(measured)
+    for label, rows, colour in _coloured(measured):
+        _plot(axes, rows, "nonzero", label, color=colour, marker="s")
+    axes.set(title="Sparsity across layers", ylabel="share of non-zero entries [ISTA block]")
+    _finish(figure, axes, path)
+
+
+def _figure_over_layers(measured: dict[str, list[dict]]):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
+    axes.set_xlabel(r"layer $\ell$")
+    axes.set_xlim(0.5, max(len(rows) for rows in measured.values()) + 0.5)
+    return figure, axes
+
+
+def _coloured(measured: dict[str, list[dict]]):
+    from matplotlib import colormaps
+
+    for index, (label, rows) in enumerate(measured.items()):
+        yield (
+            label,
+            rows,
+            colormaps["tab10"](index % 10) if len(measured) <= 10 else colormaps["viridis"](index / len(measured)),
+        )
+
+
+def _plot(axes, rows: list[dict], name: str, label: str, **style) -> None:
+    layers = [row["layer"] for row in rows]
+    means, deviations = ([row[f"{name}_{kind}"] for row in rows] for kind in ("mean", "std"))
+    axes.errorbar(layers, means, yerr=deviations, label=label, capsize=4, linewidth=1.8, markersize=6, **style)
+
+
+def _finish(figure, axes, path: Path) -> None:
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def plot_heads(image: Tensor, maps: Tensor, numbers: list[int], title: str, path: Path) -> None:
+    """Draws the image, the mean of its heads' maps, and every head's map, as one PNG at `path`.
+
+    Args:
+        image: (height, width, 3 or 1) uint8.
+        maps: (heads, rows, columns), at least 0.
+        numbers: the heads' numbers, to print.
+        title: above all.
+        path: the file.
+    """
+    from matplotlib.figure import Figure
+
+    panels: list[tuple[str, Callable]] = [
+        ("image", lambda axes: axes.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)),
+        ("mean of the heads", lambda axes: axes.imshow(maps.mean(0).numpy(), cmap=COLOUR_MAP, interpolation="nearest")),
+    ]
+    for number, one in zip(numbers, maps, strict=True):
+        panels.append(
+            (f"head {number}", lambda axes, one=one: axes.imshow(one.numpy(), cmap=COLOUR_MAP, interpolation="nearest"))
+        )
+    columns = min(len(panels), max(4, math.ceil(math.sqrt(len(panels)))))
+    lines = math.ceil(len(panels) / columns)
+    height, width = image.shape[:2]
+    panel = 2.2 * min(1, max(0.4, width / height)), 2.2 * min(1, max(0.4, height / width))
+    size = columns * panel[0] + 0.3, lines * (panel[1] + 0.3) + 0.4
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in places:
+        axes.axis("off")
+    for axes, (name, draw) in zip(places, panels, strict=False):
+        draw(axes)
+        axes.set_title(name, fontsize="small")
+    figure.suptitle(textwrap.fill(title, int(LETTERS * size[0])), fontsize="medium")
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def coloured(one: Tensor) -> Tensor:
+    """A map (rows, columns) in colours, its least to its greatest: (rows, columns, 3) uint8."""
+    from matplotlib import colormaps
+
+    low, high = one.min(), one.max()
+    levels = (one - low) / (high - low) if high > low else torch.zeros_like(one)
+    return torch.from_numpy(colormaps[COLOUR_MAP](levels.numpy())[..., :3] * 255).round().byte()
+
+
+def blend(pixels: Tensor, colours: Tensor) -> Tensor:
+    """Both (height, width, 3) uint8: the colours over the pixels."""
+    return pixels.float().lerp(colours.float(), COLOUR_SHARE).round().byte()
+
+
+def enlarged(patches: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """(rows, columns, channels) to (height, width, channels), every patch filled with its value."""
+    return patches.repeat_interleave(patch_size[0], dim=0).repeat_interleave(patch_size[1], dim=1)
+
+
+def save_picture(pixels: Tensor, path: Path) -> None:
+    """Writes (height, width, 3 or 1) uint8 to `path` as PNG."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels.squeeze(-1).numpy())
+    write_atomically(path, lambda file: image.save(file, format="PNG"))

@@ -1,0 +1,138 @@
+"""Where the class token looks, and what the subspaces see: maps over the patches of an image (arXiv:2308.16271)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..model import CRATE
+from .views import InspectionError, layer_views, patch_grid
+
+COLOURS = 3
+
+
+def attention_row(projection: Tensor, heads: int, scale: float | None = None, token: int = 0) -> Tensor:
+    """One row of each head's attention, softmax(w_token · w_j · scale) over j, without the matrix of all rows.
+
+    Args:
+        projection: w, (batch, tokens, heads × head width), floating point.
+        heads: number of heads.
+        scale: factor on the scores; 1/sqrt(head width) when None.
+        token: whose row; 0 is the class token.
+
+    Returns:
+        (batch, heads, tokens), in float32 or w's dtype if that is wider; every row sums to 1.
+    """
+    w = projection.to(torch.promote_types(projection.dtype, torch.float32)).unflatten(-1, (heads, -1))
+    scale = w.shape[-1] ** -0.5 if scale is None else scale
+    return torch.softmax(torch.einsum("bhp,bnhp->bhn", w[:, token], w) * scale, dim=-1)
+
+
+@torch.no_grad()
+def attention_maps(model: CRATE, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+    """How much the class token attends to each patch, by layer and head.
+
+    Args:
+        model: on any device, in any mode, which it keeps.
+        images: (batch, channels, height, width), normalised; any size that patches divide.
+        layers: which layers, from 0, or from the end below 0, in the order wanted; all when None.
+
+    Returns:
+        (layers, batch, heads, rows, columns), as `attention_row`; what is missing to a sum of 1 the class token gives itself.
+
+    Raises:
+        InspectionError: the model has no such layer.
+        TypeError, ValueError: as `layer_views`.
+    """
+    wanted = [check_layer(model, layer) for layer in (range(model.transformer.depth) if layers is None else layers)]
+    if not wanted:
+        raise InspectionError("no layers to show: the model has none, or none was asked for")
+    grid, found = patch_grid(model, images), {}
+    for index, view in enumerate(layer_views(model, images)):
+        if index in wanted:
+            found[index] = attention_row(view.projection, view.heads, view.scale)[..., 1:].unflatten(-1, grid)
+        if len(found) == len(set(wanted)):
+            break
+    return torch.stack([found[index] for index in wanted])
+
+
+def check_layer(model: CRATE, layer: int) -> int:
+    """`layer` counted from 0; raises InspectionError where the model has no such layer."""
+    depth = model.transformer.depth
+    if not -depth <= layer < depth:
+        raise InspectionError(f"layer is {layer}; the model has {depth}, 0 to {depth - 1}")
+    return layer % depth
+
+
+def keep_mass(maps: Tensor, mass: float = 0.6) -> Tensor:
+    """Masks of the fewest patches, the heaviest first, that hold at least the share `mass` of each map.
+
+    Args:
+        maps: (..., rows, columns), at least 0.
+        mass: above 0, at most 1.
+
+    Returns:
+        Booleans of the shape of `maps`.
+
+    Raises:
+        InspectionError: `mass` is out of its bounds.
+    """
+    if not 0 < mass <= 1:
+        raise InspectionError(f"mass is {mass}; it must be above 0 and at most 1")
+    flat = maps.flatten(-2).double().cpu()
+    weights, order = flat.sort(dim=-1, descending=True, stable=True)
+    sums = weights.cumsum(-1)
+    before = torch.nn.functional.pad(sums[..., :-1], (1, 0))
+    kept = (before < mass * sums[..., -1:]) & (weights > 0)
+    return torch.zeros_like(kept).scatter_(-1, order, kept).view(maps.shape).to(maps.device)
+
+
+@torch.no_grad()
+def patch_projections(model: CRATE, images: Tensor, layer: int = -1) -> Tensor:
+    """The tied projections w of the patches in one layer: query, key and value in one.
+
+    Args:
+        model, images: as in `attention_maps`.
+        layer: which layer, from 0, or from the end below 0.
+
+    Returns:
+        (batch, rows, columns, heads × head width), in the dtype computed in.
+
+    Raises: as `attention_maps`.
+    """
+    wanted, grid = check_layer(model, layer), patch_grid(model, images)
+    view = next(view for index, view in enumerate(layer_views(model, images)) if index == wanted)
+    return view.projection[:, 1:].unflatten(1, grid)
+
+
+def principal_colours(projections: Sequence[Tensor]) -> list[Tensor]:
+    """The first three principal components of several images' patches, taken together, as red, green and blue.
+
+    Equal colours in different images mean equal directions. A component's sign is chosen so that its largest weight is
+    positive, and every component is stretched to 0..1 over all images; one without variance is grey.
+
+    Args:
+        projections: of each image (rows, columns, width), finite.
+
+    Returns:
+        Of each image (rows, columns, 3), float64 on the CPU, 0 to 1.
+
+    Raises:
+        InspectionError: there are no images, or values are not finite.
+    """
+    if not projections:
+        raise InspectionError("there are no images to colour")
+    flat = torch.cat([p.detach().flatten(0, 1).cpu().double() for p in projections])
+    if not flat.isfinite().all():
+        raise InspectionError("the projections are not finite, so they have no principal components")
+    flat -= flat.mean(dim=0)
+    axes = torch.linalg.eigh(flat.mT @ flat).eigenvectors.flip(1)[:, :COLOURS]
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    components = torch.nn.functional.pad(flat @ axes, (0, COLOURS - axes.shape[1]))
+    low, high = components.amin(dim=0), components.amax(dim=0)
+    flat_range = high - low <= 1e-9 * flat.abs().amax()
+    colours = torch.where(flat_range, 0.5, (components - low) / torch.where(flat_range, 1, high - low))
+    parts = colours.split([p.shape[0] * p.shape[1] for p in projections])
+    return [part.view(*p.shape[:2], COLOURS) for part, p in zip(parts, projections, strict=True)]

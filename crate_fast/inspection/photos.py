@@ -1,0 +1,152 @@
+"""Photographs as the views take them: read whatever their kind, cut so that patches divide them, normalised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..model import CRATE
+from .views import InspectionError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MODES = {1: "L", 3: "RGB"}
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, as Pillow converts
+SIXTEEN_BITS = 65535
+
+
+class PhotoError(InspectionError):
+    """A photograph cannot be used; the message names its file."""
+
+
+class Normalisation:
+    """(pixels − mean) / std by channel, for pixels of 0..1; what a run's config.json says, else that of ImageNet."""
+
+    def __init__(self, model: CRATE, source: str | Path) -> None:
+        self._mode = _mode(model)
+        own = _of_run(Path(source))
+        self.mean, self.std = own or _of_imagenet(model.channels)
+        self.origin = "its run's" if own else "ImageNet's"
+        if not all(len(values) == model.channels for values in (self.mean, self.std)):
+            raise InspectionError(
+                f"{source}: its run's mean and std are of {len(self.mean)} channels, the model's are {model.channels}"
+            )
+
+    def __call__(self, image: Image) -> Tensor:
+        """(1, channels, height, width) float32 of `image`."""
+        pixels = to_array(image.convert(self._mode))
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (pixels.permute(2, 0, 1)[None].float() / 255 - mean) / std
+
+
+def _mode(model: CRATE) -> str:
+    if model.channels not in MODES:
+        raise InspectionError(f"the model takes {model.channels} channels; photographs have 3 (colour) or 1 (grey)")
+    return MODES[model.channels]
+
+
+def _of_run(source: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation in the config.json of the run of which `source` is the directory, or a file up to two folders down."""
+    for folder in (source, source.parent, source.parent.parent):
+        try:
+            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data"]
+            mean, std = (tuple(map(float, v if isinstance(v, list) else [v])) for v in (data["mean"], data["std"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return mean, std
+    return None
+
+
+def _of_imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    from ..training.images import MEAN, STD
+
+    if channels == 3:
+        return MEAN, STD
+    return tuple((sum(w * v for w, v in zip(LUMA, values, strict=True)),) for values in (MEAN, STD))
+
+
+def to_array(image: Image) -> Tensor:
+    """(height, width, channels) uint8 of an image in mode "L" or "RGB"."""
+    import numpy as np
+
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.unsqueeze(-1) if pixels.dim() == 2 else pixels
+
+
+def read_photo(path: str | Path) -> Image:
+    """The photograph at `path` as RGB, turned as its camera says, transparent parts on white; of an animation the first.
+
+    Raises:
+        PhotoError: the file is missing, damaged, or no image that Pillow reads.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16") or image.mode == "I":
+                image = image.convert("I").point(lambda value: value * (255 / SIXTEEN_BITS)).convert("L")
+            if image.mode == "F":
+                raise ValueError("pixels of floating point have no known white")
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # whatever a damaged file makes of the decoder
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+        raise PhotoError(f"{path}: cannot be read as an image ({reason})") from error
+
+
+def find_photos(folder: str | Path) -> list[Path]:
+    """The photographs in `folder` and the folders in it, sorted.
+
+    Raises:
+        InspectionError: it is no directory, or has none.
+    """
+    from ..training.folder import SUFFIXES
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InspectionError(f"{folder}: no such directory of images")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise InspectionError(f"{folder}: no images in it ({', '.join(SUFFIXES)})")
+    return found
+
+
+def photo_batches(paths: list[Path], model: CRATE, normalise: Normalisation, batch_size: int) -> Iterator[Tensor]:
+    """The photographs scaled until they cover the model's image, their middle cut out: (batch, channels, height, width)."""
+    from PIL import Image, ImageOps
+
+    height, width = model.image_size
+    device = model.pos_embedding.device
+    for start in range(0, len(paths), batch_size):
+        images = (read_photo(path) for path in paths[start : start + batch_size])
+        fitted = [normalise(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)) for image in images]
+        yield torch.cat(fitted).to(device)
+
+
+def cut_to_patches(image: Image, patch_size: tuple[int, int], short_side: int | None = None) -> Image:
+    """`image`, scaled to `short_side` if that is given, and its middle cut out so that patches divide it.
+
+    Raises:
+        InspectionError: it is smaller than a patch.
+    """
+    from PIL import Image
+
+    if short_side is not None:
+        scale = short_side / min(image.size)
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    height, width = (side // patch * patch for side, patch in zip(reversed(image.size), patch_size, strict=True))
+    if not height or not width:
+        raise InspectionError(
+            f"the image is {image.height}×{image.width}, smaller than a patch of {patch_size[0]}×{patch_size[1]}"
+        )
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))

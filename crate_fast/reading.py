@@ -1,0 +1,151 @@
+"""Reading what files hold: safetensors and PyTorch's archives, checked, never executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .extras import MissingPackageError, require
+from .inferred import SHELVES, find_weights, unwrapped
+
+METADATA_KEY = "crate_fast"
+ZIP_SIGNATURE = b"PK\x03\x04"
+SIGNATURE_LENGTH = 9  # safetensors begins with 8 bytes of length and the brace of its JSON
+MODEL_NAME = "model.safetensors"
+SUFFIXES = (".pt", ".pth", ".tar", ".safetensors", ".bin", ".ckpt", ".t7")  # of files, and of no model on the Hub
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+class CheckpointError(ValueError):
+    """A file is missing, damaged, or does not hold what it should; the message names the file and what is wrong."""
+
+
+def model_file(source: str | os.PathLike) -> Path:
+    """The file that `source` means: itself, the model of the directory it is, or that of a Hub's model, brought here.
+
+    Raises:
+        CheckpointError: the directory has no model in it, or the Hub has none.
+        MissingPackageError: huggingface-hub is not installed, and there is no such file.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / MODEL_NAME).is_file():
+            raise CheckpointError(
+                f"{path}: a directory with no {MODEL_NAME} in it; a run writes that at its end, and checkpoints/last.pt before"
+            )
+        return path / MODEL_NAME
+    name = str(source)
+    if path.exists() or path.parent.is_dir() or path.suffix in SUFFIXES or not HUB_NAME.fullmatch(name):
+        return path
+    try:
+        require("huggingface_hub")
+    except MissingPackageError as error:
+        raise MissingPackageError(f"{name}: no such file; to look for it on the Hugging Face Hub, {error}") from error
+    from .hub import download
+
+    return download(name)
+
+
+def read_model(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
+    """(the constructor's arguments where the file has them, the weights on the CPU by the names of `CRATE`) of any file.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, asks for code to be run, or has no weights of a CRATE.
+    """
+    start = _signature(path)
+    if start[8:] == b"{" and not start.startswith(ZIP_SIGNATURE):
+        return _read_safetensors(path)
+    content = _read_archive(path, "damaged, or neither safetensors nor a checkpoint")
+    if isinstance(content, dict) and isinstance(content.get("arguments"), dict):
+        weights = next((content[name] for name in ("ema", *SHELVES) if isinstance(content.get(name), dict)), {})
+        if weights:
+            return content["arguments"], unwrapped(weights)
+    weights = find_weights(content)
+    if not weights:
+        raise CheckpointError(f"{path}: no weights of a CRATE in it")
+    return None, weights
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """What `save_checkpoint` wrote: "arguments", "model" and its `state`, tensors on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds something else.
+    """
+    path = Path(path)
+    content = _read_archive(path, "damaged, or no checkpoint of crate-fast")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "model")):
+        raise CheckpointError(f"{path}: no checkpoint of crate-fast: it has no 'arguments' and 'model'")
+    return content
+
+
+def _read_archive(path: Path, otherwise: str) -> object:
+    """What `torch.save` wrote to `path`, on the CPU: tensors and plain values, or a CheckpointError that says `otherwise`."""
+    if _signature(path).startswith(ZIP_SIGNATURE):
+        _check_sums(path)
+    try:
+        with warnings.catch_warnings():  # what is refused is refused in one line, without PyTorch's advice on it
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive can raise anything; nothing in it has been executed
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is not None:
+            reason = f"it asks for {asked[1]}, and only tensors and plain values are read"
+        else:
+            reason = "it is no file of torch.save" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise CheckpointError(f"{path}: {otherwise} ({reason})") from error
+
+
+def _check_sums(path: Path) -> None:
+    """Raises CheckpointError unless all parts of the archive have the CRC-32 that was written; PyTorch looks at none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"{path}: damaged ({first_line(error)})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged: {damaged} is not what was written")
+
+
+def _signature(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(SIGNATURE_LENGTH)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
+    require("safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies, since what safetensors gives may lie in the file's own pages, at any alignment.
+            weights = {key: file.get_tensor(key).clone() for key in file.offset_keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged, or not safetensors ({first_line(error)})") from error
+    if METADATA_KEY not in metadata:
+        weights = find_weights(weights)
+        if not weights:
+            raise CheckpointError(f"{path}: no weights of a CRATE in it")
+        return None, weights
+    try:
+        return json.loads(metadata[METADATA_KEY]), weights
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its metadata {METADATA_KEY!r} is not JSON ({error})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, cut off at its first line; the name of its class where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

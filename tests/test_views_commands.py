@@ -1,0 +1,232 @@
+"""`crate-fast inspect` and `crate-fast segment`: on photographs that scikit-learn carries, and what they refuse."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from test_inspection import assert_measures_are_right, watched
+
+from crate_fast import CRATE, inspection, load_checkpoint, reference
+from crate_fast.checkpoint import save_model
+from crate_fast.cli import main
+from crate_fast.inspection import figures, photos
+from crate_fast.training.digits import Digits
+
+SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
+RUN = [
+    "--epochs",
+    "1",
+    "--dim",
+    "32",
+    "--depth",
+    "2",
+    "--heads",
+    "2",
+    "--dim-head",
+    "16",
+    "--device",
+    "cpu",
+    "--num-threads",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model for colour, and photographs; one of them is not as wide as patches are."""
+    folder = tmp_path_factory.mktemp("views")
+    torch.manual_seed(0)
+    save_model(CRATE(**SMALL), folder / "colour.safetensors")
+    save_model(CRATE(**SMALL | {"channels": 2}), folder / "two.safetensors")
+    save_model(CRATE(**SMALL | {"depth": 0}), folder / "flat.safetensors")
+    (folder / "photos" / "in").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    china, flower = load_sample_images().images
+    Image.fromarray(china).resize((90, 60)).save(folder / "photos" / "china.JPG")
+    Image.fromarray(flower).resize((64, 48)).save(folder / "photos" / "in" / "flower.png")
+    (folder / "broken.png").write_bytes((folder / "photos" / "in" / "flower.png").read_bytes()[:900])
+    (folder / "text.jpg").write_text("hello")
+    Image.fromarray(flower).resize((5, 50)).save(folder / "narrow.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """A miniature run on the digits."""
+    torch.set_num_threads(2)
+    assert main(["train", *RUN, "--out", str(place / "run")]) == 0
+    return place / "run"
+
+
+def test_inspect_on_photographs(place, run, capsys):
+    out = place / "inspected"
+    paths = [place / "colour.safetensors", run, run / "checkpoints" / "last.pt"]
+    status, printed, err = call(capsys, "inspect", "--checkpoint", *paths, "--images", place / "photos", "--out", out)
+    assert (status, err) == (0, "")
+    assert {path.name for path in out.iterdir()} == {"layers.json", "layers.csv", "coding-rate.png", "sparsity.png"}
+    content = json.loads((out / "layers.json").read_text())
+    assert [one["label"] for one in content["checkpoints"]] == ["colour.safetensors", "run", "last.pt"]
+    assert [one["images"] for one in content["checkpoints"]] == [2, 2, 2]
+    assert content["checkpoints"][1]["layers"] == content["checkpoints"][2]["layers"]
+    with open(out / "layers.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["checkpoint"], row["layer"]) for row in rows[:4]] == [
+        *(("colour.safetensors", str(layer)) for layer in (1, 2, 3)),
+        ("run", "1"),
+    ]
+    written = [float(row["nonzero_mean"]) for row in rows]
+    assert written == [row["nonzero_mean"] for one in content["checkpoints"] for row in one["layers"]]
+    assert "colour.safetensors: 2 images, normalised by ImageNet's mean" in printed and "by its run's mean" in printed
+    for name in ("coding-rate.png", "sparsity.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) >= 600 and len(picture.convert("RGB").getcolors(10**6)) > 10
+
+
+def test_inspect_measures_what_the_function_measures(place, run, capsys):
+    status, _, _ = call(
+        capsys, "inspect", "--checkpoint", run, "--images", "digits", "--limit", "40", "--out", place / "digits"
+    )
+    model = load_checkpoint(run)
+    digits = Digits(model.image_size, torch.device("cpu"))
+    images = (digits.test_images[:40] - digits.mean) / digits.std
+    expected = inspection.measure_layers(model, images).rows()
+    (found,) = json.loads((place / "digits" / "layers.json").read_text())["checkpoints"]
+    assert status == 0 and found["images"] == 40
+    for row, other in zip(found["layers"], expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+
+
+def test_measures_of_the_digits_model(run):
+    """Against float64 matrices of all tokens, as published, and the reference's matrix of attention."""
+    model = load_checkpoint(run)
+    digits = Digits(model.image_size, torch.device("cpu"))
+    images = (digits.test_images[:8] - digits.mean) / digits.std
+    assert_measures_are_right(model, model, images)
+    w = watched(model, images)[-1][0].unflatten(-1, (2, -1)).transpose(1, 2)
+    rows = reference.attention_probabilities(w)[:, :, 0, 1:]
+    torch.testing.assert_close(inspection.attention_maps(model, images, [-1])[0].flatten(-2), rows, rtol=0, atol=1e-6)
+
+
+def test_segment_on_photographs(place, run, capsys):
+    out = place / "segmented"
+    images = [place / "photos" / "china.JPG", place / "photos" / "in" / "flower.png", place / "photos" / "china.JPG"]
+    status, printed, err = call(capsys, "segment", *images, "--checkpoint", place / "colour.safetensors", "--out", out)
+    assert (status, err) == (0, "")
+    assert f"{images[0]}: 60×90; 56×88 of it seen, in patches of 8×8\n" in printed
+    assert f"{images[1]}: 48×64; 48×64 of it seen" in printed
+    assert {path.name for path in out.iterdir()} == {
+        *("china", "china-2", "flower", "pca-china.png", "pca-china-2.png", "pca-flower.png"),
+    }
+    kinds = {f"{one}-{kind}.png" for one in ("mean", "head-01", "head-02", "head-03") for kind in ("map", "overlay", "mask")}
+    assert {path.name for path in (out / "flower").iterdir()} == kinds | {"image.png", "heads.png"}
+    sizes = {Image.open(out / "china" / name).size for name in kinds | {"image.png"}} | {Image.open(out / "pca-china.png").size}
+    assert sizes == {(88, 56)}
+    assert np.array_equal(Image.open(out / "pca-china.png"), Image.open(out / "pca-china-2.png"))
+    assert np.array_equal(Image.open(out / "flower" / "image.png"), Image.open(images[1]))
+    # The mask is that of the function.
+    model = load_checkpoint(place / "colour.safetensors")
+    normalise = photos.Normalisation(model, place / "colour.safetensors")
+    maps = inspection.attention_maps(model, normalise(photos.read_photo(images[1])), [-1])[0, 0]
+    mask = figures.enlarged(inspection.keep_mass(maps[1], 0.6), (8, 8))
+    assert np.array_equal(np.asarray(Image.open(out / "flower" / "head-02-mask.png")) == 255, mask.numpy())
+
+
+def test_segment_flags(place, run, capsys):
+    given = ["--layer", "1", "--heads", "2,1", "--mass", "0.3", "--size", "20"]
+    image = place / "photos" / "china.JPG"
+    status, printed, _ = call(capsys, "segment", image, "--checkpoint", run, *given, "--out", place / "few")
+    assert status == 0 and "layer 1 of 2" in printed and "its shorter side scaled to 20; 20×28 of it seen" in printed
+    names = {path.name for path in (place / "few" / "china").iterdir()}
+    assert {name.partition("-m")[0] for name in names if name.endswith("-mask.png")} == {"head-01", "head-02", "mean"}
+    with Image.open(place / "few" / "china" / "mean-mask.png") as mask:
+        assert mask.size == (28, 20) and 0 < np.asarray(mask).mean() / 255 <= 0.3 + 1 / 35
+
+
+WRONG = {
+    "inspect --checkpoint {p}/colour.safetensors --images {p}/absent --out {p}/x": "{p}/absent: no such directory",
+    "inspect --checkpoint {p}/colour.safetensors --images {p}/empty --out {p}/x": "{p}/empty: no images in it",
+    "inspect --checkpoint {p}/colour.safetensors --images digits --out {p}/x": "colour.safetensors: the model takes 3 channels",
+    "inspect --checkpoint {p}/two.safetensors --images {p}/photos --out {p}/x": "takes 2 channels",
+    "inspect --checkpoint {p}/flat.safetensors --images {p}/photos --out {p}/x": "no layers",
+    "inspect --checkpoint {p}/photos --images {p}/photos --out {p}/x": "{p}/photos: a directory with no model.safetensors",
+    "inspect --checkpoint {p}/text.jpg --images {p}/photos --out {p}/x": "{p}/text.jpg: damaged",
+    "inspect --checkpoint {p}/colour.safetensors --images {p}/photos --out {p}/text.jpg": "--out is {p}/text.jpg",
+    "inspect --checkpoint {p}/colour.safetensors --images {p} --out {p}/x": "{p}/broken.png: cannot be read",
+    "inspect --checkpoint {p}/colour.safetensors --images {p}/photos --out {p}/x --limit 0": "--limit",
+    "inspect --checkpoint {p}/colour.safetensors --images {p}/photos --out {p}/x --device nowhere": "nowhere",
+    "inspect --checkpoint {p}/colour.safetensors --images {p}/photos": "--out",
+    "segment {p}/text.jpg --checkpoint {p}/colour.safetensors --out {p}/x": "{p}/text.jpg: cannot be read as an image",
+    "segment {p}/absent.jpg --checkpoint {p}/colour.safetensors --out {p}/x": "{p}/absent.jpg: .*No such file",
+    "segment {p} --checkpoint {p}/colour.safetensors --out {p}/x": "{p}: .*directory",
+    "segment {i} {p}/broken.png --checkpoint {p}/colour.safetensors --out {p}/x": "{p}/broken.png: cannot be read",
+    "segment {p}/narrow.png --checkpoint {p}/colour.safetensors --out {p}/x": "{p}/narrow.png: the image is 50×5, smaller",
+    "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --layer 4": "--layer is 4; the model has layers 1 to 3",
+    "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --layer 0": "--layer",
+    "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --heads 1,4": "--heads names 4; the model has heads 1 to 3",
+    "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --heads 1,,2": "--heads",
+    "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --heads 1,1": "twice",
+    "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --mass 0": "--mass.*above 0 and at most 1",
+    "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --mass nan": "--mass",
+    "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --mass much": "--mass",
+    "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --size 7": "smaller than a patch",
+    "segment {i} --checkpoint {p}/colour.safetensors --out {p}/x --size 99999999999": "china.JPG: ",
+    "segment {i} --checkpoint {p}/two.safetensors --out {p}/x": "takes 2 channels",
+    "segment {i} --checkpoint {p}/flat.safetensors --out {p}/x": "no layers",
+    "segment --checkpoint {p}/colour.safetensors --out {p}/x": "IMAGE",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_input_is_one_line(place, capsys, line):
+    names = {"p": place, "i": place / "photos" / "china.JPG"}
+    status, _, err = call(capsys, *line.format(**names).split())
+    assert status == 2 and err.count("\n") == 1 and "Traceback" not in err
+    assert re.search(WRONG[line].format(p=re.escape(str(place))), err), err
+    assert not (place / "x").exists()
+
+
+def ramp(mode):
+    """An 8×8 image in `mode` whose upper left quarter is white."""
+    grey = np.zeros((8, 8), np.uint8)
+    grey[:4, :4] = 255
+    if mode == "I;16":
+        return Image.fromarray(grey.astype(np.uint16) * 257)
+    if mode == "clear":  # black everywhere, and three quarters of it opaque
+        black = np.zeros((8, 8, 4), np.uint8)
+        black[..., 3] = 255 - grey
+        return Image.fromarray(black)
+    return Image.fromarray(grey).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "P", "1", "LA", "RGBA", "I;16", "clear", "YCbCr"])
+def test_photographs_of_every_mode(mode, tmp_path):
+    path = tmp_path / ("x.jpg" if mode in ("CMYK", "YCbCr") else "x.png")
+    ramp(mode).save(path, **{"quality": 100} if path.suffix == ".jpg" else {})
+    pixels = np.asarray(photos.read_photo(path)).astype(int)
+    assert pixels.shape == (8, 8, 3)
+    assert (pixels[:4, :4] > 245).all() and (pixels[4:, 4:] < 10).all()
+
+
+def test_photographs_are_turned_as_their_camera_says(tmp_path):
+    image = Image.new("RGB", (6, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6  # held upright
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert photos.read_photo(tmp_path / "x.jpg").size == (4, 6)
+
+
+def test_normalisation_of_grey(tmp_path):
+    model = CRATE(**SMALL | {"channels": 1})
+    normalise = photos.Normalisation(model, tmp_path / "x.safetensors")
+    white = normalise(Image.new("RGB", (3, 2), "white"))
+    assert white.shape == (1, 1, 2, 3)
+    mean, std = (
+        sum(w * v for w, v in zip(photos.LUMA, three, strict=True)) for three in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    torch.testing.assert_close(white, torch.full_like(white, (1 - mean) / std))
