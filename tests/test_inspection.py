@@ -142,7 +142,18 @@ def test_batches_are_one_set():
         torch.zeros(2, 0, 3),
         torch.zeros(0, 4, 3),
     ],
-    ids=str,
+    ids=[
+        "zeros",
+        "one zero",
+        "float32's largest",
+        "float32's least",
+        "1e300",
+        "float64's least",
+        "width 1",
+        "half",
+        "no tokens",
+        "none",
+    ],
 )
 def test_rates_of_any_tokens_are_finite(tokens):
     rate = inspection.coding_rate(tokens)
