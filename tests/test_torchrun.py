@@ -21,6 +21,7 @@ from pictures import make_cifar10, make_folder
 from crate_fast import CRATE_tiny
 from crate_fast.checkpoint import load_checkpoint
 from crate_fast.cli import main
+from crate_fast.reading import read_checkpoint
 from crate_fast.training import ConfigError, evaluate_run, resolve, train
 from crate_fast.training.plan import make_plan
 from crate_fast.training.ranks import Ranks, meet
@@ -245,7 +246,7 @@ def test_a_signal_under_torchrun_saves_and_any_number_of_processes_goes_on(tmp_p
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     step = int(re.search(r"crate-fast: stopped by signal 10 after step (\d+), saved as \S+\.pt\n", errors)[1])
     assert 3 <= step < 32
-    assert load_checkpoint(run / "checkpoints" / "last.pt")["step"] == step
+    assert read_checkpoint(run / "checkpoints" / "last.pt")["step"] == step
 
     output(through)
     other = shutil.copytree(run, tmp_path / "other")
