@@ -48,7 +48,8 @@ class CRATE(nn.Module):
         backend: "triton", "torch", "reference" or "auto"; see `crate_fast.choose_backend`.
         stream: dtype of the activations between fused kernels under autocast: "float16" (as few bytes as bfloat16, 4 to 8
             times as exact; what exceeds 65,504 becomes infinite), "bfloat16", "float32", or "auto": float16 under bfloat16
-            autocast and float32 under float16, each at least as precise as the published code under the same.
+            autocast and float32 under float16, each at least as precise as the published code under the same by the logits and
+            the median over gradients.
 
     Raises:
         TypeError: a size that is no integer, a step size or threshold that is no number.

@@ -348,7 +348,7 @@ def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torc
     """(dtype of the activations between kernels, dtype of matrix operands) of fused layers under autocast.
 
     "auto" is the leanest stream that is no less precise than the published code under the same autocast, for logits and
-    gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`).
+    the median over gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`).
     """
     if stream == "auto":
         stream = "float32" if autocast == torch.float16 else "float16"
