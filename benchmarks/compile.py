@@ -34,7 +34,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from crate_fast.kernels import attention, gradients, ista, layer, linear, mssa, runtime, stack
+from crate_fast.kernels import attention, gradients, ista, layer, linear, mssa, runtime, stack, weights
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 """KiB of shared memory that one program can have."""
@@ -55,7 +55,7 @@ SPILLS_ALLOWED = (
 MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 """What 16-bit products must be made of where that is not HMMA."""
 
-NOT_MATRIX = {"_fold_kernel", "_delta_kernel", "_leave_kernel"}
+NOT_MATRIX = {"_prepare_kernel", "_finish_kernel", "_delta_kernel", "_leave_kernel"}
 
 # parameters, stream, operands
 DTYPES = {
@@ -120,7 +120,7 @@ def _layer(parameter, stream, operand, tokens: int, dim: int, head_width: int) -
     weights = layer.LayerWeights(vector, vector, matrix, matrix, vector, vector, vector, _empty(dim, dim, dtype=torch.float32))
     heads = dim // head_width
     settings = layer.LayerSettings(heads, head_width**-0.5, 1e-5, 1e-5, 0.01)
-    prepared = list(layer.prepare_layers([weights], [settings], operand)[0])
+    prepared = list(layer.prepare_layers(layer.stack_weights([weights]), 0.01, operand)[0])
     x = _empty(16, tokens, dim, dtype=stream)
     saved = layer.layer_forward.body(x, prepared, vector, vector, heads, settings.scale, 1e-5, 1e-5)
     *saved, sums = saved
@@ -201,7 +201,9 @@ class Row(NamedTuple):
 
 def compile_one(launch: Launch, arch: str) -> Row:
     """Compiles one launch for one architecture and reads the machine code."""
-    kernel = next(getattr(m, launch.kernel) for m in (attention, linear, gradients, stack) if hasattr(m, launch.kernel))
+    kernel = next(
+        getattr(m, launch.kernel) for m in (attention, linear, gradients, stack, weights) if hasattr(m, launch.kernel)
+    )
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(fn=kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=launch.options)

@@ -28,6 +28,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
@@ -54,12 +55,14 @@ OURS = {
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def _fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> list[Folded]:
-    matrix = (gamma[..., None] * weight).to(operand)
-    gain, offset = matrix.float().sum(1), (beta[:, None] @ weight)[:, 0]
-    if shrinkage is not None:
-        gain, offset = gain + gamma, offset + beta - shrinkage
-    return [Folded(*parts) for parts in zip(matrix, gain, offset, strict=True)]
+def _prepare_weights(project, gamma1, beta1, out, operator, gamma2, beta2, operand: torch.dtype, shrinkage: float) -> tuple:
+    def fold(weight: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        matrix = (gamma[..., None] * weight).to(operand)
+        return matrix, matrix.float().sum(1), (beta[:, None] @ weight)[:, 0]
+
+    matrix, *project_ends = fold(project.mT, gamma1, beta1)
+    step, gain, offset = fold(operator, gamma2, beta2)
+    return matrix.mT, *project_ends, out.to(operand), step, gain + gamma2, offset + beta2 - shrinkage
 
 
 def _norm_linear(x: Tensor, folded: Folded, gamma, out: torch.dtype, eps: float, statistics: Statistics) -> Tensor:
@@ -105,7 +108,17 @@ def _norm_data_gradient(g, sums, x, folded: Folded, gamma, statistics: Statistic
 def _weight_gradient(x, g, operand, *, statistics=None, transposed=False) -> tuple[Tensor, Tensor]:
     normal = x.float() if statistics is None else (x.float() - statistics.mean[:, None]) * statistics.rstd[:, None]
     product = normal.to(operand).float().t() @ g.to(operand).float()
-    return product.t().contiguous() if transposed else product, g.float().sum(0)
+    return (product.t() if transposed else product)[None], g.float().sum(0)[None]
+
+
+def _finish_norm_product(parts, totals, scale, weight, gamma, beta, *, identity=False) -> tuple[Tensor, Tensor, Tensor]:
+    product, total = parts[0] / scale, totals[0] / scale
+    weight = weight + torch.eye(len(weight)) if identity else weight
+    return (product * weight).sum(1), weight @ total, gamma[:, None] * product + beta[:, None] * total
+
+
+def _finish_product(parts, totals, scale) -> tuple[Tensor, Tensor]:
+    return parts[0] / scale, totals[0] / scale
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -133,12 +146,14 @@ def _mssa_backward(w: Tensor, do: Tensor, lse: Tensor, delta: Tensor, scale: flo
 
 EMULATED = {
     "attention_gradient": _attention_gradient,
-    "fold": _fold,
+    "finish_norm_product": _finish_norm_product,
+    "finish_product": _finish_product,
     "linear": _linear,
     "mssa_backward": _mssa_backward,
     "mssa_forward": _mssa_forward,
     "norm_data_gradient": _norm_data_gradient,
     "norm_linear": _norm_linear,
+    "prepare_weights": SimpleNamespace(body=_prepare_weights),
     "weight_gradient": _weight_gradient,
 }
 """What `crate_fast.kernels.layer` launches, in PyTorch, with the kernels' roundings: operands and results in their dtypes,

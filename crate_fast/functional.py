@@ -158,15 +158,13 @@ class _Operator(torch.autograd.Function):
         return torch.addmm(dm, d, dm + dm.t(), beta=ctx.step_size, alpha=-ctx.step_size).to(weight.dtype), None, None
 
 
-def ista_operators(weights: Sequence[Tensor], step_sizes: Sequence[float]) -> list[Tensor]:
-    """`ista_operator` of many weights, in one batched product where they are alike; differentiable once, one by one."""
-    if any(w.shape != weights[0].shape or s != step_sizes[0] for w, s in zip(weights, step_sizes, strict=True)):
-        return [ista_operators([w], [s])[0] for w, s in zip(weights, step_sizes, strict=True)]
-    with without_autocast(weights[0].device.type):
-        d = torch.stack([w.detach() for w in weights])
-        d = d.to(torch.promote_types(d.dtype, torch.float32))
-        operators = torch.baddbmm(d, d.mT, d, beta=step_sizes[0], alpha=-step_sizes[0])
-    return [_Operator.apply(w, m, s) for w, m, s in zip(weights, operators.unbind(), step_sizes, strict=True)]
+def ista_operators(weights: Sequence[Tensor], stacked: Tensor, step_size: float) -> tuple[Tensor, list[Tensor]]:
+    """`ista_operator` of like weights and of a stack of copies of them, in one batched product: (layers, dim, dim), and one by
+    one, differentiable once."""
+    with without_autocast(stacked.device.type):
+        d = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+        operators = torch.baddbmm(d, d.mT, d, beta=step_size, alpha=-step_size)
+    return operators, [_Operator.apply(w, m, step_size) for w, m in zip(weights, operators.unbind(), strict=True)]
 
 
 def ista_with_operator(

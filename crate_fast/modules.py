@@ -248,13 +248,24 @@ def _is_over_keys(softmax: nn.Module) -> bool:
 
 
 def _fresh_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
-    """(`kernels.LayerWeights`, `kernels.PreparedWeights`) of every layer, made together."""
-    from .kernels import LayerWeights, prepare_layers
+    """(`kernels.LayerWeights`, `kernels.PreparedWeights`) of every layer; of layers that are alike in three launches together:
+    their weights copied side by side, M made of them, the norms folded in."""
+    from .kernels import LayerWeights, prepare_layers, stack_weights
 
-    dictionaries, step_sizes = zip(*((layer[1].fn.weight, layer[1].fn.step_size) for layer in layers), strict=True)
-    operators = functional.ista_operators(dictionaries, step_sizes)
-    weights = [LayerWeights(*layer.weights()[:-1], m) for layer, m in zip(layers, operators, strict=True)]
-    return list(zip(weights, prepare_layers(weights, [layer.settings() for layer in layers], operand), strict=True))
+    kinds = [_weights_kind(layer) for layer in layers]
+    if any(kind != kinds[0] for kind in kinds):
+        return [pair for layer in layers for pair in _fresh_weights([layer], operand)]
+    own = [LayerWeights(*layer.weights()) for layer in layers]
+    stacked = stack_weights(own)
+    step_size, shrinkage = layers[0][1].fn.step_size, layers[0].settings().shrinkage
+    operators, each = functional.ista_operators([w.operator for w in own], stacked.operator, step_size)
+    prepared = prepare_layers(stacked._replace(operator=operators), shrinkage, operand)
+    return [(w._replace(operator=m), p) for w, m, p in zip(own, each, prepared, strict=True)]
+
+
+def _weights_kind(layer: Layer) -> tuple:
+    weights = layer.weights()
+    return [w.shape for w in weights], weights[0].dtype, layer[1].fn.step_size, layer[1].fn.lambd
 
 
 class Transformer(nn.Module):

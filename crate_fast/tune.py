@@ -97,15 +97,15 @@ def _milliseconds(run: Callable) -> float:
 
 def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workload]:
     """Every kernel of a layer on `tokens` (batch, tokens, dim), of the operands' dtype, as forward and backward launch it."""
-    from .kernels import gradients, linear, mssa
+    from .kernels import gradients, layer, linear, mssa
 
     batch, count, dim = tokens.shape
     dtype, inner, scale = tokens.dtype, heads * head_width, head_width**-0.5
     x = tokens.reshape(-1, dim)
     gamma, beta = torch.ones(dim, device=x.device), torch.zeros(dim, device=x.device)
-    (project,) = linear.fold(_weight(x, dim, inner)[None], gamma[None], beta[None], dtype)
-    (step,) = linear.fold(_weight(x, dim, dim)[None], gamma[None], beta[None], dtype, 0.01)
-    out = _weight(x, inner, dim).to(dtype)
+    matrices = (_weight(x, inner, dim), _weight(x, dim, inner), beta, gamma, beta, _weight(x, dim, dim))
+    (prepared,) = layer.prepare_layers(layer.stack_weights([layer.LayerWeights(gamma, beta, *matrices)]), 0.01, dtype)
+    (project, step), out = prepared.folded(), prepared.out_weight.t()
     statistics = linear.Statistics(*torch.empty(2, len(x), device=x.device))
     rectified = gradients.Rectified(step.gain, step.offset)
 
@@ -139,5 +139,5 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
     return list({(job.kernel, job.sizes): job for job in jobs}.values())
 
 
-def _weight(like: torch.Tensor, inputs: int, outputs: int) -> torch.Tensor:
-    return torch.randn(inputs, outputs, device=like.device) / inputs**0.5
+def _weight(like: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+    return torch.randn(outputs, inputs, device=like.device) / inputs**0.5

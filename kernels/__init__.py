@@ -1,7 +1,7 @@
 """Triton kernels of CRATE with their autograd functions. Depends on torch and triton alone."""
 
 from .ista import ISTA
-from .layer import LayerSettings, LayerWeights, PreparedWeights, fused_layer, prepare_layers
+from .layer import LayerSettings, LayerWeights, PreparedWeights, fused_layer, prepare_layers, stack_weights
 from .mssa import MSSA
 from .runtime import INTERPRETED
 from .stack import Stream, enter_stack, leave_stack
@@ -18,4 +18,5 @@ __all__ = [
     "fused_layer",
     "leave_stack",
     "prepare_layers",
+    "stack_weights",
 ]

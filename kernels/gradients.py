@@ -335,10 +335,11 @@ def weight_gradient(
     statistics: Statistics | None = None,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(x̂ᵀ g, Σ g) in float32, (in, out) or with `transposed` (out, in), and (out,).
+    """(x̂ᵀ g, Σ g) in parts that sum up to them, float32: (splits, in, out), with `transposed` (splits, out, in), and
+    (splits, out).
 
     x̂ is x, normalised on the way in when `statistics` are given. The rows are cut in splits that depend on the shape alone
-    and are summed in one order: the same bits from run to run.
+    and are summed in one order (weights.py): the same bits from run to run.
     """
     (rows, inputs), outputs = x.shape, g.shape[1]
     config = tuning.matrix("weight_gradient", operand, inputs, outputs, x.device)
@@ -355,7 +356,7 @@ def weight_gradient(
         rows_per_split, *x.stride(), *g.stride(), *strides, NORM=statistics is not None,
         OPERAND=_TRITON_DTYPE[operand], PRECISION=float32_precision(), **config.constants(),
     )  # fmt: skip
-    return (product[0], total[0]) if splits == 1 else (product.sum(0), total.sum(0))
+    return product, total
 
 
 _TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient, weight_gradient
-from .linear import Folded, Statistics, fold, linear, norm_linear
+from .linear import Folded, Statistics, linear, norm_linear
 from .mssa import mssa_backward, mssa_forward
 from .runtime import operator
 from .stack import Stream, fit_sums
+from .weights import finish_norm_product, finish_product, prepare_weights
 
 
 class LayerWeights(NamedTuple):
@@ -64,24 +65,27 @@ class LayerSettings(NamedTuple):
     shrinkage: float  # ηλ
 
 
-def prepare_layers(
-    weights: Sequence[LayerWeights], settings: Sequence[LayerSettings], operand: torch.dtype
-) -> list[PreparedWeights]:
-    """Folds the norms into the weights and rounds them to `operand`; no gradient. Layers of one kind share their launches."""
-    kinds = [([w.shape for w in layer], numbers.shrinkage) for layer, numbers in zip(weights, settings, strict=True)]
-    if any(kind != kinds[0] for kind in kinds):
-        return [prepare_layers([w], [s], operand)[0] for w, s in zip(weights, settings, strict=True)]
+def stack_weights(layers: Sequence[LayerWeights]) -> LayerWeights:
+    """The weights of like layers, stacked by kind, contiguous, in one copy, which is one launch up to 18 layers (torch.cat
+    takes 128 tensors at a time); without out_bias, which needs no preparation."""
+    kinds = [kind for kind in zip(*(w._replace(out_bias=None) for w in layers), strict=True) if kind[0] is not None]
+    flat = torch.cat([w.detach().reshape(-1) for kind in kinds for w in kind])
+    parts = flat.split([len(kind) * kind[0].numel() for kind in kinds])
+    stacked = [part.view(-1, *kind[0].shape) for part, kind in zip(parts, kinds, strict=True)]
+    return LayerWeights(*stacked[:4], None, *stacked[4:])
 
-    def stacked(name: str) -> Tensor:
-        return torch.stack([getattr(w, name).detach() for w in weights])
 
-    projects = fold(stacked("project").mT, stacked("norm1_weight"), stacked("norm1_bias"), operand)
-    shrinkage = settings[0].shrinkage
-    steps = fold(stacked("operator"), stacked("norm2_weight"), stacked("norm2_bias"), operand, shrinkage)
-    outs = stacked("out_weight").to(operand).unbind()
-    return [
-        PreparedWeights(p.matrix.mT, p.gain, p.offset, out, *step) for p, step, out in zip(projects, steps, outs, strict=True)
-    ]
+def prepare_layers(stacked: LayerWeights, shrinkage: float, operand: torch.dtype) -> list[PreparedWeights]:
+    """Folds the norms into the weights of all layers and rounds them to `operand`; no gradient. One launch.
+
+    stacked: `stack_weights` of them, with their M. shrinkage: ηλ.
+    """
+    w = stacked
+    prepare = prepare_weights if torch.compiler.is_compiling() else prepare_weights.body  # a graph needs the operator
+    prepared = prepare(
+        w.project, w.norm1_weight, w.norm1_bias, w.out_weight, w.operator, w.norm2_weight, w.norm2_bias, operand, shrinkage
+    )
+    return [PreparedWeights(*layer) for layer in zip(*(p.unbind() for p in prepared), strict=True)]
 
 
 class Activations(NamedTuple):
@@ -166,45 +170,29 @@ def layer_backward(
     dim, inner, operand = a.x.shape[-1], a.w.shape[-1], a.w.dtype
     x, z, o = a.x.view(-1, dim), a.z.view(-1, dim), a.o.view(-1, inner)
     stats1, stats2 = Statistics(*a.statistics[:2]), Statistics(*a.statistics[2:])
-    unscale = gradient_scale.reciprocal()
 
     dy = dy.reshape(-1, dim)
     dz, _ = norm_data_gradient(dy, sums, z, ista, w.norm2_weight, stats2)
-    ista_gradients = _ista_gradients(z, dy, stats2, w, operand, unscale) if wanted[2] else _nothing(x, 3)
+    ista_gradients = _nothing(x, 3)
+    if wanted[2]:
+        product = weight_gradient(z, dy, operand, statistics=stats2)
+        step = (w.operator, w.norm2_weight, w.norm2_bias)
+        ista_gradients = finish_norm_product(*product, gradient_scale, *step, identity=True)
     do, delta = attention_gradient(dz, out_weight.t(), o, inner // a.lse.shape[1])
     out_gradients = _nothing(x, 2)
     if wanted[1]:
-        product, total = weight_gradient(o, dz, operand, transposed=True)
-        out_gradients = [product * unscale, total * unscale]
+        out_gradients = finish_product(*weight_gradient(o, dz, operand, transposed=True), gradient_scale)
     dw, dw_sums = mssa_backward(a.w, do.view(a.w.shape), a.lse, delta, scale, project)
     dw = dw.view(-1, inner)
     rectified = Rectified(*below) if below else None
     dx, dx_sums = norm_data_gradient(dw, dw_sums, x, project, None, stats1, residual=dz, rectified=rectified)
-    project_gradients = _project_gradients(x, dw, stats1, w, operand, unscale) if wanted[0] else _nothing(x, 3)
+    project_gradients = _nothing(x, 3)
+    if wanted[0]:
+        product = weight_gradient(x, dw, operand, statistics=stats1)
+        *norm_gradients, du = finish_norm_product(*product, gradient_scale, w.project.t(), w.norm1_weight, w.norm1_bias)
+        project_gradients = [*norm_gradients, du.t()]
     dx_sums = x.new_empty(0, dtype=torch.float32) if dx_sums is None else dx_sums
     return [dx.view(a.x.shape), dx_sums, *project_gradients, *out_gradients, *ista_gradients]
-
-
-def _ista_gradients(z, dy, statistics, w: LayerWeights, operand, unscale) -> list[Tensor]:
-    """dγ₂, dβ₂, dM from G = x̂ᵀ g and Σ g."""
-    product, total = weight_gradient(z, dy, operand, statistics=statistics)
-    product, total = product * unscale, total * unscale
-    d_gamma = product.diagonal() + (product * w.operator).sum(1)
-    d_beta = total + w.operator @ total
-    return [d_gamma, d_beta, _unfold(product, total, w.norm2_weight, w.norm2_bias)]
-
-
-def _project_gradients(x, dw, statistics, w: LayerWeights, operand, unscale) -> list[Tensor]:
-    """dγ₁, dβ₁, dU from G = x̂ᵀ dw and Σ dw."""
-    product, total = weight_gradient(x, dw, operand, statistics=statistics)
-    product, total = product * unscale, total * unscale
-    u = w.project.float()
-    return [(product * u.t()).sum(1), total @ u, _unfold(product, total, w.norm1_weight, w.norm1_bias).t().contiguous()]
-
-
-def _unfold(product: Tensor, total: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """LN(x)ᵀ g = γ ∘ x̂ᵀ g + β ⊗ Σ g, (in, out)."""
-    return torch.addcmul(gamma.float()[:, None] * product, beta.float()[:, None], total)
 
 
 def _nothing(like: Tensor, count: int) -> list[Tensor]:

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .runtime import float32_precision, launch, operator
+from .runtime import float32_precision, launch
 
 GROUP = 8  # row blocks whose programs run together, so that they share the weight's blocks in L2
 
@@ -201,87 +201,6 @@ def _finish_linear(
     tl.store(p_out + row[:, None] * outputs + column[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
-def _fold_kernel(
-    p_weight,  # (layers, inputs, outputs), any strides
-    p_gamma,  # (layers, inputs)
-    p_beta,  # (layers, inputs)
-    p_matrix,  # (layers, inputs, outputs), the weight's strides
-    p_gain,  # (layers, outputs) float32
-    p_offset,  # (layers, outputs) float32
-    inputs,
-    outputs,
-    stride_wl,
-    stride_wk,
-    stride_wn,
-    shrinkage,
-    SHRINK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    blocks = tl.cdiv(outputs, BLOCK_N)
-    layer = (tl.program_id(0) // blocks).to(tl.int64)
-    p_weight += layer * stride_wl
-    p_matrix += layer * stride_wl
-    p_gamma += layer * inputs
-    p_beta += layer * inputs
-    p_gain += layer * outputs
-    p_offset += layer * outputs
-    column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_column = column < outputs
-    b_gain = tl.zeros([BLOCK_N], tl.float32)
-    b_offset = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, inputs, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        m_k = k < inputs
-        m_w = m_k[:, None] & m_column[None, :]
-        tile = k[:, None] * stride_wk + column[None, :] * stride_wn
-        b_w = tl.load(p_weight + tile, mask=m_w, other=0.0).to(tl.float32)  # [K, N]
-        b_gamma = tl.load(p_gamma + k, mask=m_k, other=0.0).to(tl.float32)
-        b_beta = tl.load(p_beta + k, mask=m_k, other=0.0).to(tl.float32)
-        b_folded = (b_gamma[:, None] * b_w).to(p_matrix.dtype.element_ty)
-        tl.store(p_matrix + tile, b_folded, mask=m_w)
-        b_gain += tl.sum(b_folded.to(tl.float32), 0)  # of the rounded values: their rounding then cancels
-        b_offset += tl.sum(b_beta[:, None] * b_w, 0)
-    if SHRINK:
-        b_gain += tl.load(p_gamma + column, mask=m_column, other=0.0).to(tl.float32)
-        b_offset += tl.load(p_beta + column, mask=m_column, other=0.0).to(tl.float32) - shrinkage
-    tl.store(p_gain + column, b_gain, mask=m_column)
-    tl.store(p_offset + column, b_offset, mask=m_column)
-
-
-def _folded_shapes(weight, gamma, beta, operand, shrinkage):
-    shape = (weight.shape[0], weight.shape[2])
-    gain, offset = (torch.empty(shape, dtype=torch.float32, device=weight.device) for _ in range(2))
-    return torch.empty_like(weight, dtype=operand), gain, offset
-
-
-@operator(fake=_folded_shapes)
-def fold_weight(
-    weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(matrix, gain, offset) of `Folded`, each with the layers in front."""
-    matrix, gain, offset = _folded_shapes(weight, gamma, beta, operand, shrinkage)
-    layers, inputs, outputs = weight.shape
-    block = 64
-    launch(
-        _fold_kernel, layers * triton.cdiv(outputs, block), weight, gamma, beta, matrix, gain, offset, inputs, outputs,
-        *weight.stride(), shrinkage or 0.0, SHRINK=shrinkage is not None, BLOCK_N=block, BLOCK_K=block,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
-    return matrix, gain, offset
-
-
-def fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype, shrinkage: float | None = None) -> list[Folded]:
-    """Folds LayerNorm's γ and β into projections or, with ηλ given, into the M of ISTA steps: all layers in one launch.
-
-    weight: (layers, in, out), the strides without gaps; gamma, beta: (layers, in), contiguous.
-    """
-    fold_here = fold_weight if torch.compiler.is_compiling() else fold_weight.body  # a graph needs the operator, else it costs
-    folded = fold_here(weight, gamma, beta, operand, shrinkage)
-    return [Folded(*parts) for parts in zip(*(stacked.unbind() for stacked in folded), strict=True)]
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -301,7 +220,7 @@ def linear(
 def norm_linear(
     x: Tensor, folded: Folded, gamma: Tensor | None, out: torch.dtype, eps: float, statistics: Statistics
 ) -> Tensor:
-    """LN(x) W with `folded` = fold(W, …), or, with `gamma` given, the ISTA step on LN(x); (rows, in) to (rows, out).
+    """LN(x) W with the norm folded in W (weights.py) or, with `gamma` given, the ISTA step on LN(x); (rows, in) to (rows, out).
 
     Writes x's `statistics`. The normalisation is folded into the product where that is exact: the stored x is the 16-bit
     operand itself.

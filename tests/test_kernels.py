@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from crate_fast import functional, reference
-from crate_fast.kernels import MSSA
-from crate_fast.kernels.linear import Statistics, fold, norm_linear
+from crate_fast.kernels import MSSA, LayerWeights, prepare_layers, stack_weights
+from crate_fast.kernels.gradients import weight_gradient
+from crate_fast.kernels.linear import Statistics, norm_linear
+from crate_fast.kernels.weights import finish_norm_product, finish_product
 
 TOKENS = (1, 17, 65, 197, 257)
 WIDTHS = (16, 48, 64, 80, 128)
@@ -128,18 +130,41 @@ def test_norm_and_product_are_no_worse_than_plain_ones_at_any_mean(ratio, dtype)
     normal = torch.nn.functional.layer_norm(x.float(), (dim,), gamma, beta)
     plain = (normal.to(dtype).float() @ weight.to(dtype).float()).to(dtype)
     statistics = Statistics(torch.zeros(rows), torch.zeros(rows))
-    (folded,) = fold(weight[None], gamma[None], beta[None], dtype)
-    ours = norm_linear(x, folded, None, dtype, 1e-5, statistics)
+    weights = LayerWeights(gamma, beta, weight.t(), weight, None, gamma, beta, torch.zeros(dim, dim))
+    (prepared,) = prepare_layers(stack_weights([weights]), 0.0, dtype)
+    ours = norm_linear(x, prepared.folded()[0], None, dtype, 1e-5, statistics)
     assert relative(ours, exact) <= 2 * relative(plain, exact)
 
 
-def test_weight_gradient_over_many_splits_is_right_and_repeats_itself():
-    from crate_fast.kernels.gradients import weight_gradient
-
+@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.parametrize("inputs", [16, 33, 257])
+def test_weight_gradients_over_many_splits_are_right_and_repeat_themselves(inputs, identity):
+    """Of s LN(x) (W [+ 1]) with a gradient s times too large, against autograd in float64."""
     torch.manual_seed(0)
-    x, g = torch.randn(700, 32), torch.randn(700, 48)
-    (product, total), again = weight_gradient(x, g, torch.float32), weight_gradient(x, g, torch.float32)
-    assert relative(product, x.double().t() @ g.double()) < 1e-6
-    assert relative(total, g.double().sum(0)) < 1e-6
-    assert torch.equal(product, again[0])
-    assert torch.equal(total, again[1])
+    outputs = inputs if identity else 48
+    x, g = torch.randn(700, inputs), torch.randn(700, outputs)
+    weight, gamma, beta = torch.randn(outputs, inputs).t() / 7, torch.randn(inputs), torch.randn(inputs)
+    leaves = [t.double().requires_grad_() for t in (gamma, beta, weight)]
+    h = torch.nn.functional.layer_norm(x.double(), (inputs,), *leaves[:2])
+    exact = torch.autograd.grad(h @ leaves[2] + (h if identity else 0), leaves, g.double())
+
+    var, mean = torch.var_mean(x, 1, correction=0)
+    statistics, scale = Statistics(mean, (var + 1e-5).rsqrt()), torch.tensor(32.0)
+
+    def run():
+        product = weight_gradient(x, 32 * g, torch.float32, statistics=statistics)
+        assert len(product[0]) > 1
+        return finish_norm_product(*product, scale, weight, gamma, beta, identity=identity)
+
+    for ours, again, right in zip(run(), run(), exact, strict=True):
+        assert relative(ours, right) < 1e-5
+        assert torch.equal(ours, again)
+
+
+def test_plain_weight_gradients_are_right():
+    torch.manual_seed(0)
+    x, g = torch.randn(700, 300), torch.randn(700, 48)
+    product = weight_gradient(x, g, torch.float32, transposed=True)
+    weight, bias = finish_product(*product, torch.tensor(0.25))
+    assert relative(weight, 4 * g.double().t() @ x.double()) < 1e-6
+    assert relative(bias, 4 * g.double().sum(0)) < 1e-6

@@ -107,13 +107,14 @@ def test_a_layer_is_four_kernels_forward_and_seven_backward():
     model = build(**TRITON)
     x = images(model)
     forward = launches(lambda: model.eval()(x))
-    del forward["_fold_kernel"]
+    del forward["_prepare_kernel"]
     assert sum(forward.values()) <= 4 * SMALL["depth"]
     loss = model.train()(x).sum()
     backward = launches(loss.backward)
     assert backward.pop("_leave_kernel") == 1  # once a stack
+    assert backward.pop("_finish_kernel") == 3 * SMALL["depth"]  # on weights alone
     assert sum(backward.values()) <= 7 * SMALL["depth"]
-    assert not any("fold" in name for name in backward)
+    assert "_prepare_kernel" not in backward
 
 
 WATCHED = {
@@ -154,7 +155,7 @@ def test_hooks_of_every_kind_leave_the_fused_path_and_their_removal_takes_it_aga
 
     def token_kernels() -> int:
         counts = launches(lambda: model(x).sum().backward)
-        return sum(counts.values()) - counts["_fold_kernel"]
+        return sum(counts.values()) - counts["_prepare_kernel"] - counts["_finish_kernel"]
 
     assert token_kernels() == fused
     fired = []

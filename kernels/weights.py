@@ -1,0 +1,236 @@
+"""What a step does to the weights alone, whatever the number of tokens: one launch for all layers before the forward pass,
+one launch a product after the backward pass.
+
+Before, LayerNorm's γ and β are folded in: for LN(x) W [+ LN(x), the ISTA step's own residual] the products take
+
+    F = diag(γ) W,    v = colsum F [+ γ],    u = β W [+ β − ηλ]
+
+with F rounded to the operands' dtype and v summed over the rounded F, so that its rounding cancels (linear.py).
+
+After, a weight's gradient is taken out of G = x̂ᵀ g and t = Σ g, which come in parts, multiplied by one power of two:
+
+    dW = γ ∘ G + β ⊗ t,    dγ = rowsum(G ∘ W) [+ diag G],    dβ = W t [+ t]
+
+Names: `p_` pointers, `b_` blocks in registers, `m_` masks. K rows of a weight, N columns, S splits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .runtime import launch, operator
+
+BLOCK = 64
+
+
+@triton.jit
+def _prepare_kernel(
+    p_project,  # (layers, inner, dim), like all contiguous
+    p_gamma1,  # (layers, dim)
+    p_beta1,
+    p_out,  # (layers, dim, inner)
+    p_operator,  # (layers, dim, dim) float32, M
+    p_gamma2,
+    p_beta2,
+    p_project_matrix,  # the same shapes in the operands' dtype
+    p_project_gain,  # (layers, inner) float32
+    p_project_offset,
+    p_out_matrix,
+    p_ista_matrix,
+    p_ista_gain,  # (layers, dim) float32
+    p_ista_offset,
+    dim,
+    inner,
+    shrinkage,
+    BLOCK: tl.constexpr,
+):
+    projects = tl.cdiv(inner, BLOCK)
+    steps = tl.cdiv(dim, BLOCK)
+    layer = (tl.program_id(0) // (projects + 2 * steps)).to(tl.int64)
+    block = tl.program_id(0) % (projects + 2 * steps)
+    weight = layer * inner * dim
+    if block < projects:
+        _fold_columns(
+            p_project + weight, p_gamma1 + layer * dim, p_beta1 + layer * dim, p_project_matrix + weight,
+            p_project_gain + layer * inner, p_project_offset + layer * inner, block, dim, inner, 1, dim, 0.0, False, BLOCK,
+        )  # fmt: skip
+    elif block < projects + steps:
+        _fold_columns(
+            p_operator + layer * dim * dim, p_gamma2 + layer * dim, p_beta2 + layer * dim, p_ista_matrix + layer * dim * dim,
+            p_ista_gain + layer * dim, p_ista_offset + layer * dim, block - projects, dim, dim, dim, 1, shrinkage, True, BLOCK,
+        )  # fmt: skip
+    else:
+        _round_rows(p_out + weight, p_out_matrix + weight, block - projects - steps, dim, inner, BLOCK)
+
+
+@triton.jit
+def _fold_columns(
+    p_weight, p_gamma, p_beta, p_matrix, p_gain, p_offset, block, inputs, outputs, stride_k, stride_n, shrinkage,
+    SHRINK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """F, v and u of one block of columns."""
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    m_column = column < outputs
+    b_gain = tl.zeros([BLOCK], tl.float32)
+    b_offset = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, inputs, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        m_k = k < inputs
+        m_w = m_k[:, None] & m_column[None, :]
+        tile = k[:, None] * stride_k + column[None, :] * stride_n
+        b_w = tl.load(p_weight + tile, mask=m_w, other=0.0).to(tl.float32)  # [K, N]
+        b_gamma = tl.load(p_gamma + k, mask=m_k, other=0.0).to(tl.float32)
+        b_beta = tl.load(p_beta + k, mask=m_k, other=0.0).to(tl.float32)
+        b_folded = (b_gamma[:, None] * b_w).to(p_matrix.dtype.element_ty)
+        tl.store(p_matrix + tile, b_folded, mask=m_w)
+        b_gain += tl.sum(b_folded.to(tl.float32), 0)  # of the rounded values: their rounding then cancels
+        b_offset += tl.sum(b_beta[:, None] * b_w, 0)
+    if SHRINK:
+        b_gain += tl.load(p_gamma + column, mask=m_column, other=0.0).to(tl.float32)
+        b_offset += tl.load(p_beta + column, mask=m_column, other=0.0).to(tl.float32) - shrinkage
+    tl.store(p_gain + column, b_gain, mask=m_column)
+    tl.store(p_offset + column, b_offset, mask=m_column)
+
+
+@triton.jit
+def _round_rows(p_weight, p_matrix, block, inputs, outputs, BLOCK: tl.constexpr):
+    """A block of rows in the operands' dtype."""
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    for start in range(0, outputs, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        tile = row[:, None] * outputs + column[None, :]
+        m_tile = (row < inputs)[:, None] & (column < outputs)[None, :]
+        tl.store(p_matrix + tile, tl.load(p_weight + tile, mask=m_tile).to(p_matrix.dtype.element_ty), mask=m_tile)
+
+
+def _prepared_shapes(project, gamma1, beta1, out, operator, gamma2, beta2, operand, shrinkage):
+    vectors = [(len(w), w.shape[1]) for w in (project, out)]
+    gains = [torch.empty(shape, dtype=torch.float32, device=out.device) for shape in vectors for _ in range(2)]
+    matrices = [torch.empty_like(w, dtype=operand) for w in (project, out, operator)]
+    return matrices[0], *gains[:2], *matrices[1:], *gains[2:]
+
+
+@operator(fake=_prepared_shapes)
+def prepare_weights(
+    project: Tensor,
+    gamma1: Tensor,
+    beta1: Tensor,
+    out: Tensor,
+    operator: Tensor,
+    gamma2: Tensor,
+    beta2: Tensor,
+    operand: torch.dtype,
+    shrinkage: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`PreparedWeights` of all layers, each with the layers in front, in one launch.
+
+    project: (layers, inner, dim); gamma1, beta1, gamma2, beta2: (layers, dim); out: (layers, dim, inner); operator: M,
+    (layers, dim, dim) float32; all contiguous. shrinkage: ηλ.
+    """
+    results = _prepared_shapes(project, gamma1, beta1, out, operator, gamma2, beta2, operand, shrinkage)
+    layers, inner, dim = project.shape
+    programs = layers * (triton.cdiv(inner, BLOCK) + 2 * triton.cdiv(dim, BLOCK))
+    launch(
+        _prepare_kernel, programs, project, gamma1, beta1, out, operator, gamma2, beta2, *results, dim, inner, shrinkage,
+        BLOCK=BLOCK, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return results
+
+
+@triton.jit
+def _finish_kernel(
+    p_parts,  # (splits, rows, columns) float32, contiguous: G · scale. NORM: (inputs, outputs), else (outputs, inputs)
+    p_totals,  # (splits, outputs) float32: t · scale
+    p_scale,  # ()
+    p_weight,  # (rows, columns), any strides: NORM
+    p_gamma,  # (rows,), NORM
+    p_beta,
+    p_dweight,  # (rows, columns) float32, any strides
+    p_dgamma,  # (rows,) float32, NORM
+    p_dbeta,  # (rows,) float32; not NORM: t, the gradient of a bias
+    rows,
+    columns,
+    splits,
+    stride_wk,
+    stride_wn,
+    stride_dk,
+    stride_dn,
+    NORM: tl.constexpr,
+    IDENTITY: tl.constexpr,  # the product's own input is added to it: the ISTA step
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_k = k < rows
+    k = k.to(tl.int64)
+    unscale = 1.0 / tl.load(p_scale)
+    if NORM:
+        b_gamma = tl.load(p_gamma + k, mask=m_k, other=0.0).to(tl.float32)
+        b_beta = tl.load(p_beta + k, mask=m_k, other=0.0).to(tl.float32)
+    b_dgamma = tl.zeros([BLOCK_K], tl.float32)
+    b_dbeta = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        m_n = n < columns
+        m_tile = m_k[:, None] & m_n[None, :]
+        b_g = _sum_splits(p_parts + k[:, None] * columns + n[None, :], m_tile, rows * columns, splits, BLOCK_S) * unscale
+        if NORM:
+            b_t = _sum_splits((p_totals + n)[None, :], m_n[None, :], columns, splits, BLOCK_S) * unscale  # [1, N]
+            b_w = tl.load(p_weight + k[:, None] * stride_wk + n[None, :] * stride_wn, mask=m_tile, other=0.0).to(tl.float32)
+            if IDENTITY:
+                b_w += tl.where(k[:, None] == n[None, :], 1.0, 0.0)
+            b_dgamma += tl.sum(b_g * b_w, 1)
+            b_dbeta += tl.sum(b_t * b_w, 1)
+            b_g = b_gamma[:, None] * b_g + b_beta[:, None] * b_t
+        tl.store(p_dweight + k[:, None] * stride_dk + n[None, :] * stride_dn, b_g, mask=m_tile)
+    if NORM:
+        tl.store(p_dgamma + k, b_dgamma, mask=m_k)
+    else:
+        b_dbeta = tl.sum(_sum_splits((p_totals + k)[:, None], m_k[:, None], rows, splits, BLOCK_S), 1) * unscale
+    tl.store(p_dbeta + k, b_dbeta, mask=m_k)
+
+
+@triton.jit
+def _sum_splits(p_tile, m_tile, stride, splits, BLOCK_S: tl.constexpr):
+    """Sum of a tile over the splits, BLOCK_S of them in flight at a time, always in the same order."""
+    b_sum = tl.zeros([p_tile.shape[0], p_tile.shape[1]], tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        split = (start + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None, None]
+        b_sum += tl.sum(tl.load(p_tile[None, :, :] + split * stride, mask=(split < splits) & m_tile[None, :, :], other=0.0), 0)
+    return b_sum
+
+
+def finish_norm_product(
+    parts: Tensor, totals: Tensor, scale: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, *, identity: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dγ, dβ, dW) in float32 of LN(x) W, or with `identity` of LN(x) (1 + W); dW has the strides of `weight`.
+
+    parts: (splits, in, out), totals: (splits, out), what `weight_gradient` gives, `scale` times too large; weight: (in, out).
+    """
+    dweight = torch.empty_like(weight, dtype=torch.float32)
+    dgamma, dbeta = (torch.empty(len(weight), dtype=torch.float32, device=weight.device) for _ in range(2))
+    _launch_finish(parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta, identity)
+    return dgamma, dbeta, dweight
+
+
+def finish_product(parts: Tensor, totals: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(dW, db) in float32 of x Wᵀ + b; parts: (splits, out, in), totals: (splits, out), `scale` times too large."""
+    dweight = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
+    dbias = torch.empty(totals.shape[1], dtype=torch.float32, device=parts.device)
+    _launch_finish(parts, totals, scale, None, None, None, dweight, None, dbias, False)
+    return dweight, dbias
+
+
+def _launch_finish(parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta, identity) -> None:
+    splits, rows, columns = parts.shape
+    # Few rows a program where there are many, so that 96 programs at width 384 have 16 KB each in flight.
+    block_k, block_n = (4, 128) if rows >= 256 else (16, 32)
+    launch(
+        _finish_kernel, triton.cdiv(rows, block_k), parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta,
+        rows, columns, splits, *(dweight if weight is None else weight).stride(), *dweight.stride(), NORM=gamma is not None,
+        IDENTITY=identity, BLOCK_K=block_k, BLOCK_N=block_n, BLOCK_S=8, num_warps=4, num_stages=1,
+    )  # fmt: skip
