@@ -12,6 +12,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ARCHITECTURES = ("CRATE_tiny", "CRATE_small", "CRATE_base", "CRATE_large")
 OPTIMIZERS = ("Lion", "AdamW", "Adam", "SGD")
 SCHEDULES = ("cosine", "main-epoch", "finetune-epoch")
+STRATEGIES = ("ddp", "fsdp")
 AUGMENTATIONS = ("none", "randaugment", "trivial")
 LARGEST = 1_000_000  # of any size; memory ends long before
 
@@ -109,6 +110,9 @@ class TrainConfig:
     precision: str = option(
         "auto", "machine", "autocast dtype, or float32 for none; auto: bfloat16 on a GPU", choices=PRECISIONS
     )
+    strategy: str = option(
+        "ddp", "machine", "several processes: the whole model in each (ddp), or a part of it (fsdp)", choices=STRATEGIES
+    )
     compile: str = option("no", "machine", "torch.compile of the model", choices=("no", "yes"))
     cuda_graphs: str = option(
         "no", "machine", "forward and backward as CUDA graphs, for steps that launching holds up", choices=("no", "yes")
@@ -126,6 +130,9 @@ class TrainConfig:
             )
         if self.compile == self.cuda_graphs == "yes":
             raise ConfigError("--cuda-graphs is 'yes' and --compile is 'yes'; a run takes one of them")
+        for name in ("compile", "cuda_graphs"):
+            if self.strategy == "fsdp" and getattr(self, name) == "yes":
+                raise ConfigError(f"{flag(name)} is 'yes' and --strategy is 'fsdp'; a model in parts runs as it is")
         self._check_augmentation()
 
     def _check_augmentation(self) -> None:
