@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-TRAIN = ["lion-pytorch", "matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "tqdm"]
+TRAIN = ["lion-pytorch", "matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "scipy", "tqdm"]
 HUB = ["huggingface-hub"]
 TEST = ["hypothesis", "ipykernel", "nbclient", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"]
 

@@ -11,6 +11,7 @@ DISTRIBUTIONS = {
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "safetensors": "safetensors",
+    "scipy": "scipy",
     "sklearn": "scikit-learn",
     "tqdm": "tqdm",
 }

@@ -8,6 +8,7 @@ PyTorch's table of the parts is a pickle. It is read here first, by a reader tha
 from __future__ import annotations
 
 import pickle
+import warnings
 import zlib
 from pathlib import Path
 
@@ -70,7 +71,9 @@ def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
     own = {name.partition(".")[2]: entry for name, entry in entries.items() if name.startswith(f"{part}.")}
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in own.items()}
     if tensors:
-        checkpoint.load({part: tensors}, checkpoint_id=path, no_dist=True)
+        with warnings.catch_warnings():  # that one process reads is what is wanted
+            warnings.simplefilter("ignore")
+            checkpoint.load({part: tensors}, checkpoint_id=path, no_dist=True)
     return tensors
 
 

@@ -107,7 +107,7 @@ def outcome(out: Path) -> tuple[bytes, list[dict]]:
     return (out / "model.safetensors").read_bytes(), [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
 
 
-def compare(folder: Path, ranks: int, workers: tuple[int, ...], moments: tuple[str, ...], more: tuple[str, ...]) -> None:
+def compare(folder: Path, ranks: int, workers: tuple[int, ...], moments: tuple[str, ...], more: tuple[str, ...] = ()) -> None:
     """Raises SystemExit unless a run killed at `moments`, each time with the next of `workers`, ends as one never killed."""
     data = folder / "data"
     if not data.is_dir():

@@ -52,9 +52,11 @@ class TrainConfig:
     log_every: int = option(50, "run", "steps from one line of training metrics to the next, at most an epoch", least=1)
 
     data: str = option(
-        "digits", "data", "digits, cifar10, cifar100, synthetic, or a folder with train/ and val/, a folder per class in each"
+        "digits",
+        "data",
+        "digits, cifar10, cifar100, flowers102, pets, synthetic, or a folder with train/ and val/, a folder per class in each",
     )
-    data_dir: str = option("./data", "data", "where the published files of cifar10 and cifar100 are, or are downloaded to")
+    data_dir: str = option("./data", "data", "where the published files of the four named sets are, or are downloaded to")
     classes: int | None = option(None, "data", "must agree with the data, if given", kind=int, least=1, most=LARGEST)
     workers: int = option(0, "data", "processes that read images, on each machine; 0: none but this", least=0, most=1024)
     max_unreadable: int = option(10, "data", "unreadable images that a process skips before it gives up", least=0)
