@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pictures import make_folder
 
-TIMING = ("images_per_second", "waiting", "memory_gib")
+TIMING = ("images_per_second", "waiting", "memory_gib", "mfu")
 STEPS_PER_EPOCH = 8
 SETTINGS = [
     *("--epochs", "6", "--batch-size", "12", "--accumulate", "2", "--last-batch", "keep", "--lr", "0.001"),

@@ -50,6 +50,8 @@ class TrainConfig:
     checkpoint_minutes: float = option(10.0, "run", "minutes from one checkpoint to the next within an epoch", above=0)
     keep_checkpoints: int = option(2, "run", "newest checkpoints to keep; the best is kept besides", least=1, most=10_000)
     log_every: int = option(50, "run", "steps from one line of training metrics to the next, at most an epoch", least=1)
+    tensorboard: str = option("no", "run", "write the metrics for TensorBoard too", choices=("no", "yes"))
+    profile: str = option("no", "run", "write a trace of a few steps, for Perfetto", choices=("no", "yes"))
 
     data: str = option(
         "digits",
@@ -118,6 +120,9 @@ class TrainConfig:
     compile: str = option("no", "machine", "torch.compile of the model", choices=("no", "yes"))
     cuda_graphs: str = option(
         "no", "machine", "forward and backward as CUDA graphs, for steps that launching holds up", choices=("no", "yes")
+    )
+    peak_tflops: float = option(
+        0.0, "machine", "the device's peak, for the part of it that is used; 0: a known GPU's, in 16 bit", least=0
     )
     num_threads: int = option(0, "machine", "CPU threads; 0: as many as PyTorch takes by itself", least=0, most=1024)
 

@@ -21,6 +21,7 @@ from .plan import Plan
 from .rundir import RunDirectory
 from .saving import circumstances
 from .stop import GRACE, Signals, Stopped
+from .watch import Watch, peak_flops, training_flops
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -40,6 +41,7 @@ class Trainer:
         self.ranks, self.signals = plan.ranks, signals
         if config.strategy == "fsdp":
             signals.grace = GRACE[True]  # all processes save
+        self.flops, self.peak = training_flops(model), peak_flops(config, compute)
         self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
         self.parallel = parallel_kind(config)(model, self.average, config, plan, compute)
         self.flat, self.flat_average, self.net = self.parallel.flat, self.parallel.flat_average, self.parallel.net
@@ -66,7 +68,8 @@ class Trainer:
 
         self.run, self.checkpoints = run, self.parallel.checkpoints(run.checkpoints, self.config.keep_checkpoints)
         hide = None if self.ranks.first else True  # None: hidden unless stderr is a terminal
-        with tqdm(total=self.steps, initial=self.step, unit="step", disable=hide, dynamic_ncols=True) as bar:
+        bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=hide, dynamic_ncols=True)
+        with bar, Watch(self.config, run, self.ranks.first, self.step) as self.watch:
             while self.evaluated < self.config.epochs:
                 self._train_epoch(bar)
                 self._evaluate_epoch(bar)
@@ -107,6 +110,7 @@ class Trainer:
         for place in range(first, self.plan.steps):
             waited += self._train_step(place, batches)
             bar.update()
+            self.watch.step()
             if self.step % self.config.log_every == 0 or place + 1 == self.plan.steps:
                 self._log_training(bar, time.perf_counter() - start, waited, self.step - logged)
                 start, waited, logged = time.perf_counter(), 0.0, self.step
@@ -175,6 +179,8 @@ class Trainer:
     def _timing(self, seconds: float, waited: float, speed: float) -> dict:
         """What of a line of metrics differs from run to run."""
         timing = {"images_per_second": round(speed, 1), "waiting": round(waited / seconds, 3)}
+        if self.peak is not None:
+            timing["mfu"] = float(f"{speed * self.flops / (self.peak * self.ranks.count):.3g}")
         if self.compute.device.type == "cuda":
             timing["memory_gib"] = round(torch.cuda.max_memory_allocated(self.compute.device) / 2**30, 2)
         return timing
@@ -197,7 +203,9 @@ class Trainer:
         if self.ranks.first:
             epoch = self.evaluated + (split == "train")
             counts = {"top1": score.top1, "top5": score.top5, "correct": score.correct, "count": score.count}
-            self.run.log(step=self.step, epoch=epoch, split=split, loss=score.loss, **counts, **more)
+            row = {"step": self.step, "epoch": epoch, "split": split, "loss": score.loss, **counts, **more}
+            self.run.log(**row)
+            self.watch.row(row)
 
     def _check_finite(self) -> None:
         bad_step = self.bad_step.item()

@@ -62,7 +62,7 @@ def _read_flowers(folder: Path) -> tuple[Split, Split]:
     for key in ("trnid", "tstid"):
         numbers = _read_mat(folder / "setid.mat", key)
         if not all(1 <= number <= len(labels) for number in numbers):
-            raise ConfigError(f"{folder / 'setid.mat'}: damaged: {key!r} names images beyond the {len(labels)} that have labels")
+            raise ConfigError(f"{folder / 'setid.mat'}: {key!r} names images beyond the {len(labels)} that have labels")
         splits.append([(str(folder / "jpg" / f"image_{number:05d}.jpg"), labels[number - 1] - 1) for number in numbers])
     return splits[0], splits[1]
 
@@ -101,7 +101,7 @@ def _read_list(folder: Path, path: Path) -> Split:
     return found
 
 
-_FLOWERS, _PETS = "https://thor.robots.ox.ac.uk/flowers/102/", "https://thor.robots.ox.ac.uk/pets/"
+_FLOWERS, _PETS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
 SETS = {
     "flowers102": Files(
         "flowers-102",

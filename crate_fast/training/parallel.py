@@ -14,7 +14,6 @@ from .config import ConfigError, TrainConfig
 from .flat import Flat
 from .graphs import Graphed
 from .plan import Plan
-from .ranks import Ranks
 from .saving import Checkpoints
 
 

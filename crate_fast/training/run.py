@@ -11,7 +11,7 @@ import torch
 
 from ..backend import choose_backend
 from ..checkpoint import constructor_arguments, save_model
-from ..extras import DISTRIBUTIONS, require
+from ..extras import TRAIN, require
 from ..model import CRATE
 from .compute import check_kernels, choose_compute
 from .config import ConfigError, TrainConfig
@@ -53,7 +53,7 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
         Stopped: a signal ended the run; it is saved.
         MissingPackageError: a package of the extra "train" is not installed.
     """
-    require(*DISTRIBUTIONS)  # all of them now, and not after the last epoch
+    require(*TRAIN)  # all of them now, and not after the last epoch
     ranks = read_ranks()
     _check_out(config, ranks, resume)
     with Signals(ranks) as signals:
@@ -85,6 +85,8 @@ def _train(
     check_kernels(config.backend, config.device, compute, config.dim_head)
     check_graphs(config, compute)
     check_strategy(config, compute)
+    if config.tensorboard == "yes":
+        require("tensorboard")
     check_parts(config, ranks)
     join(ranks, compute.device, alone=config.strategy == "fsdp")
     checkpoint = _find_checkpoint(run, resume, config, ranks) if run is not None else None
@@ -220,6 +222,8 @@ def _describe(trainer: Trainer) -> dict:
             "precision": compute.precision,
             "backend": backend._asdict(),
             "num_threads": torch.get_num_threads(),
+            "training_flops": trainer.flops,
+            "peak_flops": trainer.peak,
             "steps": trainer.steps,
             "warmup_steps": warmup_steps(trainer.steps, config.warmup),
         },

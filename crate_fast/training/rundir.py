@@ -34,6 +34,8 @@ class RunDirectory:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.curves = self.path / "curves.png"
+        self.tensorboard = self.path / "tensorboard"
+        self.trace = self.path / "trace.json"
         self.checkpoints = self.path / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.pt"
         self.model = self.path / MODEL_NAME
