@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from crate_fast.model import SIZES
 from floors import Shape, milliseconds
 from floors import model as model_floor
-
-from crate_fast.model import SIZES
 
 TRAIN_IMAGES, TEST_IMAGES, TOKENS, PATCH_DIM, CLASSES = 1_281_167, 50_000, 197, 768, 1000
 LAUNCHES = 11  # a layer, forward and backward
@@ -167,7 +166,7 @@ def write_page(path: Path) -> None:
     path.write_text(f"{before}{START}\n\n{tables()}\n\n{END}{after}", encoding="utf-8")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
@@ -178,7 +177,7 @@ def main() -> int:
     for name, default in Figures._field_defaults.items():
         options = {"action": "store_true"} if default is False else {"type": int if type(default) is int else float}
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help="see Figures", **options)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     figures = Figures(**{name: getattr(arguments, name) for name in Figures._fields})
     wrong = next(
         (f for f in Figures._fields if f != "fsdp" and getattr(figures, f) is not None and getattr(figures, f) <= 0), None
