@@ -55,7 +55,7 @@ def test_more_gpus_are_never_cheaper_and_small_shares_wait_for_launches():
     [
         (
             ["--model", "base", "--recipe", "paper", "--gpus", "1", "--images-per-second", "10000"],
-            "| 1 | 204.8 | 0% | 10,000 |",
+            "1 | 204.8 | 0% | 10,000 |",
         ),
         (["--gpus", "0"], "--gpus is 0; it must be from 1 to the 2048 images of a step"),
         (["--hop-us", "-1"], "--hop-us is -1.0; it must be above 0"),
