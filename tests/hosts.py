@@ -50,7 +50,8 @@ class Host:
 
     def __init__(self, number: int, data: Path, out: Path, launch: str, more: list[str]) -> None:
         agent = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-id={launch}"]
-        agent += [f"--rdzv-endpoint={ADDRESSES[0]}:29511", f"--local-addr={ADDRESSES[number]}", "--monitor-interval=0.5"]
+        agent += [f"--rdzv-endpoint={ADDRESSES[0]}:29511", f"--rdzv-conf=is_host={int(number == 0)}"]
+        agent += [f"--local-addr={ADDRESSES[number]}", "--monitor-interval=0.5"]
         words = ["train", "--data", str(data), *SETTINGS, *more, "--out", str(out), "--resume", "auto"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"wire{number + 1}"}
         command = ["ip", "netns", "exec", HOSTS[number], sys.executable, "-m", "torch.distributed.run", *agent]

@@ -71,7 +71,7 @@ def make_pets(path: Path) -> Path:
     folder, draw = path / "oxford-iiit-pet", np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     (folder / "annotations").mkdir()
-    lists = {"trainval": [("Abyssinian_100", 1), ("beagle_1", 5), ("Birman_2", 7), ("Bombay_3", 8)]}
+    lists = {"trainval": [("Abyssinian_100", 1), ("beagle_1", 5), ("Birman_2", 7), ("pug_9", 26), ("Bombay_3", 8)]}
     lists["test"] = [("Abyssinian_201", 1), ("yorkshire_terrier_1", 37), ("Sphynx_7", 34), ("beagle_22", 5)]
     for split, images in lists.items():
         lines = [f"{name} {label} {2 - name[0].isupper()} 1\n" for name, label in images]

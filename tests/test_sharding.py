@@ -79,8 +79,8 @@ def test_layers_that_are_watched_or_cast_run_their_modules(alone):
     whole = CRATE(**SIZES, backend="triton")
     hooked = in_parts(copy.deepcopy(whole), alone)
     seen = []
-    hooked.transformer.layers[1].register_forward_hook(lambda *_: seen.append("layer"))
-    hooked.transformer.layers[2][0].register_forward_hook(lambda *_: seen.append("attention"))
+    hooked.transformer.layers[0].register_forward_hook(lambda *_: seen.append("layer"))
+    hooked.transformer.layers[1][0].register_forward_hook(lambda *_: seen.append("attention"))
     logits, _ = kernels_of(hooked, None)
     assert seen == ["layer", "attention"]
     assert torch.allclose(logits, whole(IMAGES), atol=1e-5)
