@@ -3,11 +3,11 @@
 #
 #     sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 examples/slurm.sh --recipe imagenet-paper --data DIR --out SHARED/runs/mine
 #
-# --out is on a disk that all nodes share. Two minutes before the end, or where the job is preempted, Slurm sends SIGUSR1 (or
-# SIGTERM) to the steps of the job; torchrun hands it to the workers, which save and leave. The job is then queued again and
-# goes on from there.
+# --out is on a disk that all nodes share. Two minutes before the time is over Slurm sends SIGUSR1 to this script, and where the
+# job is preempted SIGTERM; srun hands them to torchrun, and that to the workers, which save and leave. The job is then queued
+# again and goes on from there.
 #SBATCH --ntasks-per-node=1
-#SBATCH --signal=USR1@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -24,7 +24,7 @@ srun --kill-on-bad-exit=1 "$CRATE_FAST" -m torch.distributed.run \
   -m crate_fast train --resume auto "$@" &
 step=$!
 signalled=""
-trap 'signalled=USR1' USR1
+trap 'signalled=USR1; kill -USR1 "$step" 2>/dev/null || true' USR1
 trap 'signalled=TERM; kill -TERM "$step" 2>/dev/null || true' TERM
 
 status=0
