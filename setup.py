@@ -4,8 +4,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-TRAIN = ["lion-pytorch", "matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "tqdm"]
+TRAIN = ["lion-pytorch", "matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "scipy", "tqdm"]
 HUB = ["huggingface-hub"]
+TENSORBOARD = ["tensorboard"]
 TEST = ["hypothesis", "ipykernel", "nbclient", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"]
 
 setup(
@@ -20,6 +21,6 @@ setup(
     package_dir={"crate_fast.kernels": "kernels"},
     package_data={"crate_fast": ["py.typed"], "crate_fast.training": ["recipes/*.toml"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "einops", "tomli; python_version < '3.11'"],
-    extras_require={"train": TRAIN, "hub": HUB, "test": TRAIN + HUB + TEST},
+    extras_require={"train": TRAIN, "hub": HUB, "tensorboard": TENSORBOARD, "test": TRAIN + HUB + TENSORBOARD + TEST},
     entry_points={"console_scripts": ["crate-fast = crate_fast.cli:main"]},
 )

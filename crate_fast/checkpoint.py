@@ -160,8 +160,13 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself lives in the folder
-        folder = os.open(path.parent, os.O_RDONLY)
+    flush_folder(path.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """Flushes to the disk which names a folder has: a rename lives in it."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

@@ -101,10 +101,8 @@ def _add_evaluate(subcommands) -> None:
     parser.add_argument("--backend", choices=BACKENDS, help="what computes the layers (default: as in the run)")
     parser.add_argument("--precision", choices=PRECISIONS, help="autocast dtype, or float32 for none (default: as in the run)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: as in the run)")
-    parser.add_argument("--data", metavar="NAME", help="digits, cifar10, cifar100, or a folder (default: as in the run)")
-    parser.add_argument(
-        "--data-dir", metavar="DIR", help="where the files of cifar10 and cifar100 are (default: as in the run)"
-    )
+    parser.add_argument("--data", metavar="NAME", help="a name as in training, or a folder (default: as in the run)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the files of the named data sets are (default: as in the run)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: as in the run)")
     parser.add_argument("--arch", choices=ARCHITECTURES, help="the size that the model must have (default: any)")
     parser.set_defaults(run=_evaluate)

@@ -11,11 +11,15 @@ DISTRIBUTIONS = {
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "safetensors": "safetensors",
+    "scipy": "scipy",
     "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard",
     "tqdm": "tqdm",
 }
-"""Import name to package name, for all that the extras "train" and "hub" bring."""
-HUB = ("huggingface_hub",)  # the extra "hub"; all else is in "train"
+"""Import name to package name, for all that the extras bring."""
+OTHERS = {"huggingface_hub": "hub", "tensorboard": "tensorboard"}
+"""Import name to the extra that brings it, where that is not "train"."""
+TRAIN = tuple(name for name in DISTRIBUTIONS if name not in OTHERS)
 
 
 class MissingPackageError(ModuleNotFoundError):
@@ -26,6 +30,6 @@ def require(*modules: str) -> None:
     """Raises MissingPackageError, naming all that is missing, unless every one of `modules` can be imported."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        extra = "hub" if set(missing) <= set(HUB) else "train"
+        extras = ",".join(sorted({OTHERS.get(name, "train") for name in missing}))
         names = ", ".join(DISTRIBUTIONS[name] for name in missing)
-        raise MissingPackageError(f"this needs {names}: pip install 'crate-fast[{extra}]'")
+        raise MissingPackageError(f"this needs {names}: pip install 'crate-fast[{extras}]'")

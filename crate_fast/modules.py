@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from . import functional, reference
 from .backend import autocasts, choose_backend
 from .evaluated import evaluated_layer, forget_operator, kept_operator
-from .plainness import WeightCache, has_global_hooks, is_plain, norm_is_plain, same_place
+from .plainness import WeightCache, has_global_hooks, is_gathered, is_plain, is_sharded, norm_is_plain, same_place
 
 STREAMS = ("auto", "float16", "bfloat16", "float32")
 
@@ -104,7 +106,7 @@ class FeedForward(nn.Module):
         if choice.name == "reference":
             return reference.ista(x, self.weight, self.step_size, self.lambd)
         operator = None
-        if not self.training and not (torch.is_grad_enabled() and self.weight.requires_grad):
+        if not self.training and not is_gathered(self) and not (torch.is_grad_enabled() and self.weight.requires_grad):
             operator = kept_operator(self.weight, self.step_size)
         return functional.ista_with_operator(x, self.weight, operator, self.step_size, self.lambd, choice.name)
 
@@ -129,12 +131,25 @@ class Layer(nn.ModuleList):
         super().__init__([mssa, ista])
         self._prepared = WeightCache()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x, run: Callable | None = None):
+        """(batch, tokens, dim) to the same; with `run` what that makes of this layer and x, see `through`."""
+        if run is not None:
+            return run(self, x)
         if not self._is_evaluated(x):
             return self[1](self[0](x) + x)
         mssa, ista = self
+        if is_gathered(ista.fn):
+            forget_operator(ista.fn.weight)
         numbers = (mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, ista.norm.eps, ista.fn.step_size, ista.fn.lambd)
         return evaluated_layer(x, list(self.weights()), *numbers)
+
+    def through(self, run: Callable, x):
+        """`run(self, x)`, as a call of this layer where it is sharded, so that its weights are whole."""
+        return self(x, run) if self.is_sharded() else run(self, x)
+
+    def is_sharded(self) -> bool:
+        """Whether `torch.distributed.fsdp.fully_shard` has taken this layer, and nobody watches it."""
+        return is_sharded(self, Layer)
 
     def _is_evaluated(self, x: Tensor) -> bool:
         """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
@@ -168,12 +183,13 @@ class Layer(nn.ModuleList):
     # Constant to torch.compile, as hooks are to it anyway: else it guards 500 facts, 0.27 ms before each call of a layer.
     @torch.compiler.assume_constant_result
     def _is_plain(self) -> bool:
-        if len(self) != 2 or not is_plain(self, Layer):
+        sharded = self.is_sharded()
+        if len(self) != 2 or not (sharded or is_plain(self, Layer)):
             return False
         mssa, ista = self
-        if not (is_plain(mssa, PreNorm) and is_plain(ista, PreNorm) and norm_is_plain(mssa.norm) and norm_is_plain(ista.norm)):
+        if not all(is_plain(part, PreNorm) and norm_is_plain(part.norm, sharded) for part in (mssa, ista)):
             return False
-        return _attention_is_plain(mssa.fn) and is_plain(ista.fn, FeedForward)
+        return _attention_is_plain(mssa.fn, sharded) and is_plain(ista.fn, FeedForward, sharded)
 
     def class_token(self, x: Tensor) -> Tensor:
         """The class token that this layer makes of x: (batch, tokens, dim) to (batch, 1, dim), all it reads computed once.
@@ -222,6 +238,8 @@ class Layer(nn.ModuleList):
 
         *others, dictionary = self.weights()
         step_size = self[1].fn.step_size
+        if is_gathered(self[1].fn):
+            self._prepared.clear()
 
         def make():
             ((weights, prepared),) = _fresh_weights([self], operand)
@@ -233,14 +251,17 @@ class Layer(nn.ModuleList):
         return LayerWeights(*others, operator), prepared
 
 
-def _attention_is_plain(attention: nn.Module) -> bool:
-    if not (is_plain(attention, Attention) and is_plain(attention.attend, nn.Softmax) and is_plain(attention.qkv, nn.Linear)):
+def _attention_is_plain(attention: nn.Module, sharded: bool) -> bool:
+    if not (is_plain(attention, Attention) and is_plain(attention.attend, nn.Softmax)):
+        return False
+    if not is_plain(attention.qkv, nn.Linear, sharded):
         return False
     project_back = attention.to_out
     if not is_plain(project_back, nn.Sequential) or len(project_back) != 2:
         return False
     linear, dropout = project_back
-    return is_plain(linear, nn.Linear) and is_plain(dropout, nn.Dropout) and is_plain(attention.dropout, nn.Dropout)
+    dropouts = (dropout, attention.dropout)
+    return is_plain(linear, nn.Linear, sharded) and all(is_plain(d, nn.Dropout) for d in dropouts)
 
 
 def _is_over_keys(softmax: nn.Module) -> bool:
@@ -266,6 +287,18 @@ def _fresh_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
 def _weights_kind(layer: Layer) -> tuple:
     weights = layer.weights()
     return [w.shape for w in weights], weights[0].dtype, layer[1].fn.step_size, layer[1].fn.lambd
+
+
+def _run_layer(layer: Layer, stream, weights: tuple):
+    """The fused `layer` with its `weights` as `_fresh_weights` gives them; `kernels.Stream` to the same."""
+    from .kernels import fused_layer
+
+    return fused_layer(stream, *weights, layer.settings())
+
+
+def _run_alone(layer: Layer, stream, operand: torch.dtype):
+    """The fused `layer`, whose weights are whole just now."""
+    return _run_layer(layer, stream, *_fresh_weights([layer], operand))
 
 
 class Transformer(nn.Module):
@@ -323,12 +356,14 @@ class Transformer(nn.Module):
             for layer in layers[:-1]:
                 x = layer(x)
             end = layers[-1]
-            alone = last and pool == "cls" and type(end) is Layer and end.runs_unwatched(x)
-            x = end.class_token(x) if alone else end(x)
+            alone = last and pool == "cls" and isinstance(end, Layer) and end.runs_unwatched(x)
+            x = end.through(Layer.class_token, x) if alone else end(x)
         return pool_tokens(x, pool)
 
     def _fuses(self, layer: nn.Module, x: Tensor) -> bool:
-        if x.dim() != 3 or x.numel() == 0 or has_global_hooks() or type(layer) is not Layer or not layer.is_fusable():
+        if x.dim() != 3 or x.numel() == 0 or has_global_hooks() or not isinstance(layer, Layer):
+            return False
+        if not layer.is_fusable():
             return False
         weights = layer.weights()
         inner_dim, dim = weights[2].shape
@@ -339,19 +374,22 @@ class Transformer(nn.Module):
         return choose_backend(self.backend, x, inner_dim // layer[0].fn.heads).name == "triton"
 
     def _run_fused(self, layers: list[Layer], x: Tensor, pool: str | None) -> Tensor:
-        from .kernels import enter_stack, fused_layer, leave_stack
+        from .kernels import enter_stack, leave_stack
 
         device = x.device.type
         autocast = autocasts(device)
         stream, operand = stream_dtypes(self.stream, torch.get_autocast_dtype(device)) if autocast else (x.dtype, x.dtype)
         result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
         with torch.autocast(device, enabled=False):
-            training = [layer for layer in layers if layer.training]
-            fresh = iter(_fresh_weights(training, operand) if training else ())
+            together = [layer for layer in layers if layer.training and not layer.is_sharded()]
+            fresh = iter(_fresh_weights(together, operand) if together else ())
             handed_on = enter_stack(x, stream)
             for layer in layers:
-                weights, prepared = next(fresh) if layer.training else layer.kept_weights(operand)
-                handed_on = fused_layer(handed_on, weights, prepared, layer.settings())
+                if layer.is_sharded():
+                    handed_on = layer(handed_on, partial(_run_alone, operand=operand))
+                else:
+                    weights = next(fresh) if layer.training else layer.kept_weights(operand)
+                    handed_on = _run_layer(layer, handed_on, weights)
             return leave_stack(handed_on, result, pool, scaled=operand == torch.float16)
 
 

@@ -1,6 +1,7 @@
 """Whether a module is exactly what its class says: nothing hooked, wrapped, pruned, parametrised or replaced.
 
-Fused kernels pass modules by, so they may only stand for modules that nobody is watching or has changed.
+Fused kernels pass modules by, so they may only stand for modules that nobody is watching or has changed. A module under
+FSDP2's `fully_shard` is watched by nobody: its hooks make its weights whole for the time of a call, whatever computes in it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+PLAIN = (nn.Parameter, Tensor)
 
 
 def has_global_hooks() -> bool:
@@ -23,16 +25,49 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
-def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """True if `module` is a `cls` and no subclass, has no hooks, its class's forward, and ordinary tensors as parameters."""
+def is_plain(module: nn.Module, cls: type[nn.Module], sharded: bool = False) -> bool:
+    """True if `module` is a `cls` and no subclass, has no hooks, its class's forward, and ordinary tensors as parameters.
+
+    sharded: parameters may be parts of such tensors, which `fully_shard` makes whole when a module around is called.
+    """
     if type(module) is not cls or is_hooked(module) or "forward" in module.__dict__:
         return False
-    return all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+    return all(p is None or type(p) in PLAIN or (sharded and _is_part(p)) for p in module._parameters.values())
 
 
-def norm_is_plain(norm: nn.Module) -> bool:
-    """True for a plain LayerNorm with weight and bias."""
-    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+def is_sharded(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """True if `module` is a `cls` that `fully_shard` has taken and nobody else: called, it sees what it would see without.
+
+    Not where its `MixedPrecisionPolicy` casts what goes in or out: a cast stream is none that fused kernels can go on with.
+    """
+    if type(module) is cls or not isinstance(module, cls) or not hasattr(module, "unshard"):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    if type(module).__bases__ != (FSDPModule, cls) or "forward" in module.__dict__:
+        return False
+    state = module._get_fsdp_state()
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    if module._backward_hooks or module._backward_pre_hooks or any(getattr(h, "__self__", None) is not state for h in hooks):
+        return False
+    return state._mp_policy.param_dtype is None and state._mp_policy.output_dtype is None
+
+
+def is_gathered(module: nn.Module) -> bool:
+    """True if `fully_shard` gathers the parameters of `module`: the same tensors, with new values that no counter tells."""
+    hooks = module._load_state_dict_post_hooks  # where FSDP2 leaves one of its own
+    return bool(hooks) and any(getattr(h, "__module__", "").startswith("torch.distributed.fsdp") for h in hooks.values())
+
+
+def _is_part(parameter: Tensor) -> bool:
+    """True for a part of a parameter that is divided among processes once: no part of it is computed with by itself."""
+    placements = getattr(parameter, "placements", None)
+    return placements is not None and all(place.is_replicate() for place in placements[:-1])
+
+
+def norm_is_plain(norm: nn.Module, sharded: bool = False) -> bool:
+    """True for a plain LayerNorm with weight and bias; `sharded` as in `is_plain`."""
+    return is_plain(norm, nn.LayerNorm, sharded) and norm.weight is not None and norm.bias is not None
 
 
 def drops_nothing(dropout: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import sharded
 from .extras import MissingPackageError, require
 from .inferred import SHELVES, find_weights, unwrapped
 
@@ -37,10 +38,10 @@ def model_file(source: str | os.PathLike) -> Path:
         MissingPackageError: huggingface-hub is not installed, and there is no such file.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and not sharded.is_in_parts(path):
         if not (path / MODEL_NAME).is_file():
             raise CheckpointError(
-                f"{path}: a directory with no {MODEL_NAME} in it; a run writes that at its end, and checkpoints/last.pt before"
+                f"{path}: a directory with no {MODEL_NAME} in it; a run writes that at its end, and checkpoints before"
             )
         return path / MODEL_NAME
     name = str(source)
@@ -61,6 +62,8 @@ def read_model(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
     Raises:
         CheckpointError: the file is missing or damaged, asks for code to be run, or has no weights of a CRATE.
     """
+    if path.is_dir():
+        return _read_parts(path)
     start = _signature(path)
     if start[8:] == b"{" and not start.startswith(ZIP_SIGNATURE):
         return _read_safetensors(path)
@@ -73,6 +76,33 @@ def read_model(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
     if not weights:
         raise CheckpointError(f"{path}: no weights of a CRATE in it")
     return None, weights
+
+
+def _read_parts(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """`read_model` of a checkpoint in parts: the mean of the weights where there is one."""
+    content = read_state(path)
+    try:
+        weights = sharded.read_tensors(path, "ema") or sharded.read_tensors(path, "model")
+    except sharded.DamagedError as error:
+        raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast: {error}") from error
+    return content["arguments"], weights
+
+
+def read_state(path: Path, whole: bool = True) -> dict:
+    """The plain values of a checkpoint in parts; `whole`: after a look at all of its bytes.
+
+    Raises:
+        CheckpointError: a part of it is missing or damaged, or it is something else.
+    """
+    content = _read_archive(path / sharded.STATE, "damaged, or no checkpoint of crate-fast")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "parts")):
+        raise CheckpointError(f"{path}: no checkpoint of crate-fast: its {sharded.STATE} has no 'arguments' and 'parts'")
+    if whole:
+        try:
+            sharded.check_parts(path, content["parts"])
+        except sharded.DamagedError as error:
+            raise CheckpointError(f"{path}: damaged: {error}") from error
+    return content
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:

@@ -2,6 +2,7 @@
 
     python tests/kill.py            # 1 and 3 processes, 0 and 3 workers: six kills each, about ten minutes on two cores
     python tests/kill.py --ranks 1  # one process
+    python tests/kill.py --ranks 2 --strategy fsdp
 
 Everything that draws or sums is on: augmentation, mixup, CutMix, dropout, the mean of the weights, accumulation.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from pictures import make_folder
 
-TIMING = ("images_per_second", "waiting", "memory_gib")
+TIMING = ("images_per_second", "waiting", "memory_gib", "mfu")
 STEPS_PER_EPOCH = 8
 SETTINGS = [
     *("--epochs", "6", "--batch-size", "12", "--accumulate", "2", "--last-batch", "keep", "--lr", "0.001"),
@@ -34,11 +35,11 @@ SETTINGS = [
 class Attempt:
     """A process, or torchrun with its processes, that trains in `out` with `workers`, going on with what is there."""
 
-    def __init__(self, data: Path, out: Path, ranks: int, workers: int) -> None:
+    def __init__(self, data: Path, out: Path, ranks: int, workers: int, more: tuple[str, ...] = ()) -> None:
         launcher = [sys.executable, "-m"]
         if ranks > 1:
             launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-        words = ["train", "--data", data, *SETTINGS, "--workers", workers * ranks, "--out", out, "--resume", "auto"]
+        words = ["train", "--data", data, *SETTINGS, *more, "--workers", workers * ranks, "--out", out, "--resume", "auto"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.out = out
         with open(out.parent / f"{out.name}.log", "ab") as log:
@@ -47,7 +48,7 @@ class Attempt:
 
     def step(self) -> int:
         """The step of the newest checkpoint."""
-        found = [int(path.stem.partition("-")[2]) for path in (self.out / "checkpoints").glob("step-*.pt")]
+        found = [int(path.stem[5:13]) for path in (self.out / "checkpoints").glob("step-*.*")]
         return max(found, default=0)
 
     def is_writing(self) -> bool:
@@ -106,15 +107,15 @@ def outcome(out: Path) -> tuple[bytes, list[dict]]:
     return (out / "model.safetensors").read_bytes(), [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
 
 
-def compare(folder: Path, ranks: int, workers: tuple[int, ...], moments: tuple[str, ...]) -> None:
+def compare(folder: Path, ranks: int, workers: tuple[int, ...], moments: tuple[str, ...], more: tuple[str, ...] = ()) -> None:
     """Raises SystemExit unless a run killed at `moments`, each time with the next of `workers`, ends as one never killed."""
     data = folder / "data"
     if not data.is_dir():
         make_folder(data, train=90, val=90)
     straight, killed = folder / f"straight-{ranks}", folder / f"killed-{ranks}"
-    Attempt(data, straight, ranks, workers[0]).finish()
+    Attempt(data, straight, ranks, workers[0], more).finish()
     for number, moment in enumerate(moments):
-        attempt = Attempt(data, killed, ranks, workers[number % len(workers)])
+        attempt = Attempt(data, killed, ranks, workers[number % len(workers)], more)
         attempt.wait_for(moment)
         if moment == "SIGTERM":
             attempt.process.terminate()
@@ -122,7 +123,7 @@ def compare(folder: Path, ranks: int, workers: tuple[int, ...], moments: tuple[s
         else:
             attempt.kill()
         print(f"{ranks} processes, {workers[number % len(workers)]} workers: {moment} after step {attempt.step()}", flush=True)
-    Attempt(data, killed, ranks, workers[len(moments) % len(workers)]).finish()
+    Attempt(data, killed, ranks, workers[len(moments) % len(workers)], more).finish()
     (weights, rows), (weights_killed, rows_killed) = outcome(straight), outcome(killed)
     if weights != weights_killed or rows != rows_killed:
         raise SystemExit(f"{ranks} processes: weights equal: {weights == weights_killed}, metrics equal: {rows == rows_killed}")
@@ -132,7 +133,9 @@ def compare(folder: Path, ranks: int, workers: tuple[int, ...], moments: tuple[s
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 3])
+    parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         for ranks in arguments.ranks:
-            compare(Path(name), ranks, (0, 3), ("step", "writing", "evaluating", "writing", "step", "SIGTERM"))
+            moments = ("step", "writing", "evaluating", "writing", "step", "SIGTERM")
+            compare(Path(name), ranks, (0, 3), moments, ("--strategy", arguments.strategy))

@@ -13,7 +13,7 @@ from test_loop import make_trainer, step
 from torch import nn
 
 from crate_fast.training.graphs import Graphed
-from crate_fast.training.loop import _parallel
+from crate_fast.training.parallel import replicate
 
 
 def emulated(module: nn.Module, sample: tuple, num_warmup_iters: int) -> nn.Module:
@@ -90,7 +90,7 @@ def test_graphs_in_a_process_group_sum_the_models_gradients(tmp_path):
     assert isinstance(graphed.net, Graphed)
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        graphed.net = _parallel(graphed.net, graphed.compute)
+        graphed.net = replicate(graphed.net, graphed.compute)
         for trainer in (plain, graphed):
             step(trainer)
     finally:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
-import tarfile
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from ..checkpoint import write_atomically
 from .config import ConfigError
+from .download import published, unpack
 
 SIDE = 32
-TIMEOUT = 30  # seconds without a byte
 
 
 class Files(NamedTuple):
@@ -86,7 +82,7 @@ def open_cifar(name: str, directory: str | Path) -> tuple[Pictures, Pictures, in
     files, directory = SETS[name], Path(directory)
     folder = directory if (directory / files.test[0]).is_file() else directory / files.folder
     if not folder.is_dir():
-        _extract(_archive(name, files, directory), directory)
+        unpack(published(files.url, files.md5, directory, files.folder), directory)
     missing = [part for part in (*files.train, *files.test) if not (folder / part).is_file()]
     if missing:
         raise ConfigError(f"{folder}: {missing[0]} of {name} is missing")
@@ -167,31 +163,3 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError("it asks for another encoding than latin1")
     return text.encode("latin1")
-
-
-def _archive(name: str, files: Files, directory: Path) -> Path:
-    """The published archive in `directory`, downloaded if it is not there, and checked."""
-    archive = directory / files.url.rsplit("/", 1)[-1]
-    if not archive.is_file():
-        print(f"downloading {files.url}", flush=True)
-        try:
-            with urllib.request.urlopen(files.url, timeout=TIMEOUT) as answer:
-                content = answer.read()
-            directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(archive, lambda file: file.write(content))
-        except OSError as error:
-            reason = getattr(error, "reason", None) or error.strerror or error
-            raise ConfigError(
-                f"--data-dir is {directory}, which has no {files.folder}, and {files.url} cannot be downloaded ({reason})"
-            ) from error
-    if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != files.md5:
-        raise ConfigError(f"{archive}: not the published archive (its MD5 is another); remove it to download it again")
-    return archive
-
-
-def _extract(archive: Path, directory: Path) -> None:
-    try:
-        with tarfile.open(archive) as content:
-            content.extractall(directory, filter="data")
-    except (OSError, tarfile.TarError) as error:
-        raise ConfigError(f"{archive}: cannot be unpacked in {directory} ({error})") from error

@@ -12,6 +12,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ARCHITECTURES = ("CRATE_tiny", "CRATE_small", "CRATE_base", "CRATE_large")
 OPTIMIZERS = ("Lion", "AdamW", "Adam", "SGD")
 SCHEDULES = ("cosine", "main-epoch", "finetune-epoch")
+STRATEGIES = ("ddp", "fsdp")
 AUGMENTATIONS = ("none", "randaugment", "trivial")
 LARGEST = 1_000_000  # of any size; memory ends long before
 
@@ -49,11 +50,15 @@ class TrainConfig:
     checkpoint_minutes: float = option(10.0, "run", "minutes from one checkpoint to the next within an epoch", above=0)
     keep_checkpoints: int = option(2, "run", "newest checkpoints to keep; the best is kept besides", least=1, most=10_000)
     log_every: int = option(50, "run", "steps from one line of training metrics to the next, at most an epoch", least=1)
+    tensorboard: str = option("no", "run", "write the metrics for TensorBoard too", choices=("no", "yes"))
+    profile: str = option("no", "run", "write a trace of a few steps, for Perfetto", choices=("no", "yes"))
 
     data: str = option(
-        "digits", "data", "digits, cifar10, cifar100, synthetic, or a folder with train/ and val/, a folder per class in each"
+        "digits",
+        "data",
+        "digits, cifar10, cifar100, flowers102, pets, synthetic, or a folder with train/ and val/, a folder per class in each",
     )
-    data_dir: str = option("./data", "data", "where the published files of cifar10 and cifar100 are, or are downloaded to")
+    data_dir: str = option("./data", "data", "where the published files of the four named sets are, or are downloaded to")
     classes: int | None = option(None, "data", "must agree with the data, if given", kind=int, least=1, most=LARGEST)
     workers: int = option(0, "data", "processes that read images, on each machine; 0: none but this", least=0, most=1024)
     max_unreadable: int = option(10, "data", "unreadable images that a process skips before it gives up", least=0)
@@ -109,9 +114,15 @@ class TrainConfig:
     precision: str = option(
         "auto", "machine", "autocast dtype, or float32 for none; auto: bfloat16 on a GPU", choices=PRECISIONS
     )
+    strategy: str = option(
+        "ddp", "machine", "several processes: the whole model in each (ddp), or a part of it (fsdp)", choices=STRATEGIES
+    )
     compile: str = option("no", "machine", "torch.compile of the model", choices=("no", "yes"))
     cuda_graphs: str = option(
         "no", "machine", "forward and backward as CUDA graphs, for steps that launching holds up", choices=("no", "yes")
+    )
+    peak_tflops: float = option(
+        0.0, "machine", "the device's peak, for the part of it that is used; 0: a known GPU's, in 16 bit", least=0
     )
     num_threads: int = option(0, "machine", "CPU threads; 0: as many as PyTorch takes by itself", least=0, most=1024)
 
@@ -126,6 +137,9 @@ class TrainConfig:
             )
         if self.compile == self.cuda_graphs == "yes":
             raise ConfigError("--cuda-graphs is 'yes' and --compile is 'yes'; a run takes one of them")
+        for name in ("compile", "cuda_graphs"):
+            if self.strategy == "fsdp" and getattr(self, name) == "yes":
+                raise ConfigError(f"{flag(name)} is 'yes' and --strategy is 'fsdp'; a model in parts runs as it is")
         self._check_augmentation()
 
     def _check_augmentation(self) -> None:

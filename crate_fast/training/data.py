@@ -14,6 +14,8 @@ from .config import ConfigError, TrainConfig
 from .digits import Digits
 from .folder import open_folder
 from .images import Photos, Synthetic
+from .oxford import SETS as OXFORD
+from .oxford import open_oxford
 from .plan import Plan
 from .ranks import Ranks
 
@@ -51,9 +53,10 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
     if config.data == "synthetic":
         return Synthetic(config, device)
     require("PIL")
-    if config.data in SETS:
-        ranks.share(lambda: open_cifar(config.data, config.data_dir) and None)  # one process downloads
-        train, test, classes = open_cifar(config.data, config.data_dir)
+    if config.data in SETS or config.data in OXFORD:
+        opener = open_cifar if config.data in SETS else open_oxford
+        ranks.share(lambda: opener(config.data, config.data_dir) and None)  # one process downloads
+        train, test, classes = opener(config.data, config.data_dir)
         return Photos(config.data, train, test, classes, config, device, ranks)
     train, test, names = open_folder(config.data)
     return Photos("folder", train, test, len(names), config, device, ranks)

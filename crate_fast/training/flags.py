@@ -65,9 +65,7 @@ def optimizer(text: str) -> str:
 
 def data_set(text: str) -> str:
     """A data set in finetune.py's names, or a folder."""
-    if text in ("flower", "pets"):
-        raise argparse.ArgumentTypeError(f"it is {text!r}; use a folder with train/ and val/, a folder per class in each")
-    return text
+    return "flowers102" if text == "flower" else text
 
 
 def augmentation(text: str) -> str:
@@ -120,7 +118,7 @@ FINETUNE = (
     Published(("--opt",), "optimizer", "adamW, adam, sgd, and also Lion; decay only with adamW, unless asked", read=optimizer),
     Published(("--net",), "arch", "CRATE_tiny (if not given), CRATE_small, ...; vit_* are refused", read=architecture),
     Published(("--bs",), "batch_size", "is --batch-size", read=whole),
-    Published(("--data",), "data", "cifar10, cifar100, or a folder; flower and pets are refused", read=data_set),
+    Published(("--data",), "data", "cifar10, cifar100, flower (flowers102), pets, or a folder", read=data_set),
     Published(("--classes",), "classes", "the data says it; must agree with the data", read=whole),
     Published(("--resume",), "resume", "0; 1 is --resume auto, which needs --out; or a run", read=resume_switch),
     Published(("--randomaug",), "augment", "1: RandAugment; 0: TrivialAugment, as there", read=augmentation),

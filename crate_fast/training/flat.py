@@ -19,6 +19,7 @@ class Flat:
         lengths = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
         self.weights = torch.zeros(sum(lengths), device=parameters[0].device, dtype=parameters[0].dtype)
         self.gradients = torch.zeros_like(self.weights) if gradients else None
+        self._before = torch.empty_like(self.weights) if gradients else None
         start = 0
         for parameter, length in zip(parameters, lengths, strict=True):
             place = slice(start, start + parameter.numel())
@@ -28,11 +29,26 @@ class Flat:
                 parameter.grad = self.gradients[place].view_as(parameter)
             start += length
 
+    def zero(self) -> None:
+        """Sets the gradients to 0."""
+        self.gradients.zero_()
+
+    def norm(self) -> Tensor:
+        """The norm of all gradients, a scalar on the device."""
+        return self.gradients.norm()
+
     def clip(self, norm: Tensor, most: float) -> None:
         """Scales the gradients, whose norm is `norm`, to a norm of at most `most`."""
         self.gradients.mul_((most / (norm + 1e-6)).clamp(max=1.0))
 
-    @torch.no_grad()
-    def keep_where(self, good: Tensor, before: Tensor) -> None:
-        """Sets the weights back to `before` unless `good`, a scalar on the device, is true."""
-        torch.where(good, self.weights, before, out=self.weights)
+    def remember(self) -> None:
+        """Keeps a copy of the weights for `keep_where`."""
+        self._before.copy_(self.weights)
+
+    def keep_where(self, good: Tensor) -> None:
+        """Sets the weights back to what they were at `remember` unless `good`, a scalar on the device, is true."""
+        torch.where(good, self.weights, self._before, out=self.weights)
+
+    def follow(self, other: Flat, part: float) -> None:
+        """Moves the weights by `part` of their way to the `other` ones."""
+        self.weights.lerp_(other.weights, part)

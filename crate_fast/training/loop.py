@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import copy
 import time
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from ..model import CRATE
 from .compute import Compute
 from .config import TrainConfig
 from .data import Data
-from .flat import Flat
-from .graphs import Graphed
 from .metrics import Meter, Score, evaluate, measure
 from .mixing import mix
 from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from .parallel import parallel_kind
 from .plan import Plan
 from .rundir import RunDirectory
-from .saving import Checkpoints, circumstances
-from .stop import Signals, Stopped
+from .saving import circumstances
+from .stop import GRACE, Signals, Stopped
+from .watch import Watch, peak_flops, training_flops
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -41,14 +39,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, model: CRATE, data: Data, plan: Plan, compute: Compute, signals: Signals) -> None:
         self.config, self.model, self.data, self.plan, self.compute = config, model, data, plan, compute
         self.ranks, self.signals = plan.ranks, signals
-        self.flat = Flat(model)
+        if config.strategy == "fsdp":
+            signals.grace = GRACE[True]  # all processes save
+        self.flops, self.peak = training_flops(model), peak_flops(config, compute)
         self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
-        self.flat_average = Flat(self.average, gradients=False) if config.ema else None
-        if config.compile == "yes":
-            model.compile()
-        part = (plan.largest_part, data.channels, *model.image_size)
-        net = Graphed(model, part, compute) if config.cuda_graphs == "yes" else model
-        self.net = _parallel(net, compute) if self.ranks.count > 1 else net
+        self.parallel = parallel_kind(config)(model, self.average, config, plan, compute)
+        self.flat, self.flat_average, self.net = self.parallel.flat, self.parallel.flat_average, self.parallel.net
         self.optimizer = build_optimizer(model, config)
         # float16 needs its gradients scaled, and the scaler waits for the device at every step; otherwise it does nothing.
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "float16")
@@ -58,7 +54,6 @@ class Trainer:
         self.best = -1.0
         self.meter = Meter(compute.device)
         self.bad_step = torch.full((), NEVER, device=compute.device)
-        self._before = torch.empty_like(self.flat.weights)
         self._saved = time.monotonic()
 
     def fit(self, run: RunDirectory) -> Score:
@@ -71,9 +66,10 @@ class Trainer:
         """
         from tqdm import tqdm
 
-        self.run, self.checkpoints = run, Checkpoints(run.checkpoints, self.config.keep_checkpoints)
+        self.run, self.checkpoints = run, self.parallel.checkpoints(run.checkpoints, self.config.keep_checkpoints)
         hide = None if self.ranks.first else True  # None: hidden unless stderr is a terminal
-        with tqdm(total=self.steps, initial=self.step, unit="step", disable=hide, dynamic_ncols=True) as bar:
+        bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=hide, dynamic_ncols=True)
+        with bar, Watch(self.config, run, self.ranks.first, self.step) as self.watch:
             while self.evaluated < self.config.epochs:
                 self._train_epoch(bar)
                 self._evaluate_epoch(bar)
@@ -87,9 +83,8 @@ class Trainer:
     def state(self) -> dict:
         """What a checkpoint needs beside the model to go on to the same bits."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            **self.parallel.tensors(self.optimizer),
             "scaler": self.scaler.state_dict(),
-            "ema": None if self.average is None else self.average.state_dict(),
             "step": self.step,
             "epoch": self.evaluated,
             "meter": self.meter.sums.tolist(),
@@ -100,11 +95,8 @@ class Trainer:
 
     def load(self, checkpoint: dict) -> None:
         """Takes up where `checkpoint` was saved."""
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.parallel.load(checkpoint, self.optimizer)
         self.scaler.load_state_dict(checkpoint["scaler"])
-        if self.average is not None:
-            self.average.load_state_dict(checkpoint["ema"])
         self.step, self.evaluated, self.best = checkpoint["step"], checkpoint["epoch"], checkpoint["best"]
         self.meter.sums.copy_(torch.tensor(checkpoint["meter"], dtype=torch.float64))
         self.score = None if checkpoint["score"] is None else Score(*checkpoint["score"])
@@ -118,6 +110,7 @@ class Trainer:
         for place in range(first, self.plan.steps):
             waited += self._train_step(place, batches)
             bar.update()
+            self.watch.step()
             if self.step % self.config.log_every == 0 or place + 1 == self.plan.steps:
                 self._log_training(bar, time.perf_counter() - start, waited, self.step - logged)
                 start, waited, logged = time.perf_counter(), 0.0, self.step
@@ -128,7 +121,7 @@ class Trainer:
         self.step += 1
         self.lr = learning_rate_at(self.step, self.plan.steps, self.config)
         set_learning_rate(self.optimizer, self.lr)
-        self.flat.gradients.zero_()
+        self.flat.zero()
         sums, waited = torch.zeros_like(self.meter.sums), 0.0
         for part in range(self.plan.accumulate):
             start = time.perf_counter()
@@ -143,8 +136,7 @@ class Trainer:
         key = (self.config.seed, self.step, self.ranks.rank, part)
         torch.manual_seed(hash_of(key))  # for dropout
         batch = mix(images, labels, self.config, key)
-        last = part + 1 == self.plan.accumulate
-        with nullcontext() if last or self.ranks.count == 1 else self.net.no_sync():
+        with self.parallel.summing(last=part + 1 == self.plan.accumulate):
             with self.compute.autocast():
                 logits = self.net(batch.images)
             loss = batch.loss(logits.float(), self.config.label_smoothing)
@@ -156,20 +148,20 @@ class Trainer:
     def _update(self, sums: Tensor) -> None:
         """Moves the weights, unless the loss or the gradient of this step or of one before it is not finite."""
         self.scaler.unscale_(self.optimizer)
-        norm = self.flat.gradients.norm()
+        norm = self.flat.norm()
         finite = sums[0].isfinite()
         if not self.scaler.is_enabled():  # the scaler itself skips infinite gradients, and tries smaller ones
             finite = finite & norm.isfinite()
         self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=self.step))
         if self.config.clip_norm:
             self.flat.clip(norm, self.config.clip_norm)
-        self._before.copy_(self.flat.weights)
+        self.flat.remember()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.flat.keep_where(self.bad_step == NEVER, self._before)
+        self.flat.keep_where(self.bad_step == NEVER)
         if self.flat_average is not None:
             decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # a short mean at first
-            self.flat_average.weights.lerp_(self.flat.weights, 1 - decay)
+            self.flat_average.follow(self.flat, 1 - decay)
         self.meter.add(sums)
 
     def _log_training(self, bar: tqdm, seconds: float, waited: float, steps: int) -> None:
@@ -187,6 +179,8 @@ class Trainer:
     def _timing(self, seconds: float, waited: float, speed: float) -> dict:
         """What of a line of metrics differs from run to run."""
         timing = {"images_per_second": round(speed, 1), "waiting": round(waited / seconds, 3)}
+        if self.peak is not None:
+            timing["mfu"] = float(f"{speed * self.flops / (self.peak * self.ranks.count):.3g}")
         if self.compute.device.type == "cuda":
             timing["memory_gib"] = round(torch.cuda.max_memory_allocated(self.compute.device) / 2**30, 2)
         return timing
@@ -194,9 +188,8 @@ class Trainer:
     def _evaluate_epoch(self, bar: tqdm) -> None:
         """Evaluates the epoch that is over, and saves where that is due."""
         batch = self.config.batch_size // self.ranks.count
-        score = evaluate(
-            self.evaluated_model, self.data.test_batches(batch, self.ranks), self.compute, self.ranks, between=self._pause
-        )
+        batches = self.parallel.test_batches(self.data.test_batches(batch, self.ranks), batch, self.data.test_count)
+        score = evaluate(self.evaluated_model, batches, self.compute, self.ranks, between=self._pause)
         self.evaluated += 1
         self._log("test", score)
         best = score.top1 > self.best
@@ -210,7 +203,9 @@ class Trainer:
         if self.ranks.first:
             epoch = self.evaluated + (split == "train")
             counts = {"top1": score.top1, "top5": score.top5, "correct": score.correct, "count": score.count}
-            self.run.log(step=self.step, epoch=epoch, split=split, loss=score.loss, **counts, **more)
+            row = {"step": self.step, "epoch": epoch, "split": split, "loss": score.loss, **counts, **more}
+            self.run.log(**row)
+            self.watch.row(row)
 
     def _check_finite(self) -> None:
         bad_step = self.bad_step.item()
@@ -226,19 +221,20 @@ class Trainer:
 
     def _pause(self) -> None:
         """Between steps: saves where it is time to, and ends the run where a signal says so."""
-        number = self.signals.received
-        if number is not None and self.ranks.first:
+        due = time.monotonic() - self._saved > 60 * self.config.checkpoint_minutes
+        number, due = self.parallel.agree(self.signals.received, due)
+        if number is not None:
             path = self._save(False)
             raise Stopped(number, f"stopped by signal {number} after step {self.step}, saved as {path}")
-        if self.ranks.first and time.monotonic() - self._saved > 60 * self.config.checkpoint_minutes:
+        if due:
             self._save(False)
 
     def _save(self, best: bool):
-        """Writes a checkpoint, where this is the first process; no other process takes part in it."""
-        if not self.ranks.first:
+        """Writes a checkpoint, where this process takes part in that; its path."""
+        if not self.parallel.saves():
             return None
         self._check_finite()
-        state = self.state() | {"logged": self.run.logged()}
+        state = self.state() | {"logged": self.run.logged() if self.ranks.first else 0}
         self._saved = time.monotonic()
         return self.checkpoints.save(self.model, self.step, best, state)
 
@@ -249,13 +245,3 @@ def hash_of(key: tuple[int, ...]) -> int:
     for value in key:
         mixed = (mixed * 0x9E3779B97F4A7C15 + value + 1) % 2**63
     return mixed
-
-
-def _parallel(model: nn.Module, compute: Compute) -> DistributedDataParallel:
-    """`model` with gradients averaged over processes.
-
-    PyTorch rearranges its buckets after the first step, so that a resumed process would add in another order than one that
-    never stopped; not where it looks for unused parameters.
-    """
-    device_ids = [compute.device] if compute.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=True)

@@ -76,7 +76,9 @@ def evaluate(
     """The score of `model`, put in evaluation mode, on the `batches` of all processes; `between` is called after each."""
     model.eval()
     meter = Meter(compute.device)
-    with torch.inference_mode(), compute.autocast():
+    # What FSDP gathers in inference mode could not be trained with later.
+    without_gradients = torch.no_grad if hasattr(model, "unshard") else torch.inference_mode
+    with without_gradients(), compute.autocast():
         for images, labels in batches:
             logits = model(images).float()
             loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")

@@ -76,13 +76,16 @@ def read_ranks() -> Ranks:
         raise ConfigError(f"the environment variables {', '.join(names)} are not torchrun's ({error})") from error
 
 
-def join(ranks: Ranks, device: torch.device) -> None:
-    """Makes the process group of a run of several processes: nccl between GPUs, gloo elsewhere."""
-    if ranks.count == 1 or dist.is_initialized():
+def join(ranks: Ranks, device: torch.device, alone: bool = False) -> None:
+    """Makes the process group of a run of several processes, or of one `alone`: nccl between GPUs, gloo elsewhere."""
+    if (ranks.count == 1 and not alone) or dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if ranks.count == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend)
         return
@@ -118,7 +121,7 @@ def meet(store: dist.Store, ranks: Ranks, seconds: float = MEETING) -> str:
     raise RuntimeError(f"{ranks.count} processes did not meet within {seconds:.0f} seconds")
 
 
-def leave(ranks: Ranks) -> None:
-    """Ends the process group, where there is one."""
-    if ranks.count > 1 and dist.is_initialized():
+def leave(ranks: Ranks, alone: bool = False) -> None:
+    """Ends the process group that `join` made, if any."""
+    if (ranks.count > 1 or alone) and dist.is_initialized():
         dist.destroy_process_group()

@@ -18,8 +18,10 @@ else:
 RECIPES = Path(__file__).parent / "recipes"
 NAMES = tuple(sorted(path.stem for path in RECIPES.glob("*.toml")))
 SETTINGS = {setting.name: setting for setting in fields(TrainConfig)}
-# What a resumed run may be told anew: where things are and how often it saves, nothing that moves a bit of its weights.
-CHANGEABLE = ("data_dir", "workers", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_unreadable")
+# What a resumed run may be told anew: where things are, how often it saves, how it is watched, nothing that moves a bit of
+# its weights.
+SAVING = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
+CHANGEABLE = ("data_dir", "workers", *SAVING, "max_unreadable", "tensorboard", "profile", "peak_tflops")
 
 
 def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -> TrainConfig:

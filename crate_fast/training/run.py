@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
 from ..backend import choose_backend
 from ..checkpoint import constructor_arguments, save_model
-from ..extras import DISTRIBUTIONS, require
+from ..extras import TRAIN, require
 from ..model import CRATE
-from ..reading import read_checkpoint
 from .compute import check_kernels, choose_compute
 from .config import ConfigError, TrainConfig
 from .data import Data, open_data
@@ -20,12 +20,13 @@ from .graphs import check_graphs
 from .loop import Trainer, TrainingError
 from .metrics import Score
 from .optimizer import warmup_steps
+from .parallel import check_strategy, parallel_kind
 from .plan import check_parts, make_plan
 from .plots import plot_curves
 from .ranks import Ranks, join, leave, read_ranks
 from .resolve import check_unchanged, describe
 from .rundir import RunDirectory, check_free, find_run, unlock
-from .saving import Checkpoints, circumstances, warn_of_changes
+from .saving import circumstances, warn_of_changes
 from .stop import Signals, Stopped
 from .weights import read_weights, start_from
 
@@ -52,7 +53,7 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
         Stopped: a signal ended the run; it is saved.
         MissingPackageError: a package of the extra "train" is not installed.
     """
-    require(*DISTRIBUTIONS)  # all of them now, and not after the last epoch
+    require(*TRAIN)  # all of them now, and not after the last epoch
     ranks = read_ranks()
     _check_out(config, ranks, resume)
     with Signals(ranks) as signals:
@@ -83,8 +84,12 @@ def _train(
     compute = choose_compute(config.device, config.precision, ranks)
     check_kernels(config.backend, config.device, compute, config.dim_head)
     check_graphs(config, compute)
+    check_strategy(config, compute)
+    if config.tensorboard == "yes":
+        require("tensorboard")
     check_parts(config, ranks)
-    checkpoint = _find_checkpoint(run, resume, ranks) if run is not None else None
+    join(ranks, compute.device, alone=config.strategy == "fsdp")
+    checkpoint = _find_checkpoint(run, resume, config, ranks) if run is not None else None
     # Weights before data, which may have to be downloaded or listed for minutes.
     weights = read_weights(config.init) if config.init and checkpoint is None else None
     data = open_data(config, compute.device, ranks)
@@ -99,10 +104,11 @@ def _train(
     if ranks.first:
         _announce(trainer, run, lines)
     score = trainer.fit(run)
+    model = trainer.parallel.whole(trainer.evaluated_model)
     if ranks.first:
-        save_model(trainer.evaluated_model, run.model)
+        save_model(model, run.model)
         plot_curves(run.read_metrics(), run.curves, f"CRATE on {data.name}: test {score}")
-    leave(ranks)
+    leave(ranks, alone=config.strategy == "fsdp")
     return (run if ranks.first else None), score
 
 
@@ -160,20 +166,21 @@ def _create(config: TrainConfig, trainer: Trainer) -> RunDirectory:
     return run
 
 
-def _find_checkpoint(run: RunDirectory, resume: str, ranks: Ranks) -> dict | None:
+def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks: Ranks) -> dict | None:
     """Locks a run that exists; the checkpoint to go on from, in every process, or None where it has none yet."""
+
+    checkpoints = parallel_kind(config).checkpoints(run.checkpoints, 1)
 
     def lock_and_find() -> str | None:
         run.lock()
-        checkpoints = Checkpoints(run.checkpoints, 1)
-        if resume.endswith(".pt"):
-            checkpoints.set_aside_after(read_checkpoint(resume)["step"])
+        if resume.endswith(checkpoints.suffix):
+            checkpoints.set_aside_after(checkpoints.read(Path(resume))["step"])
             return resume
         found = checkpoints.load_newest()
         return found and str(found[0])
 
     path = ranks.share(lock_and_find)
-    return None if path is None else read_checkpoint(path)
+    return None if path is None else checkpoints.read_checked(Path(path))
 
 
 def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> str:
@@ -215,6 +222,8 @@ def _describe(trainer: Trainer) -> dict:
             "precision": compute.precision,
             "backend": backend._asdict(),
             "num_threads": torch.get_num_threads(),
+            "training_flops": trainer.flops,
+            "peak_flops": trainer.peak,
             "steps": trainer.steps,
             "warmup_steps": warmup_steps(trainer.steps, config.warmup),
         },

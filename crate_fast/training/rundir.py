@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..checkpoint import write_atomically
 from ..reading import MODEL_NAME
+from ..sharded import SUFFIX
 from .config import ConfigError, TrainConfig
 
 try:
@@ -33,6 +34,8 @@ class RunDirectory:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.curves = self.path / "curves.png"
+        self.tensorboard = self.path / "tensorboard"
+        self.trace = self.path / "trace.json"
         self.checkpoints = self.path / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.pt"
         self.model = self.path / MODEL_NAME
@@ -135,7 +138,7 @@ def find_run(resume: str, out: str | None) -> RunDirectory | None:
     """
     if resume != "auto":
         path = Path(resume)
-        run = RunDirectory(path.parent.parent if path.suffix == ".pt" else path)
+        run = RunDirectory(path.parent.parent if path.suffix in (".pt", SUFFIX) else path)
         if not path.exists() or not run.config.is_file():
             raise ConfigError(f"--resume is {resume}, which is neither a run directory nor a checkpoint in one")
         return run

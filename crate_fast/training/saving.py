@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from ..reading import CheckpointError, read_checkpoint
 from .compute import Compute
 from .ranks import Ranks
 
-NAME = "step-{:08d}.pt"
+NAME = "step-{:08d}"
 
 
 class SavingError(RuntimeError):
@@ -31,20 +33,14 @@ class Checkpoints:
     A file is written aside, flushed to the disk and renamed, so one that has its name is whole, whenever the run is killed.
     """
 
+    suffix = ".pt"
+
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self._keep = folder, keep
 
-    @property
-    def last(self) -> Path:
-        return self.folder / "last.pt"
-
-    @property
-    def best(self) -> Path:
-        return self.folder / "best.pt"
-
     def numbered(self) -> list[Path]:
         """The checkpoints by number, the newest first."""
-        return sorted(self.folder.glob("step-*.pt"), reverse=True)
+        return sorted(self.folder.glob(f"step-*{self.suffix}"), reverse=True)
 
     def save(self, model: CRATE, step: int, best: bool, state: dict) -> Path:
         """Writes a checkpoint, and removes those that are no longer to be kept.
@@ -52,27 +48,45 @@ class Checkpoints:
         Raises:
             SavingError: the disk is full or not to be written to; what was there before is still there.
         """
-        path = self.folder / NAME.format(step)
+        path = self.folder / f"{NAME.format(step)}{self.suffix}"
+        with self.explained(path):
+            save_checkpoint(model, path, **state)
+            self.name(path, best)
+        return path
+
+    @contextmanager
+    def explained(self, path: Path) -> Iterator[None]:
+        """Makes a SavingError of what goes wrong while `path` is written."""
         before = next(iter(self.numbered()), None)
         try:
-            save_checkpoint(model, path, **state)
-            for link in (self.last, self.best) if best else (self.last,):
-                _link(path, link)
+            yield
         except (OSError, RuntimeError) as error:  # PyTorch's writer makes RuntimeErrors of the system's
             reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
             kept = f"{before} is kept" if before else "there was none before it"
             raise SavingError(f"{path} cannot be written ({reason}); {kept}") from error
+
+    def name(self, path: Path, best: bool) -> None:
+        """Makes `path` the last checkpoint, and the best if it is that, and removes those that are no longer to be kept."""
+        for link in ("last", "best") if best else ("last",):
+            self._link(path, self.folder / f"{link}{self.suffix}")
         for old in self.numbered()[self._keep :]:
-            old.unlink(missing_ok=True)
-        return path
+            self._remove(old)
+
+    def read(self, path: Path) -> dict:
+        """The checkpoint `path`, looked at whole; raises CheckpointError where it is damaged."""
+        return read_checkpoint(path)
+
+    def read_checked(self, path: Path) -> dict:
+        """The checkpoint `path`, which another process has looked at."""
+        return read_checkpoint(path)
 
     def load_newest(self) -> tuple[Path, dict] | None:
         """The newest checkpoint that is whole, or None if there is none; damaged ones are set aside, with a warning."""
         for aside in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            aside.unlink(missing_ok=True)
+            remove(aside)
         for path in self.numbered():
             try:
-                return path, read_checkpoint(path)
+                return path, self.read(path)
             except CheckpointError as error:
                 aside = _set_aside(path, "damaged")
                 print(f"crate-fast: warning: {error}; set aside as {aside.name}", file=sys.stderr, flush=True)
@@ -81,8 +95,29 @@ class Checkpoints:
     def set_aside_after(self, step: int) -> None:
         """Renames the checkpoints of later steps than `step`, from which the run goes on again."""
         for path in self.numbered():
-            if path.name > NAME.format(step):
+            if path.name > f"{NAME.format(step)}{self.suffix}":
                 _set_aside(path, "left")
+
+    def _remove(self, old: Path) -> None:
+        old.unlink(missing_ok=True)
+
+    def _link(self, path: Path, name: Path) -> None:
+        """Makes `name` another name of the file `path`, at once: it is the old file or the new one."""
+        aside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(path, aside)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, aside)
+        os.replace(aside, name)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a directory with all that is in it, where it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _set_aside(path: Path, why: str) -> Path:
@@ -90,17 +125,6 @@ def _set_aside(path: Path, why: str) -> Path:
     aside = path.with_suffix(f".{why}-{time.strftime('%Y%m%d-%H%M%S')}")
     path.rename(aside)
     return aside
-
-
-def _link(path: Path, name: Path) -> None:
-    """Makes `name` another name of the file `path`, at once: it is the old file or the new one."""
-    aside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(path, aside)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, aside)
-    os.replace(aside, name)
 
 
 def circumstances(compute: Compute, ranks: Ranks) -> dict[str, str | int]:

@@ -31,7 +31,7 @@ class Signals:
 
     def __init__(self, ranks: Ranks) -> None:
         self.received: int | None = None
-        self._grace = GRACE[ranks.first]
+        self.grace = GRACE[ranks.first]
         self._before: dict = {}
         self._timer: threading.Timer | None = None
 
@@ -52,7 +52,7 @@ class Signals:
                 raise KeyboardInterrupt
             return
         self.received = number
-        self._timer = threading.Timer(self._grace, os._exit, (128 + number,))
+        self._timer = threading.Timer(self.grace, os._exit, (128 + number,))
         self._timer.daemon = True
         self._timer.start()
 

@@ -1,0 +1,153 @@
+"""One model in parts, one on each process (FSDP2): weights are gathered layer by layer, as they are computed with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import get_total_norm
+
+from ..checkpoint import constructor_arguments
+from ..model import CRATE
+from .compute import Compute
+from .config import TrainConfig
+from .plan import Plan, share_of
+from .shardsaving import ShardedCheckpoints
+
+
+class Shards:
+    """This process's parts of the parameters of `model`, and of their gradients: `Flat`'s methods, tensor by tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = list(model.parameters())
+        self.weights = [parameter.to_local() for parameter in self._parameters]
+        self._before: list[Tensor] = []
+
+    def zero(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def norm(self) -> Tensor:
+        return get_total_norm([parameter.grad for parameter in self._parameters], foreach=True).full_tensor()
+
+    def clip(self, norm: Tensor, most: float) -> None:
+        gradients = [parameter.grad.to_local() for parameter in self._parameters]
+        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+
+    def remember(self) -> None:
+        self._before = [weight.clone() for weight in self.weights]
+
+    def keep_where(self, good: Tensor) -> None:
+        for weight, before in zip(self.weights, self._before, strict=True):
+            torch.where(good, weight, before, out=weight)
+
+    def follow(self, other: Shards, part: float) -> None:
+        torch._foreach_lerp_(self.weights, other.weights, part)
+
+
+class Sharded:
+    """What the loop asks of the processes, see `parallel.Replicated`, where each has a part of the model.
+
+    All of them compute, evaluate and save together, so all must do so as often as each other, and at the same step.
+    """
+
+    checkpoints = ShardedCheckpoints
+
+    def __init__(self, model: CRATE, average: CRATE | None, config: TrainConfig, plan: Plan, compute: Compute) -> None:
+        self._model, self._average, self._ranks, self._compute = model, average, plan.ranks, compute
+        for whole in (model, average) if average is not None else (model,):
+            shard(whole, compute, plan.ranks.count)
+        self.flat = Shards(model)
+        self.flat_average = None if average is None else Shards(average)
+        self.net = model
+        self._hosts = dist.new_group(backend="gloo")
+        self._asked: tuple | None = None
+
+    def summing(self, last: bool) -> AbstractContextManager:
+        self._model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def agree(self, number: int | None, due: bool) -> tuple[int | None, bool]:
+        """(signal to stop for, whether to save now), the same in all processes: what any of them said a step ago.
+
+        The answer comes a step late so that no process waits for the others to come to theirs.
+        """
+        flags = torch.tensor([number or 0, int(due and self._ranks.first)])
+        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._hosts, async_op=True)
+        before, self._asked = self._asked, (work, flags)
+        if before is None:
+            return None, False
+        before[0].wait()
+        signal, saving = before[1].tolist()
+        return signal or None, bool(saving)
+
+    def saves(self) -> bool:
+        return True
+
+    def tensors(self, optimizer: torch.optim.Optimizer) -> dict:
+        """Those of the optimizer, the mean of the weights and the model, each process's part."""
+        found = {
+            "model": get_model_state_dict(self._model),
+            "optimizer": get_optimizer_state_dict(self._model, optimizer)["state"],
+            "ema": {} if self._average is None else get_model_state_dict(self._average),
+        }
+        return {"tensors": {name: part for name, part in found.items() if part}}  # of an empty part DCP makes a pickle
+
+    def load(self, checkpoint: dict, optimizer: torch.optim.Optimizer) -> None:
+        """Takes model, optimizer and mean from a checkpoint of any number of processes."""
+        parts = self.tensors(optimizer)["tensors"]
+        dcp.load(parts, checkpoint_id=checkpoint["path"])
+        set_model_state_dict(self._model, parts["model"])
+        groups = get_optimizer_state_dict(self._model, optimizer)["param_groups"]
+        state = {"state": parts.get("optimizer", {}), "param_groups": groups}
+        set_optimizer_state_dict(self._model, optimizer, state)
+        if self._average is not None:
+            set_model_state_dict(self._average, parts["ema"])
+
+    def test_batches(self, batches, size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The `batches`, filled up with empty ones to the largest number that a process has."""
+        most = max(-(-len(share_of(count, self._ranks._replace(rank=rank))) // size) for rank in range(self._ranks.count))
+        made = 0
+        for batch in batches:
+            made += 1
+            yield batch
+        for _ in range(made, most):
+            images = torch.empty(0, self._model.channels, *self._model.image_size, device=self._compute.device)
+            yield images, torch.empty(0, dtype=torch.int64, device=self._compute.device)
+
+    def whole(self, model: CRATE) -> CRATE | None:
+        """`model` with all of its weights, on the CPU, in the first process; all must ask for it."""
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if not self._ranks.first:
+            return None
+        with torch.device("meta"):
+            gathered = CRATE(**constructor_arguments(model))
+        gathered.load_state_dict(weights, assign=True)
+        return gathered
+
+
+def shard(model: CRATE, compute: Compute, count: int) -> None:
+    """Divides `model`, which is the same in all `count` processes, among them: a layer at a time, and the rest.
+
+    Weights are given up after every use, those of the rest too: what would stay whole is not what the optimizer moves.
+    """
+    # A layer's result may be a view of its rows; nothing writes to it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+    mesh = init_device_mesh(compute.device.type, (count,))
+    for layer in model.transformer.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)

@@ -1,0 +1,118 @@
+"""What a run shows beside its metrics, and the two Oxford data sets."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import call
+from pictures import make_flowers, make_pets
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
+
+from crate_fast import CRATE
+from crate_fast.training import ConfigError, TrainConfig
+from crate_fast.training.compute import Compute
+from crate_fast.training.oxford import open_oxford
+from crate_fast.training.watch import peak_flops, training_flops
+
+SMALL = ["--epochs", "2", "--num-threads", "1", "--device", "cpu", "--dim", "16", "--depth", "1", "--heads", "1"]
+
+
+def test_a_run_is_watched(tmp_path, capsys):
+    words = [
+        "train",
+        *SMALL,
+        "--tensorboard",
+        "--profile",
+        "--peak-tflops",
+        "0.5",
+        "--log-every",
+        "5",
+        "--out",
+        tmp_path / "run",
+    ]
+    status, _, err = call(capsys, *words)
+    assert (status, "no trace" in err) == (0, False)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for split in ("train", "test"):
+        found = [(event.step, event.value) for event in events.Scalars(f"{split}/loss")]
+        assert found == [(row["step"], pytest.approx(row["loss"])) for row in rows if row["split"] == split]
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    steps = sorted(event["name"] for event in trace if event["name"].startswith("ProfilerStep#"))
+    assert steps == ["ProfilerStep#5", "ProfilerStep#6", "ProfilerStep#7"]
+    assert {"aten::addmm", "Optimizer.step#Lion.step"} <= {event["name"] for event in trace if event["ph"] == "X"}
+    flops = json.loads((tmp_path / "run" / "config.json").read_text())["resolved"]["training_flops"]
+    for row in rows:
+        if row["split"] == "train":
+            assert row["mfu"] == pytest.approx(row["images_per_second"] * flops / 5e11, rel=1e-2)
+    status, _, err = call(capsys, "train", *SMALL, "--batch-size", "719", "--profile", "--out", tmp_path / "short")
+    assert (status, "no trace: --profile needs 8 steps" in err) == (0, True)
+    assert "mfu" not in (tmp_path / "short" / "metrics.jsonl").read_text()  # nobody has said what the peak is
+
+
+def test_flops_are_those_of_the_products():
+    model = CRATE(image_size=32, patch_size=8, num_classes=7, dim=48, depth=2, heads=3, dim_head=16, backend="reference")
+    with FlopCounterMode(display=False) as counted:
+        model(torch.randn(1, 3, 32, 32))
+    ista = 2 * 17 * 48 * 48 * 2  # of one product in both layers; the published code makes three of it
+    assert training_flops(model) == 3 * (counted.get_total_flops() - 2 * ista)
+
+
+def test_only_known_peaks_are_taken():
+    compute = SimpleNamespace(device=torch.device("cuda"), precision="bfloat16", describe=lambda: "NVIDIA H100 80GB HBM3")
+    assert peak_flops(TrainConfig(), compute) == 989e12
+    compute.describe = lambda: "NVIDIA H100 PCIe"
+    assert peak_flops(TrainConfig(), compute) == 756e12
+    compute.describe = lambda: "NVIDIA GeForce GTX 1080"
+    assert peak_flops(TrainConfig(), compute) is None
+    assert peak_flops(TrainConfig(peak_tflops=2.0), compute) == 2e12
+    assert peak_flops(TrainConfig(), Compute(torch.device("cpu"), "float32")) is None
+
+
+def test_flowers_and_pets_are_split_and_labelled_as_published(tmp_path):
+    make_flowers(tmp_path)
+    make_pets(tmp_path)
+    train, test, classes = open_oxford("flowers102", tmp_path)
+    assert classes == 102
+    assert [train.label(i) for i in range(4)] == [0, 101, 100, 76]
+    numbers = [int(re.search(r"image_(\d+)", test.place(index))[1]) for index in range(6)]
+    assert numbers == [5, 6, 11, 8, 10, 9]
+    train, test, classes = open_oxford("pets", tmp_path)
+    assert (classes, len(train), len(test)) == (37, 5, 4)
+    assert [train.label(i) for i in range(5)] == [0, 4, 6, 25, 7]
+    assert train.read(1).mode == "RGB"  # a PNG by the name of a JPEG
+    assert [test.label(i) for i in range(4)] == [0, 36, 33, 4]
+
+
+@pytest.mark.parametrize(("name", "count"), [("flower", 6), ("pets", 4)])
+def test_the_published_finetuning_of_flowers_and_pets(tmp_path, capsys, name, count):
+    make_flowers(tmp_path)
+    make_pets(tmp_path)
+    words = ["finetune", "--data", name, "--data_dir", tmp_path, "--n_epochs", "1", "--bs", "4", "--workers", "0", "--out"]
+    status, out, err = call(capsys, *words, tmp_path / "run", "--image-size", "32", "--device", "cpu")
+    assert status == 0, err
+    assert f"of {count})" in out
+
+
+def test_damaged_files_are_named(tmp_path):
+    make_flowers(tmp_path)
+    make_pets(tmp_path)
+    cases = {
+        "flowers-102/setid.mat": (b"MATLAB", r"setid\.mat: damaged, or without 'trnid'"),
+        "flowers-102/jpg/image_00011.jpg": (None, r"image_00011\.jpg of flowers102 is missing"),
+        "oxford-iiit-pet/annotations/trainval.txt": (
+            b"Abyssinian_100 one 1 1\n",
+            r"trainval\.txt: line 1 is 'Abyssinian_100 one",
+        ),
+        "oxford-iiit-pet/annotations/test.txt": (b"Abyssinian_201 38 1 1\n", r"has the label 38; pets has 1 to 37"),
+    }
+    for place, (content, words) in cases.items():
+        file = tmp_path / place
+        before = file.read_bytes()
+        file.write_bytes(content) if content is not None else file.unlink()
+        with pytest.raises(ConfigError, match=words):
+            open_oxford("flowers102" if place.startswith("flowers") else "pets", tmp_path)
+        file.write_bytes(before)
