@@ -42,13 +42,13 @@ def in_parts(model: CRATE, mesh, layers: bool = True, **options) -> CRATE:
 
 
 def kernels_of(model: CRATE, dtype: torch.dtype | None) -> tuple[torch.Tensor, list[str]]:
-    """Logits, and the kernels of forward and backward but for those that fold weights, which whole layers do together."""
+    """Logits, and the kernels of forward and backward but for the one that prepares weights, which whole layers do together."""
     seen: list[str] = []
     with runtime.observed(lambda kernel, *_: seen.append(kernel.fn.__name__)):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             logits = model(IMAGES)
         logits.float().square().mean().backward()
-    return logits, [name for name in seen if "fold" not in name]
+    return logits, [name for name in seen if name != "_prepare_kernel"]
 
 
 @pytest.mark.parametrize(
