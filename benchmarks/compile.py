@@ -34,7 +34,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from crate_fast.kernels import attention, gradients, ista, layer, linear, mssa, runtime, stack, weights
+from crate_fast.kernels import attention, gradients, ista, layer, linear, mssa, runtime, stack, tuning, weights
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 """KiB of shared memory that one program can have."""
@@ -82,8 +82,14 @@ class Launch(NamedTuple):
     wide: bool  # 16-bit operands in rows of a multiple of 16, which Triton knows to start on 16 bytes
 
 
-def collect() -> list[Launch]:
-    """Every launch of the library, over dtypes, head widths, and sizes that Triton specialises on and that it does not."""
+def collect(arch: str) -> list[Launch]:
+    """Every launch of the library on an architecture, over dtypes, head widths, and sizes that Triton specialises on and
+    that it does not."""
+    with tuning.assumed(int(arch.removeprefix("sm_"))):
+        return _collect()
+
+
+def _collect() -> list[Launch]:
     launches: dict[str, Launch] = {}
 
     def record(label: str, operand: torch.dtype, run) -> None:
@@ -269,10 +275,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     arguments = parser.parse_args()
-    launches = collect()
+    jobs = [(launch, arch) for arch in arguments.arch for launch in collect(arch)]
     if arguments.kernel:
-        launches = [x for x in launches if any(part in f"{x.kernel} {x.name}" for part in arguments.kernel)]
-    jobs = [(launch, arch) for arch in arguments.arch for launch in launches]
+        jobs = [(x, arch) for x, arch in jobs if any(part in f"{x.kernel} {x.name}" for part in arguments.kernel)]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         progress = tqdm(pool.map(_compile_or_explain, jobs), total=len(jobs), desc="compiling", disable=None)
         rows = sorted(progress)

@@ -27,14 +27,16 @@ def _tile_position(tokens, heads, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _load_part(
-    p_head, first, tokens, stride_n, stride_d, START: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr
-):
-    """Rows first .. first + ROWS, columns START .. START + D of one head; zero past the last token and the head's width."""
+    p_head, first, tokens, stride_n, stride_d, start, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Rows first .. first + ROWS, columns start .. start + D of one head; zero past the last token and, where it may be
+    PADDED, past the head's width."""
     row = first + tl.arange(0, ROWS)
-    column = START + tl.arange(0, D)
+    column = start + tl.arange(0, D)
     p_rows = p_head + row.to(tl.int64)[:, None] * stride_n + column[None, :] * stride_d
     m_rows = (row < tokens)[:, None]
-    if START + D > WIDTH:
+    if PADDED:
         m_rows = m_rows & (column < WIDTH)[None, :]
     return tl.load(p_rows, mask=m_rows, other=0.0)
 
@@ -44,10 +46,10 @@ def _load_tokens(
     p_head, first, tokens, stride_n, stride_d, WIDTH: tl.constexpr, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
 ):
     """Both parts of rows first .. first + ROWS of one head, [ROWS, D0] and [ROWS, D1]."""
-    b_0 = _load_part(p_head, first, tokens, stride_n, stride_d, 0, WIDTH, ROWS, D0)
+    b_0 = _load_part(p_head, first, tokens, stride_n, stride_d, 0, WIDTH, ROWS, D0, D0 > WIDTH)
     b_1 = b_0
     if D1 > 0:
-        b_1 = _load_part(p_head, first, tokens, stride_n, stride_d, D0, WIDTH, ROWS, D1)
+        b_1 = _load_part(p_head, first, tokens, stride_n, stride_d, D0, WIDTH, ROWS, D1, D0 + D1 > WIDTH)
     return b_0, b_1
 
 
@@ -65,6 +67,22 @@ def _scores(b_i0, b_i1, b_j0, b_j1, D1: tl.constexpr, PRECISION: tl.constexpr):
     b_s = tl.dot(b_i0, tl.trans(b_j0), input_precision=PRECISION)
     if D1 > 0:
         b_s = tl.dot(b_i1, tl.trans(b_j1), b_s, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
+def _scores_in_steps(
+    p_i, i, stride_in, stride_id, p_j, j, stride_jn, stride_jd, tokens,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr = 32,
+):  # fmt: skip
+    """b_i b_jᵀ of rows i .. and j .., STEP columns at a time: float32 products hold their operands' whole depth in registers,
+    and the compiler fetches those of several products at once unless a loop keeps it from that (144 bytes spilled)."""
+    b_s = tl.zeros([ROWS, COLUMNS], tl.float32)
+    PADDED: tl.constexpr = WIDTH % STEP != 0
+    for start in range(0, WIDTH, STEP):
+        b_i = _load_part(p_i, i, tokens, stride_in, stride_id, start, WIDTH, ROWS, STEP, PADDED)
+        b_j = _load_part(p_j, j, tokens, stride_jn, stride_jd, start, WIDTH, COLUMNS, STEP, PADDED)
+        b_s = tl.dot(b_i, tl.trans(b_j), b_s, input_precision=PRECISION)
     return b_s
 
 
@@ -128,15 +146,15 @@ def _forward_rows(
     b_o1 = tl.zeros([ROWS, D1 if D1 > 0 else D0], tl.float32)
     full = tokens // BLOCK_N * BLOCK_N if BLOCK_N > TAIL else 0
     for start in range(0, full, BLOCK_N):
-        b_k0, b_k1 = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, BLOCK_N, D0, D1)
         b_max, b_sum, b_o0, b_o1 = _attend_to(
-            b_q0, b_q1, b_k0, b_k1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, D1, False, PRECISION
-        )
+            p_wh, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, stride_wn, stride_wd,
+            WIDTH, D0, D1, BLOCK_N, False, PRECISION,
+        )  # fmt: skip
     for start in range(full, tokens, TAIL):
-        b_k0, b_k1 = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, TAIL, D0, D1)
         b_max, b_sum, b_o0, b_o1 = _attend_to(
-            b_q0, b_q1, b_k0, b_k1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, D1, True, PRECISION
-        )
+            p_wh, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, stride_wn, stride_wd,
+            WIDTH, D0, D1, TAIL, True, PRECISION,
+        )  # fmt: skip
     _store_part(p_oh, b_o0 / b_sum[:, None], first, tokens, width, 0, WIDTH)
     if D1 > 0:
         _store_part(p_oh, b_o1 / b_sum[:, None], first, tokens, width, D0, WIDTH)
@@ -146,13 +164,22 @@ def _forward_rows(
 
 @triton.jit
 def _attend_to(
-    b_q0, b_q1, b_k0, b_k1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens,
-    D1: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
+    p_wh, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, stride_wn, stride_wd,
+    WIDTH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The running maximum, sum and result of rows after a block of keys; with LAST keys may lie past the end."""
-    b_s = _scores(b_q0, b_q1, b_k0, b_k1, D1, PRECISION) * scale_log2  # [M, N]
+    b_k0, b_k1 = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, COLUMNS, D0, D1)
+    if b_k0.dtype == tl.float32:
+        b_s = _scores_in_steps(
+            p_wh, first, stride_wn, stride_wd, p_wh, start, stride_wn, stride_wd, tokens, WIDTH, b_q0.shape[0], COLUMNS,
+            PRECISION,
+        )  # fmt: skip
+    else:
+        b_s = _scores(b_q0, b_q1, b_k0, b_k1, D1, PRECISION)  # [M, N]
+    b_s *= scale_log2
     if LAST:
-        b_s = tl.where((start + tl.arange(0, b_k0.shape[0]) < tokens)[None, :], b_s, float("-inf"))
+        b_s = tl.where((start + tl.arange(0, COLUMNS) < tokens)[None, :], b_s, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
     b_p = tl.exp2(b_s - b_new_max[:, None])
     b_rescale = tl.exp2(b_max - b_new_max)
@@ -233,12 +260,12 @@ def _backward_rows(
     full = tokens // BLOCK_N * BLOCK_N if BLOCK_N > TAIL else 0
     for start in range(0, full, BLOCK_N):
         b_dw0, b_dw1 = _gradient_from(
-            p_wh, p_gh, p_lseh, p_deltah, b_dw0, b_dw1, b_wi0, b_wi1, b_gi0, b_gi1, b_lse, b_delta, start, tokens, rows,
+            p_wh, p_gh, p_lseh, p_deltah, b_dw0, b_dw1, b_wi0, b_wi1, b_gi0, b_gi1, b_lse, b_delta, first, start, tokens, rows,
             stride_wn, stride_wd, stride_gn, stride_gd, scale, scale_log2, PIECES, WIDTH, D0, D1, BLOCK_N, False, PRECISION,
         )  # fmt: skip
     for start in range(full, tokens, TAIL):
         b_dw0, b_dw1 = _gradient_from(
-            p_wh, p_gh, p_lseh, p_deltah, b_dw0, b_dw1, b_wi0, b_wi1, b_gi0, b_gi1, b_lse, b_delta, start, tokens, rows,
+            p_wh, p_gh, p_lseh, p_deltah, b_dw0, b_dw1, b_wi0, b_wi1, b_gi0, b_gi1, b_lse, b_delta, first, start, tokens, rows,
             stride_wn, stride_wd, stride_gn, stride_gd, scale, scale_log2, PIECES, WIDTH, D0, D1, TAIL, True, PRECISION,
         )  # fmt: skip
 
@@ -270,7 +297,7 @@ def _load_numbers(p_lse, p_delta, first, tokens, rows, PIECES: tl.constexpr, ROW
 
 @triton.jit
 def _gradient_from(
-    p_wh, p_gh, p_lseh, p_deltah, b_dw0, b_dw1, b_wi0, b_wi1, b_gi0, b_gi1, b_lse_i, b_delta_i, start, tokens, rows,
+    p_wh, p_gh, p_lseh, p_deltah, b_dw0, b_dw1, b_wi0, b_wi1, b_gi0, b_gi1, b_lse_i, b_delta_i, first, start, tokens, rows,
     stride_wn, stride_wd, stride_gn, stride_gd, scale, scale_log2, PIECES: tl.constexpr, WIDTH: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -278,17 +305,30 @@ def _gradient_from(
     b_wj0, b_wj1 = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, COLUMNS, D0, D1)
     b_gj0, b_gj1 = _load_tokens(p_gh, start, tokens, stride_gn, stride_gd, WIDTH, COLUMNS, D0, D1)
     b_lse_j, b_delta_j = _load_numbers(p_lseh, p_deltah, start, tokens, rows, PIECES, COLUMNS)
-    b_s = _scores(b_wi0, b_wi1, b_wj0, b_wj1, D1, PRECISION) * scale_log2  # [M, N]
+    if b_wi0.dtype == tl.float32:
+        ROWS: tl.constexpr = b_wi0.shape[0]
+        b_s = _scores_in_steps(
+            p_wh, first, stride_wn, stride_wd, p_wh, start, stride_wn, stride_wd, tokens, WIDTH, ROWS, COLUMNS, PRECISION
+        )
+        b_dpt = _scores_in_steps(
+            p_wh, first, stride_wn, stride_wd, p_gh, start, stride_gn, stride_gd, tokens, WIDTH, ROWS, COLUMNS, PRECISION
+        )
+        b_dp = _scores_in_steps(
+            p_gh, first, stride_gn, stride_gd, p_wh, start, stride_wn, stride_wd, tokens, WIDTH, ROWS, COLUMNS, PRECISION
+        )
+    else:
+        b_s = _scores(b_wi0, b_wi1, b_wj0, b_wj1, D1, PRECISION)  # [M, N]
+        b_dpt = _scores(b_wi0, b_wi1, b_gj0, b_gj1, D1, PRECISION)
+        b_dp = _scores(b_gi0, b_gi1, b_wj0, b_wj1, D1, PRECISION)
+    b_s *= scale_log2
     if LAST:
         b_s = tl.where((start + tl.arange(0, COLUMNS) < tokens)[None, :], b_s, float("-inf"))
     b_pt = tl.exp2(b_s - b_lse_j[None, :])  # P_ji
-    b_dpt = _scores(b_wi0, b_wi1, b_gj0, b_gj1, D1, PRECISION)
     b_e = b_pt * (b_dpt - b_delta_j[None, :])
     b_pt = b_pt.to(b_gj0.dtype)
     b_dw0 = tl.dot(b_pt, b_gj0, b_dw0, input_precision=PRECISION)
     if D1 > 0:
         b_dw1 = tl.dot(b_pt, b_gj1, b_dw1, input_precision=PRECISION)
-    b_dp = _scores(b_gi0, b_gi1, b_wj0, b_wj1, D1, PRECISION)
     b_e += tl.exp2(b_s - b_lse_i[:, None]) * (b_dp - b_delta_i[:, None])  # P_ij (dP_ij - δ_i)
     b_e = (b_e * scale).to(b_wj0.dtype)
     b_dw0 = tl.dot(b_e, b_wj0, b_dw0, input_precision=PRECISION)

@@ -49,6 +49,7 @@ class Line(NamedTuple):
     aligned: bool  # whether all rows of the operands start on 16 bytes
     config: Config
     reason: str
+    architecture: int | None = None  # one of `ARCHITECTURES`, None for all of them
 
 
 _PRODUCTS = ("project", "out_project", "ista")
@@ -62,15 +63,20 @@ TABLE = (
     Line(("mssa_backward",), 16, 48, True, Config(64, 16, 0, 4, 2), "in two parts, 32 + 16; triton 3.6 spills 8 bytes at 32"),
     Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 2), "2 programs; 64 columns spill"),
     Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 2), "2 programs; 32 columns take all 255 registers"),
-    Line(("mssa_forward",), 32, 64, True, Config(32, 32, 0, 4, 2), "float32 products are FMAs with operands in registers"),
-    Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 8, 2), "the same; 4 warps spill"),
-    Line(("mssa_backward",), 32, 16, True, Config(32, 32, 0, 8, 1), "the same; blocks shrink as heads widen"),
-    Line(("mssa_backward",), 32, 32, True, Config(32, 16, 0, 8, 1), "the same"),
-    Line(("mssa_backward",), 32, 128, True, Config(16, 16, 0, 8, 1), "the least there is"),
+    Line(("mssa_forward",), 32, 48, True, Config(64, 32, 0, 8, 2), "80 to 128 registers; 32 rows of 20 wide spill 8 bytes"),
+    Line(("mssa_forward",), 32, 64, True, Config(32, 32, 0, 8, 2), "64 rows spill 8 bytes", 80),
+    Line(("mssa_forward",), 32, 64, True, Config(64, 32, 0, 8, 2), "128 registers"),
+    Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 4, 2), "8 warps spill 16 to 24 bytes on sm_100 at width 80"),
+    Line(("mssa_backward",), 32, 64, True, Config(32, 32, 0, 8, 2), "one stage spills 16 bytes in 80 registers", 80),
+    Line(("mssa_backward",), 32, 64, True, Config(32, 32, 0, 8, 1), "two stages spill 8 to 32 bytes in 128 registers"),
+    Line(("mssa_backward",), 32, 128, True, Config(32, 32, 0, 8, 2), "107 to 176 registers; one stage spills at 80 and 96"),
     Line(_PRODUCTS, 16, None, True, Config(128, 128, 64, 8, 3), "128 registers, 96 KB: 2 programs a multiprocessor"),
+    Line(("project_gradient",), 16, None, True, Config(128, 128, 64, 8, 2), "4 stages of 32 spill 16 bytes: fp32 stream", 100),
     Line(_GRADIENTS, 16, None, True, Config(128, 128, 32, 8, 4), "128 registers but for a rectified end (165), 64 KB"),
     Line(("weight_gradient",), 16, None, True, Config(128, 128, 32, 8, 2), "normalising on the way in takes 165 registers"),
+    Line(_GRADIENTS, 32, None, True, Config(64, 64, 16, 4, 2), "163 registers; blocks of 32 take 255 and spill on sm_80"),
     Line(MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
+    Line(("weight_gradient",), 16, None, False, Config(32, 64, 32, 4, 2), "64 wide spills 8 to 24 bytes", 80),
     Line(MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
     Line(MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
 )
@@ -86,14 +92,18 @@ CANDIDATES = {
         (64, 128, 32, 8, 3),
     ],
     ("weight_gradient", 16): [(128, 128, 32, 8, 2), (128, 128, 64, 8, 2), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3)],
-    ("mssa_forward", 32): [(32, 32, 0, 4, 2), (32, 32, 0, 8, 2)],
-    ("mssa_backward", 32): [(16, 16, 0, 8, 1), (32, 16, 0, 8, 1), (32, 32, 0, 8, 1)],
-    ("product", 32): [(64, 64, 32, 4, 2), (32, 64, 32, 8, 2)],
+    ("mssa_forward", 32): [(32, 32, 0, 4, 2), (32, 32, 0, 8, 2), (64, 32, 0, 8, 2)],
+    ("mssa_backward", 32): [(32, 16, 0, 4, 2), (32, 32, 0, 8, 1), (32, 32, 0, 8, 2)],
+    ("product", 32): [(64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (32, 64, 32, 8, 2)],
     ("weight_gradient", 32): [(64, 64, 32, 4, 2), (32, 64, 32, 8, 2)],
 }
 """What `crate-fast tune` measures, by kernel ("product" stands for the six products over tokens) and bits."""
 
+ARCHITECTURES = (80, 90, 100)
+"""What the table tells apart: Ampere, Ada and consumer Blackwell (HMMA), Hopper (HGMMA), Blackwell (UTCHMMA)."""
+
 _forced: dict[str, Config] = {}
+_assumed = [90]  # the architecture where there is no GPU to ask: in the interpreter and for compilation
 _measured: dict[Path, dict[str, Config]] = {}
 
 
@@ -130,6 +140,16 @@ def forced(kernel: str, config: Config) -> Iterator[None]:
         yield
     finally:
         del _forced[kernel]
+
+
+@contextmanager
+def assumed(architecture: int) -> Iterator[None]:
+    """While open, launches that are not on a GPU have the shapes of this compute capability (80, 90, 120 ...)."""
+    _assumed.append(_family(architecture // 10))
+    try:
+        yield
+    finally:
+        _assumed.pop()
 
 
 def key(kernel: str, dtype: torch.dtype, *sizes: int) -> str:
@@ -190,11 +210,18 @@ def _lookup(kernel: str, dtype: torch.dtype, width: int | None, aligned: bool, n
         found = measured(torch.cuda.get_device_name(device)).get(name)
         if found:
             return found
+    architecture = _family(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else _assumed[-1]
     for line in TABLE:
         fits = line.widest is None if width is None else line.widest is not None and width <= line.widest
+        fits = fits and line.architecture in (None, architecture)
         if kernel in line.kernels and line.bits == _bits(dtype) and line.aligned == aligned and fits:
             return line.config
     raise ValueError(f"head width is {width}; the kernels take 16 to 128")
+
+
+def _family(major: int) -> int:
+    """The one of `ARCHITECTURES` that a compute capability is like: 8.x and 12.x multiply by HMMA, 10.x and 11.x by UTCHMMA."""
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
 def _bits(dtype: torch.dtype) -> int:

@@ -14,10 +14,19 @@ from crate_fast.kernels import tuning
 # 70 tokens: a full block of 64 rows and a narrow one; a head of 80 in two parts; widths that are no multiple of a block
 SIZES = {"image_size": (28, 40), "patch_size": 4, "num_classes": 5, "dim": 144, "depth": 2, "heads": 1, "dim_head": 80}
 KERNELS = (*tuning.ATTENTION, *tuning.MATRIX)
+
+
+def shapes(kernel: str, dtype: torch.dtype) -> list[tuning.Config]:
+    """What the table gives on any architecture and for any width, and what `crate-fast tune` may choose."""
+    bits = torch.finfo(dtype).bits
+    table = [line.config for line in tuning.TABLE if kernel in line.kernels and line.bits == bits]
+    return list(dict.fromkeys([*table, *tuning.candidates(kernel, dtype)]))
+
+
 CASES = [
     pytest.param(dtype, index, id=f"{dtype} {index}".removeprefix("torch."))
     for dtype in (torch.float16, torch.float32)
-    for index in range(max(len(tuning.candidates(kernel, dtype)) for kernel in KERNELS))
+    for index in range(max(len(shapes(kernel, dtype)) for kernel in KERNELS))
 ]
 
 
@@ -50,24 +59,38 @@ def right(layers):
 
 
 @pytest.mark.parametrize(("dtype", "index"), CASES)
-def test_every_candidate_gives_right_values(layers, right, dtype, index):
+def test_every_shape_gives_right_values(layers, right, dtype, index):
     with ExitStack() as stack:
         for kernel in KERNELS:
-            configs = tuning.candidates(kernel, dtype)
+            configs = shapes(kernel, dtype)
             stack.enter_context(tuning.forced(kernel, configs[index % len(configs)]))
         values = run(layers, dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     assert max(map(relative, values, right[dtype])) < tolerance
 
 
-def test_the_table_has_every_kernel_and_says_why():
+@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 103, 120])
+def test_the_table_has_every_kernel_and_says_why(architecture):
     device = torch.device("cpu")
     for dtype in (torch.float16, torch.float32):
-        assert all(tuning.attention(kernel, dtype, width, device) for kernel in tuning.ATTENTION for width in range(16, 129))
-        assert all(tuning.matrix(kernel, dtype, n, n, device) for kernel in tuning.MATRIX for n in (384, 33))
+        with tuning.assumed(architecture):
+            assert all(tuning.attention(name, dtype, width, device) for name in tuning.ATTENTION for width in range(16, 129))
+            assert all(tuning.matrix(name, dtype, n, n, device) for name in tuning.MATRIX for n in (384, 33))
     assert all(line.reason for line in tuning.TABLE)
     with pytest.raises(ValueError, match="head width is 129"):
         tuning.attention("mssa_forward", torch.float16, 129, device)
+
+
+def test_an_architecture_has_its_own_lines(monkeypatch, tmp_path):
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    own = next(line for line in tuning.TABLE if line.architecture == 80 and "mssa_backward" in line.kernels)
+    for capability in ((8, 6), (9, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        found = tuning.attention("mssa_backward", torch.float32, own.widest, torch.device("cuda"))
+        assert (found == own.config) == (capability != (9, 0))
+        with tuning.assumed(10 * capability[0] + capability[1]):
+            assert tuning.attention("mssa_backward", torch.float32, own.widest, torch.device("cpu")) == found
 
 
 def test_the_fastest_is_stored_and_found_again(tmp_path, monkeypatch):
@@ -90,6 +113,7 @@ def test_the_fastest_is_stored_and_found_again(tmp_path, monkeypatch):
     name = tuning.key("mssa_backward", torch.float32, 32)
     assert winners[name] == tuning.candidates("mssa_backward", torch.float32)[-1]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert tuning.attention("mssa_backward", torch.float32, 32, torch.device("cuda")) == winners[name]
     assert tuning.attention("mssa_backward", torch.float32, 64, torch.device("cuda")) != winners[name]
 
