@@ -5,9 +5,9 @@
 The library's own launch code runs on tensors without memory; what it would have launched is compiled with the
 specialisation that Triton's runtime would choose (alignment, unit strides, 32- or 64-bit sizes). A row a kernel:
 registers, bytes spilled, shared memory, matrix instructions, 16-byte global loads, and for float32 the precision that the
-PTX names. Exit status 1 where a kernel spills and `SPILLS_ALLOWED` does not say why, needs more shared memory than the
-chip has, uses tf32 unasked, or, with 16-bit operands, has no matrix instruction (HGMMA on sm_90, UTCHMMA on sm_100) or no
-16-byte load though all rows start on 16 bytes.
+PTX names. Exit status 1 where a kernel spills, needs more shared memory than the chip has, uses tf32 unasked, or, with
+16-bit operands, has no matrix instruction (HGMMA on sm_90, UTCHMMA on sm_100) or no 16-byte load though all rows start on
+16 bytes.
 """
 
 from __future__ import annotations
@@ -38,19 +38,6 @@ from crate_fast.kernels import attention, gradients, ista, layer, linear, mssa, 
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 """KiB of shared memory that one program can have."""
-
-_FMA = "float32 products are FMAs with both operands in registers; 16 × 16 is the least"
-_FEW = "the compiler settles for fewer registers than there are (72, 80 or 128 of 255) and moves a few bytes once"
-SPILLS_ALLOWED = (
-    ("", "_mssa_backward_kernel", "fp32 width 96,", 16, _FMA),
-    ("", "_mssa_backward_kernel", "fp32 width 128,", 168, _FMA),
-    ("", "_mssa_forward_kernel", "fp32 ", 8, _FEW),
-    ("sm_80", "_data_gradient_kernel", "fp32, norm residual", 32, _FMA),
-    ("sm_80", "_weight_gradient_kernel", "fp32 stream odd,", 16, _FEW),
-    ("sm_100", "_data_gradient_kernel", "fp32 stream, norm residual rectified", 16, _FEW),
-    ("sm_100", "_mssa_backward_kernel", "16 width 96,", 8, _FEW),
-)
-"""(architecture or "" for all, kernel, part of the configuration's name, bytes, reason) of the spills that are known."""
 
 MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 """What 16-bit products must be made of where that is not HMMA."""
@@ -227,12 +214,7 @@ def compile_one(launch: Launch, arch: str) -> Row:
 
 
 def _problem(row: Row, launch: Launch) -> str:
-    excused = (
-        size
-        for arch, kernel, part, size, _ in SPILLS_ALLOWED
-        if arch in ("", row.arch) and kernel == row.kernel and part in row.configuration
-    )
-    if row.spilled_bytes > max(excused, default=0):
+    if row.spilled_bytes:
         return "spills"
     if row.shared_bytes > SHARED_MEMORY[row.arch] * 1024:
         return "shared memory"
@@ -300,8 +282,6 @@ def _print(rows: list[Row]) -> None:
             f"{r.arch:6} {kernel:24} {r.configuration:58} {r.registers:4} {r.spilled_bytes:5} "
             f"{r.shared_bytes:7} {r.matrix_instructions:>21} {r.wide_loads:4}  {r.precision} {r.problem}"
         )
-    for arch, kernel, part, size, reason in SPILLS_ALLOWED:
-        print(f"spills allowed: {arch or 'everywhere'}, {kernel} ({part}), up to {size} bytes: {reason}")
 
 
 if __name__ == "__main__":
