@@ -28,7 +28,7 @@ import floors
 from crate_fast.backend import BACKENDS
 from crate_fast.checkpoint import write_atomically
 from crate_fast.model import SIZES
-from peers import Peer, Unavailable, all_peers, load_published
+from peers import MODES, Peer, Unavailable, all_peers, load_published
 from report import SCHEMA, compare, plot, print_rows, update_readme
 from timing import Timing, ceilings, conditions, interleave, machine, steady_allocator
 from workloads import DTYPES, Judge, Workload, make_ready
@@ -74,13 +74,16 @@ def modes(peer: Peer, workload: Workload, device: torch.device) -> tuple[str, ..
     return tuple(mode for mode in peer.modes if workload.suite != "ops" or mode != "max-autotune")
 
 
-def measure(workload: Workload, peers: list[Peer], device: torch.device, ceiling: dict, seconds: float) -> list[dict]:
-    """A row for every peer and mode: timed together, those that are right; with the reason, those that are not."""
+def measure(
+    workload: Workload, peers: list[Peer], device: torch.device, ceiling: dict, seconds: float, wanted: list[str] | None = None
+) -> list[dict]:
+    """A row for every peer and mode (of those `wanted`): timed together, those that are right; with the reason, those that are
+    not."""
     published = next(peer for peer in peers if peer.name == "published")
     judge = Judge(workload, published, device)
     ready, rows = {}, []
     for peer in filter(workload.concerns, peers):
-        for mode in modes(peer, workload, device):
+        for mode in (m for m in modes(peer, workload, device) if wanted is None or m in wanted):
             row = workload._asdict() | {"peer": peer.name, "mode": mode}
             try:
                 ready[peer.name, mode] = make_ready(workload, peer, mode, device, judge)
@@ -142,13 +145,13 @@ def run(options: argparse.Namespace, device: torch.device) -> tuple[dict, Path]:
             raise SystemExit(f"run.py: error: --against names {unknown[0]!r}; here there are {', '.join(sorted(known))}")
         peers = [peer for peer in peers if peer.name in (*options.against, "published", "crate_fast")]
     facts = machine(device)
-    path = options.out or RESULTS / f"{_file_name(facts['device'])}.json"
+    path = options.out or RESULTS / f"{file_name(facts['device'])}.json"
     seconds = 0.5 if options.quick else 3.0 if device.type == "cuda" else 0.6
     workloads = plan(options, device)
     limits = {dtype: ceilings(device, DTYPES[dtype]) for dtype in {w.dtype for w in workloads}}
     rows = []
     for workload in tqdm(workloads, desc="measuring", disable=None):
-        fresh = measure(workload, peers, device, limits[workload.dtype], seconds)
+        fresh = measure(workload, peers, device, limits[workload.dtype], seconds, options.mode)
         rows += [row | {"versions": facts} for row in fresh]
         old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         result = merge(old, {"schema": SCHEMA, "machine": facts, "ceilings": limits, "rows": rows})
@@ -157,7 +160,7 @@ def run(options: argparse.Namespace, device: torch.device) -> tuple[dict, Path]:
     return {"machine": facts, "ceilings": limits, "rows": rows}, path
 
 
-def _file_name(device: str) -> str:
+def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
@@ -171,6 +174,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=names, metavar="NAMES", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--batch", type=lambda t: [int(n) for n in t.split(",")], metavar="N,...", help="images of a step")
     parser.add_argument("--dtype", type=names, metavar="NAMES", help=f"of {', '.join(DTYPES)}; 16 bit means autocast")
+    parser.add_argument("--mode", type=names, metavar="NAMES", help=f"only these modes: of {', '.join(MODES)}")
     parser.add_argument("--against", type=names, metavar="NAMES", help="peers to measure beside published and crate_fast")
     parser.add_argument("--published", type=Path, metavar="DIR", help="a checkout of the published repository")
     parser.add_argument("--backend", default="auto", choices=BACKENDS, help="of crate_fast (default: auto)")
@@ -182,7 +186,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     for flag, values, known in (
         ("--suite", options.suite, (*SUITES, "traffic")), ("--what", options.what, WHATS),
-        ("--model", options.model, SIZES), ("--dtype", options.dtype, DTYPES),
+        ("--model", options.model, SIZES), ("--dtype", options.dtype, DTYPES), ("--mode", options.mode, MODES),
     ):  # fmt: skip
         for value in values or ():
             if value not in known:
@@ -217,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     print_rows(result)
     pictures = plot(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(""))
     print(f"results: {os.path.relpath(path)}; pictures: {', '.join(os.path.relpath(p) for p in pictures)}")
-    ours = [row for row in result["rows"] if row["peer"] == "crate_fast" and row["mode"] == "eager"]
+    first = options.mode[0] if options.mode else "eager"
+    ours = [row for row in result["rows"] if row["peer"] == "crate_fast" and row["mode"] == first]
     return 1 if not ours or any("reason" in row for row in ours) else 0
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import floors
 from crate_fast import reference
 from crate_fast.model import SIZES
-from peers import Peer, Unavailable, graphed, in_mode
+from peers import COMPILED, Peer, Unavailable, graphed, in_mode
 from timing import kept_bytes, peak_bytes, rotated, synchronise
 
 IMAGE, PATCH, TOKENS, CLASSES = 224, 16, 197, 1000
@@ -112,8 +112,8 @@ def _prepare_operation(workload: Workload, function, mode: str, dtype: torch.dty
     heads, differentiate = sizes["heads"], workload.part != "forward"
     width = heads * sizes["dim_head"] if workload.operation == "mssa" else sizes["dim"]
     run = (lambda w: function(w, heads)) if workload.operation == "mssa" else function
-    if mode in ("compiled", "compiled layers", "max-autotune"):
-        run = torch.compile(run, mode="max-autotune" if mode == "max-autotune" else None, dynamic=False)
+    if mode in COMPILED:
+        run = torch.compile(run, mode=mode if mode in ("max-autotune", "reduce-overhead") else None, dynamic=False)
     weight = torch.empty(width, width)
     nn.init.kaiming_uniform_(weight, generator=torch.Generator().manual_seed(0))
 
@@ -201,7 +201,7 @@ def make_ready(workload: Workload, peer: Peer, mode: str, device: torch.device, 
         reason = judge.verdict(errors)
         if reason:
             raise Unavailable(reason)
-    step, forward = _step(workload, call, device, fixed=mode in ("cuda graph", "max-autotune"))
+    step, forward = _step(workload, call, device, fixed=mode in ("cuda graph", "max-autotune", "reduce-overhead"))
     step()
     synchronise(device)
     compile_seconds = None if mode in ("eager", "cuda graph") else time.perf_counter() - started
