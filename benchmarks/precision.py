@@ -29,7 +29,6 @@ import math
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
@@ -155,7 +154,7 @@ EMULATED = {
     "mssa_forward": _mssa_forward,
     "norm_data_gradient": _norm_data_gradient,
     "norm_linear": _norm_linear,
-    "prepare_weights": SimpleNamespace(body=_prepare_weights),
+    "prepare_weights": _prepare_weights,
     "weight_gradient": _weight_gradient,
 }
 """What `crate_fast.kernels.layer` launches, in PyTorch, with the kernels' roundings: operands and results in their dtypes,

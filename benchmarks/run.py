@@ -4,6 +4,7 @@
     python benchmarks/run.py --suite train --model tiny --batch 1024 --dtype bfloat16 --against published,sdpa
     python benchmarks/run.py --published CHECKOUT  the published repository itself as one more peer
     python benchmarks/run.py --suite traffic       kernels launched and bytes moved a layer, counted without a GPU
+    python benchmarks/run.py --suite host          the host's time to launch a layer, without a GPU as far as the driver's call
     python benchmarks/run.py --report              the README's table and the pictures again, from the results
     python benchmarks/run.py --compare OLD NEW     what became slower between two results, outside the noise
 
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from workloads import DTYPES, Judge, Workload, make_ready
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = ("ops", "layer", "inference", "train")
+ALONE = ("traffic", "host")
 PARTS = ("forward", "backward", "both")
 WHATS = (*(f"{operation} {part}" for operation in ("mssa", "ista", "layer") for part in PARTS), "inference", "train")
 
@@ -169,7 +172,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return text.split(",")
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--suite", type=names, metavar="NAMES", help=f"of {', '.join((*SUITES, 'traffic'))}; with commas")
+    parser.add_argument("--suite", type=names, metavar="NAMES", help=f"of {', '.join((*SUITES, *ALONE))}; with commas")
     parser.add_argument("--what", type=names, metavar="NAMES", help=f"only these of the suites: of {', '.join(WHATS)}")
     parser.add_argument("--model", type=names, metavar="NAMES", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--batch", type=lambda t: [int(n) for n in t.split(",")], metavar="N,...", help="images of a step")
@@ -185,7 +188,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="measure nothing: two results files")
     options = parser.parse_args(argv)
     for flag, values, known in (
-        ("--suite", options.suite, (*SUITES, "traffic")), ("--what", options.what, WHATS),
+        ("--suite", options.suite, (*SUITES, *ALONE)), ("--what", options.what, WHATS),
         ("--model", options.model, SIZES), ("--dtype", options.dtype, DTYPES), ("--mode", options.mode, MODES),
     ):  # fmt: skip
         for value in values or ():
@@ -210,8 +213,11 @@ def main(argv: list[str] | None = None) -> int:
         from traffic import print_traffic
 
         return print_traffic()
-    if options.suite and "traffic" in options.suite:
-        raise SystemExit("run.py: error: --suite traffic goes alone: it counts in Triton's interpreter, which times nothing")
+    if options.suite == ["host"]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+        return subprocess.run([sys.executable, Path(__file__).with_name("host.py")], env=environment, check=False).returncode
+    for alone in set(ALONE) & set(options.suite or ()):
+        raise SystemExit(f"run.py: error: --suite {alone} goes alone: it times no peer")
     torch.manual_seed(0)
     try:
         result, path = run(options, torch.device(options.device))
