@@ -5,17 +5,19 @@
 
 import argparse
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lion_pytorch.foreach import Lion
 
-from crate_fast import CRATE_tiny, reference
+from crate_fast import CRATE_tiny, graphed, reference
 from crate_fast.model import SIZES, build
 from crate_fast.training import train
 from crate_fast.training.resolve import resolve
 from peers import all_peers
+from peers import graphed as make_graph
 from workloads import Judge, Workload, prepare
 
 pytestmark = pytest.mark.gpu
@@ -125,6 +127,50 @@ def test_no_training_step_and_no_inference_waits_for_the_gpu(gpu, dtype):
                 model.eval()(images)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("count", [1, 8, 64])
+def test_inference_under_a_graph_gives_the_models_own_bits(gpu, count):
+    torch.manual_seed(0)
+    model = CRATE_tiny(100, backend="triton").to(gpu).eval()
+    images = torch.randn(2, count, 3, 224, 224, device=gpu)
+    with torch.inference_mode(), torch.autocast(gpu.type, dtype=torch.bfloat16):
+        run = graphed(model, images[0])
+        assert all(torch.equal(run(x), model(x)) for x in images)
+    with torch.no_grad():
+        model.transformer.layers[3][1].fn.weight.mul_(1.1)
+    with torch.inference_mode(), torch.autocast(gpu.type, dtype=torch.bfloat16):
+        assert torch.equal(run(images[0]), model(images[0]))
+
+
+def test_inference_compiled_with_little_overhead_sees_new_weights(gpu):
+    torch.manual_seed(0)
+    model = CRATE_tiny(100, backend="triton").to(gpu).eval()
+    compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    images, _ = batch(8, gpu)
+    for factor in (1.0, 1.0, 1.0, 1.2):  # compiled, warmed up, recorded, replayed
+        with torch.no_grad():
+            model.transformer.layers[3][1].fn.weight.mul_(factor)
+        with torch.inference_mode(), torch.autocast(gpu.type, dtype=torch.bfloat16):
+            found, right = compiled(images).clone(), model(images)
+        assert (found - right).norm() <= 0.02 * right.norm()
+
+
+def test_a_whole_training_step_under_a_graph_does_what_it_does_without(gpu):
+    torch.manual_seed(0)
+    models = [CRATE_tiny(100, backend="triton").to(gpu)]
+    models.append(copy.deepcopy(models[0]))
+    images, labels = batch(16, gpu)
+    eager, recorded = (
+        partial(train_step, model, torch.optim.SGD(model.parameters(), lr=1e-3), images, labels) for model in models
+    )
+    replay = make_graph(recorded)  # three steps before it records
+    for _ in range(2):
+        replay()
+    for _ in range(5):
+        eager()
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])
