@@ -46,7 +46,7 @@ class _Kernel:
 
 
 @contextmanager
-def _launched_to_nowhere() -> Iterator[None]:
+def launched_to_nowhere() -> Iterator[None]:
     """While open, Triton's launch code runs on CPU tensors, and its kernels do nothing."""
     driver = SimpleNamespace(
         get_current_device=lambda: 0,
@@ -66,7 +66,7 @@ def _launched_to_nowhere() -> Iterator[None]:
 
 def measure(device: torch.device, rounds: int = 100) -> dict[str, dict[str, float]]:
     """Microseconds by row and part: "layer forward", "layer backward", "step" (of the deepest model, forward and backward)."""
-    here = _launched_to_nowhere() if device.type == "cpu" else mock.patch.dict({})
+    here = launched_to_nowhere() if device.type == "cpu" else mock.patch.dict({})
     found = {}
     with here, torch.autocast(device.type, dtype=torch.bfloat16):
         for name, build in (
