@@ -175,24 +175,27 @@ def layer_backward(
 
     dy = dy.reshape(-1, dim)
     dz, _ = norm_data_gradient(dy, sums, z, ista, w.norm2_weight, stats2)
-    ista_gradients = _nothing(x, 3)
     if wanted[2]:
         product = weight_gradient(z, dy, operand, statistics=stats2)
         step = (w.operator, w.norm2_weight, w.norm2_bias)
         ista_gradients = finish_norm_product(*product, gradient_scale, *step, identity=True)
+    else:
+        ista_gradients = _nothing(x, 3)
     do, delta = attention_gradient(dz, out_weight.t(), o, inner // a.lse.shape[1])
-    out_gradients = _nothing(x, 2)
     if wanted[1]:
         out_gradients = finish_product(*weight_gradient(o, dz, operand, transposed=True), gradient_scale)
+    else:
+        out_gradients = _nothing(x, 2)
     dw, dw_sums = mssa_backward(a.w, do.view(a.w.shape), a.lse, delta, scale, project)
     dw = dw.view(-1, inner)
     rectified = Rectified(*below) if below else None
     dx, dx_sums = norm_data_gradient(dw, dw_sums, x, project, None, stats1, residual=dz, rectified=rectified)
-    project_gradients = _nothing(x, 3)
     if wanted[0]:
         product = weight_gradient(x, dw, operand, statistics=stats1)
         *norm_gradients, du = finish_norm_product(*product, gradient_scale, w.project.t(), w.norm1_weight, w.norm1_bias)
         project_gradients = [*norm_gradients, du.t()]
+    else:
+        project_gradients = _nothing(x, 3)
     dx_sums = x.new_empty(0, dtype=torch.float32) if dx_sums is None else dx_sums
     return [dx.view(a.x.shape), dx_sums, *project_gradients, *out_gradients, *ista_gradients]
 

@@ -213,7 +213,7 @@ def finish_norm_product(
     parts: (splits, in, out), totals: (splits, out), what `weight_gradient` gives, `scale` times too large; weight: (in, out).
     """
     dweight = torch.empty_like(weight, dtype=torch.float32)
-    dgamma, dbeta = (torch.empty(len(weight), dtype=torch.float32, device=weight.device) for _ in range(2))
+    dgamma, dbeta = (torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device) for _ in range(2))
     _launch_finish(parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta, identity)
     return dgamma, dbeta, dweight
 
