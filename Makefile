@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: train test bench lint
+.PHONY: train test bench gpu lint
 
 train: $(VENV)/installed-train
 	$(BIN)/crate-fast train $(ARGS)
@@ -16,6 +16,9 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+gpu: $(VENV)/installed-test
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check

@@ -16,6 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crate_fast import CRATE, functional, reference
 
+MODES = ("eager", "compiled", "compiled layers", "max-autotune", "reduce-overhead", "cuda graph")
+COMPILED = MODES[1:5]
+
 
 class Unavailable(RuntimeError):
     """A peer cannot run here; the message says why."""
@@ -120,7 +123,7 @@ def load_published(path: Path) -> Peer:
 
 def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
     """Every peer of a device; the published mathematics comes first, crate_fast, on `backend`, last."""
-    whole = ("eager", "compiled", "max-autotune")
+    whole = ("eager", "compiled", "max-autotune", "cuda graph")
     sdpa = "the same with scaled_dot_product_attention(w, w, w)"
     peers = [
         Peer("published", "the published mathematics", lambda a: reference.CRATE(**a), whole, reference.mssa, reference.ista),
@@ -141,13 +144,13 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
         peers.append(Peer("algebra", what, _crate("torch"), ("eager", "compiled"), mssa, ista))
     what = "timm's VisionTransformer of the same sizes, for context"
     peers.append(Peer("timm ViT", what, _timm, ("compiled",), same_function=False))
-    ours = ("eager", "compiled", "cuda graph")
+    ours = ("eager", "compiled", "reduce-overhead", "cuda graph")
     mssa, ista = partial(functional.mssa, backend=backend), partial(functional.ista, backend=backend)
     return [*peers, Peer("crate_fast", f'crate_fast, backend="{backend}"', _crate(backend), ours, mssa, ista)]
 
 
 def in_mode(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
-    """`module` to be called in a mode: "eager", "compiled", "compiled layers", "max-autotune"; "cuda graph" comes later.
+    """`module` to be called in one of `MODES`; what "cuda graph" does comes later.
 
     Compiled for the very shapes, for every peer: code for any batch would be slower.
     """
@@ -156,8 +159,8 @@ def in_mode(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
     torch._dynamo.reset()
     if mode == "compiled":
         return torch.compile(module, dynamic=False)
-    if mode == "max-autotune":
-        return torch.compile(module, mode="max-autotune", dynamic=False)
+    if mode in ("max-autotune", "reduce-overhead"):
+        return torch.compile(module, mode=mode, dynamic=False)
     for block in _blocks(module):
         block.compile(dynamic=False)
     return module

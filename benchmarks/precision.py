@@ -27,8 +27,8 @@ import copy
 import json
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
@@ -57,6 +57,7 @@ _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def _prepare_weights(project, gamma1, beta1, out, operator, gamma2, beta2, operand: torch.dtype, shrinkage: float) -> tuple:
     def fold(weight: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight, gamma, beta = weight.float(), gamma.float(), beta.float()
         matrix = (gamma[..., None] * weight).to(operand)
         return matrix, matrix.float().sum(1), (beta[:, None] @ weight)[:, 0]
 
@@ -79,7 +80,7 @@ def _norm_linear(x: Tensor, folded: Folded, gamma, out: torch.dtype, eps: float,
 
 
 def _linear(x: Tensor, weight: Tensor, out: torch.dtype, *, offset: Tensor, residual: Tensor) -> Tensor:
-    return (x.float() @ weight.float() + offset + residual.float()).to(out)
+    return (x.float() @ weight.float() + offset.float() + residual.float()).to(out)
 
 
 def _attention_gradient(g: Tensor, weight: Tensor, o: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,7 @@ def _weight_gradient(x, g, operand, *, statistics=None, transposed=False) -> tup
 
 def _finish_norm_product(parts, totals, scale, weight, gamma, beta, *, identity=False) -> tuple[Tensor, Tensor, Tensor]:
     product, total = parts[0] / scale, totals[0] / scale
-    weight = weight + torch.eye(len(weight)) if identity else weight
+    weight = weight.float() + torch.eye(len(weight)) if identity else weight.float()
     return (product * weight).sum(1), weight @ total, gamma[:, None] * product + beta[:, None] * total
 
 
@@ -153,7 +154,7 @@ EMULATED = {
     "mssa_forward": _mssa_forward,
     "norm_data_gradient": _norm_data_gradient,
     "norm_linear": _norm_linear,
-    "prepare_weights": SimpleNamespace(body=_prepare_weights),
+    "prepare_weights": _prepare_weights,
     "weight_gradient": _weight_gradient,
 }
 """What `crate_fast.kernels.layer` launches, in PyTorch, with the kernels' roundings: operands and results in their dtypes,
@@ -199,12 +200,14 @@ def errors(result: tuple[Tensor, dict], exact: tuple[Tensor, dict]) -> list[floa
     return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
 
 
-def compare(published: reference.CRATE, ours: CRATE, images: Tensor, cotangent: Tensor) -> dict[str, list[float]]:
-    """For each row of `OURS`, and for the published code rotated, the ratio of errors (logits, then gradients) to the published
-    code's own autocast."""
+def compare(
+    published: reference.CRATE, ours: CRATE, images: Tensor, cotangent: Tensor, rows: dict[str, tuple] = OURS
+) -> dict[str, list[float]]:
+    """For each of `rows`, made as `OURS` is, and for the published code rotated, the ratio of errors (logits, then gradients)
+    to the published code's own autocast."""
     exact = run(copy.deepcopy(published).double(), images.double(), cotangent.double(), None)
     theirs, ratios = {}, {}
-    for row, (autocast, stream) in OURS.items():
+    for row, (autocast, stream) in rows.items():
         if autocast not in theirs:
             theirs[autocast] = errors(run(published, images, cotangent, autocast), exact)
         ours.transformer.stream = stream
@@ -238,7 +241,7 @@ def summarise(seeds: list[list[float]]) -> dict[str, float]:
 def measure(options: argparse.Namespace, device: str) -> dict[str, dict[str, float]]:
     """The summary of every row over the seeds."""
     ratios: dict[str, list[list[float]]] = {}
-    emulation = mock.patch.multiple(layer, **EMULATED) if device == "cpu" else mock.patch.multiple(layer)
+    emulation = mock.patch.multiple(layer, **EMULATED) if device == "cpu" else nullcontext()
     with emulation:
         for seed in tqdm(range(options.seeds), desc="seeds", disable=None):
             torch.manual_seed(seed)
@@ -276,7 +279,8 @@ def _arguments(model: CRATE) -> dict:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
 
 
-def main() -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options of a command line (that of the process if None)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--dim", type=int, default=384)
@@ -284,8 +288,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images (default: 16; of a checkpoint 1,437, an epoch)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a model of the digits run instead of a drawn one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there too")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.batch = options.batch or (1437 if options.checkpoint else 16)
+    return options
+
+
+def main() -> None:
+    options = parse(None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     summary = measure(options, device)
     how = "the kernels" if device == "cuda" else "emulated"

@@ -4,6 +4,7 @@
     python benchmarks/run.py --suite train --model tiny --batch 1024 --dtype bfloat16 --against published,sdpa
     python benchmarks/run.py --published CHECKOUT  the published repository itself as one more peer
     python benchmarks/run.py --suite traffic       kernels launched and bytes moved a layer, counted without a GPU
+    python benchmarks/run.py --suite host          the host's time to launch a layer, without a GPU as far as the driver's call
     python benchmarks/run.py --report              the README's table and the pictures again, from the results
     python benchmarks/run.py --compare OLD NEW     what became slower between two results, outside the noise
 
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,13 +30,14 @@ import floors
 from crate_fast.backend import BACKENDS
 from crate_fast.checkpoint import write_atomically
 from crate_fast.model import SIZES
-from peers import Peer, Unavailable, all_peers, load_published
+from peers import MODES, Peer, Unavailable, all_peers, load_published
 from report import SCHEMA, compare, plot, print_rows, update_readme
 from timing import Timing, ceilings, conditions, interleave, machine, steady_allocator
 from workloads import DTYPES, Judge, Workload, make_ready
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = ("ops", "layer", "inference", "train")
+ALONE = ("traffic", "host")
 PARTS = ("forward", "backward", "both")
 WHATS = (*(f"{operation} {part}" for operation in ("mssa", "ista", "layer") for part in PARTS), "inference", "train")
 
@@ -74,13 +77,16 @@ def modes(peer: Peer, workload: Workload, device: torch.device) -> tuple[str, ..
     return tuple(mode for mode in peer.modes if workload.suite != "ops" or mode != "max-autotune")
 
 
-def measure(workload: Workload, peers: list[Peer], device: torch.device, ceiling: dict, seconds: float) -> list[dict]:
-    """A row for every peer and mode: timed together, those that are right; with the reason, those that are not."""
+def measure(
+    workload: Workload, peers: list[Peer], device: torch.device, ceiling: dict, seconds: float, wanted: list[str] | None = None
+) -> list[dict]:
+    """A row for every peer and mode (of those `wanted`): timed together, those that are right; with the reason, those that are
+    not."""
     published = next(peer for peer in peers if peer.name == "published")
     judge = Judge(workload, published, device)
     ready, rows = {}, []
     for peer in filter(workload.concerns, peers):
-        for mode in modes(peer, workload, device):
+        for mode in (m for m in modes(peer, workload, device) if wanted is None or m in wanted):
             row = workload._asdict() | {"peer": peer.name, "mode": mode}
             try:
                 ready[peer.name, mode] = make_ready(workload, peer, mode, device, judge)
@@ -142,13 +148,13 @@ def run(options: argparse.Namespace, device: torch.device) -> tuple[dict, Path]:
             raise SystemExit(f"run.py: error: --against names {unknown[0]!r}; here there are {', '.join(sorted(known))}")
         peers = [peer for peer in peers if peer.name in (*options.against, "published", "crate_fast")]
     facts = machine(device)
-    path = options.out or RESULTS / f"{_file_name(facts['device'])}.json"
+    path = options.out or RESULTS / f"{file_name(facts['device'])}.json"
     seconds = 0.5 if options.quick else 3.0 if device.type == "cuda" else 0.6
     workloads = plan(options, device)
     limits = {dtype: ceilings(device, DTYPES[dtype]) for dtype in {w.dtype for w in workloads}}
     rows = []
     for workload in tqdm(workloads, desc="measuring", disable=None):
-        fresh = measure(workload, peers, device, limits[workload.dtype], seconds)
+        fresh = measure(workload, peers, device, limits[workload.dtype], seconds, options.mode)
         rows += [row | {"versions": facts} for row in fresh]
         old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         result = merge(old, {"schema": SCHEMA, "machine": facts, "ceilings": limits, "rows": rows})
@@ -157,7 +163,7 @@ def run(options: argparse.Namespace, device: torch.device) -> tuple[dict, Path]:
     return {"machine": facts, "ceilings": limits, "rows": rows}, path
 
 
-def _file_name(device: str) -> str:
+def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
@@ -166,11 +172,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return text.split(",")
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--suite", type=names, metavar="NAMES", help=f"of {', '.join((*SUITES, 'traffic'))}; with commas")
+    parser.add_argument("--suite", type=names, metavar="NAMES", help=f"of {', '.join((*SUITES, *ALONE))}; with commas")
     parser.add_argument("--what", type=names, metavar="NAMES", help=f"only these of the suites: of {', '.join(WHATS)}")
     parser.add_argument("--model", type=names, metavar="NAMES", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--batch", type=lambda t: [int(n) for n in t.split(",")], metavar="N,...", help="images of a step")
     parser.add_argument("--dtype", type=names, metavar="NAMES", help=f"of {', '.join(DTYPES)}; 16 bit means autocast")
+    parser.add_argument("--mode", type=names, metavar="NAMES", help=f"only these modes: of {', '.join(MODES)}")
     parser.add_argument("--against", type=names, metavar="NAMES", help="peers to measure beside published and crate_fast")
     parser.add_argument("--published", type=Path, metavar="DIR", help="a checkout of the published repository")
     parser.add_argument("--backend", default="auto", choices=BACKENDS, help="of crate_fast (default: auto)")
@@ -181,8 +188,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="measure nothing: two results files")
     options = parser.parse_args(argv)
     for flag, values, known in (
-        ("--suite", options.suite, (*SUITES, "traffic")), ("--what", options.what, WHATS),
-        ("--model", options.model, SIZES), ("--dtype", options.dtype, DTYPES),
+        ("--suite", options.suite, (*SUITES, *ALONE)), ("--what", options.what, WHATS),
+        ("--model", options.model, SIZES), ("--dtype", options.dtype, DTYPES), ("--mode", options.mode, MODES),
     ):  # fmt: skip
         for value in values or ():
             if value not in known:
@@ -206,8 +213,11 @@ def main(argv: list[str] | None = None) -> int:
         from traffic import print_traffic
 
         return print_traffic()
-    if options.suite and "traffic" in options.suite:
-        raise SystemExit("run.py: error: --suite traffic goes alone: it counts in Triton's interpreter, which times nothing")
+    if options.suite == ["host"]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+        return subprocess.run([sys.executable, Path(__file__).with_name("host.py")], env=environment, check=False).returncode
+    for alone in set(ALONE) & set(options.suite or ()):
+        raise SystemExit(f"run.py: error: --suite {alone} goes alone: it times no peer")
     torch.manual_seed(0)
     try:
         result, path = run(options, torch.device(options.device))
@@ -217,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     print_rows(result)
     pictures = plot(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(""))
     print(f"results: {os.path.relpath(path)}; pictures: {', '.join(os.path.relpath(p) for p in pictures)}")
-    ours = [row for row in result["rows"] if row["peer"] == "crate_fast" and row["mode"] == "eager"]
+    first = options.mode[0] if options.mode else "eager"
+    ours = [row for row in result["rows"] if row["peer"] == "crate_fast" and row["mode"] == first]
     return 1 if not ours or any("reason" in row for row in ours) else 0
 
 

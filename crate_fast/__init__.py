@@ -5,6 +5,7 @@ from .backend import BackendError, choose_backend
 from .checkpoint import load_checkpoint
 from .model import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
 from .reading import CheckpointError
+from .replay import graphed
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "__version__",
     "choose_backend",
     "functional",
+    "graphed",
     "load_checkpoint",
 ]

@@ -26,7 +26,9 @@ def kept_operator(weight: Tensor, step_size: float) -> Tensor:
 
 def forget_operator(weight: Tensor) -> None:
     """Drops what `kept_operator` keeps of `weight`."""
-    _operators.pop(weight, None)
+    cache = _operators.pop(weight, None)
+    if cache is not None:
+        cache.clear()  # for those who hold on to it
 
 
 @torch.library.custom_op("crate_fast::evaluated_layer", mutates_args=())

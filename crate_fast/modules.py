@@ -173,12 +173,15 @@ class Layer(nn.ModuleList):
         and their backends are among `backends`."""
         if not self._is_plain():
             return False
-        attention, feed_forward = self[0].fn, self[1].fn
+        attention, feed_forward = (part._modules["fn"] for part in self._modules.values())
         if attention.backend not in backends or feed_forward.backend not in backends:
             return False
-        linear, dropout = attention.to_out
-        dropping = any(d.training and d.p > 0 for d in (attention.dropout, dropout))
-        return _is_over_keys(attention.attend) and attention.qkv.bias is None and linear.bias is not None and not dropping
+        inner = attention._modules
+        linear, dropout = inner["to_out"]._modules.values()
+        if any(d.training and d.p > 0 for d in (inner["dropout"], dropout)):
+            return False
+        biases = inner["qkv"]._parameters["bias"], linear._parameters["bias"]
+        return _is_over_keys(inner["attend"]) and biases[0] is None and biases[1] is not None
 
     # Constant to torch.compile, as hooks are to it anyway: else it guards 500 facts, 0.27 ms before each call of a layer.
     @torch.compiler.assume_constant_result
@@ -186,10 +189,11 @@ class Layer(nn.ModuleList):
         sharded = self.is_sharded()
         if len(self) != 2 or not (sharded or is_plain(self, Layer)):
             return False
-        mssa, ista = self
-        if not all(is_plain(part, PreNorm) and norm_is_plain(part.norm, sharded) for part in (mssa, ista)):
-            return False
-        return _attention_is_plain(mssa.fn, sharded) and is_plain(ista.fn, FeedForward, sharded)
+        mssa, ista = self._modules.values()
+        for part in (mssa, ista):
+            if not (is_plain(part, PreNorm) and norm_is_plain(part._modules["norm"], sharded)):
+                return False
+        return _attention_is_plain(mssa._modules["fn"], sharded) and is_plain(ista._modules["fn"], FeedForward, sharded)
 
     def class_token(self, x: Tensor) -> Tensor:
         """The class token that this layer makes of x: (batch, tokens, dim) to (batch, 1, dim), all it reads computed once.
@@ -203,18 +207,13 @@ class Layer(nn.ModuleList):
 
     def weights(self) -> tuple[Tensor, ...]:
         """The eight parameters: `kernels.LayerWeights` in order, with the dictionary D where that has M."""
-        mssa, ista = self
-        project_back = mssa.fn.to_out[0]
-        return (
-            mssa.norm.weight,
-            mssa.norm.bias,
-            mssa.fn.qkv.weight,
-            project_back.weight,
-            project_back.bias,
-            ista.norm.weight,
-            ista.norm.bias,
-            ista.fn.weight,
-        )
+        mssa, ista = (part._modules for part in self._modules.values())  # attributes of modules are found slowly
+        attention = mssa["fn"]._modules
+        norm1, project, norm2 = (part._parameters for part in (mssa["norm"], attention["qkv"], ista["norm"]))
+        out = attention["to_out"]._modules["0"]._parameters
+        dictionary = ista["fn"]._parameters["weight"]
+        vectors = norm2["weight"], norm2["bias"]
+        return norm1["weight"], norm1["bias"], project["weight"], out["weight"], out["bias"], *vectors, dictionary
 
     def train(self, mode: bool = True) -> Layer:
         self._prepared.clear()
@@ -228,9 +227,10 @@ class Layer(nn.ModuleList):
         """The numbers that are not learned, as `kernels.LayerSettings`."""
         from .kernels import LayerSettings
 
-        mssa, ista = self
-        shrinkage = ista.fn.step_size * ista.fn.lambd
-        return LayerSettings(mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, ista.norm.eps, shrinkage)
+        mssa, ista = (part._modules for part in self._modules.values())
+        attention, feed_forward = mssa["fn"], ista["fn"]
+        shrinkage = feed_forward.step_size * feed_forward.lambd
+        return LayerSettings(attention.heads, attention.scale, mssa["norm"].eps, ista["norm"].eps, shrinkage)
 
     def kept_weights(self, operand: torch.dtype):
         """What `_fresh_weights` gives for this layer; M and the folded weights are kept from call to call, for evaluation."""
@@ -252,16 +252,16 @@ class Layer(nn.ModuleList):
 
 
 def _attention_is_plain(attention: nn.Module, sharded: bool) -> bool:
-    if not (is_plain(attention, Attention) and is_plain(attention.attend, nn.Softmax)):
+    if not is_plain(attention, Attention):
         return False
-    if not is_plain(attention.qkv, nn.Linear, sharded):
+    inner = attention._modules
+    if not (is_plain(inner["attend"], nn.Softmax) and is_plain(inner["qkv"], nn.Linear, sharded)):
         return False
-    project_back = attention.to_out
-    if not is_plain(project_back, nn.Sequential) or len(project_back) != 2:
+    project_back = inner["to_out"]
+    if not is_plain(project_back, nn.Sequential) or len(project_back._modules) != 2:
         return False
-    linear, dropout = project_back
-    dropouts = (dropout, attention.dropout)
-    return is_plain(linear, nn.Linear, sharded) and all(is_plain(d, nn.Dropout) for d in dropouts)
+    linear, dropout = project_back._modules.values()
+    return is_plain(linear, nn.Linear, sharded) and is_plain(dropout, nn.Dropout) and is_plain(inner["dropout"], nn.Dropout)
 
 
 def _is_over_keys(softmax: nn.Module) -> bool:
@@ -273,10 +273,10 @@ def _fresh_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
     their weights copied side by side, M made of them, the norms folded in."""
     from .kernels import LayerWeights, prepare_layers, stack_weights
 
-    kinds = [_weights_kind(layer) for layer in layers]
+    own = [LayerWeights(*layer.weights()) for layer in layers]
+    kinds = [_weights_kind(layer, weights) for layer, weights in zip(layers, own, strict=True)]
     if any(kind != kinds[0] for kind in kinds):
         return [pair for layer in layers for pair in _fresh_weights([layer], operand)]
-    own = [LayerWeights(*layer.weights()) for layer in layers]
     stacked = stack_weights(own)
     step_size, shrinkage = layers[0][1].fn.step_size, layers[0].settings().shrinkage
     operators, each = functional.ista_operators([w.operator for w in own], stacked.operator, step_size)
@@ -284,9 +284,9 @@ def _fresh_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
     return [(w._replace(operator=m), p) for w, m, p in zip(own, each, prepared, strict=True)]
 
 
-def _weights_kind(layer: Layer) -> tuple:
-    weights = layer.weights()
-    return [w.shape for w in weights], weights[0].dtype, layer[1].fn.step_size, layer[1].fn.lambd
+def _weights_kind(layer: Layer, weights: tuple[Tensor, ...]) -> tuple:
+    feed_forward = layer[1].fn
+    return [w.shape for w in weights], weights[0].dtype, feed_forward.step_size, feed_forward.lambd
 
 
 def _run_layer(layer: Layer, stream, weights: tuple):
@@ -345,7 +345,12 @@ class Transformer(nn.Module):
 
         Pooling belongs here because a fused run can pool what it holds in 16 bit without writing all tokens in 32.
         """
-        runs = [(fused, list(layers)) for fused, layers in groupby(self.layers, key=lambda layer: self._fuses(layer, x))]
+        watched = x.dim() != 3 or x.numel() == 0 or has_global_hooks()
+        cast, chosen = autocasts(x.device.type), {}
+        runs = [
+            (fused, list(layers))
+            for fused, layers in groupby(self.layers, key=lambda layer: not watched and self._fuses(layer, x, cast, chosen))
+        ]
         for index, (fused, layers) in enumerate(runs):
             last = index == len(runs) - 1
             if fused:
@@ -360,18 +365,20 @@ class Transformer(nn.Module):
             x = end.through(Layer.class_token, x) if alone else end(x)
         return pool_tokens(x, pool)
 
-    def _fuses(self, layer: nn.Module, x: Tensor) -> bool:
-        if x.dim() != 3 or x.numel() == 0 or has_global_hooks() or not isinstance(layer, Layer):
-            return False
-        if not layer.is_fusable():
+    def _fuses(self, layer: nn.Module, x: Tensor, cast: bool, chosen: dict[int, str]) -> bool:
+        """Whether kernels run `layer` on x, `cast` by autocast or not; `chosen` is filled with the backend by head width."""
+        if not isinstance(layer, Layer) or not layer.is_fusable():
             return False
         weights = layer.weights()
         inner_dim, dim = weights[2].shape
         if dim != x.shape[-1] or not same_place(weights) or weights[0].device != x.device:
             return False  # the composed path says what is wrong
-        if not autocasts(x.device.type) and weights[0].dtype != x.dtype:
+        if not cast and weights[0].dtype != x.dtype:
             return False
-        return choose_backend(self.backend, x, inner_dim // layer[0].fn.heads).name == "triton"
+        head_width = inner_dim // layer[0].fn.heads
+        if head_width not in chosen:
+            chosen[head_width] = choose_backend(self.backend, x, head_width).name
+        return chosen[head_width] == "triton"
 
     def _run_fused(self, layers: list[Layer], x: Tensor, pool: str | None) -> Tensor:
         from .kernels import enter_stack, leave_stack
@@ -381,14 +388,15 @@ class Transformer(nn.Module):
         stream, operand = stream_dtypes(self.stream, torch.get_autocast_dtype(device)) if autocast else (x.dtype, x.dtype)
         result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
         with torch.autocast(device, enabled=False):
-            together = [layer for layer in layers if layer.training and not layer.is_sharded()]
+            compiled = torch.compiler.is_compiling()  # a compiled graph keeps nothing from call to call
+            together = [layer for layer in layers if (layer.training or compiled) and not layer.is_sharded()]
             fresh = iter(_fresh_weights(together, operand) if together else ())
             handed_on = enter_stack(x, stream)
             for layer in layers:
                 if layer.is_sharded():
                     handed_on = layer(handed_on, partial(_run_alone, operand=operand))
                 else:
-                    weights = next(fresh) if layer.training else layer.kept_weights(operand)
+                    weights = next(fresh) if layer.training or compiled else layer.kept_weights(operand)
                     handed_on = _run_layer(layer, handed_on, weights)
             return leave_stack(handed_on, result, pool, scaled=operand == torch.float16)
 

@@ -58,10 +58,11 @@ def _tune(arguments: argparse.Namespace) -> None:
     choose_backend("triton", torch.empty(0, dtype=dtype, device="cuda"), head_width)
     torch.manual_seed(0)
     tokens = torch.randn(arguments.batch_size, arguments.tokens, dim, dtype=dtype, device="cuda")
-    from .kernels import tuning
+    from .kernels import shapes, tuning
 
     winners = find_winners(workloads(tokens, heads, head_width), dtype, _milliseconds)
     path = tuning.store(torch.cuda.get_device_name(), winners)
+    shapes.forget()
     for name, config in winners.items():
         print(f"{name:32} {config}")
     print(f"stored in {path}")

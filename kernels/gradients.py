@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
+from . import shapes, tuning
 from .linear import GROUP, Folded, Statistics, _halves, _swizzle
-from .runtime import float32_precision, launch
+from .runtime import launch, product_precision
 
 
 class Rectified(NamedTuple):
@@ -267,7 +267,7 @@ def data_gradient(g: Tensor, weight: Tensor, out: torch.dtype, *, shrink: bool =
 def attention_gradient(g: Tensor, weight: Tensor, o: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
     """(do, δ) where g is the gradient of o W: do like o, and δ = Σ do·o of every head for `mssa_backward`."""
     do = torch.empty_like(o)
-    pieces = _pieces(head_width, tuning.matrix("out_gradient", weight.dtype, *weight.shape, weight.device).block_n)
+    pieces = _pieces(head_width, shapes.matrix("out_gradient", weight.dtype, *weight.shape, weight.device).block_n)
     delta = torch.empty(o.shape[1] // head_width, pieces, o.shape[0], dtype=torch.float32, device=o.device)
     _launch_data_gradient("out_gradient", g, weight, do, x=o, parts=delta, head_width=head_width, pieces=pieces)
     return do, delta
@@ -302,7 +302,7 @@ def norm_data_gradient(
 
 def column_blocks(weight: Tensor) -> int:
     """In how many blocks of columns the data gradient of a product with `weight` (in, out) is made."""
-    return triton.cdiv(weight.shape[0], tuning.matrix("project_gradient", weight.dtype, *weight.shape, weight.device).block_n)
+    return shapes.blocks(weight.shape[0], shapes.matrix("project_gradient", weight.dtype, *weight.shape, weight.device).block_n)
 
 
 def _pieces(head_width: int, block: int) -> int:
@@ -315,15 +315,15 @@ def _launch_data_gradient(
     parts=None, head_width=0, pieces=1,
 ) -> None:  # fmt: skip
     rows, (inputs, outputs) = g.shape[0], weight.shape
-    config = tuning.matrix(name, weight.dtype, inputs, outputs, weight.device)
-    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(inputs, config.block_n)
+    config = shapes.matrix(name, weight.dtype, inputs, outputs, weight.device)
+    programs = shapes.blocks(rows, config.block_m) * shapes.blocks(inputs, config.block_n)
     mean, rstd = statistics or (None, None)
     gain, offset = rectified or (None, None)
     launch(
         _data_gradient_kernel, programs, g, weight, dx, gamma, x, mean, rstd, sums, residual, gain, offset, parts,
         rows, inputs, outputs, 0 if sums is None else sums.shape[1], *g.stride(), *weight.stride(), NORM=sums is not None,
         SHRINK=shrink, RESIDUAL=residual is not None, RECTIFIED=rectified is not None, HEAD_WIDTH=head_width, PIECES=pieces,
-        PRECISION=float32_precision(), GROUP_M=GROUP, **config.constants(),
+        PRECISION=product_precision(weight.dtype), GROUP_M=GROUP, **shapes.constants(config),
     )  # fmt: skip
 
 
@@ -342,10 +342,10 @@ def weight_gradient(
     and are summed in one order (weights.py): the same bits from run to run.
     """
     (rows, inputs), outputs = x.shape, g.shape[1]
-    config = tuning.matrix("weight_gradient", operand, inputs, outputs, x.device)
-    tiles = triton.cdiv(inputs, config.block_m) * triton.cdiv(outputs, config.block_n)
+    config = shapes.matrix("weight_gradient", operand, inputs, outputs, x.device)
+    tiles = shapes.blocks(inputs, config.block_m) * shapes.blocks(outputs, config.block_n)
     splits = tuning.splits(tiles, rows, config.block_k)
-    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), config.block_k) * config.block_k
+    rows_per_split = shapes.blocks(shapes.blocks(rows, splits), config.block_k) * config.block_k
     shape = (splits, outputs, inputs) if transposed else (splits, inputs, outputs)
     product = torch.empty(shape, dtype=torch.float32, device=x.device)
     total = torch.empty(splits, outputs, dtype=torch.float32, device=x.device)
@@ -354,7 +354,7 @@ def weight_gradient(
     launch(
         _weight_gradient_kernel, tiles * splits, x, g, mean, rstd, product, total, rows, inputs, outputs,
         rows_per_split, *x.stride(), *g.stride(), *strides, NORM=statistics is not None,
-        OPERAND=_TRITON_DTYPE[operand], PRECISION=float32_precision(), **config.constants(),
+        OPERAND=_TRITON_DTYPE[operand], PRECISION=product_precision(operand), **shapes.constants(config),
     )  # fmt: skip
     return product, total
 

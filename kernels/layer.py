@@ -69,7 +69,8 @@ def stack_weights(layers: Sequence[LayerWeights]) -> LayerWeights:
     """The weights of like layers, stacked by kind, contiguous, in one copy, which is one launch up to 18 layers (torch.cat
     takes 128 tensors at a time); without out_bias, which needs no preparation."""
     kinds = [kind for kind in zip(*(w._replace(out_bias=None) for w in layers), strict=True) if kind[0] is not None]
-    flat = torch.cat([w.detach().reshape(-1) for kind in kinds for w in kind])
+    with torch.no_grad():
+        flat = torch.cat([w.reshape(-1) for kind in kinds for w in kind])
     parts = flat.split([len(kind) * kind[0].numel() for kind in kinds])
     stacked = [part.view(-1, *kind[0].shape) for part, kind in zip(parts, kinds, strict=True)]
     return LayerWeights(*stacked[:4], None, *stacked[4:])
@@ -81,8 +82,7 @@ def prepare_layers(stacked: LayerWeights, shrinkage: float, operand: torch.dtype
     stacked: `stack_weights` of them, with their M. shrinkage: ηλ.
     """
     w = stacked
-    prepare = prepare_weights if torch.compiler.is_compiling() else prepare_weights.body  # a graph needs the operator
-    prepared = prepare(
+    prepared = prepare_weights(
         w.project, w.norm1_weight, w.norm1_bias, w.out_weight, w.operator, w.norm2_weight, w.norm2_bias, operand, shrinkage
     )
     return [PreparedWeights(*layer) for layer in zip(*(p.unbind() for p in prepared), strict=True)]
@@ -110,7 +110,7 @@ def _forward_shapes(x, prepared, out_bias, norm2_weight, heads, scale, eps_mssa,
 
 def _empty_sums(x: Tensor, prepared: list[Tensor]) -> Tensor:
     """A placeholder for the row sums of a gradient like x, (2, parts, batch * tokens) float32."""
-    parts = column_blocks(PreparedWeights(*prepared).folded()[0].matrix)
+    parts = column_blocks(prepared[0].t())
     return x.new_empty(2, parts, x.shape[0] * x.shape[1], dtype=torch.float32)
 
 
@@ -131,11 +131,12 @@ def layer_forward(
     batch, tokens, dim = x.shape
     rows = x.view(-1, dim)
     statistics = torch.empty(4, batch * tokens, dtype=torch.float32, device=x.device)
-    w = norm_linear(rows, project, None, project.matrix.dtype, eps_mssa, Statistics(*statistics[:2]))
+    mean1, rstd1, mean2, rstd2 = statistics.unbind()
+    w = norm_linear(rows, project, None, project.matrix.dtype, eps_mssa, Statistics(mean1, rstd1))
     w = w.view(batch, tokens, -1)
     o, lse = mssa_forward(w, heads, scale)
     z = linear(o.view(batch * tokens, -1), weights.out_weight.t(), x.dtype, offset=out_bias, residual=rows)
-    y = norm_linear(z, ista, norm2_weight, x.dtype, eps_ista, Statistics(*statistics[2:]))
+    y = norm_linear(z, ista, norm2_weight, x.dtype, eps_ista, Statistics(mean2, rstd2))
     return w, o, z.view(x.shape), y.view(x.shape), lse, statistics, _empty_sums(x, prepared)
 
 
@@ -169,28 +170,32 @@ def layer_backward(
     out_weight = prepared[3]
     dim, inner, operand = a.x.shape[-1], a.w.shape[-1], a.w.dtype
     x, z, o = a.x.view(-1, dim), a.z.view(-1, dim), a.o.view(-1, inner)
-    stats1, stats2 = Statistics(*a.statistics[:2]), Statistics(*a.statistics[2:])
+    mean1, rstd1, mean2, rstd2 = a.statistics.unbind()
+    stats1, stats2 = Statistics(mean1, rstd1), Statistics(mean2, rstd2)
 
     dy = dy.reshape(-1, dim)
     dz, _ = norm_data_gradient(dy, sums, z, ista, w.norm2_weight, stats2)
-    ista_gradients = _nothing(x, 3)
     if wanted[2]:
         product = weight_gradient(z, dy, operand, statistics=stats2)
         step = (w.operator, w.norm2_weight, w.norm2_bias)
         ista_gradients = finish_norm_product(*product, gradient_scale, *step, identity=True)
+    else:
+        ista_gradients = _nothing(x, 3)
     do, delta = attention_gradient(dz, out_weight.t(), o, inner // a.lse.shape[1])
-    out_gradients = _nothing(x, 2)
     if wanted[1]:
         out_gradients = finish_product(*weight_gradient(o, dz, operand, transposed=True), gradient_scale)
+    else:
+        out_gradients = _nothing(x, 2)
     dw, dw_sums = mssa_backward(a.w, do.view(a.w.shape), a.lse, delta, scale, project)
     dw = dw.view(-1, inner)
     rectified = Rectified(*below) if below else None
     dx, dx_sums = norm_data_gradient(dw, dw_sums, x, project, None, stats1, residual=dz, rectified=rectified)
-    project_gradients = _nothing(x, 3)
     if wanted[0]:
         product = weight_gradient(x, dw, operand, statistics=stats1)
         *norm_gradients, du = finish_norm_product(*product, gradient_scale, w.project.t(), w.norm1_weight, w.norm1_bias)
         project_gradients = [*norm_gradients, du.t()]
+    else:
+        project_gradients = _nothing(x, 3)
     dx_sums = x.new_empty(0, dtype=torch.float32) if dx_sums is None else dx_sums
     return [dx.view(a.x.shape), dx_sums, *project_gradients, *out_gradients, *ista_gradients]
 
@@ -219,9 +224,13 @@ class _Layer(torch.autograd.Function):
         need = ctx.needs_input_grad[6:14]
         wanted = [any(need[:3]), any(need[3:5]), any(need[5:])]
         dx, dx_sums, *gradients = layer_backward(dy, sums, gradient_scale, saved, prepared, weights, below, ctx.scale, wanted)
-        gradients = [g.to(w.dtype) if n else None for g, w, n in zip(gradients, weights, need, strict=True)]
+        gradients = [_in_dtype(g, w) if n else None for g, w, n in zip(gradients, weights, need, strict=True)]
         dx_sums = fit_sums(dx_sums, ctx.sums_shape) if below else None
         return dx, gradient_scale, dx_sums, None, None, None, *gradients, *[None] * len(prepared)
+
+
+def _in_dtype(gradient: Tensor, weight: Tensor) -> Tensor:
+    return gradient if gradient.dtype is weight.dtype else gradient.to(weight.dtype)
 
 
 def fused_layer(stream: Stream, weights: LayerWeights, prepared: PreparedWeights, settings: LayerSettings) -> Stream:

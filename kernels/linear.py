@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
-from .runtime import float32_precision, launch
+from . import shapes
+from .runtime import launch, product_precision
 
 GROUP = 8  # row blocks whose programs run together, so that they share the weight's blocks in L2
 
@@ -240,11 +240,12 @@ def _launch_linear(
     statistics=None, eps=0.0,
 ) -> None:  # fmt: skip
     (rows, inputs), outputs = x.shape, weight.shape[1]
-    config = tuning.matrix(name, weight.dtype, inputs, outputs, weight.device)
-    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_n)
+    config = shapes.matrix(name, weight.dtype, inputs, outputs, weight.device)
+    programs = shapes.blocks(rows, config.block_m) * shapes.blocks(outputs, config.block_n)
     mean, rstd = statistics or (None, None)
     launch(
         _linear_kernel, programs, x, weight, result, offset, gain, gamma, residual, mean, rstd, rows, inputs, outputs,
         *x.stride(), *weight.stride(), eps, NORM=norm, SHRINK=shrink, OFFSET=offset is not None,
-        RESIDUAL=residual is not None, PRECISION=float32_precision(), GROUP_M=GROUP, **config.constants(),
+        RESIDUAL=residual is not None, PRECISION=product_precision(weight.dtype), GROUP_M=GROUP,
+        **shapes.constants(config),
     )  # fmt: skip

@@ -13,15 +13,18 @@ gradient: 5 products a tile, no atomics, no dQ, dK or dV, and the same bits from
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import tuning
+from . import shapes
 from .attention import _delta_kernel, _mssa_backward_kernel, _mssa_forward_kernel
 from .linear import Folded
-from .runtime import float32_precision, launch, operator
+from .runtime import launch, operator, product_precision
+from .tuning import Config
 
 LOG2_E = 1.4426950408889634
 
@@ -61,7 +64,7 @@ def head_products(o: Tensor, do: Tensor, heads: int) -> Tensor:
     rows, block = batch * tokens, 32
     delta = torch.empty(heads, 1, rows, dtype=torch.float32, device=o.device)
     constants = {"WIDTH": width // heads, "BLOCK_D": triton.next_power_of_2(width // heads), "BLOCK_M": block}
-    programs = triton.cdiv(rows, block) * heads
+    programs = shapes.blocks(rows, block) * heads
     launch(_delta_kernel, programs, o, do, delta, rows, tokens, *do.stride(), heads, **constants, num_warps=4, num_stages=1)
     return delta
 
@@ -69,16 +72,15 @@ def head_products(o: Tensor, do: Tensor, heads: int) -> Tensor:
 def _plan(name: str, w: Tensor, heads: int) -> tuple[dict, int]:
     """The compile-time constants of a launch and its number of programs."""
     batch, tokens, width = w.shape
-    head_width = width // heads
-    config = tuning.attention(name, w.dtype, head_width, w.device)
-    wide, narrow = _parts(head_width, w.dtype)
-    constants = config.constants() | {
-        "WIDTH": head_width,
-        "D0": wide,
-        "D1": narrow,
-        "PRECISION": float32_precision(),
-    }
-    return constants, batch * heads * triton.cdiv(tokens, config.block_m)
+    config = shapes.attention(name, w.dtype, width // heads, w.device)
+    constants = _constants(config, width // heads, w.dtype, product_precision(w.dtype))
+    return constants, batch * heads * shapes.blocks(tokens, config.block_m)
+
+
+@cache
+def _constants(config: Config, head_width: int, dtype: torch.dtype, precision: str) -> dict:
+    wide, narrow = _parts(head_width, dtype)
+    return config.constants() | {"WIDTH": head_width, "D0": wide, "D1": narrow, "PRECISION": precision}
 
 
 def _parts(head_width: int, dtype: torch.dtype) -> tuple[int, int]:

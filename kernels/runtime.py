@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import wraps
 
 import torch
 import triton
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 @triton.jit
@@ -40,9 +42,11 @@ def launch(kernel, programs: int, *arguments, **constants) -> None:
     device = arguments[0].device
     if programs == 0 or device.type == "meta":
         return
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
-        kernel[(programs,)](*arguments, **constants)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel.run(*arguments, grid=(programs,), warmup=False, **constants)
+    else:
+        kernel.run(*arguments, grid=(programs,), warmup=False, **constants)
 
 
 def float32_precision() -> str:
@@ -50,18 +54,38 @@ def float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def product_precision(operand: torch.dtype) -> str:
+    """`float32_precision` for float32 operands; others have but one, "ieee"."""
+    return float32_precision() if operand is torch.float32 else "ieee"
+
+
 def operator(fake: Callable):
     """Registers a function as `torch.ops.crate_fast.<name>`, so that torch.compile takes it whole.
 
-    `fake` takes the same arguments and returns empty tensors of the results' shapes. The function itself stays at hand as
-    `.body`.
+    `fake` takes the same arguments, the first a tensor, and returns empty tensors of the results' shapes. What is returned
+    calls the function itself where nobody would see the operator: PyTorch's dispatch of one takes as long as three launches.
     """
 
     def register(function: Callable):
         name = function.__name__.lstrip("_")
         registered = torch.library.custom_op(f"crate_fast::{name}", function, mutates_args=())
         registered.register_fake(fake)
-        registered.body = function
-        return registered
+
+        @wraps(function)
+        def call(*arguments):
+            return (registered if _is_seen(arguments[0]) else function)(*arguments)
+
+        call.body = function
+        return call
 
     return register
+
+
+def _is_seen(argument: torch.Tensor) -> bool:
+    """Whether somebody records or replaces operators: a compiler, a tracer, a dispatch mode, a tensor of another class."""
+    return (
+        torch.compiler.is_compiling()
+        or type(argument) not in (torch.Tensor, torch.nn.Parameter)
+        or is_in_torch_dispatch_mode()
+        or torch.jit.is_tracing()
+    )

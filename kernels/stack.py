@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .gradients import Rectified
 from .runtime import launch, operator
+from .shapes import blocks
 
 SCALE_EXPONENT = 4
 """The largest gradient that enters the stack is scaled to [2^3, 2^4): a factor 4,096 of room above, 10^8 below."""
@@ -106,7 +107,7 @@ def leave_backward(
     batch, tokens, dim = y.shape
     rows, block = batch * tokens, 16
     launch(
-        _leave_kernel, triton.cdiv(rows, block), dy, scale, y, gain, offset, g, sums, rows, tokens, dim, *dy.stride(),
+        _leave_kernel, blocks(rows, block), dy, scale, y, gain, offset, g, sums, rows, tokens, dim, *dy.stride(),
         factor, FIRST=first, BLOCK_M=block, BLOCK_D=128, num_warps=4, num_stages=1,
     )  # fmt: skip
     return g, sums

@@ -152,6 +152,11 @@ def assumed(architecture: int) -> Iterator[None]:
         _assumed.pop()
 
 
+def is_settled() -> bool:
+    """Whether no shape is `forced` and no architecture `assumed` just now, so that answers hold for the rest of the process."""
+    return not _forced and len(_assumed) == 1
+
+
 def key(kernel: str, dtype: torch.dtype, *sizes: int) -> str:
     """Under what a measured shape is stored, for one GPU."""
     return f"{kernel} {_bits(dtype)} {'x'.join(map(str, sizes))}"

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .runtime import launch, operator
+from .shapes import blocks
 
 BLOCK = 64
 
@@ -132,7 +133,7 @@ def prepare_weights(
     """
     results = _prepared_shapes(project, gamma1, beta1, out, operator, gamma2, beta2, operand, shrinkage)
     layers, inner, dim = project.shape
-    programs = layers * (triton.cdiv(inner, BLOCK) + 2 * triton.cdiv(dim, BLOCK))
+    programs = layers * (blocks(inner, BLOCK) + 2 * blocks(dim, BLOCK))
     launch(
         _prepare_kernel, programs, project, gamma1, beta1, out, operator, gamma2, beta2, *results, dim, inner, shrinkage,
         BLOCK=BLOCK, num_warps=4, num_stages=2,
@@ -212,7 +213,7 @@ def finish_norm_product(
     parts: (splits, in, out), totals: (splits, out), what `weight_gradient` gives, `scale` times too large; weight: (in, out).
     """
     dweight = torch.empty_like(weight, dtype=torch.float32)
-    dgamma, dbeta = (torch.empty(len(weight), dtype=torch.float32, device=weight.device) for _ in range(2))
+    dgamma, dbeta = (torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device) for _ in range(2))
     _launch_finish(parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta, identity)
     return dgamma, dbeta, dweight
 
@@ -230,7 +231,7 @@ def _launch_finish(parts, totals, scale, weight, gamma, beta, dweight, dgamma, d
     # Few rows a program where there are many, so that 96 programs at width 384 have 16 KB each in flight.
     block_k, block_n = (4, 64) if rows >= 256 else (16, 32)
     launch(
-        _finish_kernel, triton.cdiv(rows, block_k), parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta,
+        _finish_kernel, blocks(rows, block_k), parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta,
         rows, columns, splits, *(dweight if weight is None else weight).stride(), *dweight.stride(), NORM=gamma is not None,
         IDENTITY=identity, BLOCK_K=block_k, BLOCK_N=block_n, BLOCK_S=8, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -1,8 +1,11 @@
-"""The kernels run in Triton's interpreter, on the CPU; `--published=DIR` adds the published code as a second judge."""
+"""The kernels run in Triton's interpreter, on the CPU; `--published=DIR` adds the published code as a second judge.
+
+`TRITON_INTERPRET=0 pytest -m gpu` runs the tests marked "gpu" instead, on a CUDA GPU; `make gpu` does, and more.
+"""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # One thread a process, of which `make test` starts several: the sums are then the same on every machine too.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -15,8 +18,24 @@ import torch
 
 from crate_fast import reference
 from crate_fast.cli import main
+from crate_fast.kernels import INTERPRETED
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def on_gpu(*values):
+    """A case of a test that takes `device` first, for a GPU."""
+    return pytest.param("cuda", *values, marks=pytest.mark.gpu)
+
+
+HALVES = [("cpu", torch.float16), on_gpu(torch.float16), on_gpu(torch.bfloat16)]
+DTYPES = [("cpu", torch.float32), on_gpu(torch.float32), *HALVES]
+"""(device, dtype) of kernels: the interpreter's bfloat16 products are wrong."""
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """dtypes by their names."""
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
 
 
 def pytest_addoption(parser):
@@ -49,6 +68,24 @@ def call(capsys, *argv):
     except SystemExit as end:
         status = end.code
     return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def gpu():
+    """The GPU, on which the kernels themselves run."""
+    assert torch.cuda.is_available() and not INTERPRETED, "tests marked gpu need a CUDA GPU and TRITON_INTERPRET=0"
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(params=["cpu", on_gpu()])
+def device(request):
+    """Where tensors are made and kernels run: on the CPU, in the interpreter, or on a GPU."""
+    if request.param == "cpu":
+        yield torch.device("cpu")
+        return
+    place = request.getfixturevalue("gpu")
+    with place:
+        yield place
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-import run
 from conftest import BENCHMARKS
 
 import report
+import run
 import traffic
 
 ROOT = BENCHMARKS.parent

@@ -1,7 +1,10 @@
 """The kernels against the reference in float64: values, gradients, shapes that hurt, determinism."""
 
+from functools import partial
+
 import pytest
 import torch
+from conftest import DTYPES, HALVES
 
 from crate_fast import functional, reference
 from crate_fast.kernels import MSSA, LayerWeights, prepare_layers, stack_weights
@@ -11,6 +14,8 @@ from crate_fast.kernels.weights import finish_norm_product, finish_product
 
 TOKENS = (1, 17, 65, 197, 257)
 WIDTHS = (16, 48, 64, 80, 128)
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +77,7 @@ def test_mssa_takes_any_scale(scale):
     check_mssa(1, 33, 2, 24, "contiguous", scale)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("device", "dtype"), DTYPES, indirect=["device"])
 def test_mssa_repeats_itself_to_the_bit(dtype):
     w = torch.randn(2, 70, 64, dtype=dtype, requires_grad=True)
     runs = []
@@ -82,22 +87,34 @@ def test_mssa_repeats_itself_to_the_bit(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_mssa_in_half_precision_is_no_worse_than_the_published_operations_in_half_precision():
+def results(run, leaves: list[torch.Tensor], cotangent: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The result of `run` and its gradients, everything in `dtype`."""
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+    out = run(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype))]
+
+
+def assert_no_worse(ours, theirs, leaves: list[torch.Tensor], cotangent: torch.Tensor, dtype: torch.dtype) -> None:
+    """The result and gradients of `ours` are no further from float64 than those of `theirs`, both in `dtype`."""
+    exact = results(theirs, leaves, cotangent, torch.float64)
+    for mine, other, right in zip(*(results(run, leaves, cotangent, dtype) for run in (ours, theirs)), exact, strict=True):
+        assert relative(mine, right) <= 1.1 * relative(other, right)
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, 24])
+@pytest.mark.parametrize(("device", "dtype"), HALVES, indirect=["device"])
+def test_mssa_in_half_precision_is_no_worse_than_the_published_operations(dtype, width):
     torch.manual_seed(0)
-    w, cotangent = torch.randn(2, 65, 96), torch.randn(2, 65, 96)
-    exact_w = w.double().requires_grad_()
-    exact = reference.mssa(exact_w, 2)
-    (exact_gradient,) = torch.autograd.grad(exact, exact_w, cotangent.double())
+    w, cotangent = torch.randn(2, 65, 2 * width), torch.randn(2, 65, 2 * width)
+    assert_no_worse(lambda x: MSSA.apply(x, 2, width**-0.5), lambda x: reference.mssa(x, 2), [w], cotangent, dtype)
 
-    def errors(run):
-        half = w.half().requires_grad_()
-        out = run(half)
-        (gradient,) = torch.autograd.grad(out, half, cotangent.half())
-        return relative(out, exact.detach()), relative(gradient, exact_gradient)
 
-    ours = errors(lambda x: MSSA.apply(x, 2, 48**-0.5))
-    theirs = errors(lambda x: reference.mssa(x, 2))
-    assert all(a <= 1.1 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+@pytest.mark.parametrize("dim", [33, 96])
+@pytest.mark.parametrize(("device", "dtype"), HALVES, indirect=["device"])
+def test_ista_in_half_precision_is_no_worse_than_the_published_operations(dtype, dim):
+    torch.manual_seed(0)
+    h, weight, cotangent = torch.randn(2, 65, dim), torch.randn(dim, dim) / dim**0.5, torch.randn(2, 65, dim)
+    assert_no_worse(partial(functional.ista, backend="triton"), reference.ista, [h, weight], cotangent, dtype)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed"])
@@ -118,7 +135,7 @@ def test_ista_agrees_with_float64(tokens, dim, layout):
         assert relative(gradient, exact_gradient) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("device", "dtype"), DTYPES, indirect=["device"])
 @pytest.mark.parametrize("ratio", [0.7, 6.0, 50.0])
 def test_norm_and_product_are_no_worse_than_plain_ones_at_any_mean(ratio, dtype):
     """LayerNorm inputs whose mean is `ratio` deviations away, against LayerNorm and product one after the other."""

@@ -40,6 +40,7 @@ def relative(a, b) -> float:
     return ((a.double() - b).norm() / b.norm()).item()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("options", CONFIGURATIONS, ids=lambda o: f"{o['dim']}x{o['heads']}x{o['dim_head']}")
 def test_float32_agrees_with_float64(published_class, options):
     ours, published = pair(published_class, **options)
@@ -53,6 +54,7 @@ def test_float32_agrees_with_float64(published_class, options):
         assert relative(parameter.grad, gradients[name].grad) < 1e-5, name
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("tokens", "width"), [(1, 64), (17, 48), (65, 16), (197, 64), (257, 48)])
 def test_float32_layers_agree_with_float64_at_any_number_of_tokens(tokens, width):
     options = {"image_size": 8, "patch_size": 4, "dim": 48, "depth": 1, "heads": 1, "dim_head": width, "num_classes": 5}
@@ -70,6 +72,7 @@ def test_float32_layers_agree_with_float64_at_any_number_of_tokens(tokens, width
         assert relative(gradient, exact_gradient) < 1e-5
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("pool", ["cls", "mean", None])
 def test_gradients_pass_through_any_mixture_of_fused_composed_and_frozen_layers(pool):
     """Fused layers hand row sums on to the fused layer below, so whoever stands above or below must not matter."""

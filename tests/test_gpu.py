@@ -1,0 +1,205 @@
+"""What only a GPU can show: whole models of the published sizes in every dtype, the same bits again, graphs, no waiting.
+
+`make gpu` runs these; operations and layers by themselves are tested on both devices, in the files beside.
+"""
+
+import argparse
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lion_pytorch.foreach import Lion
+
+from crate_fast import CRATE_tiny, graphed, reference
+from crate_fast.model import SIZES, build
+from crate_fast.training import train
+from crate_fast.training.resolve import resolve
+from peers import all_peers
+from peers import graphed as make_graph
+from workloads import Judge, Workload, prepare
+
+pytestmark = pytest.mark.gpu
+
+# (autocast dtype, or float32 for none; stream)
+STREAMS = [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+STREAMS += [("float16", "auto"), ("float16", "float16")]
+ROWS = {
+    f"{dtype}{'' if stream == 'auto' else f', {stream} stream'}": (getattr(torch, dtype), stream)
+    for dtype, stream in STREAMS
+    if dtype != "float32"
+}
+SEEDS, BATCH = 4, 8
+
+
+def batch(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    images = torch.randn(count, 3, 224, 224, generator=generator, device=device)
+    return images, torch.arange(count, device=device)
+
+
+def near(a: torch.Tensor, b: torch.Tensor, limit: float = 0.05) -> bool:
+    """Whether two 16-bit computations of the same differ by rounding alone."""
+    return bool((a.float() - b.float()).norm() <= limit * b.float().norm())
+
+
+def train_step(model, optimizer, images, labels, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(images.device.type, dtype=dtype):
+        loss = F.cross_entropy(model(images).float(), labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@pytest.mark.parametrize(("what", "dtype", "stream"), [("train", "float32", "auto"), *(("inference", *row) for row in STREAMS)])
+@pytest.mark.parametrize("size", SIZES)
+def test_models_have_parity(gpu, size, what, dtype, stream):
+    """As the benchmarks judge before they time anything. Gradients of 16 bit, which scatter, are judged below."""
+    published, *_, ours = all_peers(gpu, "triton")
+    workload = Workload(what, what, size, 2, dtype)
+    judge = Judge(workload, published, gpu)
+    call = prepare(workload, ours, "eager", gpu)
+    call.module.transformer.stream = stream
+    assert judge.verdict(judge.errors(call)) is None
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_16_bit_gradients_are_as_exact_as_the_published_code(gpu, precision, size):
+    """Geometric means over seeds: which entries turn at the relu's threshold is chance."""
+    ratios: dict[str, list] = {}
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        ours = precision.perturbed(build(size, 100, backend="triton")).to(gpu)
+        published = reference.CRATE(image_size=224, patch_size=16, num_classes=100, **SIZES[size]).to(gpu)
+        published.load_state_dict(ours.state_dict())
+        images, cotangent = torch.randn(BATCH, 3, 224, 224, device=gpu), torch.randn(BATCH, 100, device=gpu)
+        for row, found in precision.compare(published, ours, images, cotangent, ROWS).items():
+            ratios.setdefault(row, []).append(found)
+    for row, found in ratios.items():
+        summary = precision.summarise(found)
+        limit = 4 if "stream" in row else 1.5
+        assert max(summary["logits"], summary["median"]) <= limit, (row, summary)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_of_16_bit_parameters_are_as_exact_as_the_published_code(gpu, precision, dtype):
+    ratios = []
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        ours = precision.perturbed(CRATE_tiny(100, backend="triton")).to(gpu, dtype)
+        published = reference.CRATE(image_size=224, patch_size=16, num_classes=100, **SIZES["tiny"]).to(gpu, dtype)
+        published.load_state_dict(ours.state_dict())
+        images, cotangent = torch.randn(BATCH, 3, 224, 224, device=gpu).to(dtype), torch.randn(BATCH, 100, device=gpu)
+        exact = precision.run(copy.deepcopy(published).double(), images.double(), cotangent.double(), None)
+        mine, theirs = (precision.errors(precision.run(m, images, cotangent, None), exact) for m in (ours, published))
+        ratios.append([a / b for a, b in zip(mine, theirs, strict=True)])
+    summary = precision.summarise(ratios)
+    assert max(summary["logits"], summary["median"]) <= 1.5, summary
+
+
+def test_16_bit_layers_are_no_less_precise_than_the_published_code(gpu, precision):
+    """`benchmarks/precision.py` with the kernels themselves; without a GPU it emulates them."""
+    rows = precision.measure(argparse.Namespace(seeds=6, dim=384, depth=12, batch=16, checkpoint=None), gpu.type)
+    assert max(rows["bf16"][value] for value in ("logits", "median")) <= 1, rows
+    assert max(rows["fp16"][value] for value in ("logits", "median")) <= 1, rows
+
+
+@pytest.mark.parametrize(("dtype", "stream"), STREAMS)
+def test_layers_give_the_same_bits_again(gpu, dtype, stream):
+    torch.manual_seed(0)
+    layers = CRATE_tiny(backend="triton", stream=stream).to(gpu).transformer
+    x, cotangent = torch.randn(16, 197, 384, device=gpu), torch.randn(16, 197, 384, device=gpu)
+    runs = []
+    for _ in range(2):
+        with torch.autocast(gpu.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"):
+            out = layers(x)
+        runs.append((out, *torch.autograd.grad(out, tuple(layers.parameters()), cotangent)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_training_step_and_no_inference_waits_for_the_gpu(gpu, dtype):
+    model = CRATE_tiny().to(gpu)
+    images, labels = batch(4, gpu)
+    optimizer = Lion(model.parameters(), lr=1e-5)
+    for waiting in ("default", "error"):  # the first time kernels are compiled and libraries set up
+        torch.cuda.set_sync_debug_mode(waiting)
+        try:
+            train_step(model.train(), optimizer, images, labels, dtype)
+            with torch.inference_mode(), torch.autocast(gpu.type, dtype=dtype):
+                model.eval()(images)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("count", [1, 8, 64])
+def test_inference_under_a_graph_gives_the_models_logits(gpu, count):
+    torch.manual_seed(0)
+    model = CRATE_tiny(100, backend="triton").to(gpu).eval()
+    images = torch.randn(2, count, 3, 224, 224, device=gpu)
+    with torch.inference_mode(), torch.autocast(gpu.type, dtype=torch.bfloat16):
+        run = graphed(model, images[0])
+        assert all(near(run(x), model(x)) for x in images)
+    with torch.no_grad():
+        model.transformer.layers[3][1].fn.weight.mul_(1.1)
+    with torch.inference_mode(), torch.autocast(gpu.type, dtype=torch.bfloat16):
+        assert near(run(images[0]), model(images[0]))
+
+
+def test_inference_compiled_with_little_overhead_sees_new_weights(gpu):
+    torch.manual_seed(0)
+    model = CRATE_tiny(100, backend="triton").to(gpu).eval()
+    compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    images, _ = batch(8, gpu)
+    for factor in (1.0, 1.0, 1.0, 1.2):  # compiled, warmed up, recorded, replayed
+        with torch.no_grad():
+            model.transformer.layers[3][1].fn.weight.mul_(factor)
+        with torch.inference_mode(), torch.autocast(gpu.type, dtype=torch.bfloat16):
+            assert near(compiled(images).clone(), model(images))
+
+
+def test_a_whole_training_step_under_a_graph_does_what_it_does_without(gpu):
+    torch.manual_seed(0)
+    models = [CRATE_tiny(100, backend="triton").to(gpu)]
+    models.append(copy.deepcopy(models[0]))
+    images, labels = batch(16, gpu)
+    eager, recorded = (
+        partial(train_step, model, torch.optim.SGD(model.parameters(), lr=1e-3), images, labels) for model in models
+    )
+    replay = make_graph(recorded)  # three steps before it records
+    for _ in range(2):
+        replay()
+    for _ in range(5):
+        eager()
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_models_compile_whole(gpu, training):
+    """Without a graph break, to nearly the numbers of the eager model."""
+    torch.manual_seed(0)
+    model = CRATE_tiny(10).to(gpu).train(training)
+    images, labels = batch(4, gpu)
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True, dynamic=False)):
+        model.zero_grad()
+        with torch.set_grad_enabled(training), torch.autocast(gpu.type, dtype=torch.bfloat16):
+            logits = run(images)
+        if training:
+            F.cross_entropy(logits.float(), labels).backward()
+        found.append([logits.float(), *(p.grad for p in model.parameters() if training)])
+    for eager, compiled in zip(*found, strict=True):
+        # On four images an entry that turns at the relu's threshold moves a gradient by a tenth.
+        assert near(compiled, eager, 0.05 if eager is found[0][0] else 0.3)
+
+
+def test_the_digits_are_learnt_with_and_without_graphs(gpu, tmp_path):
+    scores = []
+    for graphs in ("no", "yes"):
+        config = {"out": str(tmp_path / graphs), "epochs": 8, "lr": 2e-3, "device": gpu.type, "cuda_graphs": graphs}
+        _, score = train(resolve(config))
+        scores.append(score.top1)
+    assert min(scores) > 0.8

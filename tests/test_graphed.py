@@ -1,0 +1,118 @@
+"""Inference as a CUDA graph, as far as it goes without a GPU: what is recorded, when again, what goes through the model itself.
+
+`emulated` stands for `torch.cuda.make_graphed_callables`: a replay computes with the weights as they were at the recording.
+"""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import crate_fast
+from crate_fast import CRATE, BackendError, graphed
+from crate_fast.replay import Graphed
+
+SIZES = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=2, heads=2, dim_head=16)
+
+
+@pytest.fixture(autouse=True)
+def records(monkeypatch):
+    """How often something was recorded."""
+    found = []
+
+    def emulated(run, sample: tuple, num_warmup_iters: int):
+        assert not torch.is_autocast_enabled("cpu")
+        for _ in range(num_warmup_iters):
+            run(*sample)
+        frozen = copy.deepcopy(run.__self__._model)
+        out = run(*sample)
+        found.append(len(sample[0]))
+
+        def replay(images):
+            sample[0].copy_(images)
+            with torch.autocast(**run.__self__._autocast):
+                return out.copy_(frozen(sample[0]))
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", emulated)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    return found
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return CRATE(**SIZES, backend="triton").eval()
+
+
+def test_logits_are_the_models_and_stay_as_they_are(model, records):
+    first, second = torch.randn(2, 3, 3, 8, 8)
+    run = Graphed(model, torch.zeros(3, 3, 8, 8))
+    with torch.inference_mode():
+        kept = run(first)
+        assert torch.equal(run(second), model(second))
+        assert torch.equal(kept, model(first))
+    assert records == [3]
+
+
+def test_other_images_go_through_the_model(model, records):
+    images = torch.randn(2, 3, 8, 8)
+    run = Graphed(model, torch.zeros(3, 3, 8, 8))
+    assert torch.equal(run(images), model(images))
+    with pytest.raises(TypeError, match=r"the image is torch\.float16"):
+        run(torch.zeros(3, 3, 8, 8).half())
+    assert records == [3]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("change", ["in place", "another tensor", "data", "assigned"])
+def test_changed_weights_are_recorded_anew(records, backend, change):
+    torch.manual_seed(0)
+    model = CRATE(**SIZES, backend=backend).eval()
+    images = torch.randn(3, 3, 8, 8)
+    run = Graphed(model, images)
+    before = run(images)
+    weight = model.transformer.layers[0][1].fn.weight
+    if change == "in place":
+        with torch.no_grad():
+            weight.mul_(2)
+    elif change == "another tensor":
+        model.transformer.layers[0][1].fn.weight = torch.nn.Parameter(2 * weight.detach())
+    elif change == "data":
+        weight.data.mul_(2)
+        model.eval()
+    else:
+        model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()}, assign=True)
+    with torch.no_grad():
+        assert torch.equal(run(images), model(images))
+    assert not torch.equal(run(images), before)
+    assert records == [3, 3]
+
+
+def test_the_autocast_of_the_recording_counts(model):
+    images = torch.randn(3, 3, 8, 8)
+    with torch.autocast("cpu", dtype=torch.float16):
+        run, right = Graphed(model, images), model(images)
+    assert run(images).dtype == torch.float16
+    assert torch.equal(run(images), right)
+
+
+def test_what_a_graph_reads_is_held_when_caches_are_emptied(model):
+    run = Graphed(model, torch.zeros(3, 3, 8, 8))
+    held = list(run._kept.values())
+    assert len(held) == SIZES["depth"]
+    model.eval()  # empties the caches
+    assert list(run._kept.values()) == held
+    assert not run._is_current()
+
+
+def test_what_cannot_be_recorded_is_said(model):
+    with pytest.raises(BackendError, match="the images are on cpu; they must be on a CUDA GPU"):
+        graphed(model, torch.zeros(3, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"training mode; call model\.eval\(\) first"):
+        Graphed(model.train(), torch.zeros(3, 3, 8, 8))
+    with pytest.raises(TypeError, match="images is a list"):
+        graphed(model, [])
+    assert "graphed" in crate_fast.__all__
