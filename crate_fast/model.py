@@ -12,8 +12,8 @@ from .backend import autocasts, check_backend, check_tensor
 from .evaluated import evaluated_embedding
 from .extras import require
 from .functional import check_number
-from .modules import STREAMS, Transformer, pool_tokens
 from .plainness import drops_nothing, has_global_hooks, is_plain, norm_is_plain, same_place
+from .transformer import STREAMS, Transformer, pool_tokens
 
 POOLS = ("cls", "mean")
 

@@ -1,10 +1,8 @@
-"""The layers of CRATE as modules, with the published names, parameters and order of random draws."""
+"""A layer of CRATE as modules, with the published names, parameters and order of random draws."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +10,8 @@ from torch import Tensor, nn
 from . import functional, reference
 from .backend import autocasts, choose_backend
 from .evaluated import evaluated_layer, forget_operator, kept_operator
+from .fresh import fresh_weights
 from .plainness import WeightCache, has_global_hooks, is_gathered, is_plain, is_sharded, norm_is_plain, same_place
-
-STREAMS = ("auto", "float16", "bfloat16", "float32")
 
 
 class PreNorm(nn.Module):
@@ -233,7 +230,7 @@ class Layer(nn.ModuleList):
         return LayerSettings(attention.heads, attention.scale, mssa["norm"].eps, ista["norm"].eps, shrinkage)
 
     def kept_weights(self, operand: torch.dtype):
-        """What `_fresh_weights` gives for this layer; M and the folded weights are kept from call to call, for evaluation."""
+        """What `fresh_weights` gives for this layer; M and the folded weights are kept from call to call, for evaluation."""
         from .kernels import LayerWeights
 
         *others, dictionary = self.weights()
@@ -242,7 +239,7 @@ class Layer(nn.ModuleList):
             self._prepared.clear()
 
         def make():
-            ((weights, prepared),) = _fresh_weights([self], operand)
+            ((weights, prepared),) = fresh_weights([self], operand)
             return weights.operator, prepared
 
         operator, prepared = self._prepared.get((*others, dictionary), (self.settings(), step_size, operand), make)
@@ -266,156 +263,3 @@ def _attention_is_plain(attention: nn.Module, sharded: bool) -> bool:
 
 def _is_over_keys(softmax: nn.Module) -> bool:
     return type(softmax) is nn.Softmax and softmax.dim == -1
-
-
-def _fresh_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
-    """(`kernels.LayerWeights`, `kernels.PreparedWeights`) of every layer; of layers that are alike in three launches together:
-    their weights copied side by side, M made of them, the norms folded in."""
-    from .kernels import LayerWeights, prepare_layers, stack_weights
-
-    own = [LayerWeights(*layer.weights()) for layer in layers]
-    kinds = [_weights_kind(layer, weights) for layer, weights in zip(layers, own, strict=True)]
-    if any(kind != kinds[0] for kind in kinds):
-        return [pair for layer in layers for pair in _fresh_weights([layer], operand)]
-    stacked = stack_weights(own)
-    step_size, shrinkage = layers[0][1].fn.step_size, layers[0].settings().shrinkage
-    operators, each = functional.ista_operators([w.operator for w in own], stacked.operator, step_size)
-    prepared = prepare_layers(stacked._replace(operator=operators), shrinkage, operand)
-    return [(w._replace(operator=m), p) for w, m, p in zip(own, each, prepared, strict=True)]
-
-
-def _weights_kind(layer: Layer, weights: tuple[Tensor, ...]) -> tuple:
-    feed_forward = layer[1].fn
-    return [w.shape for w in weights], weights[0].dtype, feed_forward.step_size, feed_forward.lambd
-
-
-def _run_layer(layer: Layer, stream, weights: tuple):
-    """The fused `layer` with its `weights` as `_fresh_weights` gives them; `kernels.Stream` to the same."""
-    from .kernels import fused_layer
-
-    return fused_layer(stream, *weights, layer.settings())
-
-
-def _run_alone(layer: Layer, stream, operand: torch.dtype):
-    """The fused `layer`, whose weights are whole just now."""
-    return _run_layer(layer, stream, *_fresh_weights([layer], operand))
-
-
-class Transformer(nn.Module):
-    """`depth` layers on (batch, tokens, dim), each run by fused kernels where that is possible and nobody could tell.
-
-    Args:
-        dim, depth, heads, dim_head: sizes.
-        dropout: in the attention.
-        ista, lambd: step size η and threshold λ of the ISTA step.
-        backend: see `crate_fast.choose_backend`.
-        stream: dtype of the activations that fused layers keep under autocast; see `crate_fast.CRATE`.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        depth: int,
-        heads: int,
-        dim_head: int,
-        dropout: float = 0.0,
-        ista: float = 0.1,
-        lambd: float = 0.1,
-        backend: str = "auto",
-        stream: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList()
-        self.heads = heads
-        self.depth = depth
-        self.dim = dim
-        self.backend = backend
-        self.stream = stream
-        for _ in range(depth):
-            attention = Attention(dim, heads=heads, dim_head=dim_head, dropout=dropout, backend=backend)
-            mssa = PreNorm(dim, attention)
-            feed_forward = FeedForward(dim, dim, dropout=dropout, step_size=ista, lambd=lambd, backend=backend)
-            self.layers.append(Layer(mssa, PreNorm(dim, feed_forward)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, None)
-
-    def run(self, x: Tensor, pool: str | None) -> Tensor:
-        """The layers, then the pooling: (batch, dim) with pool "cls" or "mean", all tokens with None.
-
-        Pooling belongs here because a fused run can pool what it holds in 16 bit without writing all tokens in 32.
-        """
-        watched = x.dim() != 3 or x.numel() == 0 or has_global_hooks()
-        cast, chosen = autocasts(x.device.type), {}
-        runs = [
-            (fused, list(layers))
-            for fused, layers in groupby(self.layers, key=lambda layer: not watched and self._fuses(layer, x, cast, chosen))
-        ]
-        for index, (fused, layers) in enumerate(runs):
-            last = index == len(runs) - 1
-            if fused:
-                x = self._run_fused(layers, x, pool if last else None)
-                if last:
-                    return x
-                continue
-            for layer in layers[:-1]:
-                x = layer(x)
-            end = layers[-1]
-            alone = last and pool == "cls" and isinstance(end, Layer) and end.runs_unwatched(x)
-            x = end.through(Layer.class_token, x) if alone else end(x)
-        return pool_tokens(x, pool)
-
-    def _fuses(self, layer: nn.Module, x: Tensor, cast: bool, chosen: dict[int, str]) -> bool:
-        """Whether kernels run `layer` on x, `cast` by autocast or not; `chosen` is filled with the backend by head width."""
-        if not isinstance(layer, Layer) or not layer.is_fusable():
-            return False
-        weights = layer.weights()
-        inner_dim, dim = weights[2].shape
-        if dim != x.shape[-1] or not same_place(weights) or weights[0].device != x.device:
-            return False  # the composed path says what is wrong
-        if not cast and weights[0].dtype != x.dtype:
-            return False
-        head_width = inner_dim // layer[0].fn.heads
-        if head_width not in chosen:
-            chosen[head_width] = choose_backend(self.backend, x, head_width).name
-        return chosen[head_width] == "triton"
-
-    def _run_fused(self, layers: list[Layer], x: Tensor, pool: str | None) -> Tensor:
-        from .kernels import enter_stack, leave_stack
-
-        device = x.device.type
-        autocast = autocasts(device)
-        stream, operand = stream_dtypes(self.stream, torch.get_autocast_dtype(device)) if autocast else (x.dtype, x.dtype)
-        result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
-        with torch.autocast(device, enabled=False):
-            compiled = torch.compiler.is_compiling()  # a compiled graph keeps nothing from call to call
-            together = [layer for layer in layers if (layer.training or compiled) and not layer.is_sharded()]
-            fresh = iter(_fresh_weights(together, operand) if together else ())
-            handed_on = enter_stack(x, stream)
-            for layer in layers:
-                if layer.is_sharded():
-                    handed_on = layer(handed_on, partial(_run_alone, operand=operand))
-                else:
-                    weights = next(fresh) if layer.training or compiled else layer.kept_weights(operand)
-                    handed_on = _run_layer(layer, handed_on, weights)
-            return leave_stack(handed_on, result, pool, scaled=operand == torch.float16)
-
-
-def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype of the activations between kernels, dtype of matrix operands) of fused layers under autocast.
-
-    "auto" is the leanest stream that is no less precise than the published code under the same autocast, for logits and
-    the median over gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`).
-    """
-    if stream == "auto":
-        stream = "float32" if autocast == torch.float16 else "float16"
-    if stream == "float32":
-        return torch.float32, torch.float16
-    return (torch.bfloat16,) * 2 if stream == "bfloat16" else (torch.float16,) * 2
-
-
-def pool_tokens(x: Tensor, pool: str | None) -> Tensor:
-    """The class token ("cls"), the mean over all tokens ("mean"), or all tokens (None) of (batch, tokens, dim)."""
-    if pool is None:
-        return x
-    return x.mean(dim=1) if pool == "mean" else x[:, 0]

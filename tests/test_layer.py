@@ -9,9 +9,9 @@ from lion_pytorch import Lion
 
 from crate_fast import CRATE, reference
 from crate_fast.kernels import layer
-from crate_fast.modules import pool_tokens
 from crate_fast.training import train
 from crate_fast.training.resolve import resolve
+from crate_fast.transformer import pool_tokens
 
 CONFIGURATIONS = [
     {"image_size": (24, 16), "patch_size": (6, 4), "dim": 96, "depth": 2, "heads": 2, "dim_head": 48},

@@ -1,0 +1,34 @@
+"""What the kernels need of layers' weights, made anew in three launches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import functional
+
+if TYPE_CHECKING:
+    from .modules import Layer
+
+
+def fresh_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
+    """(`kernels.LayerWeights`, `kernels.PreparedWeights`) of every layer; of layers that are alike in three launches together:
+    their weights copied side by side, M made of them, the norms folded in."""
+    from .kernels import LayerWeights, prepare_layers, stack_weights
+
+    own = [LayerWeights(*layer.weights()) for layer in layers]
+    kinds = [_weights_kind(layer, weights) for layer, weights in zip(layers, own, strict=True)]
+    if any(kind != kinds[0] for kind in kinds):
+        return [pair for layer in layers for pair in fresh_weights([layer], operand)]
+    stacked = stack_weights(own)
+    step_size, shrinkage = layers[0][1].fn.step_size, layers[0].settings().shrinkage
+    operators, each = functional.ista_operators([w.operator for w in own], stacked.operator, step_size)
+    prepared = prepare_layers(stacked._replace(operator=operators), shrinkage, operand)
+    return [(w._replace(operator=m), p) for w, m, p in zip(own, each, prepared, strict=True)]
+
+
+def _weights_kind(layer: Layer, weights: tuple[Tensor, ...]) -> tuple:
+    feed_forward = layer[1].fn
+    return [w.shape for w in weights], weights[0].dtype, feed_forward.step_size, feed_forward.lambd
