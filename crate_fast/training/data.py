@@ -16,6 +16,8 @@ from .folder import open_folder
 from .images import Photos, Synthetic
 from .oxford import SETS as OXFORD
 from .oxford import open_oxford
+from .packed import Packed
+from .packs import is_packed, open_packs
 from .plan import Plan
 from .ranks import Ranks
 
@@ -58,5 +60,8 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
         ranks.share(lambda: opener(config.data, config.data_dir) and None)  # one process downloads
         train, test, classes = opener(config.data, config.data_dir)
         return Photos(config.data, train, test, classes, config, device, ranks)
+    if is_packed(config.data):
+        require("cv2", "simplejpeg")
+        return Packed(open_packs(config.data), config, device, ranks)
     train, test, names = open_folder(config.data)
     return Photos("folder", train, test, len(names), config, device, ranks)

@@ -102,8 +102,7 @@ class Photos:
         self._train, self._test = train, test
         self._workers = -(-config.workers // ranks.local_count)
         self._unreadable: set[str] = set()
-        self._mean = torch.tensor(MEAN, device=device).mul(255).view(1, 3, 1, 1)
-        self._std = torch.tensor(STD, device=device).mul(255).view(1, 3, 1, 1)
+        self._normalise = Normalise(device)
         self.train_count, self.test_count = len(train), len(test)
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -132,10 +131,11 @@ class Photos:
             collate_fn=partial(_collate, self._config.image_size),
             pin_memory=self._device.type == "cuda",
             prefetch_factor=PREFETCH if self._workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             generator=torch.Generator().manual_seed(0),  # else it would draw from the global one, which the model draws from
         )
-        yield from self._normalise(_ahead(self._arrive(loader), self._device))
+        for pixels, labels in ahead(self._arrive(loader), self._device):
+            yield self._normalise(pixels), labels
 
     def _arrive(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels, problems in loader:
@@ -154,9 +154,16 @@ class Photos:
                 f"the last is {problem}"
             )
 
-    def _normalise(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, labels in batches:
-            yield (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std, labels
+
+class Normalise:
+    """Pixels (n, height, width, 3) uint8 to what a model takes, (n, 3, height, width) float32, by ImageNet's mean and deviation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._mean = torch.tensor(MEAN, device=device).mul(255).view(1, 3, 1, 1)
+        self._std = torch.tensor(STD, device=device).mul(255).view(1, 3, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
 
 
 def _collate(size: int, samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
@@ -165,13 +172,14 @@ def _collate(size: int, samples: list[Sample]) -> tuple[Tensor, Tensor, list[str
     return torch.from_numpy(pixels), torch.tensor([sample.label for sample in samples], dtype=torch.int64), problems
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Makes a process one that only reads images."""
     leave_signals_to_the_run()
     torch.set_num_threads(1)
     rundir.unlock()  # a worker outlives a killed run for seconds, and must not keep its lock
 
 
-def _ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+def ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """The batches, on a GPU each copied on a stream of its own while the one before it is computed with."""
     if device.type != "cuda":
         yield from batches
