@@ -20,6 +20,7 @@ from .packed import Packed
 from .packs import is_packed, open_packs
 from .plan import Plan
 from .ranks import Ranks
+from .resident import Resident
 
 
 class Data(Protocol):
@@ -58,8 +59,12 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
     if config.data in SETS or config.data in OXFORD:
         opener = open_cifar if config.data in SETS else open_oxford
         ranks.share(lambda: opener(config.data, config.data_dir) and None)  # one process downloads
-        train, test, classes = opener(config.data, config.data_dir)
-        return Photos(config.data, train, test, classes, config, device, ranks)
+        found = opener(config.data, config.data_dir)
+        return (
+            Resident(config.data, *found, config, device)
+            if config.data in SETS
+            else Photos(config.data, *found, config, device, ranks)
+        )
     if is_packed(config.data):
         require("cv2", "simplejpeg")
         return Packed(open_packs(config.data), config, device, ranks)

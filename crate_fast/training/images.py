@@ -23,6 +23,7 @@ from .stop import leave_signals_to_the_run
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, red, green, blue, in 0..1
 STD = (0.229, 0.224, 0.225)
+COLOUR = np.rint(np.array(MEAN) * 255).astype(np.uint8)  # of what is erased
 PREFETCH = 4  # batches that a worker is ahead
 
 
@@ -52,7 +53,6 @@ class TrainSamples(Dataset):
 
     def __init__(self, store: Store, config: TrainConfig) -> None:
         self._store, self._config = store, config
-        self._colour = np.rint(np.array(MEAN) * 255).astype(np.uint8)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
@@ -65,7 +65,7 @@ class TrainSamples(Dataset):
             image = randaugment(image, config.randaugment_ops, config.randaugment_magnitude, draw)
         elif config.augment == "trivial":
             image = trivialaugment(image, draw)
-        return erase(np.asarray(image), config.erase, self._colour, draw)
+        return erase(np.asarray(image), config.erase, COLOUR, draw)
 
 
 class TestSamples(Dataset):
@@ -156,7 +156,7 @@ class Photos:
 
 
 class Normalise:
-    """Pixels (n, height, width, 3) uint8 to what a model takes, (n, 3, height, width) float32, by ImageNet's mean and deviation."""
+    """From pixels, (n, height, width, 3) uint8, to what a model takes, (n, 3, height, width) float32, by `MEAN` and `STD`."""
 
     def __init__(self, device: torch.device) -> None:
         self._mean = torch.tensor(MEAN, device=device).mul(255).view(1, 3, 1, 1)

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..reading import first_line
 from .augment import central_crop
+from .changes import Changes
 from .config import TrainConfig
 from .draws import CROP, CROP_DRAWS, crop_boxes, uniforms
-from .images import MEAN, PREFETCH, STD, Normalise, ahead, start_worker
+from .images import COLOUR, MEAN, PREFETCH, STD, Normalise, ahead, start_worker
 from .packs import PackError, Packs, Split
 from .plan import Plan, epoch_order, share_of
 from .ranks import Ranks
@@ -173,7 +173,7 @@ class Packed:
             multiprocessing_context="fork" if workers else None,
             generator=torch.Generator().manual_seed(0),
         )
-        self._normalise = Normalise(device)
+        self._normalise, self._changes = Normalise(device), Changes(config, device, COLOUR)
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The parts of the steps of `epoch` from step `first` on, as `plan` cuts them: float32 images and int64 labels."""
@@ -230,7 +230,7 @@ class Packed:
 
     def _finish(self, epoch: int, part: tuple[Tensor, Tensor, np.ndarray]) -> tuple[Tensor, Tensor]:
         pixels, labels, indices = part
-        return self._normalise(pixels), labels
+        return self._normalise(self._changes(pixels, epoch, indices)), labels
 
 
 def _as_it_is(problem: str | None) -> str | None:
