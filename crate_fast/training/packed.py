@@ -177,9 +177,13 @@ class Packed:
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The parts of the steps of `epoch` from step `first` on, as `plan` cuts them: float32 images and int64 labels."""
+        finished = map(partial(self._finish, epoch), self.read_epoch(plan, epoch, first))
+        return ahead(finished, self._device)
+
+    def read_epoch(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
+        """As `train_batches`, but as read: cropped uint8 images, and their indices besides; see `read`."""
         order = epoch_order(plan.seed, epoch, self.train_count).numpy()
-        parts = [order[part] for step in range(first, plan.steps) for part in plan.parts(step)]
-        return ahead(map(partial(self._finish, epoch), self.read(True, epoch, parts)), self._device)
+        return self.read(True, epoch, [order[part] for step in range(first, plan.steps) for part in plan.parts(step)])
 
     def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the test images, in order."""
