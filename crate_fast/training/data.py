@@ -60,11 +60,10 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
         opener = open_cifar if config.data in SETS else open_oxford
         ranks.share(lambda: opener(config.data, config.data_dir) and None)  # one process downloads
         found = opener(config.data, config.data_dir)
-        return (
-            Resident(config.data, *found, config, device)
-            if config.data in SETS
-            else Photos(config.data, *found, config, device, ranks)
-        )
+        if config.data in OXFORD:
+            return Photos(config.data, *found, config, device, ranks)
+        require("cv2")
+        return Resident(config.data, *found, config, device)
     if is_packed(config.data):
         require("cv2", "simplejpeg")
         return Packed(open_packs(config.data), config, device, ranks)

@@ -120,8 +120,7 @@ class Photos:
 
     def describe(self) -> dict:
         """What config.json says of them."""
-        counts = {"train_images": self.train_count, "test_images": self.test_count}
-        return {"name": self.name, "classes": self.classes, **counts, "mean": MEAN, "std": STD}
+        return describe(self)
 
     def _load(self, samples: Dataset, keys: list[list]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
@@ -197,6 +196,12 @@ def ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterat
         for tensor in following:
             tensor.record_stream(computing)
         ready = following
+
+
+def describe(data) -> dict:
+    """Name, classes, counts of images and how they are normalised, of data normalised by `Normalise`."""
+    counts = {"train_images": data.train_count, "test_images": data.test_count}
+    return {"name": data.name, "classes": data.classes, **counts, "mean": MEAN, "std": STD}
 
 
 class Synthetic:

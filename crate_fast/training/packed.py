@@ -20,7 +20,7 @@ from .augment import central_crop
 from .changes import Changes
 from .config import TrainConfig
 from .draws import CROP, CROP_DRAWS, crop_boxes, uniforms
-from .images import COLOUR, MEAN, PREFETCH, STD, Normalise, ahead, start_worker
+from .images import COLOUR, PREFETCH, Normalise, ahead, describe, start_worker
 from .packs import PackError, Packs, Split
 from .plan import Plan, epoch_order, share_of
 from .ranks import Ranks
@@ -194,8 +194,7 @@ class Packed:
 
     def describe(self) -> dict:
         """What config.json says of them."""
-        counts = {"train_images": self.train_count, "test_images": self.test_count}
-        return {"name": self.name, "classes": self.classes, **counts, "mean": MEAN, "std": STD}
+        return describe(self)
 
     def read(self, train: bool, epoch: int, parts: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
         """Of each part, the indices (n,) of images: (n, size, size, 3) uint8 and (n,) int64 on the device, and the indices.

@@ -83,7 +83,7 @@ def _write(file, images: Iterable[Encoded | Unreadable]) -> None:
 
 
 class Pack:
-    """A pack, mapped: `index` has a row of `INDEX` for each image, `names` and `unreadable` are from its notes.
+    """A pack, mapped as `bytes`: `index` has a row of `INDEX` for each image, `names` and `unreadable` are from its notes.
 
     Raises:
         PackError: the file is missing, no pack, or damaged; the message says at which byte.
@@ -98,10 +98,10 @@ class Pack:
             raise PackError(f"{path}: {error.strerror}") from error
         except ValueError as error:
             raise self._damaged(0, "it is empty") from error
-        self._bytes = np.frombuffer(self._map, np.uint8)
+        self.bytes = np.frombuffer(self._map, np.uint8)
         count, index_at, notes_at, *checksums = self._read_header()
         for place, end, crc, part in ((index_at, notes_at, checksums[0], "index"), (notes_at, None, checksums[1], "notes")):
-            if zlib.crc32(self._bytes[place:end]) != crc:
+            if zlib.crc32(self.bytes[place:end]) != crc:
                 raise self._damaged(place, f"its {part} is not what was written")
         self.index = np.frombuffer(self._map, INDEX, count, index_at)
         notes = json.loads(self._map[notes_at:])
@@ -111,30 +111,29 @@ class Pack:
     def __len__(self) -> int:
         return len(self.index)
 
-    def content(self, number: int, check: bool) -> np.ndarray:
-        """The bytes of an image, (size,) uint8, nothing copied; with `check` compared with their checksum.
+    def content(self, number: int) -> np.ndarray:
+        """The bytes of an image, (size,) uint8, nothing copied, compared with their checksum.
 
         Raises:
             PackError: they are not what was written.
         """
         row = self.index[number]
         place, size = int(row["offset"]), int(row["size"])
-        content = self._bytes[place : place + size]
-        if check and zlib.crc32(content) != row["crc"]:
+        content = self.bytes[place : place + size]
+        if zlib.crc32(content) != row["crc"]:
             name = self.names[number]
             raise self._damaged(place, f"image {number}, {name}, its {size} bytes from there on, is not what was written")
         return content
 
-    def want(self, number: int) -> None:
-        """Has the system read an image ahead from the disk, if it is not in memory."""
-        row = self.index[number]
-        start = int(row["offset"]) // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, start, int(row["offset"]) + int(row["size"]) - start)
+    def want(self, start: int, size: int) -> None:
+        """Has the system read some bytes ahead from the disk, if they are not in memory."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, first, start + size - first)
 
     def _read_header(self) -> tuple[int, ...]:
         """(images, index at, notes at, checksum of the index, of the notes)."""
-        if len(self._bytes) < HEADER_SIZE:
-            raise self._damaged(0, f"it has {len(self._bytes)} bytes, fewer than a header")
+        if len(self.bytes) < HEADER_SIZE:
+            raise self._damaged(0, f"it has {len(self.bytes)} bytes, fewer than a header")
         header = self._map[: HEADER.size]
         magic, version, count, index_at, notes_at, size, *checksums = HEADER.unpack(header)
         if magic != MAGIC:
@@ -143,8 +142,8 @@ class Pack:
             raise self._damaged(0, "its header is not what was written")
         if version != VERSION:
             raise PackError(f"{self.path}: a pack of version {version}; this reads version {VERSION}")
-        if size != len(self._bytes):
-            raise self._damaged(min(size, len(self._bytes)), f"it has {len(self._bytes)} bytes and was written with {size}")
+        if size != len(self.bytes):
+            raise self._damaged(min(size, len(self.bytes)), f"it has {len(self.bytes)} bytes and was written with {size}")
         return count, index_at, notes_at, *checksums
 
     def _damaged(self, place: int, what: str) -> PackError:
@@ -161,8 +160,10 @@ class Split:
     def __init__(self, packs: list[Pack]) -> None:
         index = np.concatenate([pack.index for pack in packs])
         self.labels, self.heights, self.widths = (index[name].astype(np.int64) for name in ("label", "height", "width"))
-        self._kinds = index["kind"]
-        self._packs, self._starts = packs, np.cumsum([0, *map(len, packs)])
+        self._offsets, self._sizes, self._kinds = (np.ascontiguousarray(index[name]) for name in ("offset", "size", "kind"))
+        self._packs, starts = packs, np.cumsum([0, *map(len, packs)])
+        self._pack = np.repeat(np.arange(len(packs)), np.diff(starts))  # in which each lies, and as which of it
+        self._number = np.arange(len(index)) - starts[self._pack]
         # Shared with the workers, which are forked: an image is checked once, by whichever comes to it first.
         self._checked = np.frombuffer(mmap.mmap(-1, max(1, len(index))), np.uint8)
 
@@ -176,9 +177,9 @@ class Split:
 
     def want(self, indices: np.ndarray) -> None:
         """Has the system read these images ahead from the disk."""
-        for index in indices:
-            pack, number = self._find(index)
-            pack.want(number)
+        columns = (column[indices].tolist() for column in (self._pack, self._offsets, self._sizes))
+        for pack, offset, size in zip(*columns, strict=True):
+            self._packs[pack].want(offset, size)
 
     def pixels(self, index: int, least: tuple[int, int] = (0, 0)) -> np.ndarray:
         """An image, (height, width, 3) uint8, read-only where it lies raw; a JPEG may be decoded smaller, to no less than
@@ -187,16 +188,16 @@ class Split:
         Raises:
             PackError: it is not what was written.
         """
-        pack, number = self._find(index)
-        content = pack.content(number, check=not self._checked[index])
-        self._checked[index] = 1
+        pack = self._packs[self._pack[index]]
+        if self._checked[index]:
+            offset = int(self._offsets[index])
+            content = pack.bytes[offset : offset + int(self._sizes[index])]
+        else:
+            content = pack.content(int(self._number[index]))
+            self._checked[index] = 1
         if self._kinds[index] == RAW:
             return content.reshape(self.heights[index], self.widths[index], 3)
         return decode_jpeg(content, least)
-
-    def _find(self, index: int) -> tuple[Pack, int]:
-        pack = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._packs[pack], int(index - self._starts[pack])
 
 
 def decode_jpeg(content: bytes | np.ndarray, least: tuple[int, int] = (0, 0)) -> np.ndarray:

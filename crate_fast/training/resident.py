@@ -12,7 +12,7 @@ from .changes import Changes, send
 from .cifar import Pictures
 from .config import TrainConfig
 from .draws import CROP, CROP_DRAWS, crop_boxes, uniforms
-from .images import COLOUR, MEAN, STD, Normalise
+from .images import COLOUR, Normalise, describe
 from .plan import Plan, epoch_order, share_of
 from .ranks import Ranks
 
@@ -60,8 +60,7 @@ class Resident:
 
     def describe(self) -> dict:
         """What config.json says of them."""
-        counts = {"train_images": self.train_count, "test_images": self.test_count}
-        return {"name": self.name, "classes": self.classes, **counts, "mean": MEAN, "std": STD}
+        return describe(self)
 
 
 def resample(pixels: Tensor, boxes: np.ndarray, size: int, window: tuple[int, int] | None = None) -> Tensor:
