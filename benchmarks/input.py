@@ -23,7 +23,6 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 import statistics
 import sys
 import tempfile

@@ -31,6 +31,7 @@ class Data(Protocol):
     channels: int
     train_count: int
     test_count: int
+    advice: str | None  # where it is late
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
     def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -61,11 +62,12 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
         ranks.share(lambda: opener(config.data, config.data_dir) and None)  # one process downloads
         found = opener(config.data, config.data_dir)
         if config.data in OXFORD:
-            return Photos(config.data, *found, config, device, ranks)
+            return Photos(config.data, *found, config, device, ranks, "a smaller --image-size")
         require("cv2")
         return Resident(config.data, *found, config, device)
     if is_packed(config.data):
         require("cv2", "simplejpeg")
         return Packed(open_packs(config.data), config, device, ranks)
     train, test, names = open_folder(config.data)
-    return Photos("folder", train, test, len(names), config, device, ranks)
+    packs = f"packs: crate-fast prepare imagenet {config.data} DST, then train --data DST"
+    return Photos("folder", train, test, len(names), config, device, ranks, packs)

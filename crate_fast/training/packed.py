@@ -24,6 +24,7 @@ from .images import COLOUR, PREFETCH, Normalise, ahead, describe, start_worker
 from .packs import PackError, Packs, Split
 from .plan import Plan, epoch_order, share_of
 from .ranks import Ranks
+from .waiting import more_workers
 
 CHUNK = 128  # images that a worker fills at a time
 
@@ -173,6 +174,10 @@ class Packed:
             multiprocessing_context="fork" if workers else None,
             generator=torch.Generator().manual_seed(0),
         )
+        quicker = (
+            "a quicker disk, or more memory to keep packs in" if packs.train.is_raw else "raw packs: crate-fast prepare --raw"
+        )
+        self.advice = more_workers(config.workers, quicker)
         self._normalise, self._changes = Normalise(device), Changes(config, device, COLOUR)
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
