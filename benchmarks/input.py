@@ -23,6 +23,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -127,11 +128,12 @@ def rate(epoch: Iterator) -> tuple[float, float]:
 
 def processor_seconds() -> float:
     """What this process and those that it has started have computed."""
-    ticks = 0
-    for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return sum(os.times()[:4]) + ticks / os.sysconf("SC_CLK_TCK")
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    threads = [
+        file for child in multiprocessing.active_children() for file in Path(f"/proc/{child.pid}/task").glob("*/schedstat")
+    ]
+    running = sum(int(file.read_text().split()[0]) for file in threads)
+    return time.process_time() + ended.ru_utime + ended.ru_stime + 1e-9 * running
 
 
 def measure(pipelines: dict[str, dict[str, Epoch]], rounds: int) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import mmap
 import sys
@@ -174,11 +175,16 @@ class Packed:
             multiprocessing_context="fork" if workers else None,
             generator=torch.Generator().manual_seed(0),
         )
+        atexit.register(_close, weakref.ref(self))  # before the workers are ended with the process, and complained of
         quicker = (
             "a quicker disk, or more memory to keep packs in" if packs.train.is_raw else "raw packs: crate-fast prepare --raw"
         )
         self.advice = more_workers(config.workers, quicker)
         self._normalise, self._changes = Normalise(device), Changes(config, device, COLOUR)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._loader = None
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The parts of the steps of `epoch` from step `first` on, as `plan` cuts them: float32 images and int64 labels."""
@@ -239,6 +245,11 @@ class Packed:
     def _finish(self, epoch: int, part: tuple[Tensor, Tensor, np.ndarray]) -> tuple[Tensor, Tensor]:
         pixels, labels, indices = part
         return self._normalise(self._changes(pixels, epoch, indices)), labels
+
+
+def _close(packed: weakref.ref) -> None:
+    if packed() is not None:
+        packed().close()
 
 
 def _as_it_is(problem: str | None) -> str | None:
