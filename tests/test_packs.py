@@ -24,7 +24,18 @@ from crate_fast.training.data import open_data
 from crate_fast.training.encoding import Settings
 from crate_fast.training.folder import open_folder
 from crate_fast.training.packing import prepare, verify
-from crate_fast.training.packs import HEADER_SIZE, INDEX, Encoded, Pack, PackError, Split, Unreadable, open_packs, write_pack
+from crate_fast.training.packs import (
+    HEADER_SIZE,
+    INDEX,
+    JPEG,
+    Encoded,
+    Pack,
+    PackError,
+    Split,
+    Unreadable,
+    open_packs,
+    write_pack,
+)
 from crate_fast.training.plan import Plan
 from crate_fast.training.ranks import ALONE, Ranks
 
@@ -201,6 +212,13 @@ def test_any_byte_that_is_not_as_written_is_told(tmp_path_factory, images, data)
         Pack(path)
 
 
+def test_a_jpeg_that_cannot_be_decoded_is_told(tmp_path):
+    path = tmp_path / "a.pack"
+    write_pack(path, [Encoded(b"no JPEG", JPEG, 5, 5, 0, "train/a/b.jpg")])
+    with pytest.raises(PackError, match=r"a\.pack: damaged at byte 64: image 0, train/a/b\.jpg, .* cannot be decoded \("):
+        Split([Pack(path)]).pixels(0)
+
+
 def test_verify_finds_what_nobody_has_read_yet(straight, tmp_path, folder, capsys):
     assert verify(straight) == 48
     target = tmp_path / "packs"
@@ -270,11 +288,11 @@ def test_evaluation_from_packs_is_the_folders_to_the_bit(folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize("raw", [False, True])
-def test_batches_depend_on_seed_epoch_and_index_alone(folder, tmp_path, monkeypatch, raw):
+@pytest.mark.parametrize(("raw", "chunk"), [(False, 3), (True, 3), (True, 8)])
+def test_batches_depend_on_seed_epoch_and_index_alone(folder, tmp_path, monkeypatch, raw, chunk):
     """Whatever the number of workers and processes, where an epoch is begun, and how an epoch before was left."""
     prepare(folder, tmp_path / "packs", Settings(short_side=32, raw=raw, pack_images=5), workers=1)
-    monkeypatch.setattr(packed, "CHUNK", 3)
+    monkeypatch.setattr(packed, "CHUNK", chunk)
     config = config_for(tmp_path / "packs", augment="randaugment", erase=0.5)
 
     def epoch_of(data, epoch: int = 1, first: int = 0, ranks: Ranks = ALONE) -> list:

@@ -60,8 +60,7 @@ class Slots:
         self.arrays = self.arrays.reshape(count, CHUNK, size, size, 3)
         self._tensors, self._device = torch.from_numpy(self.arrays), device
         self._copied: dict[int, torch.cuda.Event] = {}
-        if device.type == "cuda":
-            self._pin()
+        self._pinned = device.type != "cuda"
 
     def __len__(self) -> int:
         return len(self.arrays)
@@ -83,8 +82,11 @@ class Slots:
             if slot in self._copied:
                 self._copied.pop(slot).synchronize()
 
-    def _pin(self) -> None:
-        """Has the memory pinned, which copies beside computing need."""
+    def pin(self) -> None:
+        """Has the memory pinned, which copies beside computing need; once, and after processes were forked."""
+        if self._pinned:
+            return
+        self._pinned = True
         runtime, place = torch.cuda.cudart(), self._tensors.data_ptr()
         if int(runtime.cudaHostRegister(place, self._tensors.numel(), 0)):
             print("crate-fast: warning: memory for images cannot be pinned; they are copied more slowly", file=sys.stderr)
@@ -218,6 +220,7 @@ class Packed:
         self._tasks.tasks = [Task(number % len(self._slots), train, epoch, chunk) for number, chunk in enumerate(chunks)]
         self._slots.free(*range(len(self._slots)))
         arriving, number = iter(self._loader), 0
+        self._slots.pin()
         for part, cut in zip(parts, cuts, strict=True):
             labels = torch.from_numpy(split.labels[part])
             labels = (labels.pin_memory() if self._device.type == "cuda" else labels).to(self._device, non_blocking=True)

@@ -16,12 +16,14 @@ import mmap
 import struct
 import zlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..checkpoint import write_atomically
+from ..reading import first_line
 from .config import ConfigError
 
 MANIFEST, SETTINGS = "packs.json", "prepare.json"
@@ -83,7 +85,7 @@ def _write(file, images: Iterable[Encoded | Unreadable]) -> None:
 
 
 class Pack:
-    """A pack, mapped as `bytes`: `index` has a row of `INDEX` for each image, `names` and `unreadable` are from its notes.
+    """A pack, mapped as `bytes`; `index` has a row of `INDEX` for each image.
 
     Raises:
         PackError: the file is missing, no pack, or damaged; the message says at which byte.
@@ -104,9 +106,21 @@ class Pack:
             if zlib.crc32(self.bytes[place:end]) != crc:
                 raise self._damaged(place, f"its {part} is not what was written")
         self.index = np.frombuffer(self._map, INDEX, count, index_at)
-        notes = json.loads(self._map[notes_at:])
-        self.names: list[str] = notes["names"]
-        self.unreadable = [Unreadable(*entry) for entry in notes["unreadable"]]
+        self._notes_at = notes_at
+
+    @cached_property
+    def _notes(self) -> dict:
+        return json.loads(self._map[self._notes_at :])
+
+    @property
+    def names(self) -> list[str]:
+        """The images' names."""
+        return self._notes["names"]
+
+    @property
+    def unreadable(self) -> list[Unreadable]:
+        """The images that were left out."""
+        return [Unreadable(*entry) for entry in self._notes["unreadable"]]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -121,9 +135,14 @@ class Pack:
         place, size = int(row["offset"]), int(row["size"])
         content = self.bytes[place : place + size]
         if zlib.crc32(content) != row["crc"]:
-            name = self.names[number]
-            raise self._damaged(place, f"image {number}, {name}, its {size} bytes from there on, is not what was written")
+            raise self.damaged_image(number, "is not what was written")
         return content
+
+    def damaged_image(self, number: int, why: str) -> PackError:
+        """The error that an image is damaged, to be raised."""
+        row = self.index[number]
+        what = f"image {number}, {self.names[number]}, its {row['size']} bytes from there on"
+        return self._damaged(int(row["offset"]), f"{what}, {why}")
 
     def want(self, start: int, size: int) -> None:
         """Has the system read some bytes ahead from the disk, if they are not in memory."""
@@ -186,7 +205,7 @@ class Split:
         `least` (height, width).
 
         Raises:
-            PackError: it is not what was written.
+            PackError: it is not what was written, or cannot be decoded.
         """
         pack = self._packs[self._pack[index]]
         if self._checked[index]:
@@ -197,7 +216,10 @@ class Split:
             self._checked[index] = 1
         if self._kinds[index] == RAW:
             return content.reshape(self.heights[index], self.widths[index], 3)
-        return decode_jpeg(content, least)
+        try:
+            return decode_jpeg(content, least)
+        except ValueError as error:
+            raise pack.damaged_image(int(self._number[index]), f"cannot be decoded ({first_line(error)})") from error
 
 
 def decode_jpeg(content: bytes | np.ndarray, least: tuple[int, int] = (0, 0)) -> np.ndarray:
