@@ -93,13 +93,13 @@ def test_changes_are_drawn_for_each_image_alone(augment):
     config = TrainConfig(augment=augment, erase=0.5, **SETTINGS)
     changes, same = Changes(config, CPU, COLOUR), torch.from_numpy(np.repeat(batch(48, 48)[:1], 64, axis=0))
     indices = np.arange(100, 164)
-    got = changes(same, 3, indices)
+    got = changes(same.clone(), 3, indices)
     share = len({image.numpy().tobytes() for image in got}) / 64
     assert share > (0.45 if augment == "none" else 0.8)  # of 64 times the same image; flips alone give two
-    backwards = changes(same[:9], 3, indices[8::-1].copy()).flip(0)
+    backwards = changes(same[:9].clone(), 3, indices[8::-1].copy()).flip(0)
     assert torch.equal(backwards, got[:9])
-    assert not torch.equal(changes(same, 4, indices), got)
-    assert not torch.equal(Changes(replace(config, seed=1), CPU, COLOUR)(same, 3, indices), got)
+    assert not torch.equal(changes(same.clone(), 4, indices), got)
+    assert not torch.equal(Changes(replace(config, seed=1), CPU, COLOUR)(same.clone(), 3, indices), got)
     parameters = uniforms(0, 3, indices, CHANGES, 40)
     assert len(np.unique(parameters)) == parameters.size
 
@@ -175,9 +175,10 @@ def test_erasing_is_as_frequent_and_as_large_as_on_the_host():
         assert torch.equal(other, expected)
 
 
-def test_a_mirror_turns_those_that_are_chosen():
-    images, chosen = torch.from_numpy(batch(6, 9)), np.arange(8) % 3 == 0
-    for image, other, turned in zip(images, mirror(images, chosen), chosen, strict=True):
+@pytest.mark.parametrize("size", [(1, 1), (6, 9), (3, 64), (40, 125), (224, 224)])
+def test_a_mirror_turns_those_that_are_chosen(size):
+    images, chosen = torch.from_numpy(batch(*size)), np.arange(8) % 3 == 0
+    for image, other, turned in zip(images, mirror(images.clone(), chosen), chosen, strict=True):
         assert torch.equal(other, image.flip(1) if turned else image)
 
 

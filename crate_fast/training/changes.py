@@ -43,7 +43,7 @@ class Changes:
         self._operations = {"none": 0, "randaugment": config.randaugment_ops, "trivial": 1}[config.augment]
 
     def __call__(self, pixels: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
-        """The images called `indices`, (n,), changed as drawn for `epoch`; `pixels` themselves stay as they are."""
+        """The images called `indices`, (n,), changed as drawn for `epoch`; `pixels` are given up."""
         config, count = self._config, 1 + 3 * self._operations + ERASING
         draws = uniforms(config.seed, epoch, indices, CHANGES, count)
         pixels = mirror(pixels, draws[:, 0] < 0.5)
@@ -75,24 +75,15 @@ def _strengths(fixed: bool, height: int, width: int) -> np.ndarray:
 
 
 def mirror(pixels: Tensor, chosen: np.ndarray) -> Tensor:
-    """`pixels`, the images `chosen` (n,) bool of them as in a mirror."""
-    if pixels.device.type == "cpu":
-        return _mirror_here(pixels, chosen)
-    mask = send(chosen, pixels.device).view(-1, 1, 1, 1)
-    return torch.where(mask, pixels.flip(2), pixels)
+    """`pixels`, the images `chosen` (n,) bool of them as in a mirror; on the CPU they are turned where they lie."""
+    if pixels.device.type != "cpu":
+        return torch.where(send(chosen, pixels.device).view(-1, 1, 1, 1), pixels.flip(2), pixels)
+    import cv2  # PyTorch is slow at turning pixels of three bytes
 
-
-def _mirror_here(pixels: Tensor, chosen: np.ndarray) -> Tensor:
-    """As `mirror`, on the CPU, where turning pixels of three bytes is slow in PyTorch."""
-    import cv2
-
-    done = torch.empty_like(pixels)
-    for old, new, turned in zip(pixels.numpy(), done.numpy(), chosen.tolist(), strict=True):
-        if turned:
-            cv2.flip(old, 1, dst=new)
-        else:
-            new[...] = old
-    return done
+    images = pixels.numpy()
+    for index in np.flatnonzero(chosen):
+        cv2.flip(images[index], 1, dst=images[index])
+    return pixels
 
 
 def change_each(pixels: Tensor, names: np.ndarray, values: np.ndarray) -> Tensor:
