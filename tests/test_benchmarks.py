@@ -199,3 +199,13 @@ def test_input_is_measured_beside_the_published_pipeline(tmp_path, capsys, monke
     with pytest.raises(SystemExit):
         module.main(["--data", str(tmp_path / "absent")])
     assert "SRC is" in capsys.readouterr().err
+
+
+def test_the_docs_quote_what_the_input_gave():
+    module = load_module(BENCHMARKS / "input.py")
+    rows = json.loads((BENCHMARKS / "results" / "input-amd-epyc-2-threads.json").read_text())["rows"]
+    assert module.table(rows) in (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    speeds = {(row["what"], row["figure"]): row["images_per_second"] for row in rows}
+    jpeg, raw = (speeds[f"packed, {kind}", "batch"] / speeds["published", "batch"] for kind in ("JPEG", "raw"))
+    readme = " ".join(report.README.read_text(encoding="utf-8").split())
+    assert f"JPEG packs give {jpeg:.1f} times as many images and raw packs {raw:.1f} times" in readme
