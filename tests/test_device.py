@@ -218,6 +218,7 @@ def test_cifar_in_training_depends_on_seed_epoch_and_index_alone():
 
     whole = epoch_of(1)
     assert [len(images) for images in whole] == [16, 16, 16, 2]
+    assert [len(images) for images in epoch_of(1, first=3, ranks=Ranks(0, 4))] == [0]
     assert all(torch.equal(*pair) for pair in zip(whole[2:], epoch_of(1, first=2), strict=True))
     ranks = zip(epoch_of(1, ranks=Ranks(0, 2)), epoch_of(1, ranks=Ranks(1, 2)), strict=True)
     assert all(torch.equal(torch.cat(halves), images) for halves, images in zip(ranks, whole, strict=True))

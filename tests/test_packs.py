@@ -288,11 +288,11 @@ def test_evaluation_from_packs_is_the_folders_to_the_bit(folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("raw", "chunk"), [(False, 3), (True, 3), (True, 8)])
-def test_batches_depend_on_seed_epoch_and_index_alone(folder, tmp_path, monkeypatch, raw, chunk):
+@pytest.mark.parametrize(("raw", "bound"), [(False, ("CHUNK", 3)), (True, ("LARGEST", 3 * 3 * 24**2)), (True, ("CHUNK", 8))])
+def test_batches_depend_on_seed_epoch_and_index_alone(folder, tmp_path, monkeypatch, raw, bound):
     """Whatever the number of workers and processes, where an epoch is begun, and how an epoch before was left."""
     prepare(folder, tmp_path / "packs", Settings(short_side=32, raw=raw, pack_images=5), workers=1)
-    monkeypatch.setattr(packed, "CHUNK", chunk)
+    monkeypatch.setattr(packed, *bound)
     config = config_for(tmp_path / "packs", augment="randaugment", erase=0.5)
 
     def epoch_of(data, epoch: int = 1, first: int = 0, ranks: Ranks = ALONE) -> list:
@@ -308,6 +308,9 @@ def test_batches_depend_on_seed_epoch_and_index_alone(folder, tmp_path, monkeypa
     whole, second = epoch_of(alone), epoch_of(alone, epoch=2)
     assert [len(labels) for _, labels in whole] == [8, 8, 8, 8, 4]
     assert same(epoch_of(several), whole)
+    sparse = [labels for _, labels in several.train_batches(Plan(36, 8, config.seed, accumulate=6), 1)]
+    assert sorted(map(len, sparse[-6:])) == [0, 0, 1, 1, 1, 1]
+    assert torch.equal(torch.cat(sparse), torch.cat([labels for _, labels in whole]))
     left = several.train_batches(Plan(36, 8, config.seed), 1)
     next(left)
     next(several.test_batches(4, ALONE))

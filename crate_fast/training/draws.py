@@ -34,7 +34,7 @@ def uniforms(seed: int, epoch: int, indices: np.ndarray, purpose: int, count: in
     blocks = np.arange(-(-count // 4), dtype=np.uint64)
     images = np.asarray(indices, np.uint64)[:, None]
     bits = philox((images, blocks, np.uint64(epoch), np.uint64(purpose)), (seed, 0))
-    return np.stack(np.broadcast_arrays(*bits), axis=2).reshape(len(images), -1)[:, :count] * 2.0**-32
+    return np.stack(np.broadcast_arrays(*bits), axis=2).reshape(len(images), 4 * len(blocks))[:, :count] * 2.0**-32
 
 
 def crop_boxes(draws: np.ndarray, heights: np.ndarray, widths: np.ndarray, least: float, aspects=(3 / 4, 4 / 3)) -> np.ndarray:

@@ -27,7 +27,8 @@ from .plan import Plan, epoch_order, share_of
 from .ranks import Ranks
 from .waiting import more_workers
 
-CHUNK = 128  # images that a worker fills at a time
+CHUNK = 128  # images that a worker fills at a time, where they are not so large
+LARGEST = 20 << 20  # bytes that it fills at a time, unless one image has more
 
 
 class Task(NamedTuple):
@@ -50,14 +51,14 @@ class Tasks(Sampler):
 
 
 class Slots:
-    """Memory for `count` times `CHUNK` images of `size` pixels, shared with processes that are forked later.
+    """Memory for `count` times `images` images of `size` pixels, shared with processes that are forked later.
 
     It is no file in /dev/shm, which is small in many containers.
     """
 
-    def __init__(self, count: int, size: int, device: torch.device) -> None:
-        self.arrays = np.frombuffer(mmap.mmap(-1, count * CHUNK * size * size * 3), np.uint8)
-        self.arrays = self.arrays.reshape(count, CHUNK, size, size, 3)
+    def __init__(self, count: int, images: int, size: int, device: torch.device) -> None:
+        shape = (count, images, size, size, 3)
+        self.arrays = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
         self._tensors, self._device = torch.from_numpy(self.arrays), device
         self._copied: dict[int, torch.cuda.Event] = {}
         self._pinned = device.type != "cuda"
@@ -160,10 +161,10 @@ class Packed:
         self.classes, self.train_count, self.test_count = len(packs.classes), len(packs.train), len(packs.val)
         workers = -(-config.workers // ranks.local_count)
         part = -(-config.batch_size // (config.accumulate * ranks.count))
+        self._chunk = max(1, min(CHUNK, LARGEST // (3 * config.image_size**2)))
         # Two parts ahead at least, else workers that are fast enough would still be waited for.
-        prefetch = max(PREFETCH, -(-2 * part // (CHUNK * max(1, workers))))
-        self._in_flight = workers * prefetch
-        self._slots = Slots(self._in_flight + 2, config.image_size, device)
+        prefetch = max(PREFETCH, -(-2 * part // (self._chunk * max(1, workers))))
+        self._slots = Slots(workers * prefetch + 2, self._chunk, config.image_size, device)
         self._tasks = Tasks()
         self._loader = DataLoader(
             Reader(packs, config, self._slots),
@@ -215,7 +216,7 @@ class Packed:
         On the CPU the images lie where workers fill in others after the next batch but one was asked for.
         """
         split = self._packs.train if train else self._packs.val
-        cuts = [[part[start : start + CHUNK] for start in range(0, len(part), CHUNK)] for part in parts]
+        cuts = [np.split(part, range(self._chunk, len(part), self._chunk)) for part in parts]
         chunks = [chunk for cut in cuts for chunk in cut]
         self._tasks.tasks = [Task(number % len(self._slots), train, epoch, chunk) for number, chunk in enumerate(chunks)]
         self._slots.free(*range(len(self._slots)))
@@ -242,7 +243,7 @@ class Packed:
             slot = number % len(self._slots)
             if whole:
                 return self._slots.view(slot, count)
-            self._slots.copy(slot, pixels[place * CHUNK : (place + 1) * CHUNK])
+            self._slots.copy(slot, pixels[place * self._chunk : (place + 1) * self._chunk])
         return pixels
 
     def _finish(self, epoch: int, part: tuple[Tensor, Tensor, np.ndarray]) -> tuple[Tensor, Tensor]:
