@@ -184,7 +184,7 @@ def test_a_checkout_that_is_none_is_named(tmp_path, capsys):
 def test_input_is_measured_beside_the_published_pipeline(tmp_path, capsys, monkeypatch):
     module = load_module(BENCHMARKS / "input.py")
     monkeypatch.setattr(module, "DISTINCT", 2)
-    flags = ["--workers", "1", "--images", "130", "--rounds", "1", "--json", str(tmp_path / "input.json")]
+    flags = ["--workers", "1", "--images", "300", "--rounds", "1", "--json", str(tmp_path / "input.json")]
     assert module.main(flags) == 0
     rows = {(row["what"], row["figure"]): row for row in json.loads((tmp_path / "input.json").read_text())["rows"]}
     both = {(what, figure) for what in ("published", "packed, JPEG", "packed, raw") for figure in ("batch", "full")}

@@ -1,5 +1,6 @@
 """Packs: what `crate-fast prepare` writes, what it leaves out, what a kill leaves behind, what damage is told."""
 
+import fcntl
 import multiprocessing
 import os
 import re
@@ -248,6 +249,11 @@ def test_what_cannot_be_packed_is_named(folder, straight, tmp_path, capsys, monk
     )
     assert "--short-side is 256; " in refused(folder, straight, "--raw", "--pack-images", 5)
     assert "it must be a whole number from 1 to 100" in refused(folder, tmp_path / "packs", "--quality", 101)
+    monkeypatch.setattr(packing, "PATIENCE", 0.2)
+    descriptor = os.open(straight, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert f"{straight}: a run that is not over is in it" in refused(folder, straight)
+    os.close(descriptor)
     other = make_folder(tmp_path / "other", train=9, val=3)
     assert "begun with other files" in refused(other, straight, "--raw", "--short-side", 24, "--pack-images", 5)
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))

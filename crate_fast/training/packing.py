@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +35,7 @@ from .stop import leave_signals_to_the_run
 UNREADABLE = "unreadable.txt"
 SAMPLED = 32  # images of a split that tell how large the rest will be
 MARGIN = 1.02
+PATIENCE = 5.0  # seconds
 IMAGENET = {"train": 1_281_167, "val": 50_000}
 IMAGENET_CLASSES = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"  # SHA-256 of the sorted names, by lines
 
@@ -66,12 +68,24 @@ def prepare(source: Path, target: Path, settings: Settings, workers: int) -> Don
     splits = dict(zip(("train", "val"), stores, strict=True))
     _check_target(target, source)
     target.mkdir(parents=True, exist_ok=True)
-    RunDirectory(target).lock()
+    _lock(target)
     try:
         _take(target, source, settings, splits)
         return _prepare(source, target, splits, classes, settings, workers)
     finally:
         unlock()
+
+
+def _lock(target: Path) -> None:
+    """Keeps others out of the folder; what a killed command leaves behind holds it for a moment yet."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return RunDirectory(target).lock()
+        except ConfigError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
 
 
 def _prepare(source: Path, target: Path, splits: dict, classes: list[str], settings: Settings, workers: int) -> Done:
