@@ -4,10 +4,13 @@ from pathlib import Path
 
 from setuptools import setup
 
-TRAIN = ["lion-pytorch", "matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "scipy", "tqdm"]
+TRAIN = [
+    *("lion-pytorch", "matplotlib", "numpy", "opencv-python-headless", "pillow", "safetensors", "scikit-learn", "scipy"),
+    *("simplejpeg", "tqdm"),
+]
 HUB = ["huggingface-hub"]
 TENSORBOARD = ["tensorboard"]
-TEST = ["hypothesis", "ipykernel", "nbclient", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"]
+TEST = ["hypothesis", "ipykernel", "nbclient", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "torchvision"]
 
 setup(
     name="crate-fast",

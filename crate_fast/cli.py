@@ -15,6 +15,7 @@ from .convert_command import add_convert
 from .extras import MissingPackageError
 from .inspect_command import add_inspect
 from .inspection import InspectionError
+from .prepare_command import add_prepare
 from .reading import CheckpointError
 from .segment_command import add_segment
 from .train_command import add_train
@@ -79,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_train(subcommands, "finetune")
     _add_evaluate(subcommands)
     add_convert(subcommands)
+    add_prepare(subcommands)
     add_inspect(subcommands)
     add_segment(subcommands)
     add_tune(subcommands)

@@ -6,19 +6,21 @@ from importlib.util import find_spec
 
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "cv2": "opencv-python-headless",
     "huggingface_hub": "huggingface-hub",
     "lion_pytorch": "lion-pytorch",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "safetensors": "safetensors",
     "scipy": "scipy",
+    "simplejpeg": "simplejpeg",
     "sklearn": "scikit-learn",
     "tensorboard": "tensorboard",
     "tqdm": "tqdm",
 }
 """Import name to package name, for all that the extras bring."""
-OTHERS = {"huggingface_hub": "hub", "tensorboard": "tensorboard"}
-"""Import name to the extra that brings it, where that is not "train"."""
+OTHERS = {"cv2": "train", "huggingface_hub": "hub", "simplejpeg": "train", "tensorboard": "tensorboard"}
+"""Import name to the extra that brings it, of those that not every training run needs."""
 TRAIN = tuple(name for name in DISTRIBUTIONS if name not in OTHERS)
 
 

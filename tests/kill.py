@@ -3,6 +3,7 @@
     python tests/kill.py            # 1 and 3 processes, 0 and 3 workers: six kills each, about ten minutes on two cores
     python tests/kill.py --ranks 1  # one process
     python tests/kill.py --ranks 2 --strategy fsdp
+    python tests/kill.py --data packed   # packs instead of a folder
 
 Everything that draws or sums is on: augmentation, mixup, CutMix, dropout, the mean of the weights, accumulation.
 """
@@ -20,6 +21,9 @@ import time
 from pathlib import Path
 
 from pictures import make_folder
+
+from crate_fast.training.encoding import Settings
+from crate_fast.training.packing import prepare
 
 TIMING = ("images_per_second", "waiting", "memory_gib", "mfu")
 STEPS_PER_EPOCH = 8
@@ -107,11 +111,26 @@ def outcome(out: Path) -> tuple[bytes, list[dict]]:
     return (out / "model.safetensors").read_bytes(), [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
 
 
-def compare(folder: Path, ranks: int, workers: tuple[int, ...], moments: tuple[str, ...], more: tuple[str, ...] = ()) -> None:
-    """Raises SystemExit unless a run killed at `moments`, each time with the next of `workers`, ends as one never killed."""
-    data = folder / "data"
+def make_data(folder: Path, kind: str) -> Path:
+    """90 images to train on and 90 to evaluate with, as a "folder" or "packed", in several packs of each split."""
+    data, packs = folder / "data", folder / "packs"
     if not data.is_dir():
         make_folder(data, train=90, val=90)
+    if kind == "packed":
+        prepare(data, packs, Settings(short_side=36, pack_images=25), workers=1)
+    return data if kind == "folder" else packs
+
+
+def compare(
+    folder: Path,
+    ranks: int,
+    workers: tuple[int, ...],
+    moments: tuple[str, ...],
+    more: tuple[str, ...] = (),
+    kind: str = "folder",
+) -> None:
+    """Raises SystemExit unless a run killed at `moments`, each time with the next of `workers`, ends as one never killed."""
+    data = make_data(folder, kind)
     straight, killed = folder / f"straight-{ranks}", folder / f"killed-{ranks}"
     Attempt(data, straight, ranks, workers[0], more).finish()
     for number, moment in enumerate(moments):
@@ -134,8 +153,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 3])
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp")
+    parser.add_argument("--data", choices=("folder", "packed"), default="folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         for ranks in arguments.ranks:
             moments = ("step", "writing", "evaluating", "writing", "step", "SIGTERM")
-            compare(Path(name), ranks, (0, 3), moments, ("--strategy", arguments.strategy))
+            compare(Path(name), ranks, (0, 3), moments, ("--strategy", arguments.strategy), arguments.data)

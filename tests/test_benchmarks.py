@@ -1,5 +1,6 @@
 """The benchmarks' own promises: no speed without parity, results that open, a README that quotes them, traffic as promised."""
 
+import io
 import json
 import os
 import re
@@ -9,8 +10,10 @@ import sys
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
-from conftest import BENCHMARKS
+from conftest import BENCHMARKS, load_module
+from PIL import Image
 
 import report
 import run
@@ -176,3 +179,36 @@ def test_a_checkout_that_is_none_is_named(tmp_path, capsys):
     assert run.main(["--device", "cpu", "--published", str(tmp_path), "--out", str(tmp_path / "x.json")]) == 2
     assert "there is no" in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
+
+
+def test_input_is_measured_beside_the_published_pipeline(tmp_path, capsys, monkeypatch):
+    module = load_module(BENCHMARKS / "input.py")
+    monkeypatch.setattr(module, "DISTINCT", 2)
+    flags = ["--workers", "1", "--images", "300", "--rounds", "1", "--json", str(tmp_path / "input.json")]
+    assert module.main(flags) == 0
+    rows = {(row["what"], row["figure"]): row for row in json.loads((tmp_path / "input.json").read_text())["rows"]}
+    both = {(what, figure) for what in ("published", "packed, JPEG", "packed, raw") for figure in ("batch", "full")}
+    assert set(rows) == {*both, ("folder", "full"), ("packed, JPEG", "first epoch"), ("packed, raw", "first epoch")}
+    assert all(row["images_per_second"] > 0 and row["per_core"] > 0 for row in rows.values())
+    assert rows["packed, raw", "batch"]["per_core"] > 5 * rows["published", "batch"]["per_core"]  # some fifteen times
+    assert "| packed, raw | batch | " in capsys.readouterr().out
+    pixels = module.photograph(np.random.default_rng(0))
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "jpeg", quality=module.best_quality(Image.fromarray(pixels)))
+    assert abs(file.tell() / module.BYTES - 1) < 0.1
+    with pytest.raises(SystemExit):
+        module.main(["--data", str(tmp_path / "absent")])
+    assert "SRC is" in capsys.readouterr().err
+
+
+def test_the_docs_quote_what_the_input_gave():
+    module = load_module(BENCHMARKS / "input.py")
+    rows = json.loads((BENCHMARKS / "results" / "input-amd-epyc-2-threads.json").read_text())["rows"]
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert module.table(rows) in text
+    quiet = json.loads((BENCHMARKS / "results" / "input-amd-epyc-2-threads-quiet.json").read_text())["rows"]
+    assert f"raw packs gave **{next(row['images_per_second'] for row in quiet if row['figure'] == 'batch'):,.0f}**" in text
+    speeds = {(row["what"], row["figure"]): row["images_per_second"] for row in rows}
+    jpeg, raw = (speeds[f"packed, {kind}", "batch"] / speeds["published", "batch"] for kind in ("JPEG", "raw"))
+    readme = " ".join(report.README.read_text(encoding="utf-8").split())
+    assert f"JPEG packs give {jpeg:.1f} times as many images and raw packs {raw:.1f} times" in readme

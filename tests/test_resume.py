@@ -85,8 +85,9 @@ def test_a_finished_run_goes_on_to_itself(finished, tmp_path):
     assert kill.outcome(run.path) == before
 
 
-def test_three_kills_leave_no_trace(tmp_path):
-    kill.compare(tmp_path, 1, (0, 3), ("writing", "evaluating", "step"))
+@pytest.mark.parametrize("kind", ["folder", "packed"])
+def test_three_kills_leave_no_trace(tmp_path, kind):
+    kill.compare(tmp_path, 1, (0, 3), ("writing", "evaluating", "step"), kind=kind)
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside(finished, tmp_path, monkeypatch, capsys):

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import call
-from pictures import make_flowers, make_pets
+from pictures import make_flowers, make_folder, make_pets
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import CRATE
-from crate_fast.training import ConfigError, TrainConfig
+from crate_fast.training import ConfigError, TrainConfig, waiting
 from crate_fast.training.compute import Compute
 from crate_fast.training.oxford import open_oxford
 from crate_fast.training.watch import peak_flops, training_flops
@@ -51,6 +51,65 @@ def test_a_run_is_watched(tmp_path, capsys):
     status, _, err = call(capsys, "train", *SMALL, "--batch-size", "719", "--profile", "--out", tmp_path / "short")
     assert (status, "no trace: --profile needs 8 steps" in err) == (0, True)
     assert "mfu" not in (tmp_path / "short" / "metrics.jsonl").read_text()  # nobody has said what the peak is
+
+
+@pytest.mark.parametrize("late", [-1.0, 1.0])
+def test_input_that_cannot_keep_up_is_told_once(tmp_path, capsys, monkeypatch, late):
+    """Whatever the machine does meanwhile, none of the time is too much waiting, or all of it would not be."""
+    folder = make_folder(tmp_path / "folder", train=24, val=3)
+    monkeypatch.setattr(waiting, "WATCHED", 0.0)
+    monkeypatch.setattr(waiting, "LATE", late)
+    words = ["train", "--data", folder, *SMALL, "--image-size", 8, "--patch-size", 4, "--log-every", 1, "--batch-size", 8]
+    status, _, err = call(capsys, *words, "--workers", 0, "--out", tmp_path / "run")
+    assert status == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len([row for row in rows if 0 < row.get("waiting", 0) < 1]) == 6
+    line = (
+        r"crate-fast: warning: \d+% of the time was spent waiting for data; what helps: more --workers \(now 0; \d+ cores are "
+        rf"here\), or packs: crate-fast prepare imagenet {folder} DST, then train --data DST \(docs/data\.md\)\n"
+    )
+    assert re.fullmatch(line if late < 0 else "", err), err
+
+
+def test_waiting_is_told_where_it_is_a_tenth_of_ten_seconds(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(waiting.time, "perf_counter", lambda: clock[0])
+    times = waiting.Waiting(torch.device("cpu"), "patience")
+
+    def wait(seconds: float) -> None:
+        with times:
+            clock[0] += seconds
+
+    told = []
+    for seconds in (5.0, 0.4, 0.4, 0.5, 0.7, 3.0, 3.0):  # the first while processes start, the next in time
+        wait(seconds)
+        share, line = times.read(6.0)
+        assert share == pytest.approx(seconds / 6)
+        told.append(line)
+    assert told == [None] * 4 + ["10% of the time was spent waiting for data; what helps: patience (docs/data.md)"] + [None] * 2
+
+
+def test_on_a_gpu_the_devices_own_pauses_count(monkeypatch):
+    """The host waits for 4 s twice; the device is busy until 1 s and 9 s, and so stands still for 3 s and then not at all."""
+    reached = iter([1000.0, 4000.0, 9000.0, 9000.0])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(reached)
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    times = waiting.Waiting(torch.device("cuda"), "patience")
+    for _ in range(2):
+        with times:
+            pass
+    assert times.read(10.0) == (pytest.approx(0.3), None)
+    assert times.read(10.0) == (0.0, None)
 
 
 def test_flops_are_those_of_the_products():

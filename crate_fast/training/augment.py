@@ -49,12 +49,16 @@ def central_crop(image: Image.Image, size: int, part: float) -> Image.Image:
     """The central square with sides of `part` of the short side, as (size, size) pixels; 0: all of the image, squeezed."""
     if part == 0:
         return image.resize((size, size), Image.Resampling.BILINEAR)
-    short = max(size, round(size / part))
+    image = short_side(image, max(size, round(size / part)))
+    left, top = (round((length - size) / 2) for length in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def short_side(image: Image.Image, short: int) -> Image.Image:
+    """The image with `short` pixels on its short side, bilinearly with antialiasing."""
     width, height = image.size
     new = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-    image = image.resize(new, Image.Resampling.BILINEAR)
-    left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+    return image.resize(new, Image.Resampling.BILINEAR)
 
 
 def flip(image: Image.Image, draw: np.random.Generator) -> Image.Image:

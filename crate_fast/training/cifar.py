@@ -51,22 +51,19 @@ SETS = {
 
 
 class Pictures:
-    """Images in memory, (n, 32, 32, 3) uint8, with the interface of `folder.Photographs`."""
+    """Images in memory: `pixels` (n, 32, 32, 3) uint8 and n `labels`; `read(i)` gives the i-th, `label(i)` its class."""
 
-    def __init__(self, name: str, pixels: np.ndarray, labels: list[int]) -> None:
-        self._name, self._pixels, self._labels = name, pixels, labels
+    def __init__(self, pixels: np.ndarray, labels: list[int]) -> None:
+        self.pixels, self.labels = pixels, labels
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def label(self, index: int) -> int:
-        return self._labels[index]
-
-    def place(self, index: int) -> str:
-        return f"{self._name}, image {index}"
+        return self.labels[index]
 
     def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self._pixels[index])
+        return Image.fromarray(self.pixels[index])
 
 
 def open_cifar(name: str, directory: str | Path) -> tuple[Pictures, Pictures, int]:
@@ -87,7 +84,7 @@ def open_cifar(name: str, directory: str | Path) -> tuple[Pictures, Pictures, in
     if missing:
         raise ConfigError(f"{folder}: {missing[0]} of {name} is missing")
     train, test = (_join(folder, parts, files) for parts in (files.train, files.test))
-    return Pictures(name, *train), Pictures(f"{name} test", *test), files.classes
+    return Pictures(*train), Pictures(*test), files.classes
 
 
 def _join(folder: Path, parts: tuple[str, ...], files: Files) -> tuple[np.ndarray, list[int]]:

@@ -56,7 +56,8 @@ class TrainConfig:
     data: str = option(
         "digits",
         "data",
-        "digits, cifar10, cifar100, flowers102, pets, synthetic, or a folder with train/ and val/, a folder per class in each",
+        "digits, cifar10, cifar100, flowers102, pets, synthetic, a folder with train/ and val/ and a folder per class in each, "
+        "or what `crate-fast prepare` has made of one",
     )
     data_dir: str = option("./data", "data", "where the published files of the four named sets are, or are downloaded to")
     classes: int | None = option(None, "data", "must agree with the data, if given", kind=int, least=1, most=LARGEST)

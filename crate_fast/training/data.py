@@ -16,8 +16,11 @@ from .folder import open_folder
 from .images import Photos, Synthetic
 from .oxford import SETS as OXFORD
 from .oxford import open_oxford
+from .packed import Packed
+from .packs import is_packed, open_packs
 from .plan import Plan
 from .ranks import Ranks
+from .resident import Resident
 
 
 class Data(Protocol):
@@ -28,6 +31,7 @@ class Data(Protocol):
     channels: int
     train_count: int
     test_count: int
+    advice: str | None  # where it is late
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
     def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -56,7 +60,14 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
     if config.data in SETS or config.data in OXFORD:
         opener = open_cifar if config.data in SETS else open_oxford
         ranks.share(lambda: opener(config.data, config.data_dir) and None)  # one process downloads
-        train, test, classes = opener(config.data, config.data_dir)
-        return Photos(config.data, train, test, classes, config, device, ranks)
+        found = opener(config.data, config.data_dir)
+        if config.data in OXFORD:
+            return Photos(config.data, *found, config, device, ranks, "a smaller --image-size")
+        require("cv2")
+        return Resident(config.data, *found, config, device)
+    if is_packed(config.data):
+        require("cv2", "simplejpeg")
+        return Packed(open_packs(config.data), config, device, ranks)
     train, test, names = open_folder(config.data)
-    return Photos("folder", train, test, len(names), config, device, ranks)
+    packs = f"packs: crate-fast prepare imagenet {config.data} DST, then train --data DST"
+    return Photos("folder", train, test, len(names), config, device, ranks, packs)

@@ -52,6 +52,7 @@ class Digits:
     name = "digits"
     classes = CLASSES
     channels = CHANNELS
+    advice = None
 
     def __init__(
         self, image_size: tuple[int, int], device: torch.device, *, rotate: float = 0.0, zoom: float = 0.0, shift: float = 0.0

@@ -32,42 +32,46 @@ class Photographs:
             return image.convert("RGB")
 
 
-def open_folder(path: str | Path) -> tuple[Photographs, Photographs, list[str]]:
+def open_folder(path: str | Path, word: str = "--data") -> tuple[Photographs, Photographs, list[str]]:
     """Training and validation images of a folder, and the names of its classes, sorted; a label is a name's place.
+
+    Args:
+        path: the folder.
+        word: what the command line calls it.
 
     Raises:
         ConfigError: train/ or val/ is missing, has no classes or no images, or their classes differ.
     """
     path = Path(path)
     if not path.is_dir():
-        raise ConfigError(f"--data is {path}, which is no directory")
-    names = {split: _classes(path / split) for split in ("train", "val")}
+        raise ConfigError(f"{word} is {path}, which is no directory")
+    names = {split: _classes(path / split, word) for split in ("train", "val")}
     train, val = (set(names[split]) for split in ("train", "val"))
     if train != val:
         only, where = (sorted(train - val), "train") if train - val else (sorted(val - train), "val")
-        raise ConfigError(f"--data is {path}: the classes of train and val differ; only {where} has {', '.join(only[:3])}")
-    splits = [Photographs(_scan(path / split, names[split])) for split in ("train", "val")]
+        raise ConfigError(f"{word} is {path}: the classes of train and val differ; only {where} has {', '.join(only[:3])}")
+    splits = [Photographs(_scan(path / split, names[split], word)) for split in ("train", "val")]
     return splits[0], splits[1], names["train"]
 
 
-def _classes(path: Path) -> list[str]:
+def _classes(path: Path, word: str) -> list[str]:
     if not path.is_dir():
-        raise ConfigError(f"--data: {path} is no directory; a data set has train/ and val/, with a folder per class in each")
+        raise ConfigError(f"{word}: {path} is no directory; a data set has train/ and val/, with a folder per class in each")
     entries = list(path.iterdir())
     classes = sorted(entry.name for entry in entries if entry.is_dir())
     loose = next((entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()), None)
     if loose is not None:
-        raise ConfigError(f"--data: {loose} lies in no folder of a class, so nothing tells its label")
+        raise ConfigError(f"{word}: {loose} lies in no folder of a class, so nothing tells its label")
     if not classes:
-        raise ConfigError(f"--data: {path} has no folders of classes")
+        raise ConfigError(f"{word}: {path} has no folders of classes")
     return classes
 
 
-def _scan(path: Path, classes: list[str]) -> list[tuple[str, int]]:
+def _scan(path: Path, classes: list[str], word: str) -> list[tuple[str, int]]:
     found = []
     for label, name in enumerate(classes):
         files = sorted(str(file) for file in (path / name).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         if not files:
-            raise ConfigError(f"--data: {path / name} has no images ({', '.join(SUFFIXES)})")
+            raise ConfigError(f"{word}: {path / name} has no images ({', '.join(SUFFIXES)})")
         found += [(file, label) for file in files]
     return found

@@ -20,9 +20,11 @@ from .metrics import IGNORED
 from .plan import Plan, epoch_order, share_of
 from .ranks import Ranks
 from .stop import leave_signals_to_the_run
+from .waiting import more_workers
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, red, green, blue, in 0..1
 STD = (0.229, 0.224, 0.225)
+COLOUR = np.rint(np.array(MEAN) * 255).astype(np.uint8)  # of what is erased
 PREFETCH = 4  # batches that a worker is ahead
 
 
@@ -52,7 +54,6 @@ class TrainSamples(Dataset):
 
     def __init__(self, store: Store, config: TrainConfig) -> None:
         self._store, self._config = store, config
-        self._colour = np.rint(np.array(MEAN) * 255).astype(np.uint8)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
@@ -65,7 +66,7 @@ class TrainSamples(Dataset):
             image = randaugment(image, config.randaugment_ops, config.randaugment_magnitude, draw)
         elif config.augment == "trivial":
             image = trivialaugment(image, draw)
-        return erase(np.asarray(image), config.erase, self._colour, draw)
+        return erase(np.asarray(image), config.erase, COLOUR, draw)
 
 
 class TestSamples(Dataset):
@@ -87,7 +88,7 @@ def _read(store: Store, index: int, size: int, change) -> Sample:
 
 
 class Photos:
-    """Training and test images of a `Store` each, in batches on `device`.
+    """Training and test images of a `Store` each, in batches on `device`; what is `quicker` is for advice.
 
     Raises (while it is iterated):
         UnreadableError: more than `config.max_unreadable` images cannot be read.
@@ -96,14 +97,22 @@ class Photos:
     channels = 3
 
     def __init__(
-        self, name: str, train: Store, test: Store, classes: int, config: TrainConfig, device: torch.device, ranks: Ranks
+        self,
+        name: str,
+        train: Store,
+        test: Store,
+        classes: int,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks,
+        quicker: str,
     ) -> None:
         self.name, self.classes, self._config, self._device = name, classes, config, device
         self._train, self._test = train, test
+        self.advice = more_workers(config.workers, quicker)
         self._workers = -(-config.workers // ranks.local_count)
         self._unreadable: set[str] = set()
-        self._mean = torch.tensor(MEAN, device=device).mul(255).view(1, 3, 1, 1)
-        self._std = torch.tensor(STD, device=device).mul(255).view(1, 3, 1, 1)
+        self._normalise = Normalise(device)
         self.train_count, self.test_count = len(train), len(test)
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -121,8 +130,7 @@ class Photos:
 
     def describe(self) -> dict:
         """What config.json says of them."""
-        counts = {"train_images": self.train_count, "test_images": self.test_count}
-        return {"name": self.name, "classes": self.classes, **counts, "mean": MEAN, "std": STD}
+        return describe(self)
 
     def _load(self, samples: Dataset, keys: list[list]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
@@ -132,10 +140,11 @@ class Photos:
             collate_fn=partial(_collate, self._config.image_size),
             pin_memory=self._device.type == "cuda",
             prefetch_factor=PREFETCH if self._workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             generator=torch.Generator().manual_seed(0),  # else it would draw from the global one, which the model draws from
         )
-        yield from self._normalise(_ahead(self._arrive(loader), self._device))
+        for pixels, labels in ahead(self._arrive(loader), self._device):
+            yield self._normalise(pixels), labels
 
     def _arrive(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels, problems in loader:
@@ -154,9 +163,18 @@ class Photos:
                 f"the last is {problem}"
             )
 
-    def _normalise(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, labels in batches:
-            yield (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std, labels
+
+class Normalise:
+    """From pixels, (n, height, width, 3) uint8, to what a model takes, (n, 3, height, width) float32, by `MEAN` and `STD`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._mean, self._std = (torch.tensor(values, device=device).mul(255) for values in (MEAN, STD))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        n, height, width, _ = pixels.shape
+        rows = pixels.flatten(2).float()  # in rows, along which a processor is quick
+        rows = rows.sub_(self._mean.repeat(width)).div_(self._std.repeat(width))
+        return rows.view(n, height, width, 3).permute(0, 3, 1, 2)
 
 
 def _collate(size: int, samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
@@ -165,13 +183,14 @@ def _collate(size: int, samples: list[Sample]) -> tuple[Tensor, Tensor, list[str
     return torch.from_numpy(pixels), torch.tensor([sample.label for sample in samples], dtype=torch.int64), problems
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Makes a process one that only reads images."""
     leave_signals_to_the_run()
     torch.set_num_threads(1)
     rundir.unlock()  # a worker outlives a killed run for seconds, and must not keep its lock
 
 
-def _ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+def ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """The batches, on a GPU each copied on a stream of its own while the one before it is computed with."""
     if device.type != "cuda":
         yield from batches
@@ -191,11 +210,18 @@ def _ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Itera
         ready = following
 
 
+def describe(data) -> dict:
+    """Name, classes, counts of images and how they are normalised, of data normalised by `Normalise`."""
+    counts = {"train_images": data.train_count, "test_images": data.test_count}
+    return {"name": data.name, "classes": data.classes, **counts, "mean": MEAN, "std": STD}
+
+
 class Synthetic:
     """Random batches made on the device once, to time the loop alone: 1,281,167 images of 1,000 classes, as ImageNet has."""
 
     name, classes, channels = "synthetic", 1000, 3
     train_count, test_count = 1_281_167, 50_000
+    advice = None
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self._shape, self._device, self._seed = (3, config.image_size, config.image_size), device, config.seed

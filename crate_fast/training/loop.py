@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from .plan import Plan
 from .rundir import RunDirectory
 from .saving import circumstances
 from .stop import GRACE, Signals, Stopped
+from .waiting import Waiting
 from .watch import Watch, peak_flops, training_flops
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class Trainer:
         self.score: Score | None = None
         self.best = -1.0
         self.meter = Meter(compute.device)
+        self.waiting = Waiting(compute.device, data.advice)
         self.bad_step = torch.full((), NEVER, device=compute.device)
         self._saved = time.monotonic()
 
@@ -106,30 +109,28 @@ class Trainer:
         first = self.step - self.evaluated * self.plan.steps
         self.model.train()
         batches = self.data.train_batches(self.plan, self.evaluated + 1, first)
-        start, waited, logged = time.perf_counter(), 0.0, self.step
+        start, logged = time.perf_counter(), self.step
         for place in range(first, self.plan.steps):
-            waited += self._train_step(place, batches)
+            self._train_step(place, batches)
             bar.update()
             self.watch.step()
             if self.step % self.config.log_every == 0 or place + 1 == self.plan.steps:
-                self._log_training(bar, time.perf_counter() - start, waited, self.step - logged)
-                start, waited, logged = time.perf_counter(), 0.0, self.step
+                self._log_training(bar, start, self.step - logged)
+                start, logged = time.perf_counter(), self.step
             self._pause()
 
-    def _train_step(self, place: int, batches) -> float:
-        """One step, the epoch's `place`-th; the seconds for which it waited for data. Nothing here waits for the device."""
+    def _train_step(self, place: int, batches) -> None:
+        """One step, the epoch's `place`-th. Nothing here waits for the device."""
         self.step += 1
         self.lr = learning_rate_at(self.step, self.plan.steps, self.config)
         set_learning_rate(self.optimizer, self.lr)
         self.flat.zero()
-        sums, waited = torch.zeros_like(self.meter.sums), 0.0
+        sums = torch.zeros_like(self.meter.sums)
         for part in range(self.plan.accumulate):
-            start = time.perf_counter()
-            images, labels = next(batches)
-            waited += time.perf_counter() - start
+            with self.waiting:
+                images, labels = next(batches)
             sums += self._accumulate(images, labels, part, self.plan.images(place))
         self._update(self.ranks.sum(sums))
-        return waited
 
     def _accumulate(self, images: Tensor, labels: Tensor, part: int, total: int) -> Tensor:
         """Adds a part's share of the gradient of the mean over the step's `total` images; its sums for the meter."""
@@ -164,21 +165,25 @@ class Trainer:
             self.flat_average.follow(self.flat, 1 - decay)
         self.meter.add(sums)
 
-    def _log_training(self, bar: tqdm, seconds: float, waited: float, steps: int) -> None:
-        """A line of metrics, and of the bar; waits for the device."""
+    def _log_training(self, bar: tqdm, start: float, steps: int) -> None:
+        """A line of metrics, and of the bar, for the steps since `start`; waits for the device."""
         self._check_finite()
+        seconds = time.perf_counter() - start
+        waiting, line = self.waiting.read(seconds)
+        if line is not None and self.ranks.first:
+            bar.write(f"crate-fast: warning: {line}", file=sys.stderr)
         score, self.meter = self.meter.read(), Meter(self.compute.device)
         speed = steps * self.config.batch_size / seconds
-        self._log("train", score, lr=self.lr, **self._timing(seconds, waited, speed))
+        self._log("train", score, lr=self.lr, **self._timing(waiting, speed))
         left = (self.steps - self.step) * seconds / steps
         bar.set_postfix_str(
             f"epoch {self.evaluated + 1}, loss {score.loss:.3f}, top-1 {score.top1:.1%}, {speed:,.0f} images/s, "
-            f"{waited / seconds:.0%} waiting, {left / 3600:.1f} h left"
+            f"{waiting:.0%} waiting, {left / 3600:.1f} h left"
         )
 
-    def _timing(self, seconds: float, waited: float, speed: float) -> dict:
+    def _timing(self, waiting: float, speed: float) -> dict:
         """What of a line of metrics differs from run to run."""
-        timing = {"images_per_second": round(speed, 1), "waiting": round(waited / seconds, 3)}
+        timing = {"images_per_second": round(speed, 1), "waiting": round(waiting, 3)}
         if self.peak is not None:
             timing["mfu"] = float(f"{speed * self.flops / (self.peak * self.ranks.count):.3g}")
         if self.compute.device.type == "cuda":

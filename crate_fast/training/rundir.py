@@ -20,7 +20,10 @@ except ImportError:  # not on Windows, where runs are not kept apart
     fcntl = None
 
 RUNS = Path("runs")
-PACKAGES = ("crate-fast", "torch", "triton", "lion-pytorch", "numpy", "pillow", "safetensors", "scikit-learn")
+PACKAGES = (
+    *("crate-fast", "torch", "triton", "lion-pytorch", "numpy", "opencv-python-headless", "pillow", "safetensors"),
+    *("scikit-learn", "simplejpeg"),
+)
 
 lock_held: int | None = None
 """The descriptor that holds the lock of this process's run, for processes forked from it to close."""
