@@ -34,13 +34,29 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from crate_fast.kernels import attention, gradients, ista, layer, linear, mssa, runtime, stack, tuning, weights
+from crate_fast.kernels import (
+    attention,
+    attention_gradient,
+    gradients,
+    ista,
+    layer,
+    linear,
+    mssa,
+    runtime,
+    stack,
+    tuning,
+    weight_gradients,
+    weights,
+)
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 """KiB of shared memory that one program can have."""
 
 MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 """What 16-bit products must be made of where that is not HMMA."""
+
+MODULES = (attention, attention_gradient, gradients, linear, stack, weight_gradients, weights)
+"""Where kernels are."""
 
 NOT_MATRIX = {"_prepare_kernel", "_finish_kernel", "_delta_kernel", "_leave_kernel"}
 
@@ -194,9 +210,7 @@ class Row(NamedTuple):
 
 def compile_one(launch: Launch, arch: str) -> Row:
     """Compiles one launch for one architecture and reads the machine code."""
-    kernel = next(
-        getattr(m, launch.kernel) for m in (attention, linear, gradients, stack, weights) if hasattr(m, launch.kernel)
-    )
+    kernel = next(getattr(module, launch.kernel) for module in MODULES if hasattr(module, launch.kernel))
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(fn=kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=launch.options)

@@ -98,7 +98,7 @@ def _milliseconds(run: Callable) -> float:
 
 def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workload]:
     """Every kernel of a layer on `tokens` (batch, tokens, dim), of the operands' dtype, as forward and backward launch it."""
-    from .kernels import gradients, layer, linear, mssa
+    from .kernels import gradients, layer, linear, mssa, weight_gradients
 
     batch, count, dim = tokens.shape
     dtype, inner, scale = tokens.dtype, heads * head_width, head_width**-0.5
@@ -118,7 +118,7 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
     dw = dw.view(-1, inner)
 
     def weight_gradient(size: tuple[int, int], a, g, **norm) -> Workload:
-        return Workload("weight_gradient", size, lambda: gradients.weight_gradient(a, g, dtype, **norm))
+        return Workload("weight_gradient", size, lambda: weight_gradients.weight_gradient(a, g, dtype, **norm))
 
     jobs = [
         Workload("project", (dim, inner), lambda: linear.norm_linear(x, project, None, dtype, 1e-5, statistics)),

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gradients import data_gradient, weight_gradient
+from .gradients import data_gradient
 from .linear import linear
 from .runtime import operator
+from .weight_gradients import weight_gradient
 
 
 @operator(fake=lambda h, matrix, shrinkage: torch.empty_like(h, memory_format=torch.contiguous_format))

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient, weight_gradient
+from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient
 from .linear import Folded, Statistics, linear, norm_linear
 from .mssa import mssa_backward, mssa_forward
 from .runtime import operator
 from .stack import Stream, fit_sums
+from .weight_gradients import weight_gradient
 from .weights import finish_norm_product, finish_product, prepare_weights
 
 

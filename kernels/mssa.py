@@ -8,7 +8,8 @@ For one head, w of shape (N, p), S = w wᵀ · scale, which is symmetric:
                 dw = scale · E w + Pᵀ do
 
 Both P and Pᵀ come from one tile of S, because S is symmetric, so a program that owns the rows of a tile writes all of their
-gradient: 5 products a tile, no atomics, no dQ, dK or dV, and the same bits from run to run. The kernels are in attention.py.
+gradient: 5 products a tile, no atomics, no dQ, dK or dV, and the same bits from run to run. The kernels are in
+attention.py and attention_gradient.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import shapes
-from .attention import _delta_kernel, _mssa_backward_kernel, _mssa_forward_kernel
+from .attention import _mssa_forward_kernel
+from .attention_gradient import _delta_kernel, _mssa_backward_kernel
 from .linear import Folded
 from .runtime import launch, operator, product_precision
 from .tuning import Config

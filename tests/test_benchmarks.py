@@ -102,7 +102,7 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path):
     shutil.copytree(ROOT / "crate_fast", tmp_path / "crate_fast")
     shutil.copytree(ROOT / "kernels", tmp_path / "crate_fast" / "kernels")
     shutil.copytree(BENCHMARKS, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
-    kernel = tmp_path / "crate_fast" / "kernels" / "attention.py"
+    kernel = tmp_path / "crate_fast" / "kernels" / "attention_gradient.py"
     right, wrong = "* (b_dp - b_delta_i[:, None])", "* (b_dp + b_delta_i[:, None])"
     source = kernel.read_text()
     assert source.count(right) == 1

@@ -8,8 +8,8 @@ from conftest import DTYPES, HALVES
 
 from crate_fast import functional, reference
 from crate_fast.kernels import MSSA, LayerWeights, prepare_layers, stack_weights
-from crate_fast.kernels.gradients import weight_gradient
 from crate_fast.kernels.linear import Statistics, norm_linear
+from crate_fast.kernels.weight_gradients import weight_gradient
 from crate_fast.kernels.weights import finish_norm_product, finish_product
 
 TOKENS = (1, 17, 65, 197, 257)
