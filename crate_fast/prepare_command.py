@@ -45,7 +45,7 @@ def add_prepare(subcommands) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     require("PIL", "numpy", "simplejpeg", "tqdm")
-    from .training.packing import UNREADABLE, Settings, prepare, verify
+    from .training.packing import UNREADABLE, Settings, in_words, prepare, verify
 
     settings = Settings(arguments.short_side, arguments.raw, arguments.quality, arguments.pack_images)
     done = prepare(arguments.source, arguments.target, settings, arguments.workers)
@@ -54,7 +54,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         print(f"crate-fast: warning: unreadable, left out: {place}: {entry.reason}", file=sys.stderr)
     counts = ", ".join(f"{count:,} {split}" for split, count in done.images.items())
     left_out = f"; {len(done.unreadable):,} left out, listed in {arguments.target / UNREADABLE}" if done.unreadable else ""
-    print(f"{counts} images in {done.packs} packs, {done.size / 1e9:,.2f} GB{left_out}")
+    print(f"{counts} images in {done.packs} packs, {in_words(done.size)}{left_out}")
     if arguments.verify:
         print(f"{verify(arguments.target):,} images read back: all are what was written")
     print(f"train on them with: crate-fast train --data {arguments.target}")

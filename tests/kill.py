@@ -87,6 +87,14 @@ class Attempt:
                 continue
         self.process.wait()
 
+    def stop(self, everywhere: bool) -> None:
+        """Sends SIGTERM, to every process of it as schedulers do or to the first, and waits until it has saved and ended."""
+        for pid in (*(_descendants(self.process.pid) if everywhere else ()), self.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        self.process.wait(timeout=60)
+        if "saved" not in self.log():
+            raise SystemExit(f"the run did not save: {self.log()}")
+
     def log(self) -> str:
         """The last lines of what it printed."""
         return (self.out.parent / f"{self.out.name}.log").read_text()[-2000:]
@@ -137,8 +145,7 @@ def compare(
         attempt = Attempt(data, killed, ranks, workers[number % len(workers)], more)
         attempt.wait_for(moment)
         if moment == "SIGTERM":
-            attempt.process.terminate()
-            attempt.process.wait(timeout=60)
+            attempt.stop(everywhere=ranks == 1)
         else:
             attempt.kill()
         print(f"{ranks} processes, {workers[number % len(workers)]} workers: {moment} after step {attempt.step()}", flush=True)

@@ -1,5 +1,6 @@
 """From packs: the same batches however they are read, in evaluation those of the folder; damage told in one line."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from conftest import call
 from pictures import make_folder, photographs
 from PIL import Image
 
-from crate_fast.training import TrainConfig, packed, resolve
+from crate_fast.training import TrainConfig, packed, resolve, train
 from crate_fast.training.data import open_data
 from crate_fast.training.encoding import Settings
 from crate_fast.training.packing import prepare
@@ -144,3 +145,29 @@ def test_packs_that_are_not_all_there_are_refused(folder, tmp_path):
     (tmp_path / "packs" / "packs.json").write_text("{}")
     with pytest.raises(PackError, match=r"packs\.json: damaged"):
         open_data(config_for(tmp_path / "packs"), CPU, ALONE)
+
+
+def test_a_run_is_not_taken_up_with_other_data(folder, tmp_path, capsys):
+    """The same images elsewhere or packed again are the same data; other classes, counts, or a folder for packs are not."""
+    prepare(folder, tmp_path / "packs", SMALL, workers=1)
+    run, _ = train(config_for(tmp_path / "packs", epochs=1, out=str(tmp_path / "run")))
+    moved = (tmp_path / "packs").rename(tmp_path / "moved")
+    assert call(capsys, "train", "--resume", run.path, "--data", moved)[0] == 0
+    renamed = Path(shutil.copytree(folder, tmp_path / "renamed"))
+    for split in ("train", "val"):
+        first = min((renamed / split).iterdir())
+        first.rename(first.with_name("zzz"))
+    prepare(renamed, tmp_path / "other names", SMALL, workers=1)
+    fewer = make_folder(tmp_path / "fewer", train=30, val=12)
+    prepare(fewer, tmp_path / "fewer packs", SMALL, workers=1)
+    for data, words in (
+        (tmp_path / "other names", "the classes have other names, or another order"),
+        (tmp_path / "fewer packs", "the number of training images is another (30, not 36)"),
+        (folder, "they are of another kind (folder, not packs)"),
+    ):
+        status, _, err = call(capsys, "train", "--resume", run.path, "--data", data)
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"--data: not what the run in {run.path} was started with: {words}" in err
+    status, _, err = call(capsys, "evaluate", run.path, "--data", tmp_path / "other names")
+    assert status == 2 and "the classes have other names, or another order" in err
+    assert call(capsys, "evaluate", run.path, "--data", folder)[0] == 0

@@ -4,6 +4,7 @@ import fcntl
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import struct
 from pathlib import Path
@@ -234,6 +235,18 @@ def test_verify_finds_what_nobody_has_read_yet(straight, tmp_path, folder, capsy
     )
 
 
+def test_a_pack_in_anothers_place_is_refused_and_written_anew(folder, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "packs")
+    shutil.copy(straight / "train-00000.pack", tmp_path / "packs" / "train-00001.pack")
+    with pytest.raises(PackError, match=r"train-00001\.pack: a pack, but not the one that packs\.json lists"):
+        open_packs(tmp_path / "packs")
+    with pytest.raises(PackError, match="not the one"):
+        verify(tmp_path / "packs")
+    prepare(folder, tmp_path / "packs", SMALL, workers=1)
+    assert "train-00001.pack: a pack, but not the one" in capsys.readouterr().err
+    assert contents(tmp_path / "packs") == contents(straight)
+
+
 def test_what_cannot_be_packed_is_named(folder, straight, tmp_path, capsys, monkeypatch):
     def refused(*words) -> str:
         status, _, err = call(capsys, "prepare", "imagenet", *words)
@@ -252,12 +265,12 @@ def test_what_cannot_be_packed_is_named(folder, straight, tmp_path, capsys, monk
     monkeypatch.setattr(packing, "PATIENCE", 0.2)
     descriptor = os.open(straight, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    assert f"{straight}: a run that is not over is in it" in refused(folder, straight)
+    assert f"{straight}: another prepare is in it" in refused(folder, straight)
     os.close(descriptor)
     other = make_folder(tmp_path / "other", train=9, val=3)
     assert "begun with other files" in refused(other, straight, "--raw", "--short-side", 24, "--pack-images", 5)
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
-    assert re.search(r"where 0\.0 GB are free; about [\d.]+ GB are needed", refused(folder, tmp_path / "packs"))
+    assert re.search(r"where 0\.0 MB are free; about [\d.]+ MB are needed", refused(folder, tmp_path / "packs"))
 
 
 def test_counts_are_checked_where_the_classes_are_imagenets(monkeypatch):

@@ -87,7 +87,7 @@ def test_a_finished_run_goes_on_to_itself(finished, tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "packed"])
 def test_three_kills_leave_no_trace(tmp_path, kind):
-    kill.compare(tmp_path, 1, (0, 3), ("writing", "evaluating", "step"), kind=kind)
+    kill.compare(tmp_path, 1, (0, 3), ("writing", "SIGTERM", "step"), kind=kind)
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside(finished, tmp_path, monkeypatch, capsys):

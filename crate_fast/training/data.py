@@ -70,4 +70,4 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
         return Packed(open_packs(config.data), config, device, ranks)
     train, test, names = open_folder(config.data)
     packs = f"packs: crate-fast prepare imagenet {config.data} DST, then train --data DST"
-    return Photos("folder", train, test, len(names), config, device, ranks, packs)
+    return Photos("folder", train, test, len(names), config, device, ranks, packs, names)

@@ -14,7 +14,7 @@ from .data import Data, open_data
 from .metrics import Score, evaluate
 from .ranks import join, leave, read_ranks
 from .resolve import resolve
-from .rundir import RunDirectory
+from .rundir import CLASS_NAMES, RunDirectory
 
 SAID = ("dim", "depth", "heads")  # what --arch says of a model
 # Settings of the run's own data, which are no others'.
@@ -59,6 +59,9 @@ def evaluate_run(
     model = _load(file, settings, arch)
     images = open_data(replace(settings, image_size=model.image_size[0], patch_size=model.patch_size[0]), compute.device, ranks)
     _check_fits(model, images, file)
+    run = _run_of(path)
+    if run is not None:
+        run.check_same_data(images.describe(), CLASS_NAMES)
     batches = images.test_batches(max(1, settings.batch_size // ranks.count), ranks)
     score = evaluate(model.to(compute.device), batches, compute, ranks)
     leave(ranks)
@@ -70,15 +73,20 @@ def is_first() -> bool:
     return read_ranks().first
 
 
+def _run_of(path: Path) -> RunDirectory | None:
+    """The run of which `path` is the directory, or a file up to two folders down."""
+    runs = map(RunDirectory, (path, path.parent, path.parent.parent))
+    return next((run for run in runs if run.config.is_file()), None)
+
+
 def _settings(path: Path, asked: dict) -> TrainConfig:
-    """How the run computed of which `path` is the directory, or a file up to two folders down; defaults without a run."""
-    for folder in (path, path.parent, path.parent.parent):
-        run = RunDirectory(folder)
-        if run.config.is_file():
-            own = run.read_config()
-            still = {} if asked.get("data", own.data) == own.data else dict(UNMOVED)
-            return replace(own, classes=None, **still | asked)
-    return resolve(asked)
+    """How the run of `path` computed; defaults without a run."""
+    run = _run_of(path)
+    if run is None:
+        return resolve(asked)
+    own = run.read_config()
+    still = {} if asked.get("data", own.data) == own.data else dict(UNMOVED)
+    return replace(own, classes=None, **still | asked)
 
 
 def _load(file: Path, settings: TrainConfig, arch: str | None) -> CRATE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -106,9 +107,10 @@ class Photos:
         device: torch.device,
         ranks: Ranks,
         quicker: str,
+        class_names: list[str] | None = None,
     ) -> None:
         self.name, self.classes, self._config, self._device = name, classes, config, device
-        self._train, self._test = train, test
+        self._train, self._test, self.class_names = train, test, class_names
         self.advice = more_workers(config.workers, quicker)
         self._workers = -(-config.workers // ranks.local_count)
         self._unreadable: set[str] = set()
@@ -213,7 +215,13 @@ def ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterat
 def describe(data) -> dict:
     """Name, classes, counts of images and how they are normalised, of data normalised by `Normalise`."""
     counts = {"train_images": data.train_count, "test_images": data.test_count}
-    return {"name": data.name, "classes": data.classes, **counts, "mean": MEAN, "std": STD}
+    names = {} if data.class_names is None else {"class_names": digest(data.class_names)}
+    return {"name": data.name, "classes": data.classes, **names, **counts, "mean": MEAN, "std": STD}
+
+
+def digest(class_names: list[str]) -> str:
+    """What tells the classes of folders apart, names and order: the start of a SHA-256 of their names by lines."""
+    return hashlib.sha256("\n".join(class_names).encode()).hexdigest()[:16]
 
 
 class Synthetic:

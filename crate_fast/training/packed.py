@@ -158,6 +158,7 @@ class Packed:
 
     def __init__(self, packs: Packs, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
         self._packs, self._config, self._device = packs, config, device
+        self.class_names = packs.classes
         self.classes, self.train_count, self.test_count = len(packs.classes), len(packs.train), len(packs.val)
         workers = -(-config.workers // ranks.local_count)
         part = -(-config.batch_size // (config.accumulate * ranks.count))

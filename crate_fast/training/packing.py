@@ -28,7 +28,7 @@ from ..checkpoint import write_atomically
 from .config import ConfigError
 from .encoding import Settings, encode
 from .folder import Photographs, open_folder
-from .packs import MANIFEST, SETTINGS, Encoded, Pack, PackError, Unreadable, open_packs, write_pack
+from .packs import MANIFEST, SETTINGS, Encoded, Pack, PackError, Unreadable, open_listed, open_packs, write_pack
 from .rundir import RunDirectory, unlock
 from .stop import leave_signals_to_the_run
 
@@ -81,7 +81,7 @@ def _lock(target: Path) -> None:
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            return RunDirectory(target).lock()
+            return RunDirectory(target).lock("another prepare")
         except ConfigError:
             if time.monotonic() > end:
                 raise
@@ -92,7 +92,8 @@ def _prepare(source: Path, target: Path, splits: dict, classes: list[str], setti
     jobs = {split: _plan(source, target, split, store, settings) for split, store in splits.items()}
     for line in count_warnings(classes, {split: len(store) for split, store in splits.items()}):
         print(f"crate-fast: warning: {line}", file=sys.stderr)
-    missing = {split: [job for job in jobs[split] if not _is_there(job.path)] for split in jobs}
+    listed = _listed(target)
+    missing = {split: [job for job in jobs[split] if not _is_there(job.path, listed.get(job.path.name))] for split in jobs}
     _check_space(target, missing, settings)
     _write_all([*missing["train"], *missing["val"]], settings, workers)
     return _finish(target, jobs, classes, settings)
@@ -154,7 +155,7 @@ def _check_same(path: Path, ours: dict) -> None:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: damaged ({error}); packs need a folder of their own") from error
     if "files" in differing:
-        raise ConfigError(f"{path.parent} was begun with other files than SRC has now; packs need a folder of their own")
+        raise ConfigError(f"{path.parent} was begun with other files than SRC has now; they need a folder of their own")
     for name in differing:
         raise ConfigError(
             f"--{name.replace('_', '-')} is {ours[name]}; {path.parent} was begun with {theirs[name]}, which the rest keeps"
@@ -180,12 +181,21 @@ def _plan(source: Path, target: Path, split: str, store: Photographs, settings: 
     return jobs
 
 
-def _is_there(path: Path) -> bool:
-    """Whether a pack is written; one that is damaged is written anew."""
+def _listed(target: Path) -> dict[str, int]:
+    """The packs' checksums by their names, where they were all written before."""
+    try:
+        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["train"]["packs"] | manifest["val"]["packs"]
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}  # it is written anew
+
+
+def _is_there(path: Path, checksum: int | None) -> bool:
+    """Whether a pack is written, with this checksum if it is known; one that is damaged, or another, is written anew."""
     if not path.exists():
         return False
     try:
-        Pack(path)
+        Pack(path) if checksum is None else open_listed(path, checksum)
     except PackError as error:
         print(f"crate-fast: warning: {error}; it is written anew", file=sys.stderr)
         return False
@@ -197,11 +207,14 @@ def _check_space(target: Path, missing: dict[str, list[Job]], settings: Settings
     needed = sum(_estimate(jobs, settings) for jobs in missing.values())
     free = shutil.disk_usage(target).free
     if needed:
-        print(f"about {needed / 1e9:,.1f} GB to write; {free / 1e9:,.1f} GB are free in {target}", flush=True)
+        print(f"about {in_words(needed)} to write; {in_words(free)} are free in {target}", flush=True)
     if needed * MARGIN > free:
-        raise ConfigError(
-            f"DST is {target}, where {free / 1e9:,.1f} GB are free; about {needed * MARGIN / 1e9:,.1f} GB are needed"
-        )
+        raise ConfigError(f"DST is {target}, where {in_words(free)} are free; about {in_words(needed * MARGIN)} are needed")
+
+
+def in_words(size: float) -> str:
+    """Bytes as GB, or as MB where they are few."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def _estimate(jobs: list[Job], settings: Settings) -> float:
@@ -283,7 +296,8 @@ def _finish(target: Path, jobs: dict[str, list[Job]], classes: list[str], settin
             raise ConfigError(f"SRC: not one image of {split} can be read; the first: {': '.join(unreadable[0])}")
     text = "".join(f"{entry.name}\t{entry.reason}\n" for entry in unreadable)
     write_atomically(target / UNREADABLE, lambda file: file.write(text.encode()))
-    content = {split: {"images": images[split], "packs": [pack.path.name for pack in packs[split]]} for split in packs}
+    checksums = {split: {pack.path.name: pack.checksum for pack in packs[split]} for split in packs}
+    content = {split: {"images": images[split], "packs": checksums[split]} for split in packs}
     manifest = json.dumps({"settings": asdict(settings), "classes": classes, **content}, indent=1) + "\n"
     write_atomically(target / MANIFEST, lambda file: file.write(manifest.encode()))
     size = sum(pack.path.stat().st_size for split in packs for pack in packs[split])

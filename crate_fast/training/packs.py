@@ -85,7 +85,8 @@ def _write(file, images: Iterable[Encoded | Unreadable]) -> None:
 
 
 class Pack:
-    """A pack, mapped as `bytes`; `index` has a row of `INDEX` for each image.
+    """A pack, mapped as `bytes`; `index` has a row of `INDEX` for each image. `checksum` is of the
+    header, which has those of index and notes, which have those of the images.
 
     Raises:
         PackError: the file is missing, no pack, or damaged; the message says at which byte.
@@ -159,6 +160,7 @@ class Pack:
             raise self._damaged(0, "it is no pack")
         if zlib.crc32(header).to_bytes(4, "little") != self._map[HEADER.size : HEADER_SIZE]:
             raise self._damaged(0, "its header is not what was written")
+        self.checksum = zlib.crc32(header)
         if version != VERSION:
             raise PackError(f"{self.path}: a pack of version {version}; this reads version {VERSION}")
         if size != len(self.bytes):
@@ -241,6 +243,18 @@ class Packs(NamedTuple):
     classes: list[str]
 
 
+def open_listed(path: Path, checksum: int) -> Pack:
+    """The pack at `path`, which must be the one with this checksum.
+
+    Raises:
+        PackError: it is another, or missing or damaged.
+    """
+    pack = Pack(path)
+    if pack.checksum != checksum:
+        raise PackError(f"{path}: a pack, but not the one that {MANIFEST} lists; `crate-fast prepare` writes that anew")
+    return pack
+
+
 def is_packed(path: str | Path) -> bool:
     """Whether `path` is a folder that `crate-fast prepare` has filled, or begun to fill."""
     return any((Path(path) / name).is_file() for name in (MANIFEST, SETTINGS))
@@ -257,11 +271,13 @@ def open_packs(path: str | Path) -> Packs:
         raise PackError(f"{path}: `crate-fast prepare` has not come to its end there; the same command goes on with it")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        classes, names = manifest["classes"], {split: manifest[split]["packs"] for split in ("train", "val")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise PackError(f"{path / MANIFEST}: damaged ({error})") from error
-    splits = [Split([Pack(path / name) for name in names[split]]) for split in ("train", "val")]
+        classes = manifest["classes"]
+        names = {split: list(manifest[split]["packs"].items()) for split in ("train", "val")}
+        counts = {split: int(manifest[split]["images"]) for split in names}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PackError(f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})") from error
+    splits = [Split([open_listed(path / name, checksum) for name, checksum in names[split]]) for split in names]
     for split, name in zip(splits, names, strict=True):
-        if len(split) != manifest[name]["images"] or not len(split) or split.labels.max() >= len(classes):
+        if len(split) != counts[name] or not len(split) or split.labels.max() >= len(classes):
             raise PackError(f"{path / MANIFEST}: its {name} packs do not hold what it says")
     return Packs(*splits, classes)

@@ -22,7 +22,7 @@ BITS, HALF = 22, 11  # of Pillow's weights
 class Resident:
     """Training and test images of `Pictures` on `device`, in batches; the interface is `data.Data`."""
 
-    channels, advice = 3, None
+    channels, advice, class_names = 3, None, None  # the data set has its names
 
     def __init__(
         self, name: str, train: Pictures, test: Pictures, classes: int, config: TrainConfig, device: torch.device

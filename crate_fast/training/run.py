@@ -93,6 +93,8 @@ def _train(
     # Weights before data, which may have to be downloaded or listed for minutes.
     weights = read_weights(config.init) if config.init and checkpoint is None else None
     data = open_data(config, compute.device, ranks)
+    if run is not None:
+        run.check_same_data(data.describe())
     plan = make_plan(config, data.train_count, ranks)
     model = build_model(config, data)
     lines = [] if weights is None else [start_from(model, weights, config.init)]

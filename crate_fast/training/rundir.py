@@ -20,6 +20,16 @@ except ImportError:  # not on Windows, where runs are not kept apart
     fcntl = None
 
 RUNS = Path("runs")
+CLASS_NAMES = {"class_names": "the classes have other names, or another order"}
+FACTS = {
+    "name": "they are of another kind",
+    "classes": "the number of classes is another",
+    **CLASS_NAMES,
+    "train_images": "the number of training images is another",
+    "test_images": "the number of test images is another",
+}
+"""What must not differ where a run goes on, by its name in config.json."""
+
 PACKAGES = (
     *("crate-fast", "torch", "triton", "lion-pytorch", "numpy", "opencv-python-headless", "pillow", "safetensors"),
     *("scikit-learn", "simplejpeg"),
@@ -55,11 +65,11 @@ class RunDirectory:
         run.checkpoints.mkdir(exist_ok=True)
         return run
 
-    def lock(self) -> None:
+    def lock(self, who: str = "a run that is not over") -> None:
         """Keeps other runs out of the directory until this process ends, however it ends.
 
         Raises:
-            ConfigError: a run that is not over is in it.
+            ConfigError: `who`, in words, is in it.
         """
         global lock_held
         if fcntl is None:
@@ -69,7 +79,7 @@ class RunDirectory:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(descriptor)
-            raise ConfigError(f"{self.path}: a run that is not over is in it") from error
+            raise ConfigError(f"{self.path}: {who} is in it") from error
         lock_held = descriptor
 
     def write_config(self, config: dict) -> None:
@@ -112,6 +122,19 @@ class RunDirectory:
             raise ConfigError(f"{self.config}: {error.strerror}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.config}: not the configuration of a run ({error})") from error
+
+    def check_same_data(self, now: dict, facts: dict[str, str] = FACTS) -> None:
+        """Compares data, as they `describe` themselves, with what the run was started with.
+
+        Raises:
+            ConfigError: one of the `facts` differs, which are in words beside their names.
+        """
+        before = json.loads(self.config.read_text(encoding="utf-8")).get("data", {})
+        for name, words in facts.items():
+            if name in before and name in now and before[name] != now[name]:
+                raise ConfigError(
+                    f"--data: not what the run in {self.path} was started with: {words} ({now[name]}, not {before[name]})"
+                )
 
     def read_launch(self) -> str | None:
         """The name of the launch that made the run, or None."""

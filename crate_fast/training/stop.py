@@ -58,6 +58,13 @@ class Signals:
 
 
 def leave_signals_to_the_run() -> None:
-    """In a process that only reads images: SIGTERM ends it, the other signals are for the run's process to act on."""
+    """In a process that only reads images: signals are for the run's process to act on. A scheduler sends SIGTERM to every
+    process, and the run wants images until its step is at an end; so that ends this one only when the run has had its time."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        signal.signal(number, _leave_last if number == signal.SIGTERM else signal.SIG_IGN)
+
+
+def _leave_last(number: int, frame: FrameType | None) -> None:
+    timer = threading.Timer(max(GRACE.values()), os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()
