@@ -44,7 +44,8 @@ def open_folder(path: str | Path, word: str = "--data") -> tuple[Photographs, Ph
     """
     path = Path(path)
     if not path.is_dir():
-        raise ConfigError(f"{word} is {path}, which is no directory")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"  # a run remembers its data as they were given
+        raise ConfigError(f"{word} is {path}, which is no directory{where}")
     names = {split: _classes(path / split, word) for split in ("train", "val")}
     train, val = (set(names[split]) for split in ("train", "val"))
     if train != val:
