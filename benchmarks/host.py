@@ -12,11 +12,14 @@ A layer's time is what ten layers more take more, over ten; forward and backward
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -27,6 +30,7 @@ import triton
 from torch import Tensor, nn
 
 from crate_fast import CRATE, kernels, reference
+from timing import machine
 
 DEPTHS = (2, 12)
 SIZES = dict(image_size=8, patch_size=4, num_classes=4, dim=32, heads=2, dim_head=16)
@@ -110,13 +114,16 @@ def _step(model: nn.Module, x: Tensor, training: bool) -> tuple[float, float]:
     return forwarded - started, clock() - forwarded
 
 
-def print_host() -> int:
-    """The table; the exit status."""
+def print_host(out: Path | None) -> int:
+    """The table, written to `out` as JSON too; the exit status."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     how = "queued on the GPU" if device.type == "cuda" else "kernels do nothing"
     print(f"microseconds of the host, medians; {how}; torch {torch.__version__}, triton {triton.__version__}")
     print(f"{'':28}{'layer forward':>15}{'layer backward':>16}{'step of ' + str(DEPTHS[1]) + ' layers':>20}")
-    for name, row in measure(device).items():
+    rows = measure(device)
+    if out is not None:
+        out.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    for name, row in rows.items():
         print(
             f"{name:28}"
             + "".join(
@@ -127,4 +134,4 @@ def print_host() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(print_host())
+    raise SystemExit(print_host(Path(sys.argv[1]) if len(sys.argv) > 1 else None))

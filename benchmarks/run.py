@@ -196,6 +196,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 parser.error(f"{flag} names {value!r}; allowed are {', '.join(known)}")
     if options.out and options.out.suffix != ".json":
         parser.error(f"--out is {options.out}; its name must end in .json (pictures go to the folder of that name without it)")
+    if options.out and options.suite == ["traffic"]:
+        parser.error("--out is for what is measured; --suite traffic counts")
     if any(batch < 1 for batch in options.batch or ()):
         parser.error(f"--batch is {min(options.batch)}; it must be at least 1")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -215,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         return print_traffic()
     if options.suite == ["host"]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-        return subprocess.run([sys.executable, Path(__file__).with_name("host.py")], env=environment, check=False).returncode
+        command = [sys.executable, Path(__file__).with_name("host.py"), *([options.out] if options.out else [])]
+        return subprocess.run(command, env=environment, check=False).returncode
     for alone in set(ALONE) & set(options.suite or ()):
         raise SystemExit(f"run.py: error: --suite {alone} goes alone: it times no peer")
     torch.manual_seed(0)

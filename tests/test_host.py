@@ -1,5 +1,6 @@
 """The kernels' host side without a GPU: Triton's launch code runs up to the driver's call, in processes of their own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -72,9 +73,11 @@ def test_fused_models(program):
     assert result.returncode == 0, result.stderr
 
 
-def test_the_hosts_time_is_measured_without_a_gpu():
-    result = run(str(BENCHMARKS / "run.py"), "--suite", "host")
+def test_the_hosts_time_is_measured_without_a_gpu(tmp_path):
+    result = run(str(BENCHMARKS / "run.py"), "--suite", "host", "--out", str(tmp_path / "host.json"))
     assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "host.json").read_text())
+    assert written["machine"]["triton"] and written["rows"]["crate_fast, training"]["step"] > 0
     lines = [line.rsplit(maxsplit=3) for line in result.stdout.splitlines()[2:]]
     assert {name for name, *_ in lines} == {
         f"{a}, {b}" for a in ("crate_fast", "published") for b in ("training", "evaluation")
