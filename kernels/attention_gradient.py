@@ -1,7 +1,4 @@
-"""Triton kernels of tied attention's gradient; mssa.py has their mathematics and launches them, attention.py the names.
-
-Products of scores come first, then what is made of them: the other order takes 9 registers more at head width 64, 55 at 80.
-"""
+"""Triton kernels of tied attention's gradient; mssa.py has their mathematics and launches them, attention.py the names."""
 
 from __future__ import annotations
 
