@@ -60,7 +60,7 @@ GRADIENTS = """
 import sys, torch
 from test_loop import make_trainer, step
 from crate_fast.training.plan import make_plan
-from crate_fast.training.ranks import join, read_ranks
+from crate_fast.training.ranks import join, leave, read_ranks
 from crate_fast.training.parallel import replicate
 
 ranks = read_ranks()
@@ -71,6 +71,7 @@ trainer.ranks, trainer.net = ranks, replicate(trainer.model, trainer.compute)
 step(trainer, 0)
 step(trainer, 22)
 torch.save([trainer.flat.gradients, trainer.flat.weights, trainer.meter.sums], sys.argv[1] + str(ranks.rank))
+leave(ranks)
 """
 
 
