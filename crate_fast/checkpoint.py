@@ -137,7 +137,7 @@ def load_file(path: Path, device: str | torch.device, overrides: dict) -> CRATE:
             arguments, taken = infer_arguments(weights, known)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: {first_line(error)}") from error
-        if taken:
+        if taken and os.environ.get("RANK", "0") == "0":  # once, where torchrun started many processes
             words = ", ".join(f"{name}={value!r}" for name, value in taken.items())
             print(f"crate-fast: {path}: taken as published, since shapes do not tell it: {words}", file=sys.stderr)
     return _build(path, arguments, weights, overrides).to(device)

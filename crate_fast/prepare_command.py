@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(f"{counts} images in {done.packs} packs, {in_words(done.size)}{left_out}")
     if arguments.verify:
         print(f"{verify(arguments.target):,} images read back: all are what was written")
-    print(f"train on them with: crate-fast train --data {arguments.target}")
+    print(f"train on them with: crate-fast train --data {shlex.quote(str(arguments.target))}")
 
 
 def _pixels(text: str) -> int:

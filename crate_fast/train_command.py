@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import fields
 from itertools import groupby
@@ -137,4 +138,4 @@ def _run(arguments: argparse.Namespace) -> None:
     run, score = train(config, given=given, resume=arguments.resume)
     if run is not None:  # rank 0
         print(f"test {score}")
-        print(f"evaluate it again with: crate-fast evaluate {run.path}")
+        print(f"evaluate it again with: crate-fast evaluate {shlex.quote(str(run.path))}")

@@ -44,7 +44,7 @@ def small_model(**options):
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["archive", "legacy"])
 @pytest.mark.parametrize("wrap", SHAPES.values(), ids=SHAPES)
-def test_published_checkpoints_give_the_published_logits(published_class, wrap, legacy, tmp_path, capsys):
+def test_published_checkpoints_give_the_published_logits(published_class, wrap, legacy, tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
     published = published_class(**MEDIUM).eval()
     path = tmp_path / "checkpoint.pth.tar"
@@ -57,6 +57,9 @@ def test_published_checkpoints_give_the_published_logits(published_class, wrap, 
     taken = "heads=3, dim_head=64, pool='cls', ista=0.1, lambd=0.1"
     words = f"crate-fast: {path}: taken as published, since shapes do not tell it: {taken}\n"
     assert capsys.readouterr() == ("", words)
+    monkeypatch.setenv("RANK", "1")  # under torchrun the first process says it
+    load_checkpoint(path)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_safetensors_without_our_metadata(tmp_path, capsys):

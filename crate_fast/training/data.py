@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -69,5 +70,5 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
         require("cv2", "simplejpeg")
         return Packed(open_packs(config.data), config, device, ranks)
     train, test, names = open_folder(config.data)
-    packs = f"packs: crate-fast prepare imagenet {config.data} DST, then train --data DST"
+    packs = f"packs: crate-fast prepare imagenet {shlex.quote(config.data)} DST, then train --data DST"
     return Photos("folder", train, test, len(names), config, device, ranks, packs, names)
