@@ -69,6 +69,12 @@ DTYPES = {
     "fp16 parameters": (torch.float16, torch.float16, torch.float16),
     "bf16 parameters": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
 }
+SIZES = {"": (16, 208, 256, 64), " odd": (16, 197, 100, 20)}  # batch, tokens, dim, head width
+ONES = {
+    "fp16": {" one image": (1, 208, 256, 64), " one head": (16, 208, 64, 64)},
+    "fp32": {" one image": (1, 208, 256, 64), " one token": (1, 1, 32, 32)},
+}
+"""Arguments that are 1, which Triton makes constants: only the compiler shows what a constant cannot do."""
 HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128)
 
 
@@ -104,12 +110,8 @@ def _collect() -> list[Launch]:
             run()
 
     for dtypes, (parameter, stream, operand) in DTYPES.items():
-        for size, (tokens, dim, head_width) in {"": (208, 256, 64), " odd": (197, 100, 20)}.items():
-            record(
-                f"{dtypes}{size}",
-                operand,
-                lambda p=parameter, s=stream, o=operand, n=tokens, d=dim, h=head_width: _layer(p, s, o, n, d, h),
-            )
+        for name, size in (SIZES | ONES.get(dtypes, {})).items():
+            record(f"{dtypes}{name}", operand, lambda p=parameter, s=stream, o=operand, n=size: _layer(p, s, o, *n))
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for head_width in HEAD_WIDTHS:
             record(f"{_short(dtype)} width {head_width}", dtype, lambda t=dtype, h=head_width: _attention(t, h))
@@ -123,14 +125,14 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _layer(parameter, stream, operand, tokens: int, dim: int, head_width: int) -> None:
+def _layer(parameter, stream, operand, batch: int, tokens: int, dim: int, head_width: int) -> None:
     """A layer forward and backward, on tensors without memory."""
     vector, matrix = _empty(dim, dtype=parameter), _empty(dim, dim, dtype=parameter)
     weights = layer.LayerWeights(vector, vector, matrix, matrix, vector, vector, vector, _empty(dim, dim, dtype=torch.float32))
     heads = dim // head_width
     settings = layer.LayerSettings(heads, head_width**-0.5, 1e-5, 1e-5, 0.01)
     prepared = list(layer.prepare_layers(layer.stack_weights([weights]), 0.01, operand)[0])
-    x = _empty(16, tokens, dim, dtype=stream)
+    x = _empty(batch, tokens, dim, dtype=stream)
     saved = layer.layer_forward.body(x, prepared, vector, vector, heads, settings.scale, 1e-5, 1e-5)
     *saved, sums = saved
     scale, vector = _empty(1, dtype=torch.float32), _empty(dim, dtype=torch.float32)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import functional
-from .plainness import WeightCache
+from .plainness import WeightCache, keeps_nothing
 
 _operators = WeakTensorKeyDictionary()
 """A dictionary D to the `WeightCache` of its M, for as long as D lives."""
@@ -16,7 +16,7 @@ _operators = WeakTensorKeyDictionary()
 
 def kept_operator(weight: Tensor, step_size: float) -> Tensor:
     """`functional.ista_operator`, kept from call to call and formed again when `weight` changes."""
-    if torch.compiler.is_compiling():  # a graph cannot keep it from call to call
+    if keeps_nothing():
         return functional.ista_operator(weight, step_size)
     cache = _operators.get(weight)
     if cache is None:

@@ -41,7 +41,7 @@ def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto
     if w.dim() != 3:
         raise ValueError(f"w has shape {tuple(w.shape)}; it must be (batch, tokens, heads × head width)")
     _, tokens, width = w.shape
-    if not isinstance(heads, int):
+    if not isinstance(heads, int) or isinstance(heads, bool):
         raise TypeError(f"heads is {heads!r}; it must be an integer")
     if heads < 1 or width % heads or width == 0:
         raise ValueError(f"w has width {width}, which {heads} heads do not divide")
@@ -128,7 +128,7 @@ def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, 
     step_size, lambd = check_number("step_size", step_size), check_number("lambd", lambd)
     check_tensor("h", h)
     choice = choose_backend(backend, h)
-    if choice.name == "reference":
+    if choice.name == "reference" or 0 in h.shape[-1:]:
         _check_ista(h, weight)
         return reference.ista(h, weight, step_size, lambd)
     return ista_with_operator(h, weight, None, step_size, lambd, choice.name)

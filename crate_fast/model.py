@@ -12,7 +12,7 @@ from .backend import autocasts, check_backend, check_tensor
 from .evaluated import evaluated_embedding
 from .extras import require
 from .functional import check_number
-from .plainness import drops_nothing, has_global_hooks, is_plain, norm_is_plain, same_place
+from .plainness import drops_nothing, has_global_hooks, is_exported, is_plain, norm_is_plain, same_place
 from .transformer import STREAMS, Transformer, pool_tokens
 
 POOLS = ("cls", "mean")
@@ -141,7 +141,7 @@ class CRATE(nn.Module):
         """Whether `evaluated_embedding` may stand for the modules, on a CPU: GPUs gain nothing from it."""
         if image.device.type != "cpu" or image.numel() == 0 or torch.is_grad_enabled() or autocasts("cpu"):
             return False
-        if has_global_hooks() or torch.compiler.is_exporting() or self.transformer.backend == "reference":
+        if has_global_hooks() or is_exported() or self.transformer.backend == "reference":
             return False
         return self._embedding_is_plain() and same_place((image, *self.to_patch_embedding.parameters(), self.cls_token))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from . import functional, reference
 from .backend import autocasts, choose_backend
 from .evaluated import evaluated_layer, forget_operator, kept_operator
 from .fresh import fresh_weights
-from .plainness import WeightCache, has_global_hooks, is_gathered, is_plain, is_sharded, norm_is_plain, same_place
+from .plainness import WeightCache, has_global_hooks, is_exported, is_gathered, is_plain, is_sharded, norm_is_plain, same_place
 
 
 class PreNorm(nn.Module):
@@ -152,7 +153,7 @@ class Layer(nn.ModuleList):
         """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
         if self.training or torch.is_grad_enabled() or autocasts(x.device.type):
             return False
-        return self.runs_unwatched(x) and not torch.compiler.is_exporting()
+        return self.runs_unwatched(x) and not is_exported()
 
     def runs_unwatched(self, x: Tensor) -> bool:
         """Whether modules may be passed by on "torch": all are plain and nobody watches, and the backend, asked for or chosen,
@@ -164,6 +165,17 @@ class Layer(nn.ModuleList):
         if not same_place(weights) or weights[0].device != x.device or weights[2].shape[1] != x.shape[-1]:
             return False  # the modules say what is wrong
         return choose_backend(attention.backend, x, attention.qkv.out_features // attention.heads).name == "torch"
+
+    def fits(self, dim: int) -> bool:
+        """Whether all sizes are those of a layer of width `dim`, as kernels take them to be, with vectors in one piece."""
+        attention, weights = self[0].fn, self.weights()
+        heads, scale, inner = attention.heads, attention.scale, weights[2].shape[0]
+        if type(heads) is not int or heads < 1 or inner % heads or not isinstance(scale, (int, float)) or not isfinite(scale):
+            return False
+        matrices = {2: (inner, dim), 3: (dim, inner), 7: (dim, dim)}
+        return all(
+            w.shape == matrices[i] if i in matrices else w.shape == (dim,) and w.is_contiguous() for i, w in enumerate(weights)
+        )
 
     def is_fusable(self, backends: tuple[str, ...] = ("auto", "triton")) -> bool:
         """Whether one fused computation may stand for all modules of this layer: none is hooked, changed or dropping out,

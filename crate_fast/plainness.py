@@ -22,6 +22,16 @@ def has_global_hooks() -> bool:
     return any(len(getattr(torch_module, name, ())) for name in _GLOBAL_HOOKS)
 
 
+def is_exported() -> bool:
+    """True while `torch.export` or `torch.jit.trace` records operators for elsewhere, where only PyTorch's own are known."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def keeps_nothing() -> bool:
+    """True while a graph is made, which can keep nothing from call to call."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def is_hooked(module: nn.Module) -> bool:
     """True if a forward, forward-pre, backward or backward-pre hook sits on `module` itself."""
     m = module  # in one line: asked of 13 modules a layer, before each call
@@ -117,7 +127,7 @@ class WeightCache:
 
     def get(self, parameters: tuple[Tensor, ...], key: tuple, make):
         """`make()`, or what it gave last time for the same parameters and key."""
-        if torch.compiler.is_compiling() or any(p.is_inference() for p in parameters) or _is_recorded(parameters[0]):
+        if keeps_nothing() or any(p.is_inference() for p in parameters) or _is_recorded(parameters[0]):
             with torch.no_grad():
                 return make()
         versions = tuple(p._version for p in parameters)

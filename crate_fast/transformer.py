@@ -85,12 +85,11 @@ class Transformer(nn.Module):
         if not isinstance(layer, Layer) or not layer.is_fusable():
             return False
         weights = layer.weights()
-        inner_dim, dim = weights[2].shape
-        if dim != x.shape[-1] or not same_place(weights) or weights[0].device != x.device:
+        if not layer.fits(x.shape[-1]) or not same_place(weights) or weights[0].device != x.device:
             return False  # the composed path says what is wrong
         if not cast and weights[0].dtype != x.dtype:
             return False
-        head_width = inner_dim // layer[0].fn.heads
+        head_width = weights[2].shape[0] // layer[0].fn.heads
         if head_width not in chosen:
             chosen[head_width] = choose_backend(self.backend, x, head_width).name
         return chosen[head_width] == "triton"
@@ -120,7 +119,8 @@ def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torc
     """(dtype of the activations between kernels, dtype of matrix operands) of fused layers under autocast.
 
     "auto" is the leanest stream that is no less precise than the published code under the same autocast, for logits and
-    the median over gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`).
+    the median over gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`). A 16-bit
+    stream rounds a token with its mean: where that is 10 times the deviation or more, "float32" is more precise.
     """
     if stream == "auto":
         stream = "float32" if autocast == torch.float16 else "float16"

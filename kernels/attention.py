@@ -141,7 +141,7 @@ def _forward_rows(
 ):  # fmt: skip
     """o and lse of ROWS rows of one head."""
     b_q0, b_q1 = _load_tokens(p_wh, first, tokens, stride_wn, stride_wd, WIDTH, ROWS, D0, D1)
-    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    b_max = tl.full([ROWS], -3.0e38, tl.float32)  # finite: where all scores so far overflowed, −∞ − (−∞) would be NaN
     b_sum = tl.zeros([ROWS], tl.float32)
     b_o0 = tl.zeros([ROWS, D0], tl.float32)
     b_o1 = tl.zeros([ROWS, D1 if D1 > 0 else D0], tl.float32)

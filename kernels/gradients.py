@@ -111,9 +111,10 @@ def _data_gradient_kernel(
             m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
         )  # fmt: skip
     if RECTIFIED:
-        p_part = p_parts + block_n * rows.to(tl.int64) + row
+        all_rows = tl.cast(rows, tl.int64)  # an argument that is 1 has no .to: Triton makes it a constant
+        p_part = p_parts + block_n * all_rows + row
         tl.store(p_part, b_c1, mask=m_row)
-        tl.store(p_part + tl.cdiv(inputs, BLOCK_N) * rows.to(tl.int64), b_c2, mask=m_row)
+        tl.store(p_part + tl.cdiv(inputs, BLOCK_N) * all_rows, b_c2, mask=m_row)
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def _sum_parts(p_sums, row, m_row, parts, rows, BLOCK_M: tl.constexpr):
     b_c1 = tl.zeros([BLOCK_M], tl.float32)
     b_c2 = tl.zeros([BLOCK_M], tl.float32)
     p_c1 = p_sums + row
-    p_c2 = p_c1 + parts.to(tl.int64) * rows
+    p_c2 = p_c1 + tl.cast(parts, tl.int64) * rows
     for _ in range(0, parts):
         b_c1 += tl.load(p_c1, mask=m_row, other=0.0)
         b_c2 += tl.load(p_c2, mask=m_row, other=0.0)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .gradients import data_gradient
 from .linear import linear
-from .runtime import operator
+from .runtime import operator, readable
 from .weight_gradients import weight_gradient
 
 
@@ -24,7 +24,7 @@ from .weight_gradients import weight_gradient
 def ista_step(h: Tensor, matrix: Tensor, shrinkage: float) -> Tensor:
     """h: (rows, dim); matrix: M (dim, dim) in the operands' dtype. The result has h's dtype."""
     offset = torch.full((h.shape[1],), -shrinkage, dtype=torch.float32, device=h.device)
-    return linear(h, matrix, h.dtype, offset=offset, shrink=True)
+    return linear(readable(h), matrix, h.dtype, offset=offset, shrink=True)
 
 
 def _fake_backward(dy, h, y, matrix):
@@ -34,7 +34,7 @@ def _fake_backward(dy, h, y, matrix):
 @operator(fake=_fake_backward)
 def ista_step_backward(dy: Tensor, h: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(dh, dM): (rows, dim) in h's dtype and (dim, dim) in float32."""
-    g = torch.ops.aten.threshold_backward(dy, y, 0)  # 0 where y <= 0; what relu's own backward is
+    h, g = readable(h), readable(torch.ops.aten.threshold_backward(dy, y, 0))  # 0 where y <= 0; what relu's own backward is
     return data_gradient(g, matrix, h.dtype, shrink=True), weight_gradient(h, g, matrix.dtype)[0].sum(0)
 
 

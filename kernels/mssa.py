@@ -25,7 +25,7 @@ from . import shapes
 from .attention import _mssa_forward_kernel
 from .attention_gradient import _delta_kernel, _mssa_backward_kernel
 from .linear import Folded
-from .runtime import launch, operator, product_precision
+from .runtime import launch, operator, product_precision, readable
 from .tuning import Config
 
 LOG2_E = 1.4426950408889634
@@ -105,11 +105,12 @@ def _empty_results(w: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 @operator(fake=lambda w, heads, scale: _empty_results(w, heads))
 def attend(w: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    return mssa_forward(w, heads, scale)
+    return mssa_forward(readable(w), heads, scale)
 
 
 @operator(fake=lambda w, o, do, lse, heads, scale: torch.empty_like(w, memory_format=torch.contiguous_format))
 def attend_backward(w: Tensor, o: Tensor, do: Tensor, lse: Tensor, heads: int, scale: float) -> Tensor:
+    w, do = readable(w), readable(do)
     return mssa_backward(w, do, lse, head_products(o, do, heads), scale)[0]
 
 

@@ -49,6 +49,12 @@ def launch(kernel, programs: int, *arguments, **constants) -> None:
         kernel.run(*arguments, grid=(programs,), warmup=False, **constants)
 
 
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy, as kernels read it: its sign in memory, and columns that 32 bits address, however far rows are apart."""
+    x = x.resolve_neg()
+    return x.contiguous() if x.shape[-1] * x.stride(-1) >= 2**31 else x
+
+
 def float32_precision() -> str:
     """What a kernel may do with float32 operands: "ieee", or "tf32" where torch's own switch allows torch the same."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

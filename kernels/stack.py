@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .gradients import Rectified
-from .runtime import launch, operator
+from .runtime import launch, operator, readable
 from .shapes import blocks
 
 SCALE_EXPONENT = 4
@@ -103,6 +103,7 @@ def leave_backward(
     dy: Tensor, scale: Tensor, y: Tensor, gain: Tensor, offset: Tensor, factor: float, first: bool
 ) -> tuple[Tensor, Tensor]:
     """(g, its row sums): dy · scale · factor, masked where y is 0, like y; of the first token alone if `first`."""
+    dy = readable(dy)
     g, sums = _leave_shapes(dy, scale, y, gain, offset, factor, first)
     batch, tokens, dim = y.shape
     rows, block = batch * tokens, 16

@@ -60,6 +60,7 @@ REFUSED = {
     "threshold without end": (lambda: CRATE(**SMALL, lambd=float("inf")), ValueError, "lambd is inf"),
     "no tokens but a list": (lambda: functional.mssa([1.0], 2), TypeError, "w is a list"),
     "heads of a fraction": (lambda: functional.mssa(W, 2.0), TypeError, "heads is 2.0"),
+    "heads of a truth value": (lambda: functional.mssa(W, True), TypeError, "heads is True"),
     "scale of a word": (lambda: functional.mssa(W, 2, "small"), TypeError, "scale is 'small'"),
     "float8 tokens": (lambda: functional.mssa(W.to(torch.float8_e4m3fn), 2), TypeError, "float8_e4m3fn.*16, 32 or 64 bits"),
     "sparse tokens": (lambda: functional.ista(H.to_sparse(), D), TypeError, "sparse"),
