@@ -1,0 +1,33 @@
+"""Models leave Python: torch.export and torch.jit.trace record PyTorch's own operators, for any batch."""
+
+import pytest
+import torch
+
+from crate_fast import CRATE
+
+SMALL = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=2, heads=2, dim_head=16)
+
+
+@pytest.fixture(params=["differentiated", "not differentiated"])
+def model(request):
+    torch.manual_seed(0)
+    model = CRATE(**SMALL).eval()
+    with torch.set_grad_enabled(request.param == "differentiated"):
+        model(torch.zeros(1, 3, 8, 8))  # what evaluation keeps is there, and must not be recorded
+        yield model
+
+
+def test_exported_models_take_any_batch_and_know_pytorch_alone(model):
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(model, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: batch},))
+    images = torch.randn(7, 3, 8, 8)
+    torch.testing.assert_close(exported.module()(images), model(images))
+    assert "crate_fast" not in str(exported.graph)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+def test_traced_models_take_any_batch_and_know_pytorch_alone(model, tmp_path):
+    torch.jit.trace(model, torch.randn(2, 3, 8, 8), check_trace=False).save(tmp_path / "model.pt")
+    traced, images = torch.jit.load(tmp_path / "model.pt"), torch.randn(7, 3, 8, 8)
+    torch.testing.assert_close(traced(images), model(images))
+    assert "crate_fast::" not in str(traced.inlined_graph)
