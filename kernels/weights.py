@@ -228,8 +228,9 @@ def finish_product(parts: Tensor, totals: Tensor, scale: Tensor) -> tuple[Tensor
 
 def _launch_finish(parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta, identity) -> None:
     splits, rows, columns = parts.shape
-    # Few rows a program where there are many, so that 96 programs at width 384 have 16 KB each in flight.
-    block_k, block_n = (4, 64) if rows >= 256 else (16, 32)
+    # Few rows a program where there are many, so that 96 programs at width 384 have 16 KB each in flight. Of fewer 8 × 32:
+    # 16 × 32 and 8 × 64 spill 8 bytes on sm_90.
+    block_k, block_n = (4, 64) if rows >= 256 else (8, 32)
     launch(
         _finish_kernel, blocks(rows, block_k), parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta,
         rows, columns, splits, *(dweight if weight is None else weight).stride(), *dweight.stride(), NORM=gamma is not None,
