@@ -172,10 +172,8 @@ class Layer(nn.ModuleList):
         heads, scale, inner = attention.heads, attention.scale, weights[2].shape[0]
         if type(heads) is not int or heads < 1 or inner % heads or not isinstance(scale, (int, float)) or not isfinite(scale):
             return False
-        matrices = {2: (inner, dim), 3: (dim, inner), 7: (dim, dim)}
-        return all(
-            w.shape == matrices[i] if i in matrices else w.shape == (dim,) and w.is_contiguous() for i, w in enumerate(weights)
-        )
+        shapes = [(dim,), (dim,), (inner, dim), (dim, inner), (dim,), (dim,), (dim,), (dim, dim)]
+        return [w.shape for w in weights] == shapes and all(w.is_contiguous() for w in weights if w.dim() == 1)
 
     def is_fusable(self, backends: tuple[str, ...] = ("auto", "triton")) -> bool:
         """Whether one fused computation may stand for all modules of this layer: none is hooked, changed or dropping out,
