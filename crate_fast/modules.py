@@ -162,13 +162,14 @@ class Layer(nn.ModuleList):
             return False
         attention = self[0].fn
         weights = self.weights()
-        if not same_place(weights) or weights[0].device != x.device or weights[2].shape[1] != x.shape[-1]:
+        if not self.fits(weights, x.shape[-1]) or not same_place(weights) or weights[0].device != x.device:
             return False  # the modules say what is wrong
         return choose_backend(attention.backend, x, attention.qkv.out_features // attention.heads).name == "torch"
 
-    def fits(self, dim: int) -> bool:
-        """Whether all sizes are those of a layer of width `dim`, as kernels take them to be, with vectors in one piece."""
-        attention, weights = self[0].fn, self.weights()
+    def fits(self, weights: tuple[Tensor, ...], dim: int) -> bool:
+        """Whether the sizes of its `weights` are those of a layer of width `dim`, and vectors in one piece, as what passes
+        modules by takes them to be."""
+        attention = self[0].fn
         heads, scale, inner = attention.heads, attention.scale, weights[2].shape[0]
         if type(heads) is not int or heads < 1 or inner % heads or not isinstance(scale, (int, float)) or not isfinite(scale):
             return False

@@ -85,7 +85,7 @@ class Transformer(nn.Module):
         if not isinstance(layer, Layer) or not layer.is_fusable():
             return False
         weights = layer.weights()
-        if not layer.fits(x.shape[-1]) or not same_place(weights) or weights[0].device != x.device:
+        if not layer.fits(weights, x.shape[-1]) or not same_place(weights) or weights[0].device != x.device:
             return False  # the composed path says what is wrong
         if not cast and weights[0].dtype != x.dtype:
             return False
@@ -120,7 +120,7 @@ def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torc
 
     "auto" is the leanest stream that is no less precise than the published code under the same autocast, for logits and
     the median over gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`). A 16-bit
-    stream rounds a token with its mean: where that is 10 times the deviation or more, "float32" is more precise.
+    stream rounds a token with its mean: where that is many times the deviation, "float32" is more precise.
     """
     if stream == "auto":
         stream = "float32" if autocast == torch.float16 else "float16"

@@ -11,8 +11,8 @@ operands' dtype, LayerNorm(x) W = x̂ F + β W = rs·(x F − μ·colsum F) + β
 NORM "folded" multiplies the raw x and mends the result with v. It is exact where the operand is the stored x itself: the
 rounding of F cancels, because v sums the rounded F. Where x would be rounded for the product (a float32 stream) or the
 product rounds by itself (tf32), NORM "first" normalises on the way in. The statistics are two-pass within a block of
-columns and combined by Chan's formula, so a mean 50 times the deviation costs nothing beyond what the
-stream itself rounds (x in 16 bit is rounded with its mean).
+columns and combined by Chan's formula, so a mean 50 times the deviation costs nothing beyond what the stream itself
+rounds (x in 16 bit is rounded with its mean).
 
 Backward needs no full-width row of dx: with g the gradient of the result (masked where relu was zero) and s the result,
 LayerNorm's two row sums are c₂ = Σ g·v and c₁ = Σ g·(s − u), and dx = rs·(g Fᵀ [+ γ g] − (c₂ + x̂ c₁)/d).

@@ -110,6 +110,8 @@ def test_sizes_that_only_modules_can_broadcast_are_left_to_them(backend):
             module.backend = backend
     x = torch.randn(2, 5, 64)
     assert_same(results(fast, x), results(transformer, x))
+    with torch.no_grad():
+        assert_same([fast.eval()(x)], [transformer.eval()(x)])
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
