@@ -1,5 +1,6 @@
 """A run that is killed, stopped, or robbed of its newest checkpoint goes on to the same bits; what cannot go on is refused."""
 
+import builtins
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 
 import kill
@@ -109,6 +111,86 @@ def test_a_damaged_newest_checkpoint_is_set_aside(finished, tmp_path, monkeypatc
     assert re.search(r"warning: .*step-00000015\.pt: damaged.*set aside as step-00000015\.damaged-", err)
     assert same_end(run, finished)
     assert len(list(run.checkpoints.glob("step-*.damaged-*"))) == 1
+
+
+def contents(run: RunDirectory) -> dict[str, bytes]:
+    """Every file of a run."""
+    return {str(file): file.read_bytes() for file in sorted(run.path.rglob("*")) if file.is_file()}
+
+
+def fail_on(monkeypatch, where: str, error: Exception) -> None:
+    """Lets what reads a checkpoint fail, as on a file server that is away for a moment or with too little memory."""
+    module, name = {
+        "open": (builtins, "open"),
+        "sums": (zipfile.ZipFile, "testzip"),
+        "load": (torch, "load"),
+        "list": (os, "listdir"),
+    }[where]
+    real = getattr(module, name)
+
+    def failing(*arguments, **options):
+        concerned = {"open": ".pt", "list": "checkpoints"}.get(where, "")
+        if str(arguments[0]).endswith(concerned):
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        *(("open", errno.EACCES), ("open", errno.EMFILE), ("sums", errno.EIO), ("sums", None)),
+        *(("load", errno.ESTALE), ("load", None), ("list", errno.EACCES)),
+    ],
+)
+def test_what_cannot_be_read_just_now_is_no_damage(finished, tmp_path, monkeypatch, where, number):
+    error = OSError(number, os.strerror(number)) if number else MemoryError()
+    run = RunDirectory(shutil.copytree(finished.path, tmp_path / "run"))
+    before = contents(run)
+    with monkeypatch.context() as patch:
+        fail_on(patch, where, error)
+        with pytest.raises((CheckpointError, OSError), match=os.strerror(number) if number else "not enough memory"):
+            train(SMALL, resume=str(run.path))
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("what", ["all damaged", "only the best is left", "names of others are left"])
+def test_a_run_with_no_checkpoint_to_go_on_from_is_left_alone(finished, tmp_path, what):
+    run = RunDirectory(shutil.copytree(finished.path, tmp_path / "run"))
+    for file in run.checkpoints.glob("step-*" if "left" in what else "*"):
+        if what == "all damaged":
+            os.truncate(file, 1000)
+        elif what == "only the best is left":
+            file.unlink()
+        else:
+            file.rename(file.with_suffix(".damaged-20200101-000000"))
+    before = contents(run)
+    with pytest.raises(CheckpointError, match=r"is whole, so the run cannot go on|no checkpoint step"):
+        train(SMALL, resume=str(run.path))
+    assert contents(run) == before
+
+
+def test_what_is_set_aside_does_not_grow_without_end(finished, tmp_path):
+    run = RunDirectory(shutil.copytree(finished.path, tmp_path / "run"))
+    for day in range(9):
+        (run.checkpoints / f"step-00000030.left-2020010{day}-000000").write_bytes(b"old")
+    train(SMALL, resume=str(run.checkpoints / "step-00000018.pt"))
+    assert len(list(run.checkpoints.glob("step-*.left-*"))) == 3
+
+
+@pytest.mark.parametrize("moment", ["config.json", "step-00000006.pt", "model.safetensors"])
+def test_a_run_killed_while_it_writes_a_file_goes_on_and_leaves_nothing_over(finished, tmp_path, moment):
+    arguments = replace(SMALL, out=str(tmp_path / "run"))
+    if os.fork() == 0:
+        rename = os.replace
+        os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if str(b).endswith(moment) else rename(a, b)
+        train(arguments)
+    assert os.WIFSIGNALED(os.wait()[1])
+    assert list((tmp_path / "run").rglob(".*.tmp"))
+    run, _ = train(arguments, resume="auto")
+    assert same_end(run, finished)
+    assert not list(run.path.rglob(".*"))
 
 
 def test_a_run_goes_on_from_an_older_checkpoint(finished, tmp_path):

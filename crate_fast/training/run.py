@@ -175,6 +175,7 @@ def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks:
 
     def lock_and_find() -> str | None:
         run.lock()
+        run.tidy()
         if resume.endswith(checkpoints.suffix):
             checkpoints.set_aside_after(checkpoints.read(Path(resume))["step"])
             return resume
