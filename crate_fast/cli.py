@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except Stopped as stopped:
-        return _fail(str(stopped), stopped.status)
+        return _fail(str(stopped), stopped.status) if str(stopped) else stopped.status
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except USER_ERRORS as error:

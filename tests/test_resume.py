@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -22,6 +23,7 @@ from crate_fast.reading import CheckpointError, read_checkpoint
 from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, train
 from crate_fast.training.loop import Trainer
 from crate_fast.training.rundir import RunDirectory, unlock
+from crate_fast.training.stop import Signals
 
 SMALL = TrainConfig(
     **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, batch_size=256, epochs=4),
@@ -293,8 +295,61 @@ def test_signals_end_a_process_with_their_status(tmp_path):
         error = process.communicate(timeout=300)[1]
         assert time.monotonic() - start < 30
         statuses[name] = process.returncode
-        assert re.fullmatch(r"crate-fast: stopped by signal \d+ after step \d+, saved as [^\n]+\.pt\n", error)
+        told = f"crate-fast: {name}: stopping after this step; again to stop now, unsaved\n"
+        assert re.fullmatch(told + r"crate-fast: stopped by signal \d+ after step \d+, saved as [^\n]+\.pt\n", error)
     assert statuses == {"SIGUSR1": 138, "SIGINT": 130}
+
+
+def in_a_process(action) -> int:
+    """The exit status, negative for a signal, of a process that is this one and does `action`."""
+    pid = os.fork()
+    if pid == 0:
+        action()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_signal_is_told_at_once_and_obeyed_at_the_second_ctrl_c(capfd):
+    def step() -> None:
+        with Signals(tell=True) as signals:
+            signals.training = True
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()  # torchrun's, for the same Ctrl-C
+            threading.Timer(0.6, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            torch.linalg.eigvals(torch.randn(3000, 3000))  # seconds in which Python runs no handler
+
+    assert in_a_process(step) == 128 + signal.SIGINT
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "crate-fast: SIGINT: stopping after this step; again to stop now, unsaved"
+    assert second == "crate-fast: stopped at once; what was not saved is lost"
+
+
+def test_signals_that_are_ignored_stay_so_and_a_hangup_is_one():
+    def ignored() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with Signals(tell=False) as signals:
+            signals.training = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            os._exit(signals.received or 0)
+
+    def heard() -> None:
+        with Signals(tell=False) as signals:
+            signals.training = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            os._exit(signals.received or 0)
+
+    assert in_a_process(ignored) == 0
+    assert in_a_process(heard) == signal.SIGHUP
+
+
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("crate_fast.training.run.open_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="stopped by signal 15 before the first step"):
+        train(replace(SMALL, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("switch", "expected"), [("0", None), ("1", "auto"), ("some/run", "some/run")])
