@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except Stopped as stopped:
-        return _fail(str(stopped), stopped.status)
+        return _fail(str(stopped), stopped.status) if str(stopped) else stopped.status
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except USER_ERRORS as error:
         return _fail(f"error: {error}", FAILED)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         return _fail("error: out of memory; a smaller model or --batch-size needs less", FAILED)
@@ -122,5 +122,5 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

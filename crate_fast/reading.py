@@ -30,6 +30,10 @@ class CheckpointError(ValueError):
     """A file is missing, damaged, or does not hold what it should; the message names the file and what is wrong."""
 
 
+class DamagedError(CheckpointError):
+    """A file was read whole, and is not what was written to it. What could not be read is no such file: it may be healthy."""
+
+
 def model_file(source: str | os.PathLike) -> Path:
     """The file that `source` means: itself, the model of the directory it is, or that of a Hub's model, brought here.
 
@@ -85,6 +89,8 @@ def _read_parts(path: Path) -> tuple[dict, dict[str, Tensor]]:
         weights = sharded.read_tensors(path, "ema") or sharded.read_tensors(path, "model")
     except sharded.DamagedError as error:
         raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast: {error}") from error
+    except (OSError, MemoryError) as error:
+        raise _unread(path, error) from error
     return content["arguments"], weights
 
 
@@ -94,14 +100,19 @@ def read_state(path: Path, whole: bool = True) -> dict:
     Raises:
         CheckpointError: a part of it is missing or damaged, or it is something else.
     """
-    content = _read_archive(path / sharded.STATE, "damaged, or no checkpoint of crate-fast")
+    file = path / sharded.STATE
+    if path.is_dir() and not file.exists():
+        raise DamagedError(f"{path}: damaged: it has no {sharded.STATE}")
+    content = _read_archive(file, "damaged, or no checkpoint of crate-fast")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "parts")):
         raise CheckpointError(f"{path}: no checkpoint of crate-fast: its {sharded.STATE} has no 'arguments' and 'parts'")
     if whole:
         try:
             sharded.check_parts(path, content["parts"])
         except sharded.DamagedError as error:
-            raise CheckpointError(f"{path}: damaged: {error}") from error
+            raise DamagedError(f"{path}: damaged: {error}") from error
+        except OSError as error:
+            raise _unread(path, error) from error
     return content
 
 
@@ -120,30 +131,44 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
 def _read_archive(path: Path, otherwise: str) -> object:
     """What `torch.save` wrote to `path`, on the CPU: tensors and plain values, or a CheckpointError that says `otherwise`."""
-    if _signature(path).startswith(ZIP_SIGNATURE):
+    checked = _signature(path).startswith(ZIP_SIGNATURE)
+    if checked:
         _check_sums(path)
     try:
         with warnings.catch_warnings():  # what is refused is refused in one line, without PyTorch's advice on it
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError) as error:
+        raise _unread(path, error) from error
     except Exception as error:  # a damaged archive can raise anything; nothing in it has been executed
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked is not None:
             reason = f"it asks for {asked[1]}, and only tensors and plain values are read"
         else:
             reason = "it is no file of torch.save" if isinstance(error, pickle.UnpicklingError) else first_line(error)
-        raise CheckpointError(f"{path}: {otherwise} ({reason})") from error
+        kind = CheckpointError if checked else DamagedError  # what has its checksums is what was written
+        raise kind(f"{path}: {otherwise} ({reason})") from error
 
 
 def _check_sums(path: Path) -> None:
-    """Raises CheckpointError unless all parts of the archive have the CRC-32 that was written; PyTorch looks at none."""
+    """Raises DamagedError unless all parts of the archive have the CRC-32 that was written; PyTorch looks at none."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(f"{path}: damaged ({first_line(error)})") from error
+    except (OSError, MemoryError) as error:
+        raise _unread(path, error) from error
+    except (ValueError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedError(f"{path}: damaged ({first_line(error)})") from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: damaged: {damaged} is not what was written")
+        raise DamagedError(f"{path}: damaged: {damaged} is not what was written")
+
+
+def _unread(path: Path, error: OSError | MemoryError) -> CheckpointError:
+    """What to raise where reading failed, for a cause that may pass: nothing is known of the file."""
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{path}: {error.strerror}")
+    reason = "not enough memory" if isinstance(error, MemoryError) else error.strerror or first_line(error)
+    return CheckpointError(f"{path}: cannot be read ({reason})")
 
 
 def _signature(path: Path) -> bytes:
@@ -151,7 +176,7 @@ def _signature(path: Path) -> bytes:
         with open(path, "rb") as file:
             return file.read(SIGNATURE_LENGTH)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
+        raise _unread(path, error) from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict | None, dict[str, Tensor]]:

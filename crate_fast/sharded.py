@@ -46,11 +46,15 @@ def checksum(file: Path) -> list[int]:
 
 
 def check_parts(path: Path, sums: dict[str, list[int]]) -> None:
-    """Raises DamagedError unless all files of `path` named in `sums` have the length and CRC-32 given there."""
+    """Raises DamagedError unless all files of `path` named in `sums` have the length and CRC-32 given there.
+
+    Raises:
+        OSError: a file cannot be read, which is no fault of the file's.
+    """
     for name, expected in sums.items():
         try:
             found = checksum(path / name)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise DamagedError(f"{name} cannot be read ({error.strerror})") from error
         if found != list(expected):
             raise DamagedError(f"{name} is not what was written")
@@ -61,6 +65,7 @@ def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
 
     Raises:
         DamagedError: the table is damaged, asks for something else, or tells of something else than tensors.
+        OSError, MemoryError: it cannot be read now.
     """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -88,6 +93,8 @@ def read_table(file: Path):
     try:
         with open(file, "rb") as content:
             table = _Unpickler(content).load()
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # a damaged pickle can raise anything; nothing in it has been executed
         raise DamagedError(f"{file.name} cannot be read ({str(error).strip() or type(error).__name__})") from error
     if not isinstance(table, Metadata):

@@ -34,7 +34,7 @@ def make_trainer(**changes) -> Trainer:
     config = replace(SMALL, **changes)
     data = Digits((8, 8), CPU)
     plan = make_plan(config, data.train_count, ALONE)
-    return Trainer(config, build_model(config, data), data, plan, choose_compute("cpu", config.precision), Signals(ALONE))
+    return Trainer(config, build_model(config, data), data, plan, choose_compute("cpu", config.precision), Signals(tell=True))
 
 
 def step(trainer: Trainer, place: int = 0) -> None:

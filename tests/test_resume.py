@@ -1,5 +1,6 @@
 """A run that is killed, stopped, or robbed of its newest checkpoint goes on to the same bits; what cannot go on is refused."""
 
+import builtins
 import errno
 import json
 import os
@@ -8,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from dataclasses import replace
 
 import kill
@@ -20,6 +23,7 @@ from crate_fast.reading import CheckpointError, read_checkpoint
 from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, train
 from crate_fast.training.loop import Trainer
 from crate_fast.training.rundir import RunDirectory, unlock
+from crate_fast.training.stop import Signals
 
 SMALL = TrainConfig(
     **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, batch_size=256, epochs=4),
@@ -109,6 +113,86 @@ def test_a_damaged_newest_checkpoint_is_set_aside(finished, tmp_path, monkeypatc
     assert re.search(r"warning: .*step-00000015\.pt: damaged.*set aside as step-00000015\.damaged-", err)
     assert same_end(run, finished)
     assert len(list(run.checkpoints.glob("step-*.damaged-*"))) == 1
+
+
+def contents(run: RunDirectory) -> dict[str, bytes]:
+    """Every file of a run."""
+    return {str(file): file.read_bytes() for file in sorted(run.path.rglob("*")) if file.is_file()}
+
+
+def fail_on(monkeypatch, where: str, error: Exception) -> None:
+    """Lets what reads a checkpoint fail, as on a file server that is away for a moment or with too little memory."""
+    module, name = {
+        "open": (builtins, "open"),
+        "sums": (zipfile.ZipFile, "testzip"),
+        "load": (torch, "load"),
+        "list": (os, "listdir"),
+    }[where]
+    real = getattr(module, name)
+
+    def failing(*arguments, **options):
+        concerned = {"open": ".pt", "list": "checkpoints"}.get(where, "")
+        if str(arguments[0]).endswith(concerned):
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        *(("open", errno.EACCES), ("open", errno.EMFILE), ("sums", errno.EIO), ("sums", None)),
+        *(("load", errno.ESTALE), ("load", None), ("list", errno.EACCES)),
+    ],
+)
+def test_what_cannot_be_read_just_now_is_no_damage(finished, tmp_path, monkeypatch, where, number):
+    error = OSError(number, os.strerror(number)) if number else MemoryError()
+    run = RunDirectory(shutil.copytree(finished.path, tmp_path / "run"))
+    before = contents(run)
+    with monkeypatch.context() as patch:
+        fail_on(patch, where, error)
+        with pytest.raises((CheckpointError, OSError), match=os.strerror(number) if number else "not enough memory"):
+            train(SMALL, resume=str(run.path))
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("what", ["all damaged", "only the best is left", "names of others are left"])
+def test_a_run_with_no_checkpoint_to_go_on_from_is_left_alone(finished, tmp_path, what):
+    run = RunDirectory(shutil.copytree(finished.path, tmp_path / "run"))
+    for file in run.checkpoints.glob("step-*" if "left" in what else "*"):
+        if what == "all damaged":
+            os.truncate(file, 1000)
+        elif what == "only the best is left":
+            file.unlink()
+        else:
+            file.rename(file.with_suffix(".damaged-20200101-000000"))
+    before = contents(run)
+    with pytest.raises(CheckpointError, match=r"is whole, so the run cannot go on|no checkpoint step"):
+        train(SMALL, resume=str(run.path))
+    assert contents(run) == before
+
+
+def test_what_is_set_aside_does_not_grow_without_end(finished, tmp_path):
+    run = RunDirectory(shutil.copytree(finished.path, tmp_path / "run"))
+    for day in range(9):
+        (run.checkpoints / f"step-00000030.left-2020010{day}-000000").write_bytes(b"old")
+    train(SMALL, resume=str(run.checkpoints / "step-00000018.pt"))
+    assert len(list(run.checkpoints.glob("step-*.left-*"))) == 3
+
+
+@pytest.mark.parametrize("moment", ["config.json", "step-00000006.pt", "model.safetensors"])
+def test_a_run_killed_while_it_writes_a_file_goes_on_and_leaves_nothing_over(finished, tmp_path, moment):
+    arguments = replace(SMALL, out=str(tmp_path / "run"))
+    if os.fork() == 0:
+        rename = os.replace
+        os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if str(b).endswith(moment) else rename(a, b)
+        train(arguments)
+    assert os.WIFSIGNALED(os.wait()[1])
+    assert list((tmp_path / "run").rglob(".*.tmp"))
+    run, _ = train(arguments, resume="auto")
+    assert same_end(run, finished)
+    assert not list(run.path.rglob(".*"))
 
 
 def test_a_run_goes_on_from_an_older_checkpoint(finished, tmp_path):
@@ -211,8 +295,61 @@ def test_signals_end_a_process_with_their_status(tmp_path):
         error = process.communicate(timeout=300)[1]
         assert time.monotonic() - start < 30
         statuses[name] = process.returncode
-        assert re.fullmatch(r"crate-fast: stopped by signal \d+ after step \d+, saved as [^\n]+\.pt\n", error)
+        told = f"crate-fast: {name}: stopping after this step; again to stop now, unsaved\n"
+        assert re.fullmatch(told + r"crate-fast: stopped by signal \d+ after step \d+, saved as [^\n]+\.pt\n", error)
     assert statuses == {"SIGUSR1": 138, "SIGINT": 130}
+
+
+def in_a_process(action) -> int:
+    """The exit status, negative for a signal, of a process that is this one and does `action`."""
+    pid = os.fork()
+    if pid == 0:
+        action()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_signal_is_told_at_once_and_obeyed_at_the_second_ctrl_c(capfd):
+    def step() -> None:
+        with Signals(tell=True) as signals:
+            signals.training = True
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()  # torchrun's, for the same Ctrl-C
+            threading.Timer(0.6, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            torch.linalg.eigvals(torch.randn(3000, 3000))  # seconds in which Python runs no handler
+
+    assert in_a_process(step) == 128 + signal.SIGINT
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "crate-fast: SIGINT: stopping after this step; again to stop now, unsaved"
+    assert second == "crate-fast: stopped at once; what was not saved is lost"
+
+
+def test_signals_that_are_ignored_stay_so_and_a_hangup_is_one():
+    def ignored() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with Signals(tell=False) as signals:
+            signals.training = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            os._exit(signals.received or 0)
+
+    def heard() -> None:
+        with Signals(tell=False) as signals:
+            signals.training = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            os._exit(signals.received or 0)
+
+    assert in_a_process(ignored) == 0
+    assert in_a_process(heard) == signal.SIGHUP
+
+
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("crate_fast.training.run.open_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="stopped by signal 15 before the first step"):
+        train(replace(SMALL, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("switch", "expected"), [("0", None), ("1", "auto"), ("some/run", "some/run")])

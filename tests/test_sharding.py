@@ -198,9 +198,11 @@ def test_what_is_damaged_is_named_and_not_taken(trained, tmp_path, capsys):
     part.unlink()
     with pytest.raises(CheckpointError, match=r"__1_0\.distcp cannot be read \(No such file"):
         evaluate_run(path)
-    _, out, err = call(capsys, "train", "--resume", run)
-    assert "set aside as step-00000010.damaged-" in err
-    assert "no checkpoint yet: from the start" in out
+    before = sorted((run / "checkpoints").iterdir()), (run / "metrics.jsonl").read_bytes()
+    status, _, err = call(capsys, "train", "--resume", run)
+    assert status == 2
+    assert "is whole, so the run cannot go on" in err
+    assert before == (sorted((run / "checkpoints").iterdir()), (run / "metrics.jsonl").read_bytes())
 
 
 class Hostile:

@@ -21,7 +21,7 @@ from .parallel import parallel_kind
 from .plan import Plan
 from .rundir import RunDirectory
 from .saving import circumstances
-from .stop import GRACE, Signals, Stopped
+from .stop import Signals, Stopped
 from .waiting import Waiting
 from .watch import Watch, peak_flops, training_flops
 
@@ -41,8 +41,6 @@ class Trainer:
     def __init__(self, config: TrainConfig, model: CRATE, data: Data, plan: Plan, compute: Compute, signals: Signals) -> None:
         self.config, self.model, self.data, self.plan, self.compute = config, model, data, plan, compute
         self.ranks, self.signals = plan.ranks, signals
-        if config.strategy == "fsdp":
-            signals.grace = GRACE[True]  # all processes save
         self.flops, self.peak = training_flops(model), peak_flops(config, compute)
         self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
         self.parallel = parallel_kind(config)(model, self.average, config, plan, compute)
@@ -70,6 +68,7 @@ class Trainer:
         from tqdm import tqdm
 
         self.run, self.checkpoints = run, self.parallel.checkpoints(run.checkpoints, self.config.keep_checkpoints)
+        self.signals.training = True
         hide = None if self.ranks.first else True  # None: hidden unless stderr is a terminal
         bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=hide, dynamic_ncols=True)
         with bar, Watch(self.config, run, self.ranks.first, self.step) as self.watch:
@@ -193,7 +192,8 @@ class Trainer:
     def _evaluate_epoch(self, bar: tqdm) -> None:
         """Evaluates the epoch that is over, and saves where that is due."""
         batch = self.config.batch_size // self.ranks.count
-        batches = self.parallel.test_batches(self.data.test_batches(batch, self.ranks), batch, self.data.test_count)
+        batches = self.data.test_batches(batch, self.ranks)
+        batches = self.parallel.fill_up(batches, batch, self.data.test_count, self.model, self.compute.device)
         score = evaluate(self.evaluated_model, batches, self.compute, self.ranks, between=self._pause)
         self.evaluated += 1
         self._log("test", score)
@@ -230,7 +230,9 @@ class Trainer:
         number, due = self.parallel.agree(self.signals.received, due)
         if number is not None:
             path = self._save(False)
-            raise Stopped(number, f"stopped by signal {number} after step {self.step}, saved as {path}")
+            self.parallel.wait_for_first()
+            told = f"stopped by signal {number} after step {self.step}, saved as {path}"
+            raise Stopped(number, told if self.ranks.first else "")
         if due:
             self._save(False)
 

@@ -15,15 +15,17 @@ from .flat import Flat
 from .graphs import Graphed
 from .plan import Plan
 from .saving import Checkpoints
+from .together import Together
 
 
-class Replicated:
+class Replicated(Together):
     """What the loop asks of the processes where each has the whole model; `sharding.Sharded` answers where it has a part."""
 
     checkpoints = Checkpoints
 
     def __init__(self, model: CRATE, average: CRATE | None, config: TrainConfig, plan: Plan, compute: Compute) -> None:
-        self._model, self._average, self._ranks = model, average, plan.ranks
+        super().__init__(plan.ranks)
+        self._model, self._average = model, average
         self.flat = Flat(model)
         self.flat_average = None if average is None else Flat(average, gradients=False)
         if config.compile == "yes":
@@ -35,10 +37,6 @@ class Replicated:
     def summing(self, last: bool) -> AbstractContextManager:
         """In which a part of a step is computed; gradients are summed over processes with the `last` one."""
         return nullcontext() if last or self._ranks.count == 1 else self.net.no_sync()
-
-    def agree(self, number: int | None, due: bool) -> tuple[int | None, bool]:
-        """(signal to stop for, whether to save now): this process's own, for the first one saves without the others."""
-        return (number, due) if self._ranks.first else (None, False)
 
     def saves(self) -> bool:
         """Whether this process takes part in saving."""
@@ -57,10 +55,6 @@ class Replicated:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if self._average is not None:
             self._average.load_state_dict(checkpoint["ema"])
-
-    def test_batches(self, batches, size: int, count: int):
-        """The `batches` as every process evaluates them."""
-        return batches
 
     def whole(self, model: CRATE) -> CRATE | None:
         """`model` with all of its weights, in the first process."""

@@ -56,7 +56,7 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
     require(*TRAIN)  # all of them now, and not after the last epoch
     ranks = read_ranks()
     _check_out(config, ranks, resume)
-    with Signals(ranks) as signals:
+    with Signals(tell=ranks.first) as signals:
         try:
             join(ranks, choose_compute(config.device, config.precision, ranks).device)
             resume = ranks.share(lambda: _implied(config, ranks)) if resume is None else resume
@@ -175,6 +175,7 @@ def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks:
 
     def lock_and_find() -> str | None:
         run.lock()
+        run.tidy()
         if resume.endswith(checkpoints.suffix):
             checkpoints.set_aside_after(checkpoints.read(Path(resume))["step"])
             return resume

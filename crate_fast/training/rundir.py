@@ -13,6 +13,7 @@ from ..checkpoint import write_atomically
 from ..reading import MODEL_NAME
 from ..sharded import SUFFIX
 from .config import ConfigError, TrainConfig
+from .saving import remove
 
 try:
     import fcntl
@@ -20,6 +21,7 @@ except ImportError:  # not on Windows, where runs are not kept apart
     fcntl = None
 
 RUNS = Path("runs")
+TEMPORARY = ".*.tmp"  # what is written aside, see `write_atomically`
 CLASS_NAMES = {"class_names": "the classes have other names, or another order"}
 FACTS = {
     "name": "they are of another kind",
@@ -62,6 +64,7 @@ class RunDirectory:
         """
         run = cls(_make_new(name) if out is None else _make(Path(out)))
         run.lock()
+        run.tidy()
         run.checkpoints.mkdir(exist_ok=True)
         return run
 
@@ -81,6 +84,12 @@ class RunDirectory:
             os.close(descriptor)
             raise ConfigError(f"{self.path}: {who} is in it") from error
         lock_held = descriptor
+
+    def tidy(self) -> None:
+        """Removes what a run that was killed has left half written; for who holds the lock."""
+        for folder in (self.path, self.checkpoints):
+            for aside in folder.glob(TEMPORARY):
+                remove(aside)
 
     def write_config(self, config: dict) -> None:
         """Writes config.json: `config`, and the versions of everything that computes."""
@@ -178,8 +187,8 @@ def check_free(out: str) -> None:
     """Raises ConfigError unless `out` is, or can be made, an empty directory; makes nothing."""
     path = Path(out)
     try:
-        # A run that was killed before it wrote its configuration leaves an empty folder of checkpoints and no more.
-        if any(entry != path / "checkpoints" for entry in path.rglob("*")):
+        # A run that was killed before it had its configuration leaves half of that and an empty folder of checkpoints.
+        if any(entry != path / "checkpoints" and not entry.match(TEMPORARY) for entry in path.rglob("*")):
             raise ConfigError(f"--out is {path}, which is not empty: a run needs a directory of its own, or --resume auto")
         above = next(place for place in (path, *path.absolute().parents) if place.exists())
     except OSError as error:

@@ -16,11 +16,12 @@ import torch
 
 from ..checkpoint import save_checkpoint
 from ..model import CRATE
-from ..reading import CheckpointError, read_checkpoint
+from ..reading import CheckpointError, DamagedError, read_checkpoint
 from .compute import Compute
 from .ranks import Ranks
 
 NAME = "step-{:08d}"
+ASIDE = 3  # files of a kind that are set aside and not deleted: the newest
 
 
 class SavingError(RuntimeError):
@@ -39,8 +40,13 @@ class Checkpoints:
         self.folder, self._keep = folder, keep
 
     def numbered(self) -> list[Path]:
-        """The checkpoints by number, the newest first."""
-        return sorted(self.folder.glob(f"step-*{self.suffix}"), reverse=True)
+        """The checkpoints by number, the newest first.
+
+        Raises:
+            OSError: the folder cannot be listed. (A glob would find nothing there, as in a folder without checkpoints.)
+        """
+        names = sorted(os.listdir(self.folder), reverse=True)
+        return [self.folder / name for name in names if name.startswith("step-") and name.endswith(self.suffix)]
 
     def save(self, model: CRATE, step: int, best: bool, state: dict) -> Path:
         """Writes a checkpoint, and removes those that are no longer to be kept.
@@ -81,22 +87,46 @@ class Checkpoints:
         return read_checkpoint(path)
 
     def load_newest(self) -> tuple[Path, dict] | None:
-        """The newest checkpoint that is whole, or None if there is none; damaged ones are set aside, with a warning."""
-        for aside in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            remove(aside)
+        """The newest checkpoint that is whole, or None in a folder that has had none.
+
+        Damaged ones are set aside, with a warning, once an older one is found whole; otherwise nothing is touched.
+
+        Raises:
+            CheckpointError: the newest that is not damaged cannot be read or used, or all of them are damaged.
+            OSError: the folder cannot be listed.
+        """
+        damaged: list[tuple[Path, DamagedError]] = []
         for path in self.numbered():
             try:
-                return path, self.read(path)
-            except CheckpointError as error:
-                aside = _set_aside(path, "damaged")
+                content = self.read(path)
+            except DamagedError as error:
+                damaged.append((path, error))
+                continue
+            for other, error in damaged:
+                aside = self._set_aside(other, "damaged")
                 print(f"crate-fast: warning: {error}; set aside as {aside.name}", file=sys.stderr, flush=True)
+            return path, content
+        if damaged:
+            raise CheckpointError(f"{damaged[0][1]}; no checkpoint in {self.folder} is whole, so the run cannot go on")
+        left = sorted(name for name in os.listdir(self.folder) if not name.startswith("."))
+        if left:
+            raise CheckpointError(f"{self.folder}: no checkpoint step-*{self.suffix} to go on from, but {left[-1]}")
         return None
 
     def set_aside_after(self, step: int) -> None:
         """Renames the checkpoints of later steps than `step`, from which the run goes on again."""
         for path in self.numbered():
             if path.name > f"{NAME.format(step)}{self.suffix}":
-                _set_aside(path, "left")
+                self._set_aside(path, "left")
+
+    def _set_aside(self, path: Path, why: str) -> Path:
+        """Renames `path`, so that it is no checkpoint of the run any more; of those that lie so, the oldest are removed."""
+        aside = path.with_suffix(f".{why}-{time.strftime('%Y%m%d-%H%M%S')}")
+        path.rename(aside)
+        others = sorted(self.folder.glob(f"step-*.{why}-*"), key=lambda other: other.stat().st_mtime, reverse=True)
+        for old in others[ASIDE:]:
+            remove(old)
+        return aside
 
     def _remove(self, old: Path) -> None:
         old.unlink(missing_ok=True)
@@ -118,13 +148,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _set_aside(path: Path, why: str) -> Path:
-    """Renames `path`, so that it is no checkpoint of the run any more."""
-    aside = path.with_suffix(f".{why}-{time.strftime('%Y%m%d-%H%M%S')}")
-    path.rename(aside)
-    return aside
 
 
 def circumstances(compute: Compute, ranks: Ranks) -> dict[str, str | int]:

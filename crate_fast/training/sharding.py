@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
@@ -25,8 +23,9 @@ from ..checkpoint import constructor_arguments
 from ..model import CRATE
 from .compute import Compute
 from .config import TrainConfig
-from .plan import Plan, share_of
+from .plan import Plan
 from .shardsaving import ShardedCheckpoints
+from .together import Together
 
 
 class Shards:
@@ -59,41 +58,26 @@ class Shards:
         torch._foreach_lerp_(self.weights, other.weights, part)
 
 
-class Sharded:
+class Sharded(Together):
     """What the loop asks of the processes, see `parallel.Replicated`, where each has a part of the model.
 
-    All of them compute, evaluate and save together, so all must do so as often as each other, and at the same step.
+    All of them compute, evaluate and save together.
     """
 
     checkpoints = ShardedCheckpoints
 
     def __init__(self, model: CRATE, average: CRATE | None, config: TrainConfig, plan: Plan, compute: Compute) -> None:
-        self._model, self._average, self._ranks, self._compute = model, average, plan.ranks, compute
+        super().__init__(plan.ranks)
+        self._model, self._average = model, average
         for whole in (model, average) if average is not None else (model,):
             shard(whole, compute, plan.ranks.count)
         self.flat = Shards(model)
         self.flat_average = None if average is None else Shards(average)
         self.net = model
-        self._hosts = dist.new_group(backend="gloo")
-        self._asked: tuple | None = None
 
     def summing(self, last: bool) -> AbstractContextManager:
         self._model.set_requires_gradient_sync(last)
         return nullcontext()
-
-    def agree(self, number: int | None, due: bool) -> tuple[int | None, bool]:
-        """(signal to stop for, whether to save now), the same in all processes: what any of them said a step ago.
-
-        The answer comes a step late so that no process waits for the others to come to theirs.
-        """
-        flags = torch.tensor([number or 0, int(due and self._ranks.first)])
-        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._hosts, async_op=True)
-        before, self._asked = self._asked, (work, flags)
-        if before is None:
-            return None, False
-        before[0].wait()
-        signal, saving = before[1].tolist()
-        return signal or None, bool(saving)
 
     def saves(self) -> bool:
         return True
@@ -117,17 +101,6 @@ class Sharded:
         set_optimizer_state_dict(self._model, optimizer, state)
         if self._average is not None:
             set_model_state_dict(self._average, parts["ema"])
-
-    def test_batches(self, batches, size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The `batches`, filled up with empty ones to the largest number that a process has."""
-        most = max(-(-len(share_of(count, self._ranks._replace(rank=rank))) // size) for rank in range(self._ranks.count))
-        made = 0
-        for batch in batches:
-            made += 1
-            yield batch
-        for _ in range(made, most):
-            images = torch.empty(0, self._model.channels, *self._model.image_size, device=self._compute.device)
-            yield images, torch.empty(0, dtype=torch.int64, device=self._compute.device)
 
     def whole(self, model: CRATE) -> CRATE | None:
         """`model` with all of its weights, on the CPU, in the first process; all must ask for it."""
