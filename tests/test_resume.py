@@ -361,6 +361,43 @@ def test_resume_of_the_published_scripts(monkeypatch, switch, expected):
         assert seen["resume"] == expected
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ('"lr": 0.001', '"lr": 0.002', "lr is 0.002; the run's checkpoints were written with 0.001"),
+        ('"seed": 0', '"seed": 1', "seed is 1"),
+        ('"dim": 16', '"dim": 17', "dim is 17"),
+        ('"precision": "float32"', '"precision": "float16"', "precision is 'float16'"),
+        ('"config": {', '"config": [{', "not the configuration of a run"),
+        ('"data": {', '"data": ' + "[" * 100_000, "not the configuration of a run"),
+        ('"data": {"', '"data": 3, "x": {"', "not the configuration of a run"),
+        ('"epochs": 4', '"epochs": 1' + 5000 * "0", "not the configuration of a run"),
+    ],
+)
+def test_a_changed_configuration_is_refused(finished, tmp_path, before, after, words):
+    run = RunDirectory(shutil.copytree(finished.path, tmp_path / "run"))
+    text = json.dumps(json.loads(run.config.read_text()))
+    assert before in text
+    run.config.write_text(text.replace(before, after))
+    kept = contents(run)
+    with pytest.raises(ConfigError, match=re.escape(str(run.config)) + f": .*{re.escape(words)}"):
+        train(SMALL, resume=str(run.path))
+    assert contents(run) == kept
+
+
+def test_a_killed_reader_of_images_ends_the_run_in_a_line(tmp_path, capsys):
+    class Killed(kill.Attempt):
+        def reader(self) -> int | None:
+            return next(iter(kill._descendants(self.process.pid)), None)
+
+    attempt = Killed(kill.make_data(tmp_path, "folder"), tmp_path / "run", 1, 2)
+    attempt.wait_for("step")
+    os.kill(attempt.reader(), signal.SIGKILL)
+    assert attempt.process.wait(timeout=100) == 2
+    last = attempt.log().splitlines()[-1]
+    assert re.fullmatch("crate-fast: error: a process that reads images was ended from outside.*--resume goes on.*", last)
+
+
 def test_metrics_shorter_than_the_checkpoint_are_refused(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text("")

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import kill
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import call
 from pictures import make_cifar10, make_folder
 
 from crate_fast import CRATE_tiny
@@ -201,6 +203,28 @@ def test_published_checkpoints_are_evaluated(tmp_path, trained, folder):
     torch.save({"state_dict": published.state_dict()}, path)
     small = make_folder(tmp_path / "small", train=3, val=5, side=16)
     assert evaluate_run(path, data=str(small), workers=0, device="cpu").count == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"RANK": "7", "WORLD_SIZE": "2"}, "RANK is 7; of 2 processes it must be 0 to 1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is -1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK is 0; of 0 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is 3"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "are not torchrun's"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, r"cannot meet at \(MASTER_ADDR is not set\)"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, r"cannot meet at localhost:\(MASTER_PORT is not set\)"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "{taken}"}, "cannot meet at localhost:"),
+    ],
+)
+def test_processes_that_cannot_meet_say_so_in_a_line(tmp_path, capsys, monkeypatch, settings, words):
+    with socket.create_server(("localhost", 0)) as taken:
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value.format(taken=taken.getsockname()[1]))
+        status, _, err = call(capsys, "train", "--out", tmp_path / "run", "--device", "cpu")
+    assert status == 2
+    assert re.fullmatch(f"crate-fast: error: .*{words}.*\n", err)
 
 
 def test_batches_that_do_not_divide_are_refused():

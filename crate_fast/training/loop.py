@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,6 +93,7 @@ class Trainer:
             "meter": self.meter.sums.tolist(),
             "score": None if self.score is None else list(self.score),
             "best": self.best,
+            "settings": asdict(self.config) | {"precision": self.compute.precision},
             "circumstances": circumstances(self.compute, self.ranks),
         }
 

@@ -69,20 +69,28 @@ def read_ranks() -> Ranks:
     """The ranks that torchrun's environment variables tell; one process without them.
 
     Raises:
-        ConfigError: a variable is no number.
+        ConfigError: a variable is no number, or the numbers are impossible.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return ALONE
     defaults = (0, 1, 0, 1, 0)
     try:
-        return Ranks(*(int(os.environ.get(name, default)) for name, default in zip(names, defaults, strict=True)))
+        ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in zip(names, defaults, strict=True)))
     except ValueError as error:
         raise ConfigError(f"the environment variables {', '.join(names)} are not torchrun's ({error})") from error
+    for name, rank, count in zip(names[::2], (ranks.rank, ranks.local_rank), (ranks.count, ranks.local_count), strict=False):
+        if not 0 <= rank < count:
+            raise ConfigError(f"the environment variable {name} is {rank}; of {count} processes it must be 0 to {count - 1}")
+    return ranks
 
 
 def join(ranks: Ranks, device: torch.device, alone: bool = False) -> None:
-    """Makes the process group of a run of several processes, or of one `alone`: nccl between GPUs, gloo elsewhere."""
+    """Makes the process group of a run of several processes, or of one `alone`: nccl between GPUs, gloo elsewhere.
+
+    Raises:
+        ConfigError: the processes cannot meet.
+    """
     if (ranks.count == 1 and not alone) or dist.is_initialized():
         return
     if device.type == "cuda":
@@ -93,6 +101,16 @@ def join(ranks: Ranks, device: torch.device, alone: bool = False) -> None:
     if ranks.count == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
+    try:
+        _meet_by(backend, ranks)
+    except (KeyError, ValueError, RuntimeError) as error:
+        place = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"the {ranks.count} processes of the run cannot meet at {place}: {reason}") from error
+
+
+def _meet_by(backend: str, ranks: Ranks) -> None:
+    """Makes the process group where the environment says."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend)
         return

@@ -87,6 +87,16 @@ def check_unchanged(config: TrainConfig, given: dict, where: Path) -> dict:
     return {name: value for name, value in given.items() if name in (*CHANGEABLE, "data")}
 
 
+def check_written(config: TrainConfig, written: dict, where: Path) -> None:
+    """Raises ConfigError unless the settings read from `where` are those that a checkpoint was `written` with, but for what may
+    change. Checkpoints of before have none."""
+    for name in SETTINGS.keys() & written.keys() - {*CHANGEABLE, "out", "data"}:
+        if getattr(config, name) != written[name]:
+            raise ConfigError(
+                f"{where}: {name} is {getattr(config, name)!r}; the run's checkpoints were written with {written[name]!r}"
+            )
+
+
 def describe(config: TrainConfig) -> str:
     """All settings that are set, as TOML: a recipe that repeats the run."""
     values = {name: getattr(config, name) for name in SETTINGS}

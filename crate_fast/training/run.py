@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,11 +25,18 @@ from .parallel import check_strategy, parallel_kind
 from .plan import check_parts, make_plan
 from .plots import plot_curves
 from .ranks import Ranks, join, leave, read_ranks
-from .resolve import check_unchanged, describe
+from .resolve import check_unchanged, check_written, describe
 from .rundir import RunDirectory, check_free, find_run, unlock
 from .saving import circumstances, warn_of_changes
 from .stop import Signals, Stopped
 from .weights import read_weights, start_from
+
+LOST = {
+    r"DataLoader worker .* (is killed|exited)": "a process that reads images was ended from outside, for want of memory "
+    "perhaps; fewer --workers need less",
+    r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote process exited": "another process of the run is gone",
+}
+"""What PyTorch's errors say where a part of the run was lost, and how it is told."""
 
 
 def train(config: TrainConfig, *, given: dict | None = None, resume: str | None = None) -> tuple[RunDirectory | None, Score]:
@@ -68,10 +76,14 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
                 ranks.share(lambda: check_free(config.out))
             return _train(config, run, resume, ranks, signals)
         except RuntimeError as error:
-            if signals.received is None or isinstance(error, TrainingError):
+            if isinstance(error, TrainingError):
                 raise
-            # The others were gone first, and the sum over all processes failed.
-            raise Stopped(signals.received, f"stopped by signal {signals.received}") from error
+            if signals.received is not None:  # the others were gone first, and the sum over all processes failed
+                raise Stopped(signals.received, f"stopped by signal {signals.received}") from error
+            lost = next((words for pattern, words in LOST.items() if re.search(pattern, str(error))), None)
+            if lost is None:
+                raise
+            raise TrainingError(f"{lost}; --resume goes on from the last checkpoint") from error
         finally:
             unlock()
 
@@ -183,7 +195,11 @@ def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks:
         return found and str(found[0])
 
     path = ranks.share(lock_and_find)
-    return None if path is None else checkpoints.read_checked(Path(path))
+    if path is None:
+        return None
+    checkpoint = checkpoints.read_checked(Path(path))
+    check_written(config, checkpoint.get("settings", {}), run.config)
+    return checkpoint
 
 
 def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> str:

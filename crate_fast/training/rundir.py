@@ -124,13 +124,23 @@ class RunDirectory:
         Raises:
             ConfigError: the file is missing or damaged.
         """
+        config = self._read()
         try:
-            config = json.loads(self.config.read_text(encoding="utf-8"))
             return TrainConfig(**config["config"] | {"precision": config["resolved"]["precision"]})
-        except OSError as error:
-            raise ConfigError(f"{self.config}: {error.strerror}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.config}: not the configuration of a run ({error})") from error
+
+    def _read(self) -> dict:
+        """What config.json holds: a dictionary whose "data" are one too; raises ConfigError where it is damaged."""
+        try:
+            content = json.loads(self.config.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{self.config}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{self.config}: not the configuration of a run ({error})") from error
+        if not isinstance(content, dict) or not isinstance(content.setdefault("data", {}), dict):
+            raise ConfigError(f"{self.config}: not the configuration of a run (no table, or its data are none)")
+        return content
 
     def check_same_data(self, now: dict, facts: dict[str, str] = FACTS) -> None:
         """Compares data, as they `describe` themselves, with what the run was started with.
@@ -138,7 +148,7 @@ class RunDirectory:
         Raises:
             ConfigError: one of the `facts` differs, which are in words beside their names.
         """
-        before = json.loads(self.config.read_text(encoding="utf-8")).get("data", {})
+        before = self._read()["data"]
         for name, words in facts.items():
             if name in before and name in now and before[name] != now[name]:
                 raise ConfigError(
@@ -148,8 +158,8 @@ class RunDirectory:
     def read_launch(self) -> str | None:
         """The name of the launch that made the run, or None."""
         try:
-            return json.loads(self.config.read_text(encoding="utf-8")).get("launch")
-        except (AttributeError, OSError, ValueError):
+            return self._read().get("launch")
+        except ConfigError:
             return None
 
     def read_metrics(self) -> list[dict]:
