@@ -10,7 +10,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from lion_pytorch.foreach import Lion
 
 from crate_fast import CRATE_tiny, graphed, reference
 from crate_fast.model import SIZES, build
@@ -123,7 +122,7 @@ def test_layers_give_the_same_bits_again(gpu, dtype, stream):
 def test_no_training_step_and_no_inference_waits_for_the_gpu(gpu, dtype):
     model = CRATE_tiny().to(gpu)
     images, labels = batch(4, gpu)
-    optimizer = Lion(model.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     for waiting in ("default", "error"):  # the first time kernels are compiled and libraries set up
         torch.cuda.set_sync_debug_mode(waiting)
         try:
@@ -199,7 +198,8 @@ def test_models_compile_whole(gpu, training):
 def test_the_digits_are_learnt_with_and_without_graphs(gpu, tmp_path):
     scores = []
     for graphs in ("no", "yes"):
-        config = {"out": str(tmp_path / graphs), "epochs": 8, "lr": 2e-3, "device": gpu.type, "cuda_graphs": graphs}
+        config = {"out": str(tmp_path / graphs), "epochs": 8, "optimizer": "AdamW", "lr": 2e-3, "weight_decay": 0.1}
+        config |= {"device": gpu.type, "cuda_graphs": graphs}
         _, score = train(resolve(config))
         scores.append(score.top1)
     assert min(scores) > 0.8
