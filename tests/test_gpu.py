@@ -143,7 +143,7 @@ def test_inference_under_a_graph_gives_the_models_logits(gpu, count):
         assert all(near(run(x), model(x)) for x in images)
     with torch.no_grad():
         model.transformer.layers[3][1].fn.weight.mul_(1.1)
-    with torch.inference_mode(), torch.autocast(gpu.type, dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast(gpu.type, dtype=torch.bfloat16):  # it was made in inference mode, and runs outside
         assert near(run(images[0]), model(images[0]))
 
 
@@ -174,6 +174,31 @@ def test_a_whole_training_step_under_a_graph_does_what_it_does_without(gpu):
         eager()
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["inference", "train"])
+def test_steps_that_benchmarks_record_compute_what_they_compute_without(gpu, what):
+    """The rows of CUDA graphs, of every peer that has them: logits and all gradients."""
+    workload = Workload(what, what, "tiny", 16, "bfloat16")
+    for peer in all_peers(gpu, "triton"):
+        if "cuda graph" in peer.modes:
+            assert_recording_computes(prepare(workload, peer, "eager", gpu), workload, peer.name)
+
+
+def assert_recording_computes(call, workload: Workload, name: str) -> None:
+    inputs, recorded = call.inputs(workload.batch), {}
+    leaves = call.leaves if workload.what == "train" else []
+
+    def compute() -> list[torch.Tensor]:
+        with torch.set_grad_enabled(bool(leaves)):
+            out = call.run(*inputs)
+            return [out, *(torch.autograd.grad(out.float().square().mean(), leaves) if leaves else [])]
+
+    replay = make_graph(lambda: recorded.update(found=compute()))
+    for found in recorded["found"]:
+        found.detach().fill_(torch.nan)  # recording computes nothing
+    replay()
+    assert all(map(near, recorded["found"], compute())), name
 
 
 @pytest.mark.parametrize("training", [False, True])
