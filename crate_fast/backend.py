@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .reference import has_autocast
+
 BACKENDS = ("auto", "triton", "torch", "reference")
 HEAD_WIDTHS = (16, 128)  # the narrowest and the widest head that the Triton kernels take
 
@@ -38,12 +40,12 @@ def check_tensor(name: str, x: Tensor) -> None:
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a type of device; False for one that has none, such as "meta"."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(device: str) -> AbstractContextManager:
     """Autocast switched off for a type of device, which need not have it."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
 def check_backend(backend: str) -> str:

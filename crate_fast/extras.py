@@ -19,7 +19,10 @@ DISTRIBUTIONS = {
     "tqdm": "tqdm",
 }
 """Import name to package name, for all that the extras bring."""
-OTHERS = {"cv2": "train", "huggingface_hub": "hub", "simplejpeg": "train", "tensorboard": "tensorboard"}
+OTHERS = dict.fromkeys(("cv2", "lion_pytorch", "simplejpeg"), "train") | {
+    "huggingface_hub": "hub",
+    "tensorboard": "tensorboard",
+}
 """Import name to the extra that brings it, of those that not every training run needs."""
 TRAIN = tuple(name for name in DISTRIBUTIONS if name not in OTHERS)
 

@@ -36,8 +36,14 @@ def attention_probabilities(w: Tensor, scale: float | None = None) -> Tensor:
     """
     scores = torch.matmul(w, w.transpose(-1, -2)) * (w.shape[-1] ** -0.5 if scale is None else scale)
     device = w.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and scores.dtype != torch.float64
+    autocast = has_autocast(device) and torch.is_autocast_enabled(device) and scores.dtype != torch.float64
     return torch.softmax(scores, dim=-1, dtype=torch.float32 if autocast else None)
+
+
+@torch.compiler.assume_constant_result
+def has_autocast(device: str) -> bool:
+    """Whether a type of device has autocast at all; "meta" has none. A constant, since torch.compile of 2.11 cannot ask."""
+    return torch.amp.is_autocast_available(device)
 
 
 def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1) -> Tensor:

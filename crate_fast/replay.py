@@ -38,7 +38,8 @@ class Graphed:
     device go through the model itself. Nothing is differentiated; hooks set and modules replaced later are not seen."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self._model, self._images = model, images.detach().clone()
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside of it
+            self._model, self._images = model, images.detach().clone()
         device = images.device.type
         enabled = torch.is_autocast_enabled(device)
         self._autocast = dict(device_type=device, dtype=torch.get_autocast_dtype(device), enabled=enabled, cache_enabled=False)

@@ -1,24 +1,21 @@
 """The kernels run in Triton's interpreter, on the CPU; `--published=DIR` adds the published code as a second judge.
 
-`TRITON_INTERPRET=0 pytest -m gpu` runs the tests marked "gpu" instead, on a CUDA GPU; `make gpu` does, and more.
+`python -m pytest -m gpu tests` runs the tests marked "gpu" instead, on a CUDA GPU; `make gpu` does, and more. Neither needs
+the package installed. Triton reads TRITON_INTERPRET once, when it is imported, so here nothing of ours is on top.
 """
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
 # One thread a process, of which `make test` starts several: the sums are then the same on every machine too.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import importlib.util
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-
-from crate_fast import reference
-from crate_fast.cli import main
-from crate_fast.kernels import INTERPRETED
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -42,9 +39,32 @@ def pytest_addoption(parser):
     parser.addoption("--published", metavar="DIR", help="a checkout of the published repository, compared with as well")
 
 
+def pytest_configure(config):
+    """Asked for "gpu" and nothing else, the kernels are compiled; else they are interpreted, and a GPU is not seen."""
+    os.environ.setdefault("TRITON_INTERPRET", "0" if config.option.markexpr == "gpu" else "1")
+    if os.environ["TRITON_INTERPRET"] == "1":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        obstacle = interpreter_obstacle(version("triton"), version("numpy"))
+        if obstacle:
+            raise pytest.UsageError(obstacle)
+
+
+def interpreter_obstacle(triton: str, numpy: str) -> str | None:
+    """Why these versions cannot interpret kernels, in a line; None where they can."""
+    older, newer = (tuple(map(int, text.split(".")[:2])) for text in (triton, numpy))
+    if older >= (3, 7) or newer < (2, 4):
+        return None
+    return (
+        f"the interpreter of triton {triton} needs NumPy below 2.4, and NumPy {numpy} is here; "
+        "on a GPU `python -m pytest -m gpu tests` runs the kernels themselves"
+    )
+
+
 def pytest_generate_tests(metafunc):
     """`published_class`: the transcription in crate_fast.reference, and the published class itself where it is at hand."""
     if "published_class" in metafunc.fixturenames:
+        from crate_fast import reference
+
         directory = metafunc.config.getoption("published")
         classes = {"reference": reference.CRATE}
         if directory:
@@ -63,6 +83,8 @@ def load_module(path: Path):
 
 def call(capsys, *argv):
     """(exit status, stdout, stderr) of `crate-fast argv`."""
+    from crate_fast.cli import main
+
     try:
         status = main([str(argument) for argument in argv])
     except SystemExit as end:
@@ -73,6 +95,8 @@ def call(capsys, *argv):
 @pytest.fixture
 def gpu():
     """The GPU, on which the kernels themselves run."""
+    from crate_fast.kernels import INTERPRETED
+
     assert torch.cuda.is_available() and not INTERPRETED, "tests marked gpu need a CUDA GPU and TRITON_INTERPRET=0"
     return torch.device("cuda", 0)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import on_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures import cut, photographs
@@ -56,16 +57,19 @@ def as_torchvision(pixels: np.ndarray, name: str, value: float) -> np.ndarray:
     return np.asarray(done)
 
 
+SIZES = [("cpu", (40, 40)), ("cpu", (33, 56)), ("cpu", (224, 224)), on_gpu((33, 56))]
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("size", [(40, 40), (33, 56), (224, 224)])
-def test_an_operation_is_torchvisions_to_the_bit(name, size):
+@pytest.mark.parametrize(("device", "size"), SIZES, indirect=["device"])
+def test_an_operation_is_torchvisions_to_the_bit(device, name, size):
     images = batch(*size)
     for ranges in (randaugment_ranges(size[1], size[0]), TRIVIALAUGMENT_RANGES):
         for level in (0, 1, 9, 14, 20, 30):
             value = strength(name, level, ranges)
             values = np.where(np.arange(len(images)) % 2 & (name in SIGNED), -value, value)
             names = np.full(len(images), OPERATIONS.index(name))
-            got = change_each(torch.from_numpy(images), names, values).numpy()
+            got = change_each(torch.from_numpy(images).to(device), names, values).cpu().numpy()
             for image, one, other in zip(images, values, got, strict=True):
                 assert np.array_equal(other, np.asarray(change(Image.fromarray(image), name, float(one)))), (level, one)
                 expected = as_torchvision(image, name, float(one))

@@ -41,7 +41,7 @@ def test_the_tests_it_runs_cover_devices_dtypes_widths_sizes_and_streams():
     text = result.stdout
     assert "[cpu" not in text
     for size in gpu.SIZES:
-        assert f"test_16_bit_gradients_are_as_exact_as_the_published_code[{size}]" in text
+        assert f"test_16_bit_gradients_are_as_exact_as_the_published_code[{size}-bfloat16]" in text
         for row in ("float32-auto", "bfloat16-auto", "bfloat16-float32", "float16-auto", "float16-float16"):
             assert f"test_models_have_parity[{size}-inference-{row}]" in text
     for width in (16, 24, 48, 64, 80, 128):

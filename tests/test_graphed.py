@@ -57,6 +57,13 @@ def test_logits_are_the_models_and_stay_as_they_are(model, records):
     assert records == [3]
 
 
+def test_what_is_recorded_in_inference_mode_runs_outside_of_it(model):
+    with torch.inference_mode():
+        run = Graphed(model, torch.zeros(3, 3, 8, 8))
+    images = torch.randn(3, 3, 8, 8)
+    assert torch.equal(run(images), model(images))
+
+
 def test_other_images_go_through_the_model(model, records):
     images = torch.randn(2, 3, 8, 8)
     run = Graphed(model, torch.zeros(3, 3, 8, 8))

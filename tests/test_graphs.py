@@ -8,12 +8,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
 from test_loop import make_trainer, step
 from torch import nn
-
-from crate_fast.training.graphs import Graphed
-from crate_fast.training.parallel import replicate
 
 
 def emulated(module: nn.Module, sample: tuple, num_warmup_iters: int) -> nn.Module:
@@ -83,17 +79,3 @@ def test_a_step_that_is_not_finite_moves_nothing():
     assert trainer.net._graph.replays == [64] * 2
     assert torch.equal(trainer.flat.weights, before)
     assert trainer.bad_step.item() == 1
-
-
-def test_graphs_in_a_process_group_sum_the_models_gradients(tmp_path):
-    plain, graphed = make_trainer(), make_trainer(cuda_graphs="yes")
-    assert isinstance(graphed.net, Graphed)
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        graphed.net = replicate(graphed.net, graphed.compute)
-        for trainer in (plain, graphed):
-            step(trainer)
-    finally:
-        dist.destroy_process_group()
-    assert torch.equal(graphed.flat.gradients, plain.flat.gradients)
-    assert graphed.net.module._graph.replays == [64]

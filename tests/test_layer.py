@@ -5,7 +5,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from lion_pytorch import Lion
 
 from crate_fast import CRATE, reference
 from crate_fast.kernels import layer
@@ -135,6 +134,8 @@ def resolve_ties(ours, published, lr: float) -> int:
 
 @pytest.mark.parametrize(("backend", "steps"), [("torch", 20), ("triton", 2)])
 def test_training_follows_the_published_class(published_class, backend, steps):
+    from lion_pytorch import Lion  # not everywhere where the tests for a GPU run
+
     options = dict(image_size=16, patch_size=4, num_classes=10, dim=96, depth=4, heads=2, dim_head=48)
     generator = torch.Generator().manual_seed(1)
     images, labels = torch.randn(32, 3, 16, 16, generator=generator), torch.randint(10, (32,), generator=generator)

@@ -23,7 +23,6 @@ from crate_fast.training.ranks import ALONE, Ranks
 from crate_fast.training.run import build_model
 from crate_fast.training.stop import Signals
 
-CPU = torch.device("cpu")
 SMALL = TrainConfig(
     **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, lr=1e-3),
     **dict(rotate=0.0, zoom=0.0, shift=0.0, batch_size=64, epochs=2),
@@ -32,9 +31,10 @@ SMALL = TrainConfig(
 
 def make_trainer(**changes) -> Trainer:
     config = replace(SMALL, **changes)
-    data = Digits((8, 8), CPU)
+    compute = choose_compute(config.device, config.precision)
+    data = Digits((8, 8), compute.device)
     plan = make_plan(config, data.train_count, ALONE)
-    return Trainer(config, build_model(config, data), data, plan, choose_compute("cpu", config.precision), Signals(tell=True))
+    return Trainer(config, build_model(config, data).to(compute.device), data, plan, compute, Signals(tell=True))
 
 
 def step(trainer: Trainer, place: int = 0) -> None:

@@ -366,6 +366,19 @@ def test_torch_compile_takes_the_whole_model(backend, training):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_torch_compile_takes_the_published_model_whole(published_class, autocast):
+    """Without a graph break, which would flatter us where compiled models are compared; in the oldest torch, too."""
+    torch._dynamo.reset()
+    model, x = build(published_class), torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        got, want = compiled(x), model(x)
+    assert got.dtype == want.dtype == (torch.bfloat16 if autocast else torch.float32)
+    torch.testing.assert_close(got, want)
+    got.sum().backward()
+
+
 def test_compiled_layers_notice_what_changes_afterwards():
     torch._dynamo.reset()
     model = build(backend="triton").train()

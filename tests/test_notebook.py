@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
-
 PATH = Path(__file__).parent.parent / "examples" / "inside.ipynb"
 
 
@@ -18,6 +15,9 @@ def kinds(notebook):
 
 
 def test_notebook_runs(tmp_path):
+    import nbformat  # not everywhere where the tests for a GPU run
+    from nbclient import NotebookClient
+
     kept = nbformat.read(PATH, 4)
     fresh = nbformat.read(PATH, 4)
     NotebookClient(fresh, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()

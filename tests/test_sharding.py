@@ -22,6 +22,7 @@ from crate_fast.reading import CheckpointError
 from crate_fast.training import ConfigError, TrainConfig, evaluate_run
 from crate_fast.training.compute import Compute
 from crate_fast.training.parallel import check_strategy
+from crate_fast.training.ranks import ALONE, join
 
 SIZES = dict(image_size=16, patch_size=8, num_classes=10, dim=32, depth=2, heads=2, dim_head=16)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -87,6 +88,16 @@ def test_layers_that_are_watched_or_cast_run_their_modules(alone):
     cast = in_parts(copy.deepcopy(whole), alone, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16))
     logits, _ = kernels_of(cast, torch.float16)
     assert torch.allclose(logits.float(), whole(IMAGES), atol=3e-2)
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    """As `--device cuda` or auto names it; PyTorch's set_device, here up to where it asks the driver, refuses it."""
+    made, chosen = [], []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: made.append(backend))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.cuda._utils._get_device_index(device)))
+    for name in ("cuda", "cuda:1"):
+        join(ALONE, torch.device(name), alone=True)
+    assert (made, chosen) == (["nccl", "nccl"], [1])
 
 
 LOSSES = """

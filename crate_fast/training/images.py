@@ -170,7 +170,8 @@ class Normalise:
     """From pixels, (n, height, width, 3) uint8, to what a model takes, (n, 3, height, width) float32, by `MEAN` and `STD`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._mean, self._std = (torch.tensor(values, device=device).mul(255) for values in (MEAN, STD))
+        # Computed here and copied, which is over when it returns: they are read on another stream, that waits for nothing.
+        self._mean, self._std = (torch.tensor(values).mul(255).to(device) for values in (MEAN, STD))
 
     def __call__(self, pixels: Tensor) -> Tensor:
         n, height, width, _ = pixels.shape

@@ -93,7 +93,7 @@ def join(ranks: Ranks, device: torch.device, alone: bool = False) -> None:
     """
     if (ranks.count == 1 and not alone) or dist.is_initialized():
         return
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:  # without an index it is the current one, which PyTorch refuses
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "gloo":

@@ -1,0 +1,45 @@
+"""A bare checkout on a machine with a GPU: nothing is installed, some packages are not there, and others are too new."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BENCHMARKS, interpreter_obstacle
+
+ROOT = BENCHMARKS.parent
+ABSENT = ("lion_pytorch", "nbclient", "nbformat", "simplejpeg")
+COLLECT = f"""
+import sys
+sys.modules |= dict.fromkeys({ABSENT})
+import pytest
+status = pytest.main(["-q", "-m", "gpu", "--collect-only", "tests"])
+import crate_fast.kernels
+print(crate_fast.kernels.__file__)
+sys.exit(status)
+"""
+
+
+def test_gpu_tests_are_collected_from_a_checkout_that_is_not_installed(tmp_path):
+    for name in ("benchmarks", "crate_fast", "kernels", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    done = subprocess.run([sys.executable, "-c", COLLECT], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    *tests, kernels = done.stdout.splitlines()
+    assert Path(kernels).is_relative_to(tmp_path)
+    assert sum("[cuda" in test or "test_gpu" in test for test in tests) > 100
+    assert not any("[cpu" in test for test in tests)
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fits"),
+    [("3.6.0", "2.5.5", False), ("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.8.0", "2.5.5", True)],
+)
+def test_an_interpreter_that_cannot_take_this_numpy_says_so_in_a_line(triton, numpy, fits):
+    obstacle = interpreter_obstacle(triton, numpy)
+    assert (obstacle is None) == fits
+    if not fits:
+        assert f"triton {triton} needs NumPy below 2.4, and NumPy {numpy} is here" in obstacle
+        assert "\n" not in obstacle
