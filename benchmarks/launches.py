@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import re
 from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
@@ -15,12 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from machine_code import Code, disassemble, tools
+from machine_code import Code, disassemble
 
 
 class Launch(NamedTuple):
     """One kernel as it would be launched: what Triton needs to compile it."""
 
+    module: str
     kernel: str
     name: str
     signature: dict[str, object]  # types by argument; of a tuple a tuple
@@ -43,7 +44,10 @@ def specialise(kernel, label: str, arguments: tuple, constants: dict, operand_bi
     name = f"{label},{_ends(constexprs | inner)} {options['num_warps']}w {options['num_stages']}s"
     matrices = [x for x in flat(arguments) if isinstance(x, torch.Tensor) and x.dim() > 1 and x.itemsize == 2]
     wide = operand_bits == 16 and bool(matrices) and all(x.shape[-1] % 16 == 0 for x in matrices)
-    return Launch(kernel.fn.__name__, name, signature, constexprs | inner, tuple(aligned), options, operand_bits, wide)
+    function, constants = kernel.fn, constexprs | inner
+    return Launch(
+        function.__module__, function.__name__, name, signature, constants, tuple(aligned), options, operand_bits, wide
+    )
 
 
 def _type(value, path: tuple[int, ...], constants: dict, aligned: list):
@@ -107,8 +111,9 @@ def _flatten(value, kind, found: list) -> None:
         found.append(value if isinstance(value, int) else None)
 
 
-def compiled(kernel, launch: Launch, arch: str):
+def compiled(launch: Launch, arch: str):
     """Triton's compiled kernel for an architecture such as "sm_90"."""
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     attributes = {path: [["tt.divisibility", 16]] for path in launch.aligned}
     source = ASTSource(fn=kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=launch.options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from control_flow import Path as Way
 from copies import Copy
 from intermediate import Source, UnknownControlError, named
 
-LONGEST = 400_000  # instructions of a walk
+LONGEST = 3_000_000  # instructions of a walk
 COPIES = ("LDGSTS", "UTMALDG")  # from global to shared memory, without a register between
 
 
@@ -175,14 +176,16 @@ class _Walker:
 
     def steps(self) -> list[Step]:
         at, found = 0, []
+        plain = [Step(index, True) for index in range(len(self.code.instructions))]
+        turns = [n for n, i in enumerate(self.code.instructions) if i.op in ("BRA", "EXIT", "RET", *COPIES)]
         while at is not None:
-            found.append(Step(at, not self._is_spent(at)))
+            stop = turns[bisect_left(turns, at)]
+            found += plain[at:stop]
+            self._leave(stop)
+            found.append(Step(stop, not self._is_spent(stop)))
             if len(found) > LONGEST:
                 raise UnknownControlError("the walk through the machine code does not end")
-            following = self._next(at)
-            if following is not None:
-                self._leave(following)
-            at = following
+            at = self._next(stop)
         self._check({step.index for step in found})
         return found
 
