@@ -29,7 +29,9 @@ CONSTANTS = {
     "DRAM": Constant(4.3e12, "bytes/s", "measured", "a large copy on one H200"),
     "L2": Constant(8.0e12, "bytes/s", "fitted", "Triton products at 689 TFLOP/s on an H100, if their tiles are 128 × 256"),
     "bytes a clock": Constant(64, "bytes", "fitted", "into a multiprocessor, to the same figures"),
-    "product rate": Constant(7.9e14, "flop/s", "measured", "a large 16-bit product on one H200: the floors, PyTorch's products"),
+    "product rate": Constant(
+        7.9e14, "flop/s", "measured", "a large 16-bit product on one H200: the floors, PyTorch's products"
+    ),
     "float32 rate": Constant(5.0e13, "flop/s", "assumed", "PyTorch's float32 products without tf32; 6.7e13 is published"),
     "PyTorch's product": Constant(0.7, "", "assumed", "the part of the product rate that its 16-bit products reach"),
     "PyTorch's copy": Constant(0.85, "", "assumed", "the part of the DRAM rate that its elementwise operations reach"),

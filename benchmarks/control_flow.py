@@ -77,7 +77,9 @@ def _path(body: list[Operation], records: list, column: np.ndarray, weight: floa
         here = entries.get(id(operation), set())
         before = {turns[operation.source]} if turns.get(operation.source) else set()
         if len(here | before) > 1:
-            raise UnknownControlError(f"the loop at {named(operation.source)} turns {sorted(here | before)} times in one program")
+            raise UnknownControlError(
+                f"the loop at {named(operation.source)} turns {sorted(here | before)} times in one program"
+            )
         turns[operation.source] = max(here | before, default=0)
     live, known, regions = set(), set(), []
     _spread(body, entries, True, live, known, regions)

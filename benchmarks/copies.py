@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from intermediate import Operation, Source, parse
 
-NAMES = re.compile(r"ttg\.async_copy_global_to_local|ttng\.async_tma_(copy_global_to_local|copy_local_to_global|reduce|gather|scatter)")
+NAMES = re.compile(
+    r"ttg\.async_copy_global_to_local|ttng\.async_tma_(copy_global_to_local|copy_local_to_global|reduce|gather|scatter)"
+)
 
 
 class Copy(NamedTuple):

@@ -26,10 +26,10 @@ MULTIPLY = {"IMAD"}  # half as many lanes
 UNIFORM = re.compile(r"^(U[A-Z]|R2UR|S2UR|VOTEU|CS2UR)")
 CONVERT = {"MUFU", "I2F", "F2I", "F2F", "POPC"}
 LOCAL = {"LDL", "STL"}
-FREE = set(
-    "BRA EXIT NOP BAR DEPBAR LDGDEPBAR WARPGROUP MEMBAR FENCE BSSY BSYNC WARPSYNC CALL RET S2R CS2R LDC SYNCS ERRBAR "
-    "CCTL".split()
-)
+FREE = {
+    "BRA", "EXIT", "NOP", "BAR", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "MEMBAR", "FENCE", "BSSY", "BSYNC", "WARPSYNC", "CALL",
+    "RET", "S2R", "CS2R", "LDC", "SYNCS", "ERRBAR", "CCTL",
+}  # fmt: skip
 ENGINE = {"UTMALDG", "UTMASTG"}  # copies of whole boxes by the tensor memory accelerator
 
 

@@ -35,7 +35,9 @@ def print_tables(result: dict) -> None:
         )
     for row in result["resources"]:
         if row["local_bytes"]:
-            print(f"{row['arch']}: {row['kernel']} {row['configuration']} of {row['size']} has {row['local_bytes']} bytes local")
+            print(
+                f"{row['arch']}: {row['kernel']} {row['configuration']} of {row['size']} has {row['local_bytes']} bytes local"
+            )
 
 
 def _keyed(rows: list[dict], *names: str) -> dict[tuple, dict]:

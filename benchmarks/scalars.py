@@ -146,4 +146,4 @@ def _merge(condition, a, b):
 
 
 def _has_control(body: list[Operation]) -> bool:
-    return any(op.name.startswith("scf.") and op.name != "scf.yield" or any(map(_has_control, op.regions)) for op in body)
+    return any((op.name.startswith("scf.") and op.name != "scf.yield") or any(map(_has_control, op.regions)) for op in body)
