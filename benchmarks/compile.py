@@ -5,10 +5,10 @@
 The library's own launch code runs on tensors without memory; what it would have launched is compiled with the
 specialisation that Triton's runtime would choose (alignment, unit strides, 32- or 64-bit sizes). A row a kernel:
 registers, bytes spilled, shared memory, matrix instructions, 16-byte copies, barriers a turn, and for float32 the precision
-that the PTX names. Exit status 1 where a kernel spills or touches local memory, needs more shared memory than the chip has, uses
-tf32 unasked, or, with 16-bit operands, has no matrix instruction (HGMMA on sm_90, UTCHMMA on sm_100), no 16-byte copy though
-all rows start on 16 bytes, more than BARRIERS barriers in the loop that makes most of its products, or products that the assembler
-says it serialises. --quick compiles one size in float16 for sm_90.
+that the PTX names. Exit status 1 where a kernel spills or touches local memory, needs more shared memory than the chip has,
+uses tf32 unasked, or, with 16-bit operands, has no matrix instruction (HGMMA on sm_90, UTCHMMA on sm_100), no 16-byte copy
+though all rows start on 16 bytes, more than BARRIERS barriers in the loop that makes most of its products, or products that
+the assembler says it serialises. --quick compiles one size in float16 for sm_90.
 """
 
 from __future__ import annotations
@@ -48,11 +48,10 @@ MATRIX = {"HMMA": 1, "HGMMA": 32, "UTCHMMA": 512}
 MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 """What 16-bit products must be made of where that is not HMMA."""
 
-BARRIERS = 3
-"""How many barriers a turn of the loop that makes most of a kernel's 16-bit products may have. A pipelined loop needs one or
-two; a sum over rows in it costs nine. Loops over a few tokens that are left, 16 rows for four warps, need more and do little."""
-
-NOT_MATRIX = {"_prepare_kernel", "_finish_kernel", "_delta_kernel", "_leave_kernel"}
+BARRIERS = 4
+"""How many barriers a turn of the loop that makes most of a kernel's 16-bit products may have. A pipelined loop needs two,
+with tensor descriptors four; a sum over rows in it costs nine. Loops over the last few tokens, 16 rows for four warps, need
+more and do little."""
 
 # parameters, stream, operands
 DTYPES = {
@@ -170,7 +169,7 @@ def compile_one(launch: Launch, arch: str) -> Row:
         arch, launch.kernel, launch.name, code.registers, code.local, code.shared,
         " + ".join(f"{count} {name}" for name, count in sorted(matrix.items())) or "0", copies, _barriers(code), precision,
     )  # fmt: skip
-    return row._replace(problem="; ".join(_problems(row, code, result.asm["ptx"], launch)))
+    return row._replace(problem="; ".join(_problems(row, code, result.asm, launch)))
 
 
 def _barriers(code: Code) -> int:
@@ -180,10 +179,10 @@ def _barriers(code: Code) -> int:
     return most.count("BAR") if MATRIX.keys() & set(most) else 0
 
 
-def _problems(row: Row, code: Code, ptx: str, launch: Launch) -> list[str]:
+def _problems(row: Row, code: Code, asm: dict[str, str], launch: Launch) -> list[str]:
     """All that is wrong with a compiled kernel."""
-    halves, wgmma = launch.operand_bits == 16, serialised(ptx)
-    products = halves and row.kernel not in NOT_MATRIX
+    halves, wgmma = launch.operand_bits == 16, serialised(asm["ptx"])
+    products = halves and "tt.dot" in asm["ttir"]
     return [
         problem
         for problem, found in {
@@ -248,7 +247,8 @@ def main() -> int:
 
 def _print(rows: list[Row]) -> None:
     print(
-        f"{'arch':6} {'kernel':24} {'configuration':58} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>21} {'16 B':>4} {'bars':>4}  fp32"
+        f"{'arch':6} {'kernel':24} {'configuration':58} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>21} {'16 B':>4} "
+        f"{'bars':>4}  fp32"
     )
     for r in rows:
         kernel = r.kernel.strip("_").removesuffix("_kernel")

@@ -1,0 +1,84 @@
+"""Kernels whose instructions, bytes and flops are known by counting, for test_predicted.py; compiled, never run."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product_kernel(x, weight, out, sizes, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """A tile of x Wᵀ a program; arguments in tuples: `x` is (pointer, stride), `sizes` (rows, inputs)."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK)
+    b_out = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, sizes[1], STEP):
+        k = start + tl.arange(0, STEP)
+        b_x = tl.load(x[0] + row[:, None] * x[1] + k[None, :])
+        b_w = tl.load(weight + column[:, None] * sizes[1] + k[None, :])
+        b_out = tl.dot(b_x, tl.trans(b_w), b_out)
+    tl.store(out + row[:, None] * BLOCK + column[None, :], b_out.to(tl.float16))
+
+
+@triton.jit
+def described_kernel(d_x, d_weight, d_out, inputs, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """The same by tensor descriptors made on the host."""
+    first = tl.program_id(0) * BLOCK
+    b_out = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, inputs, STEP):
+        b_out = tl.dot(d_x.load([first, start]), d_weight.load([0, start]).T, b_out)
+    d_out.store([first, 0], b_out.to(tl.float16))
+
+
+@triton.jit
+def self_described_kernel(p_x, p_weight, p_out, rows, inputs, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """The same by tensor descriptors made in the kernel."""
+    d_x = tl.make_tensor_descriptor(p_x, [rows, inputs], [inputs, 1], [BLOCK, STEP])
+    d_weight = tl.make_tensor_descriptor(p_weight, [BLOCK, inputs], [inputs, 1], [BLOCK, STEP])
+    d_out = tl.make_tensor_descriptor(p_out, [rows, BLOCK], [BLOCK, 1], [BLOCK, BLOCK])
+    first = tl.program_id(0) * BLOCK
+    b_out = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, inputs, STEP):
+        b_out = tl.dot(d_x.load([first, start]), d_weight.load([0, start]).T, b_out)
+    d_out.store([first, 0], b_out.to(tl.float16))
+
+
+@triton.jit
+def branched_kernel(p_x, p_out, tokens, BLOCK: tl.constexpr):
+    """Sums; a program in four takes the short way, 2 turns of a loop in place of 5. Running sums need barriers, so that no
+    loop is unrolled."""
+    first = tl.program_id(0) % 4 * BLOCK
+    column = tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    if tokens - first <= BLOCK:
+        for turn in range(0, tokens // (2 * BLOCK)):
+            b_sum += tl.exp2(tl.cumsum(tl.load(p_x + turn * BLOCK + column), 0))
+        tl.store(p_out + first + column, b_sum)
+    else:
+        for turn in range(0, tokens // BLOCK + 1):
+            b_sum += tl.cumsum(tl.load(p_x + turn * BLOCK + column), 0)
+        tl.store(p_out + first + column, b_sum * b_sum)
+
+
+@triton.jit
+def blind_kernel(p_x, p_count, BLOCK: tl.constexpr):
+    """Turns a loop as often as memory says."""
+    column = tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for turn in range(0, tl.load(p_count)):
+        b_sum += tl.load(p_x + turn * BLOCK + column)
+    tl.store(p_x + column, b_sum)
+
+
+@triton.jit
+def sum_in_loop_kernel(p_x, p_w, p_out, p_sum, inputs, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """A product with a sum over its rows in the loop, which costs barriers, and makes the assembler serialise products."""
+    row = tl.arange(0, BLOCK)
+    b_out = tl.zeros([BLOCK, BLOCK], tl.float32)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, inputs, STEP):
+        k = start + tl.arange(0, STEP)
+        b_x = tl.load(p_x + k[:, None] * BLOCK + row[None, :])
+        b_w = tl.load(p_w + k[:, None] * BLOCK + row[None, :])
+        b_sum += tl.sum(b_w.to(tl.float32), 0)
+        b_out = tl.dot(tl.trans(b_x), b_w, b_out)
+    tl.store(p_out + row[:, None] * BLOCK + row[None, :], b_out.to(tl.float16))
+    tl.store(p_sum + row, b_sum)
