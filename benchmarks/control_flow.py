@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from intermediate import Operation, Source, UnknownControlError, named, parse
+from intermediate import Operation, Source, UnknownControlError, named, operations, parse
 from scalars import Scalars
 
 
@@ -21,20 +21,27 @@ class Path(NamedTuple):
 
     weight: float
     turns: dict[Source, int]
+    held: dict[Source, frozenset[Source]]  # what every loop holds
     live: frozenset[Source]  # everything that these programs execute
     known: frozenset[Source]  # everything in the kernel
     shared: frozenset[Source]  # what stands outside all branches and loops
     regions: tuple[tuple[Source, frozenset[Source]], ...]  # (a branch that is taken, what stands there alone)
 
-    def turns_of(self, loop: Source) -> int:
-        """How often a loop turns.
+    def loop_of(self, source: Source, inside: Sequence[Source]) -> Source:
+        """The loop that machine code of this source, holding code `inside`, was made of. Where the compiler lost part of a
+        branch's chain of calls, what the loop holds tells which it is.
 
         Raises:
-            UnknownControlError: the kernel has no such loop.
+            UnknownControlError: the kernel has no such loop, or several.
         """
-        if loop not in self.turns:
-            raise UnknownControlError(f"machine code loops at {named(loop)}, where the kernel has no loop")
-        return self.turns[loop]
+        if source in self.turns:
+            return source
+        alike = {loop: sum(x in held for x in inside) for loop, held in self.held.items() if loop[: len(source)] == source}
+        best = [loop for loop, count in alike.items() if count == max(alike.values()) > 0]
+        if len(best) != 1:
+            found = f"where the kernel has {len(best)} such loops"
+            raise UnknownControlError(f"machine code loops at {named(source)}, {found}; Triton 3.6 drops the callers of a line")
+        return best[0]
 
     def is_dead(self, source: Source) -> bool:
         """Whether something belongs to what these programs do not come to."""
@@ -85,7 +92,10 @@ def _path(body: list[Operation], records: list, column: np.ndarray, weight: floa
     _spread(body, entries, True, live, known, regions)
     shared = frozenset(op.source for op in body if not op.regions or op.name.startswith("tt."))
     alone = tuple((source, frozenset(own - shared)) for source, own in regions)
-    return Path(weight, turns, frozenset(live), frozenset(known), shared, alone)
+    held = {
+        op.source: frozenset(x.source for x in operations(op.regions[0])) for op in operations(body) if op.name == "scf.for"
+    }
+    return Path(weight, turns, held, frozenset(live), frozenset(known), shared, alone)
 
 
 def _spread(body, entries, alive: bool, live: set, known: set, regions: list) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from intermediate import Operation, Source, parse
+from intermediate import Operation, Source, operations, parse
 
 NAMES = re.compile(
     r"ttg\.async_copy_global_to_local|ttng\.async_tma_(copy_global_to_local|copy_local_to_global|reduce|gather|scatter)"
@@ -29,7 +28,7 @@ def read(ttgir: str) -> dict[Source, Copy]:
     """
     body = parse(ttgir)[1]
     moved: Counter[Source] = Counter()
-    for op in _all(body):
+    for op in operations(body):
         if NAMES.fullmatch(op.name):
             moved[op.source] += _bytes(op)
     ahead: dict[Source, int] = {}
@@ -41,13 +40,6 @@ def _bytes(op: Operation) -> float:
     """Of the tile that is copied: the last shape that the operation names in shared memory."""
     *shape, kind = re.findall(r"<((?:\d+x)+[a-z]+\d+)\w*, #(?:shared|nvmma)", op.text)[-1].split("x")
     return math.prod(map(int, shape)) * int(re.sub(r"\D", "", kind)) / 8
-
-
-def _all(body: list[Operation]) -> Iterator[Operation]:
-    for op in body:
-        yield op
-        for region in op.regions:
-            yield from _all(region)
 
 
 def _count_ahead(body: list[Operation], ahead: dict[Source, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 Source = tuple[tuple[str, int], ...]
@@ -48,6 +49,14 @@ def parse(ttir: str) -> tuple[list[str], list[Operation]]:
     arguments = re.findall(r"[(,] ?%([\w.$-]+): ", header)
     body, _, _ = _region(lines, kernel + 1, locations)
     return arguments, body
+
+
+def operations(body: list[Operation]) -> Iterator[Operation]:
+    """All operations of a body, those in regions too."""
+    for op in body:
+        yield op
+        for region in op.regions:
+            yield from operations(region)
 
 
 def _locations(lines: list[str]) -> dict[str, str]:

@@ -150,7 +150,7 @@ def walk(code: Code, way: Way, copies: dict[Source, Copy]) -> list[Step]:
 class _Walker:
     def __init__(self, code: Code, way: Way, copies: dict[Source, Copy]) -> None:
         self.code, self.way, self.copies = code, way, copies
-        self.loops = code.loops()
+        self.loops = [loop._replace(source=self._resolved(loop)) for loop in code.loops()]
         self.at_end = {loop.last: loop for loop in self.loops}
         self.versions = defaultdict(list)  # of a loop that the compiler unrolled: by 4, say, then the rest one by one
         for loop in self.loops:
@@ -158,9 +158,12 @@ class _Walker:
         self.left: dict[Source, int] = {}  # turns that a loop has left
         self.entered: set[Source] = set()
 
+    def _resolved(self, loop: Loop) -> Source:
+        return self.way.loop_of(loop.source, [i.source for i in self.code.instructions[loop.first : loop.last]])
+
     def _left(self, source: Source) -> int:
         self.entered.add(source)
-        return self.left.setdefault(source, self.way.turns_of(source))
+        return self.left.setdefault(source, self.way.turns[source])
 
     def _amount(self, source: Source, first: int, last: int) -> int:
         """How many turns of a loop a stretch of the machine code makes at once, by its loads or else its length."""
@@ -231,11 +234,19 @@ class _Walker:
         over = [loop for loop in self.loops if at < loop.first and loop.last < target]
         if over and all(loop.source == over[0].source for loop in over):
             return all(self._left(loop.source) < self._factor(loop) for loop in over)
-        source = self.code.instructions[at].source
-        versions = self.versions.get(source, ())
-        if len(versions) > 1 and target <= versions[-1].last and not any(x.first <= at <= x.last for x in versions):
+        source = self._between_versions(at, target)
+        if source is not None:
             return not self._take(source, self._amount(source, at + 1, target - 1))
         return self._is_dead(at + 1, target)
+
+    def _between_versions(self, at: int, target: int) -> Source | None:
+        """The unrolled loop of which a branch skips a few turns that stand outside all its versions; None if there is none."""
+        line = self.code.instructions[at].source
+        for source, versions in self.versions.items():
+            outside = not any(x.first <= at <= x.last for x in versions)
+            if len(versions) > 1 and outside and line == source[: len(line)] and at < versions[-1].last >= target:
+                return source
+        return None
 
     def _take(self, source: Source, turns: int) -> bool:
         """Whether so many turns are left, which are then made, between the versions of an unrolled loop."""
@@ -257,7 +268,7 @@ class _Walker:
             if there & sources and not walked & sources:
                 raise UnknownControlError(f"the walk never comes to the branch at {named(region)}")
         for source in self.versions:
-            if self.way.turns_of(source) and source not in self.entered:
+            if self.way.turns[source] and source not in self.entered:
                 raise UnknownControlError(f"the walk never comes to the loop at {named(source)}")
 
 
