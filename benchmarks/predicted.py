@@ -35,7 +35,7 @@ from launches import Launch, code_of, compiled, integers
 from machine_code import walk
 from pipes import Kernel, boxes, least_times, resident, work
 from replay import clocks_of_program
-from step import PASSES, TOKENS, Call, Operation, record
+from step import PASSES, TOKENS, Call, Operation, Recorded, record
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = {"tiny": 1024, "small": 1024, "base": 1024, "large": 512}
@@ -55,6 +55,7 @@ class Job(NamedTuple):
     programs: int
     bytes: int
     arch: str
+    timed: bool
 
 
 class Prediction(NamedTuple):
@@ -72,11 +73,11 @@ class Prediction(NamedTuple):
 
 
 def predict(job: Job) -> Prediction:
-    """Compiles one launch and, for sm_90, walks and replays it."""
+    """Compiles one launch and, where its time is wanted, walks and replays it."""
     result = compiled(job.launch, job.arch)
     code = code_of(result, job.launch)
     facts = Prediction(code.registers, code.local, code.shared, resident(code, job.arch))
-    if job.arch != TIMED:
+    if not job.timed:
         return facts
     copied = read(result.asm["ttgir"])
     ways = [(way.weight, walk(code, way, copied)) for way in paths(result.asm["ttir"], job.integers, job.programs)]
@@ -105,8 +106,9 @@ def predict_all(jobs: list[Job], processes: int) -> dict[str, Prediction]:
     return dict(zip(map(repr, fresh), found, strict=True))
 
 
-def job_of(call: Call, arch: str) -> Job:
-    return Job(call.launch._replace(name=""), tuple(integers(call.launch, call.arguments)), call.programs, call.bytes, arch)
+def job_of(call: Call, arch: str, timed: bool) -> Job:
+    numbers = tuple(integers(call.launch, call.arguments))
+    return Job(call.launch._replace(name=""), numbers, call.programs, call.bytes, arch, timed)
 
 
 def floor_of(call: Call, prediction: Prediction, shape: floors.Shape) -> float:
@@ -153,7 +155,7 @@ def table(size: str, what: str, calls: list[Call], operations: list[Operation], 
     rows = []
     for key in dict.fromkeys(call.key for call in calls):
         call = first[key]
-        p = found[repr(job_of(call, TIMED))]
+        p = found[repr(job_of(call, TIMED, True))]
         rows.append(_row(size, what, call, p, counts[key], floor_of(call, p, shape)))
     by_name: dict[str, list[float]] = {}
     for operation in operations:
@@ -166,7 +168,7 @@ def _row(size: str, what: str, call: Call, p: Prediction, count: int, floor: flo
     kind = {"mssa_forward": "attention forward", "mssa_backward": "attention backward"}.get(call.role, "product")
     factor = values()[f"factor, {kind}"] if call.role else 1.0
     return {
-        "size": size, "pass": what, "kernel": call.role or call.launch.kernel.strip("_").removesuffix("_kernel"),
+        "size": size, "pass": what, "kernel": name_of(call),
         "configuration": call.launch.name.strip(", "), "count": count, "programs": call.programs,
         "floor_us": 1e6 * floor, "bound_us": 1e6 * p.bound, "limit": p.limit, "estimate_us": 1e6 * factor * p.estimate,
         "registers": p.registers, "resident": p.resident, "local_bytes": p.local_bytes, "shared_bytes": p.shared_bytes,
@@ -195,32 +197,54 @@ def _sums(size: str, what: str, depth: int, rows: list[dict], others: list[dict]
     }  # fmt: skip
 
 
-def measure(sizes: list[str], archs: tuple[str, ...], processes: int) -> dict:
+PARTS = {
+    "all": ((TIMED, True), *((arch, False) for arch in OTHERS)),
+    "times": ((TIMED, True),),
+    "resources": tuple((arch, False) for arch in (TIMED, *OTHERS)),
+}
+"""(architecture, whether times are predicted for it) of what can be asked for."""
+
+
+def measure(sizes: list[str], parts: str, processes: int) -> dict:
     """The whole result: versions, constants with their standing, steps, rows, PyTorch's operations, resources."""
-    taken = {(a, s, w): record(s, BATCH[s], w, int(a.removeprefix("sm_"))) for a in archs for s in sizes for w in PASSES}
-    jobs = [job_of(call, arch) for (arch, _, _), recorded in taken.items() for call in recorded.calls]
+    taken = {
+        (arch, timed, size, what): record(size, BATCH[size], what, int(arch.removeprefix("sm_")))
+        for arch, timed in PARTS[parts]
+        for size in sizes
+        for what in PASSES
+    }
+    jobs = [job_of(call, arch, timed) for (arch, timed, _, _), recorded in taken.items() for call in recorded.calls]
     found = predict_all(jobs, processes)
-    tables = [table(s, w, *taken[TIMED, s, w], found) for s in sizes for w in PASSES]
-    resources = {}
-    for (arch, size, _), recorded in taken.items():
-        for call in recorded.calls if arch != TIMED else ():
-            p, name = found[repr(job_of(call, arch))], call.role or call.launch.kernel.strip("_").removesuffix("_kernel")
-            row = {"arch": arch, "size": size, "kernel": name, "configuration": call.launch.name.strip(", ")}
-            resources[repr(row)] = row | {x: getattr(p, x) for x in ("registers", "local_bytes", "shared_bytes", "resident")}
+    tables = [table(s, what, *recorded, found) for (_, timed, s, what), recorded in taken.items() if timed]
     return {
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
         "constants": described(),
         "steps": [t["step"] for t in tables],
         "rows": [row for t in tables for row in t["rows"]],
         "operations": [{"size": t["step"]["size"], "pass": t["step"]["pass"]} | o for t in tables for o in t["operations"]],
-        "resources": list(resources.values()),
+        "resources": resources(taken, found),
     }
+
+
+def resources(taken: dict[tuple, Recorded], found: dict[str, Prediction]) -> list[dict]:
+    """What the kernels take where no times are predicted, each once."""
+    rows = {}
+    for (arch, timed, size, _), recorded in taken.items():
+        for call in () if timed else recorded.calls:
+            p = found[repr(job_of(call, arch, timed))]
+            row = {"arch": arch, "size": size, "kernel": name_of(call), "configuration": call.launch.name.strip(", ")}
+            rows[repr(row)] = row | {x: getattr(p, x) for x in ("registers", "local_bytes", "shared_bytes", "resident")}
+    return list(rows.values())
+
+
+def name_of(call: Call) -> str:
+    return call.role or call.launch.kernel.strip("_").removesuffix("_kernel")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", type=lambda text: text.split(","), default=list(SIZES), metavar="NAMES")
-    parser.add_argument("--timed", action="store_true", help=f"{TIMED} alone, without the resources of {', '.join(OTHERS)}")
+    parser.add_argument("--parts", choices=PARTS, default="all", help=f"times are for {TIMED} alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--out", type=Path, default=RESULTS / "predicted.json", metavar="FILE")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="predict nothing: two results")
@@ -232,7 +256,7 @@ def main() -> int:
         return compare(*options.compare)
     if options.calibrate:
         return calibrate(options.calibrate, RESULTS / "predicted.json")
-    result = measure(options.model, (TIMED,) if options.timed else (TIMED, *OTHERS), options.jobs)
+    result = measure(options.model, options.parts, options.jobs)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print_tables(result)
     print(f"results: {os.path.relpath(options.out)}")

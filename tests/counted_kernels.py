@@ -1,5 +1,12 @@
-"""Kernels whose instructions, bytes and flops are known by counting, for test_predicted.py; compiled, never run."""
+"""Kernels whose instructions, bytes and flops are known by counting, for test_predicted.py; compiled, never run.
 
+As a script, with the benchmarks on the path, it prints what the model counts of each, as JSON.
+"""
+
+import json
+from collections import Counter
+
+import torch
 import triton
 import triton.language as tl
 
@@ -82,3 +89,66 @@ def sum_in_loop_kernel(p_x, p_w, p_out, p_sum, inputs, BLOCK: tl.constexpr, STEP
         b_out = tl.dot(tl.trans(b_x), b_w, b_out)
     tl.store(p_out + row[:, None] * BLOCK + row[None, :], b_out.to(tl.float16))
     tl.store(p_sum + row, b_sum)
+
+
+BLOCK, STEP, INPUTS, PROGRAMS = 128, 64, 320, 264
+
+
+def launches() -> dict[str, tuple]:
+    """(kernel, arguments, constants, programs) by name."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    def empty(*shape: int, dtype=torch.float16):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def described(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+    rows = BLOCK * PROGRAMS
+    x, weight, out, vector = empty(rows, INPUTS), empty(BLOCK, INPUTS), empty(rows, BLOCK), empty(4096, dtype=torch.float32)
+    descriptors = described(x, [BLOCK, STEP]), described(weight, [BLOCK, STEP]), described(out, [BLOCK, BLOCK])
+    tile = {"BLOCK": BLOCK, "STEP": STEP, "num_warps": 4, "num_stages": 3}
+    line = {"BLOCK": 128, "num_warps": 4, "num_stages": 1}
+    return {
+        "product": (product_kernel, ((x, INPUTS), weight, out, (rows, INPUTS)), tile, PROGRAMS),
+        "described": (described_kernel, (*descriptors, INPUTS), tile, PROGRAMS),
+        "self described": (self_described_kernel, (x, weight, out, rows, INPUTS), tile, PROGRAMS),
+        "branched": (branched_kernel, (vector, vector, 512), line, 400),
+        "blind": (blind_kernel, (vector, empty(1, dtype=torch.int32)), line, 400),
+        "sum in the loop": (sum_in_loop_kernel, (x, x, out, vector, 8192), tile | {"STEP": 32, "num_warps": 8}, 1),
+    }
+
+
+def count(kernel, arguments: tuple, constants: dict, programs: int) -> dict:
+    """What the model makes of one launch."""
+    import compile
+    import control_flow
+    import copies
+    import pipes
+    from intermediate import UnknownControlError
+    from launches import code_of, compiled, integers, specialise
+    from machine_code import walk
+
+    launch = specialise(kernel, "", arguments, constants, 16)
+    result = compiled(launch, "sm_90")
+    code, copied = code_of(result, launch), copies.read(result.asm["ttgir"])
+    try:
+        paths = control_flow.paths(result.asm["ttir"], integers(launch, arguments), programs)
+    except UnknownControlError as error:
+        return {"error": str(error)}
+    walks = [walk(code, path, copied) for path in paths]
+    ways = [(path.weight, steps) for path, steps in zip(paths, walks, strict=True)]
+    done = pipes.work(pipes.Kernel(code, ways, pipes.boxes(copied, code)), programs)
+    return {
+        "weights": [path.weight for path in paths],
+        "turns": [sorted(path.turns.values()) for path in paths],
+        "executed": [Counter(code.instructions[step.index].op for step in steps if step.on) for steps in walks],
+        "bytes": done.l2_bytes / programs,
+        "flops": done.flops / programs,
+        "barriers": compile._barriers(code),
+        "serialised": compile.serialised(result.asm["ptx"]),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: count(*launch) for name, launch in launches().items()}))
