@@ -48,10 +48,10 @@ CONSTANTS = {
 
 LATENCIES = {
     "none": 0, "global": 500, "vector": 250, "shared": 30, "shuffle": 24, "mufu": 22, "hgmma": 30, "hmma": 33, "barrier": 24,
-    "fence": 30, "const": 30, "engine": 700,
+    "fence": 30, "const": 30, "engine": 700, "descriptor": 500,
 }  # fmt: skip
 """Clocks until a result is there, all assumed: "global" of 16-byte loads, "vector" of narrower ones, "engine" of a copy by
-the tensor memory accelerator."""
+the tensor memory accelerator, "descriptor" until the accelerator sees a descriptor that a program has made."""
 
 
 def values() -> dict[str, float]:

@@ -77,9 +77,12 @@ class Code(NamedTuple):
 
     def spins(self, first: int, last: int) -> bool:
         """Whether a loop does nothing but wait for a barrier in shared memory, or lies behind the kernel's end."""
-        ends = [n for n, i in enumerate(self.instructions) if i.op in ("EXIT", "RET")]
         waits = any(i.op == "SYNCS" for i in self.instructions[first : last + 1])
-        return last > ends[-1] or (last - first < 12 and waits)
+        return last > self.end() or (last - first < 12 and waits)
+
+    def end(self) -> int:
+        """The last instruction that ends a program."""
+        return max(n for n, i in enumerate(self.instructions) if i.op in ("EXIT", "RET"))
 
 
 def tools() -> Path:
@@ -234,6 +237,8 @@ class _Walker:
         over = [loop for loop in self.loops if at < loop.first and loop.last < target]
         if over and all(loop.source == over[0].source for loop in over):
             return all(self._left(loop.source) < self._factor(loop) for loop in over)
+        if target > self.code.end():  # what waits, or is rare; were it a branch of the source, `_check` would miss it
+            return False
         source = self._between_versions(at, target)
         if source is not None:
             return not self._take(source, self._amount(source, at + 1, target - 1))

@@ -219,7 +219,8 @@ def prepare(kernel: Kernel, steps: list) -> list[Issue]:
         boards = tuple(b for b in range(6) if i.wait >> b & 1)
         busy = tuple((pipe, clocks) for pipe, clocks in pipes.items() if pipe not in ("issue", "bytes"))
         latency = LATENCIES[_latency(i, pipes)]
-        return Issue(kind, busy, pipes.get("bytes", 0.0), i.stall, boards, number, latency, i.write, i.read)
+        stall = i.stall + (LATENCIES["descriptor"] if i.op == "UTMACCTL" else 0)
+        return Issue(kind, busy, pipes.get("bytes", 0.0), stall, boards, number, latency, i.write, i.read)
 
     return [one(step) for step in steps]
 
