@@ -79,8 +79,9 @@ def _path(body: list[Operation], records: list, column: np.ndarray, weight: floa
     for record, value in zip(records, column, strict=False):
         if value >= 0:  # negative where the program does not come there
             entries.setdefault(id(record.operation), set()).add(int(value))
+    loops = [op for op in operations(body) if op.name == "scf.for"]
     turns: dict[Source, int] = {}
-    for operation in {id(r.operation): r.operation for r in records if r.operation.name == "scf.for"}.values():
+    for operation in loops:
         here = entries.get(id(operation), set())
         before = {turns[operation.source]} if turns.get(operation.source) else set()
         if len(here | before) > 1:
@@ -92,9 +93,7 @@ def _path(body: list[Operation], records: list, column: np.ndarray, weight: floa
     _spread(body, entries, True, live, known, regions)
     shared = frozenset(op.source for op in body if not op.regions or op.name.startswith("tt."))
     alone = tuple((source, frozenset(own - shared)) for source, own in regions)
-    held = {
-        op.source: frozenset(x.source for x in operations(op.regions[0])) for op in operations(body) if op.name == "scf.for"
-    }
+    held = {op.source: frozenset(x.source for x in operations(op.regions[0])) for op in loops}
     return Path(weight, turns, held, frozenset(live), frozenset(known), shared, alone)
 
 

@@ -142,7 +142,7 @@ def walk(code: Code, way: Way, copies: dict[Source, Copy]) -> list[Step]:
     """The instructions that one warp executes in a program that goes `way`, in order.
 
     A forward branch is taken where what it skips belongs to parts of the source that the program does not come to; any other
-    is not: what only some warps or lanes do counts for all.
+    is not: what only some warps or lanes do counts for all, and of a branch that goes both ways in one program both sides.
 
     Raises:
         UnknownControlError: a loop has no counterpart in the source, or the walk misses a part of it.

@@ -35,10 +35,11 @@ from launches import Launch, code_of, compiled, integers
 from machine_code import walk
 from pipes import Kernel, boxes, least_times, resident, work
 from replay import clocks_of_program
-from step import PASSES, TOKENS, Call, Operation, Recorded, record
+from step import PASSES, TOKENS, WIDTHS, Call, Operation, Recorded, inner_of, record, record_attention
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = {"tiny": 1024, "small": 1024, "base": 1024, "large": 512}
+ATTENTION = "attention"  # alone, for every width of heads
 TIMED, OTHERS = "sm_90", ("sm_80", "sm_100")
 FLOORS = {
     "project": 0, "mssa_forward": 1, "out_project": 2, "ista": 3, "ista_gradient": 4, "weight_gradient": 5, "out_gradient": 6,
@@ -146,29 +147,39 @@ def host_seconds(depth: int, launches: int, what: str) -> float:
 _HOST = {"training": "training", "inference": "evaluation"}
 
 
-def table(size: str, what: str, calls: list[Call], operations: list[Operation], found: dict[str, Prediction]) -> dict:
+def table(size: str, what: str, recorded: Recorded, found: dict[str, Prediction]) -> dict:
     """One step of one size: {"step": its sums, "rows": its kernels, "operations": PyTorch's}."""
+    rows = rows_of(size, what, BATCH[size], shape_of(size, 1), recorded.calls, found)
+    by_name: dict[str, list[float]] = {}
+    for operation in recorded.operations:
+        by_name.setdefault(operation.name, []).append(seconds_of(operation))
+    others = [{"name": n, "count": len(t), "us": 1e6 * sum(t)} for n, t in sorted(by_name.items(), key=lambda x: -sum(x[1]))]
+    return {"step": _sums(size, what, rows, others), "rows": rows, "operations": others}
+
+
+def shape_of(size: str, depth: int) -> floors.Shape:
     s = SIZES[size]
-    shape = floors.Shape(BATCH[size], TOKENS, s["dim"], s["heads"] * s["dim_head"], 1, 2)
+    return floors.Shape(BATCH[size], TOKENS, s["dim"], s["heads"] * s["dim_head"], depth, 2)
+
+
+def rows_of(
+    size: str, what: str, batch: int, shape: floors.Shape, calls: list[Call], found: dict[str, Prediction]
+) -> list[dict]:
+    """The kernels among launches, with how often each is launched."""
     counts = Counter(call.key for call in calls)
     first = {call.key: call for call in reversed(calls)}
     rows = []
     for key in dict.fromkeys(call.key for call in calls):
-        call = first[key]
-        p = found[repr(job_of(call, TIMED, True))]
-        rows.append(_row(size, what, call, p, counts[key], floor_of(call, p, shape)))
-    by_name: dict[str, list[float]] = {}
-    for operation in operations:
-        by_name.setdefault(operation.name, []).append(seconds_of(operation))
-    others = [{"name": n, "count": len(t), "us": 1e6 * sum(t)} for n, t in sorted(by_name.items(), key=lambda x: -sum(x[1]))]
-    return {"step": _sums(size, what, s["depth"], rows, others), "rows": rows, "operations": others}
+        p = found[repr(job_of(first[key], TIMED, True))]
+        rows.append(_row(size, what, batch, first[key], p, counts[key], floor_of(first[key], p, shape)))
+    return rows
 
 
-def _row(size: str, what: str, call: Call, p: Prediction, count: int, floor: float) -> dict:
+def _row(size: str, what: str, batch: int, call: Call, p: Prediction, count: int, floor: float) -> dict:
     kind = {"mssa_forward": "attention forward", "mssa_backward": "attention backward"}.get(call.role, "product")
     factor = values()[f"factor, {kind}"] if call.role else 1.0
     return {
-        "size": size, "pass": what, "kernel": name_of(call),
+        "size": size, "pass": what, "batch": batch, "kernel": name_of(call),
         "configuration": call.launch.name.strip(", "), "count": count, "programs": call.programs,
         "floor_us": 1e6 * floor, "bound_us": 1e6 * p.bound, "limit": p.limit, "estimate_us": 1e6 * factor * p.estimate,
         "registers": p.registers, "resident": p.resident, "local_bytes": p.local_bytes, "shared_bytes": p.shared_bytes,
@@ -176,7 +187,7 @@ def _row(size: str, what: str, call: Call, p: Prediction, count: int, floor: flo
     }  # fmt: skip
 
 
-def _sums(size: str, what: str, depth: int, rows: list[dict], others: list[dict]) -> dict:
+def _sums(size: str, what: str, rows: list[dict], others: list[dict]) -> dict:
     """A step's milliseconds. "layers" are all kernels but those that run once a step and have no shape of their own."""
     k = values()
     layers = [row for row in rows if row["count"] > 1 or row["kernel"] in FLOORS]
@@ -184,9 +195,8 @@ def _sums(size: str, what: str, depth: int, rows: list[dict], others: list[dict]
     ours = 1e-3 * sum(row["count"] * row["estimate_us"] for row in rows)
     pytorch = 1e-3 * sum(other["us"] for other in others)
     launches = sum(x["count"] for x in (*rows, *others))
-    host = 1e3 * host_seconds(depth, launches, what)
-    s = SIZES[size]
-    shape = floors.Shape(BATCH[size], TOKENS, s["dim"], s["heads"] * s["dim_head"], depth, 2)
+    depth = SIZES[size]["depth"]
+    host, shape = 1e3 * host_seconds(depth, launches, what), shape_of(size, depth)
     ceilings = {"flops_per_second": k["product rate"], "bytes_per_second": k["DRAM"]}
     step = max(ours + pytorch, host)
     return {
@@ -205,22 +215,34 @@ PARTS = {
 """(architecture, whether times are predicted for it) of what can be asked for."""
 
 
+def take(sizes: list[str], parts: str) -> dict[tuple, Recorded]:
+    """What is launched, by (architecture, whether it is timed, size, pass); of `ATTENTION` by the width of heads."""
+    taken = {}
+    for arch, timed in PARTS[parts]:
+        number = int(arch.removeprefix("sm_"))
+        for size in (s for s in sizes if s != ATTENTION):
+            taken |= {(arch, timed, size, what): record(size, BATCH[size], what, number) for what in PASSES}
+        for width in WIDTHS if ATTENTION in sizes else ():
+            taken[arch, timed, f"heads of {width}", ATTENTION] = record_attention(width, BATCH["tiny"], number)
+    return taken
+
+
 def measure(sizes: list[str], parts: str, processes: int) -> dict:
     """The whole result: versions, constants with their standing, steps, rows, PyTorch's operations, resources."""
-    taken = {
-        (arch, timed, size, what): record(size, BATCH[size], what, int(arch.removeprefix("sm_")))
-        for arch, timed in PARTS[parts]
-        for size in sizes
-        for what in PASSES
-    }
+    taken = take(sizes, parts)
     jobs = [job_of(call, arch, timed) for (arch, timed, _, _), recorded in taken.items() for call in recorded.calls]
     found = predict_all(jobs, processes)
-    tables = [table(s, what, *recorded, found) for (_, timed, s, what), recorded in taken.items() if timed]
+    tables = [table(s, what, x, found) for (_, timed, s, what), x in taken.items() if timed and what != ATTENTION]
+    rows = [row for t in tables for row in t["rows"]]
+    for width in WIDTHS if ATTENTION in sizes and PARTS[parts][0][1] else ():
+        name, batch, inner = f"heads of {width}", BATCH["tiny"], inner_of(width)
+        shape = floors.Shape(batch, TOKENS, inner, inner, 1, 2)
+        rows += rows_of(name, ATTENTION, batch, shape, taken[TIMED, True, name, ATTENTION].calls, found)
     return {
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
         "constants": described(),
         "steps": [t["step"] for t in tables],
-        "rows": [row for t in tables for row in t["rows"]],
+        "rows": rows,
         "operations": [{"size": t["step"]["size"], "pass": t["step"]["pass"]} | o for t in tables for o in t["operations"]],
         "resources": resources(taken, found),
     }
@@ -243,7 +265,7 @@ def name_of(call: Call) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", type=lambda text: text.split(","), default=list(SIZES), metavar="NAMES")
+    parser.add_argument("--model", type=lambda text: text.split(","), default=[*SIZES, ATTENTION], metavar="NAMES")
     parser.add_argument("--parts", choices=PARTS, default="all", help=f"times are for {TIMED} alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--out", type=Path, default=RESULTS / "predicted.json", metavar="FILE")

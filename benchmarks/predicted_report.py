@@ -17,27 +17,37 @@ NOISE = 1.01
 
 def print_tables(result: dict) -> None:
     """A table a size and pass, and the sums of the step."""
-    for step in result["steps"]:
-        rows = [row for row in result["rows"] if row["size"] == step["size"] and row["pass"] == step["pass"]]
-        print(f"\nCRATE-{step['size']}, {step['pass']}, batch {step['batch']}: microseconds a launch, sm_90")
-        head = f"{'floor':>7} {'bound':>7} {'estimate':>8} {'/floor':>6}  {'limit':7} {'regs':>4} {'programs':>8}"
-        print(f"  {'kernel':17} {'configuration':40} {'times':>5} {head}")
-        for r in rows:
-            print(
-                f"  {r['kernel']:17} {r['configuration']:40} {r['count']:5} {r['floor_us']:7.1f} {r['bound_us']:7.1f} "
-                f"{r['estimate_us']:8.1f} {r['estimate_us'] / r['floor_us']:6.2f}  {r['limit']:7} {r['registers']:4} "
-                f"{r['resident']:8}{'  local memory' if r['local_bytes'] else ''}"
-            )
-        print(
-            f"  layers {step['layers_ms']:.1f} ms (floor {step['layers_floor_ms']:.1f}, bound {step['layers_bound_ms']:.1f}), "
-            f"around them {step['around_ms']:.1f}, PyTorch's operations {step['pytorch_ms']:.1f}; host {step['host_ms']:.1f}: "
-            f"a step of {step['step_ms']:.1f} ms (floor {step['step_floor_ms']:.1f}), {step['images_per_second']:,.0f} images/s"
-        )
+    steps = {(step["size"], step["pass"]): step for step in result["steps"]}
+    for size, what in dict.fromkeys((row["size"], row["pass"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["size"], row["pass"]) == (size, what)]
+        _print_rows(f"{size}, {what}, batch {rows[0]['batch']}", rows)
+        if (size, what) in steps:
+            _print_sums(steps[size, what])
     for row in result["resources"]:
         if row["local_bytes"]:
             print(
                 f"{row['arch']}: {row['kernel']} {row['configuration']} of {row['size']} has {row['local_bytes']} bytes local"
             )
+
+
+def _print_rows(title: str, rows: list[dict]) -> None:
+    print(f"\n{title}: microseconds a launch, sm_90")
+    head = f"{'floor':>7} {'bound':>7} {'estimate':>8} {'/floor':>6}  {'limit':7} {'regs':>4} {'programs':>8}"
+    print(f"  {'kernel':17} {'configuration':40} {'times':>5} {head}")
+    for r in rows:
+        print(
+            f"  {r['kernel']:17} {r['configuration']:40} {r['count']:5} {r['floor_us']:7.1f} {r['bound_us']:7.1f} "
+            f"{r['estimate_us']:8.1f} {r['estimate_us'] / r['floor_us']:6.2f}  {r['limit']:7} {r['registers']:4} "
+            f"{r['resident']:8}{'  local memory' if r['local_bytes'] else ''}"
+        )
+
+
+def _print_sums(step: dict) -> None:
+    print(
+        f"  layers {step['layers_ms']:.1f} ms (floor {step['layers_floor_ms']:.1f}, bound {step['layers_bound_ms']:.1f}), "
+        f"around them {step['around_ms']:.1f}, PyTorch's operations {step['pytorch_ms']:.1f}; host {step['host_ms']:.1f}: "
+        f"a step of {step['step_ms']:.1f} ms (floor {step['step_floor_ms']:.1f}), {step['images_per_second']:,.0f} images/s"
+    )
 
 
 def _keyed(rows: list[dict], *names: str) -> dict[tuple, dict]:

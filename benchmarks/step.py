@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import crate_fast
+import crate_fast.functional
 from crate_fast import kernels, plainness
 from crate_fast.kernels import runtime, shapes, tuning
 from crate_fast.model import SIZES
@@ -28,6 +29,8 @@ from launches import Launch, flat, specialise
 
 IMAGE, PATCH, TOKENS, CLASSES = 224, 16, 197, 1000
 PASSES = ("training", "inference")
+WIDTHS = (16, 32, 48, 64, 80, 96, 128)
+"""Of heads; attention alone is predicted for each."""
 
 
 class Call(NamedTuple):
@@ -143,6 +146,21 @@ def record(size: str, batch: int, what: str, arch: int = 90) -> Recorded:
         found.calls.clear()
         with _Operations(found.operations):
             run()
+    return found
+
+
+def inner_of(width: int) -> int:
+    """The width of all heads together: about CRATE-tiny's."""
+    return 384 // width * width
+
+
+def record_attention(width: int, batch: int, arch: int = 90) -> Recorded:
+    """Attention alone, forward and backward, in float16 with heads of a width."""
+    found = Recorded([], [])
+    with FakeTensorMode(), _recorded(arch, found.calls):
+        w = torch.empty(batch, TOKENS, inner_of(width), dtype=torch.float16, requires_grad=True)
+        out = crate_fast.functional.mssa(w, inner_of(width) // width, backend="triton")
+        out.backward(torch.empty_like(out))
     return found
 
 

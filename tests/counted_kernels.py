@@ -151,4 +151,7 @@ def count(kernel, arguments: tuple, constants: dict, programs: int) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: count(*launch) for name, launch in launches().items()}))
+    import compile
+
+    quick = sorted({launch.kernel for launch in compile.collect("sm_90", quick=True)})
+    print(json.dumps({name: count(*launch) for name, launch in launches().items()} | {"quick": quick}))

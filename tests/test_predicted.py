@@ -74,6 +74,14 @@ def test_a_sum_in_the_loop_of_a_product_is_found_out(counted):
     assert counted["product"]["barriers"] <= 4
 
 
+def test_the_quick_compilation_has_every_kernel_that_a_step_launches(counted):
+    """`compile.py --quick` passes over none of them."""
+    launched = {row["kernel"] for row in COMMITTED["rows"]}
+    assert {"mssa_forward", "mssa_backward"} <= launched
+    names = " ".join(counted["quick"])
+    assert all(part in names for part in ("mssa_forward", "mssa_backward", "linear", "data_gradient", "weight_gradient"))
+
+
 # --- the replay, on code made up here ---
 
 
