@@ -1,13 +1,14 @@
 """Compiles every kernel as a user of a GPU would get it, with no GPU at hand, and shows what the compiler made of it.
 
-    python benchmarks/compile.py [--arch sm_90 ...] [--kernel NAME ...] [--json FILE]
+    python benchmarks/compile.py [--arch sm_90 ...] [--kernel NAME ...] [--quick] [--json FILE]
 
 The library's own launch code runs on tensors without memory; what it would have launched is compiled with the
 specialisation that Triton's runtime would choose (alignment, unit strides, 32- or 64-bit sizes). A row a kernel:
-registers, bytes spilled, shared memory, matrix instructions, 16-byte global loads, and for float32 the precision that the
-PTX names. Exit status 1 where a kernel spills, needs more shared memory than the chip has, uses tf32 unasked, or, with
-16-bit operands, has no matrix instruction (HGMMA on sm_90, UTCHMMA on sm_100) or no 16-byte load though all rows start on
-16 bytes.
+registers, bytes spilled, shared memory, matrix instructions, 16-byte copies, barriers a turn, and for float32 the precision
+that the PTX names. Exit status 1 where a kernel spills or touches local memory, needs more shared memory than the chip has,
+uses tf32 unasked, or, with 16-bit operands, has no matrix instruction (HGMMA on sm_90, UTCHMMA on sm_100), no 16-byte copy
+though all rows start on 16 bytes, more than BARRIERS barriers in the loop that makes most of its products, or products that
+the assembler says it serialises. --quick compiles one size in float16 for sm_90.
 """
 
 from __future__ import annotations
@@ -25,19 +26,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what is default up to Triton 3.9, which warns when it is not said
-
 import torch
 import triton
 from tqdm import tqdm
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from crate_fast.kernels import (
-    attention,
-    attention_gradient,
-    gradients,
     ista,
     layer,
     linear,
@@ -45,20 +38,20 @@ from crate_fast.kernels import (
     runtime,
     stack,
     tuning,
-    weight_gradients,
-    weights,
 )
+from launches import Launch, compiled, specialise
+from machine_code import Code, disassemble, inner_loops, tools
+from pipes import LOCAL, SHARED_MEMORY
 
-SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
-"""KiB of shared memory that one program can have."""
-
+MATRIX = {"HMMA": 1, "HGMMA": 32, "UTCHMMA": 512}
+"""Matrix instructions, and roughly how much each multiplies for a warp."""
 MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 """What 16-bit products must be made of where that is not HMMA."""
 
-MODULES = (attention, attention_gradient, gradients, linear, stack, weight_gradients, weights)
-"""Where kernels are."""
-
-NOT_MATRIX = {"_prepare_kernel", "_finish_kernel", "_delta_kernel", "_leave_kernel"}
+BARRIERS = 4
+"""How many barriers a turn of the loop that makes most of a kernel's 16-bit products may have. A pipelined loop needs two,
+with tensor descriptors four; a sum over rows in it costs nine. Loops over the last few tokens, 16 rows for four warps, need
+more and do little."""
 
 # parameters, stream, operands
 DTYPES = {
@@ -78,37 +71,27 @@ ONES = {
 HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128)
 
 
-class Launch(NamedTuple):
-    """One kernel as it would be launched: what Triton needs to compile it."""
-
-    kernel: str
-    name: str
-    signature: dict[str, str]
-    constants: dict
-    aligned: tuple[int, ...]
-    options: dict[str, int]
-    operand_bits: int
-    wide: bool  # 16-bit operands in rows of a multiple of 16, which Triton knows to start on 16 bytes
-
-
-def collect(arch: str) -> list[Launch]:
+def collect(arch: str, quick: bool = False) -> list[Launch]:
     """Every launch of the library on an architecture, over dtypes, head widths, and sizes that Triton specialises on and
-    that it does not."""
+    that it does not; if `quick`, of one layer in float16."""
     with tuning.assumed(int(arch.removeprefix("sm_"))):
-        return _collect()
+        return _collect(quick)
 
 
-def _collect() -> list[Launch]:
+def _collect(quick: bool) -> list[Launch]:
     launches: dict[str, Launch] = {}
 
     def record(label: str, operand: torch.dtype, run) -> None:
         def observer(kernel, programs, arguments, constants):
-            launch = _specialise(kernel, label, arguments, constants, torch.finfo(operand).bits)
+            launch = specialise(kernel, label, arguments, constants, torch.finfo(operand).bits)
             launches.setdefault(repr(launch._replace(name="")), launch)
 
         with runtime.observed(observer):
             run()
 
+    if quick:
+        record("fp16", torch.float16, lambda: _layer(*DTYPES["fp16"], *SIZES[""]))
+        return list(launches.values())
     for dtypes, (parameter, stream, operand) in DTYPES.items():
         for name, size in (SIZES | ONES.get(dtypes, {})).items():
             record(f"{dtypes}{name}", operand, lambda p=parameter, s=stream, o=operand, n=size: _layer(p, s, o, *n))
@@ -159,102 +142,74 @@ def _short(dtype: torch.dtype) -> str:
     return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
-def _specialise(kernel, label: str, arguments: tuple, constants: dict, operand_bits: int) -> Launch:
-    """What Triton's runtime would make of these arguments: types, constants, alignment."""
-    options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
-    constexprs = {k: v for k, v in constants.items() if k not in options}
-    signature, aligned = {}, []
-    for index, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = f"*{_pointer_type(value.dtype)}"
-            divisible = value.storage_offset() * value.element_size() % 16 == 0
-        elif value is None or (isinstance(value, int) and value == 1):
-            signature[name], constexprs[name], divisible = "constexpr", value, False
-        elif isinstance(value, int):
-            signature[name], divisible = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
-        else:
-            signature[name], divisible = "fp32", False
-        aligned += [index] if divisible else []
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    ends = "".join(
-        f" {v if isinstance(v, str) else k}".lower()
-        for k, v in constexprs.items()
-        if k in _ENDS and v not in (False, 0, "none")
-    )
-    blocks = "×".join(str(v) for k, v in constexprs.items() if k in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    name = f"{label},{ends} {blocks} {options['num_warps']}w {options['num_stages']}s"
-    matrices = [x for x in arguments if isinstance(x, torch.Tensor) and x.dim() > 1 and x.itemsize == 2]
-    wide = operand_bits == 16 and bool(matrices) and all(x.shape[-1] % 16 == 0 for x in matrices)
-    return Launch(kernel.fn.__name__, name, signature, constexprs, tuple(aligned), options, operand_bits, wide)
-
-
-_ENDS = ("NORM", "SHRINK", "RESIDUAL", "RECTIFIED", "HEAD_WIDTH", "SUMS")
-
-
-def _pointer_type(dtype: torch.dtype) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-
-
 class Row(NamedTuple):
     """A compiled kernel's resources."""
 
     arch: str
     kernel: str
     configuration: str
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    matrix_instructions: str
-    wide_loads: int
-    precision: str
-    problem: str
+    registers: int = 0
+    spilled_bytes: int = 0
+    shared_bytes: int = 0
+    matrix_instructions: str = "0"
+    wide_loads: int = 0
+    barriers: int = 0  # in a turn of the loop that makes most of the products
+    precision: str = ""
+    problem: str = ""
 
 
 def compile_one(launch: Launch, arch: str) -> Row:
     """Compiles one launch for one architecture and reads the machine code."""
-    kernel = next(getattr(module, launch.kernel) for module in MODULES if hasattr(module, launch.kernel))
-    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
-    source = ASTSource(fn=kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=launch.options)
-    usage, code = _disassemble(compiled.asm["cubin"])
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    spilled = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
-    matrix = Counter(re.findall(r"\b(HGMMA|UTCHMMA|HMMA)\b", code))
-    precision = "" if launch.operand_bits == 16 else ("tf32" if "tf32" in compiled.asm["ptx"] else "ieee")
+    result = compiled(launch, arch)
+    code = disassemble(result.asm["cubin"], result.metadata.shared, launch.options["num_warps"])
+    matrix = Counter(i.op for i in code.instructions if i.op in MATRIX)
+    copies = sum((i.op in ("LDG", "LDGSTS") and ".128" in i.name) or i.op == "UTMALDG" for i in code.instructions)
+    precision = "" if launch.operand_bits == 16 else ("tf32" if "tf32" in result.asm["ptx"] else "ieee")
     row = Row(
-        arch, launch.kernel, launch.name, registers, spilled, compiled.metadata.shared,
-        " + ".join(f"{count} {name}" for name, count in sorted(matrix.items())) or "0",
-        len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128", code)), precision, "",
+        arch, launch.kernel, launch.name, code.registers, code.local, code.shared,
+        " + ".join(f"{count} {name}" for name, count in sorted(matrix.items())) or "0", copies, _barriers(code), precision,
     )  # fmt: skip
-    return row._replace(problem=_problem(row, launch))
+    return row._replace(problem="; ".join(_problems(row, code, result.asm, launch)))
 
 
-def _problem(row: Row, launch: Launch) -> str:
-    if row.spilled_bytes:
-        return "spills"
-    if row.shared_bytes > SHARED_MEMORY[row.arch] * 1024:
-        return "shared memory"
-    if launch.operand_bits == 16 and row.kernel not in NOT_MATRIX:
-        if MATRIX_INSTRUCTION.get(row.arch, "HMMA") not in row.matrix_instructions:
-            return "no matrix instructions"
-        if launch.wide and not row.wide_loads:
-            return "no 16-byte loads"
-    if row.precision == "tf32" and runtime.float32_precision() != "tf32":
-        return "tf32 unasked"
-    return ""
+def _barriers(code: Code) -> int:
+    """Barriers in a turn of the innermost loop that makes most of the products; 0 if none makes any."""
+    bodies = [[i.op for i in code.instructions[loop.first : loop.last + 1]] for loop in inner_loops(code)]
+    most = max(bodies, key=lambda ops: sum(map(MATRIX.get, ops, [0] * len(ops))), default=[])
+    return most.count("BAR") if MATRIX.keys() & set(most) else 0
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, machine code) as Triton's own copies of NVIDIA's tools print them."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-        code = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True)
-    return usage.stdout, code.stdout
+def _problems(row: Row, code: Code, asm: dict[str, str], launch: Launch) -> list[str]:
+    """All that is wrong with a compiled kernel."""
+    halves, wgmma = launch.operand_bits == 16, serialised(asm["ptx"])
+    products = halves and "tt.dot" in asm["ttir"]
+    return [
+        problem
+        for problem, found in {
+            "spills": row.spilled_bytes,
+            "local memory": any(i.op in LOCAL for i in code.instructions),
+            "shared memory": row.shared_bytes > SHARED_MEMORY[row.arch] * 1024,
+            "no matrix instructions": products and MATRIX_INSTRUCTION.get(row.arch, "HMMA") not in row.matrix_instructions,
+            "no 16-byte loads": products and launch.wide and not row.wide_loads,
+            f"{row.barriers} barriers in the loop": halves and row.barriers > BARRIERS,
+            f"products serialised ({', '.join(wgmma)})": wgmma,
+            "tf32 unasked": row.precision == "tf32" and runtime.float32_precision() != "tf32",
+        }.items()
+        if found
+    ]
+
+
+def serialised(ptx: str) -> list[str]:
+    """The assembler's warnings that it makes asynchronous products (wgmma) wait for each other: C7510, C7514, C7515 and kin."""
+    if "wgmma" not in ptx:
+        return []
+    arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [tools() / "ptxas", "-v", f"--gpu-name={arch}", source, "-o", source.with_suffix(".cubin")]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sorted(set(re.findall(r"\bC75\d\d\b", result.stdout + result.stderr)))
 
 
 def _compile_or_explain(job: tuple[Launch, str]) -> Row:
@@ -263,17 +218,19 @@ def _compile_or_explain(job: tuple[Launch, str]) -> Row:
         return compile_one(launch, arch)
     except Exception as error:  # whatever the compiler raises is a row of the table, not the end of it
         reason = f"does not compile: {type(error).__name__}: {error}".splitlines()[0]
-        return Row(arch, launch.kernel, launch.name, 0, 0, 0, "0", 0, "", reason[:200])
+        return Row(arch, launch.kernel, launch.name, problem=reason[:200])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], choices=SHARED_MEMORY)
+    parser.add_argument("--arch", nargs="+", choices=SHARED_MEMORY, help="default: sm_80 sm_90 sm_100; with --quick sm_90")
+    parser.add_argument("--quick", action="store_true", help="one layer in float16: what is wrong with all sizes shows there")
     parser.add_argument("--kernel", nargs="+", help="only kernels and configurations whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     arguments = parser.parse_args()
-    jobs = [(launch, arch) for arch in arguments.arch for launch in collect(arch)]
+    archs = arguments.arch or (["sm_90"] if arguments.quick else ["sm_80", "sm_90", "sm_100"])
+    jobs = [(launch, arch) for arch in archs for launch in collect(arch, arguments.quick)]
     if arguments.kernel:
         jobs = [(x, arch) for x, arch in jobs if any(part in f"{x.kernel} {x.name}" for part in arguments.kernel)]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
@@ -290,13 +247,14 @@ def main() -> int:
 
 def _print(rows: list[Row]) -> None:
     print(
-        f"{'arch':6} {'kernel':24} {'configuration':58} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>21} {'16 B':>4}  fp32"
+        f"{'arch':6} {'kernel':24} {'configuration':58} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>21} {'16 B':>4} "
+        f"{'bars':>4}  fp32"
     )
     for r in rows:
         kernel = r.kernel.strip("_").removesuffix("_kernel")
         print(
             f"{r.arch:6} {kernel:24} {r.configuration:58} {r.registers:4} {r.spilled_bytes:5} "
-            f"{r.shared_bytes:7} {r.matrix_instructions:>21} {r.wide_loads:4}  {r.precision} {r.problem}"
+            f"{r.shared_bytes:7} {r.matrix_instructions:>21} {r.wide_loads:4} {r.barriers:4}  {r.precision} {r.problem}"
         )
 
 

@@ -5,6 +5,7 @@
     python benchmarks/run.py --published CHECKOUT  the published repository itself as one more peer
     python benchmarks/run.py --suite traffic       kernels launched and bytes moved a layer, counted without a GPU
     python benchmarks/run.py --suite host          the host's time to launch a layer, without a GPU as far as the driver's call
+    python benchmarks/run.py --suite predicted     what a GPU should take, by the machine code of every kernel, without a GPU
     python benchmarks/run.py --report              the README's table and the pictures again, from the results
     python benchmarks/run.py --compare OLD NEW     what became slower between two results, outside the noise
 
@@ -37,7 +38,7 @@ from workloads import DTYPES, Judge, Workload, make_ready
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = ("ops", "layer", "inference", "train")
-ALONE = ("traffic", "host")
+ALONE = ("traffic", "host", "predicted")
 PARTS = ("forward", "backward", "both")
 WHATS = (*(f"{operation} {part}" for operation in ("mssa", "ista", "layer") for part in PARTS), "inference", "train")
 
@@ -186,6 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and on a GPU only CRATE-tiny in bfloat16")
     parser.add_argument("--report", action="store_true", help="measure nothing: README table and pictures from the results")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="measure nothing: two results files")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="of --suite predicted: constants from a GPU's results")
     options = parser.parse_args(argv)
     for flag, values, known in (
         ("--suite", options.suite, (*SUITES, *ALONE)), ("--what", options.what, WHATS),
@@ -198,6 +200,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--out is {options.out}; its name must end in .json (pictures go to the folder of that name without it)")
     if options.out and options.suite == ["traffic"]:
         parser.error("--out is for what is measured; --suite traffic counts")
+    if options.calibrate and options.suite != ["predicted"]:
+        parser.error("--calibrate is for --suite predicted")
     if any(batch < 1 for batch in options.batch or ()):
         parser.error(f"--batch is {min(options.batch)}; it must be at least 1")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -205,8 +209,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def predicted(options: argparse.Namespace) -> int:
+    """The suite "predicted", in a process of its own, which compiles and so cannot interpret."""
+    flags = ["--model", ",".join(options.model)] if options.model else []
+    for name in ("out", "calibrate", "compare"):
+        value = getattr(options, name)
+        flags += [f"--{name}", *(value if isinstance(value, list) else [value])] if value else []
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("predicted.py"), *map(str, flags)]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    if options.suite == ["predicted"]:
+        return predicted(options)
     if options.compare:
         return compare(*options.compare)
     if options.report:
