@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import time
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,7 @@ def test_a_kill_at_any_moment_leaves_no_trace(folder, straight, tmp_path, moment
 
 
 def test_a_worker_that_is_killed_is_told(folder, tmp_path, monkeypatch):
+    started = time.monotonic()
     monkeypatch.setattr(packing, "encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     monkeypatch.setattr(packing, "_estimate", lambda *_: 0)
     with pytest.raises(packing.ConfigError, match=r"--workers is 2: one was ended from outside.*the same command goes on"):
@@ -108,6 +110,7 @@ def test_a_worker_that_is_killed_is_told(folder, tmp_path, monkeypatch):
     monkeypatch.undo()
     prepare(folder, tmp_path / "packs", SMALL, workers=2)
     assert len(open_packs(tmp_path / "packs").train) == 36
+    assert time.monotonic() - started < 15  # the others are not waited for
 
 
 def make_odd(path: Path) -> dict[str, bool]:

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -30,7 +31,6 @@ from .encoding import Settings, encode
 from .folder import Photographs, open_folder
 from .packs import MANIFEST, SETTINGS, Encoded, Pack, PackError, Unreadable, open_listed, open_packs, write_pack
 from .rundir import RunDirectory, unlock
-from .stop import leave_signals_to_the_run
 
 UNREADABLE = "unreadable.txt"
 SAMPLED = 32  # images of a split that tell how large the rest will be
@@ -261,7 +261,7 @@ class _Worker:
 
 
 def _start_worker(count, settings: Settings) -> None:
-    leave_signals_to_the_run()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the command itself acts on it
     unlock()
     _Worker.count, _Worker.settings = count, settings
     parent = multiprocessing.parent_process()
