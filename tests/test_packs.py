@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import signal
-import time
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
