@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from .extras import require
-from .inferred import infer_arguments
+from .inferred import WORDS, infer_arguments
 from .model import CRATE
-from .reading import METADATA_KEY, CheckpointError, first_line, model_file, read_model
+from .reading import METADATA_KEY, TRANSFORM, CheckpointError, first_line, model_file, read_model
 
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
@@ -76,7 +76,7 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
     arguments, weights = _describe(model)
     tensors = {key: value.detach().contiguous() for key, value in weights.items()}
     # One entry: safetensors does not keep the order of several, and equal models should be equal files.
-    data = save(tensors, metadata={METADATA_KEY: json.dumps(arguments)})
+    data = save(tensors, metadata={METADATA_KEY: json.dumps(arguments | transform_entry(model))})
     write_atomically(path, lambda file: file.write(data))
 
 
@@ -86,8 +86,13 @@ def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
     Raises: as `save_model`.
     """
     arguments, weights = _describe(model)
-    content = {"arguments": arguments, "model": weights, **state}
+    content = {"arguments": arguments, "model": weights, **transform_entry(model), **state}
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def transform_entry(model: CRATE) -> dict:
+    """What stands in a checkpoint of how the images of `model` are evaluated; nothing where that is not known."""
+    return {} if model.transform is None else {TRANSFORM: model.transform._asdict()}
 
 
 def _describe(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
@@ -101,7 +106,9 @@ def _describe(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
     return arguments, weights
 
 
-def load_checkpoint(source: str | os.PathLike, *, device: str | torch.device = "cpu", **overrides) -> CRATE:
+def load_checkpoint(
+    source: str | os.PathLike, *, device: str | torch.device = "cpu", weights: str | None = None, **overrides
+) -> CRATE:
     """The model in `source`, in evaluation mode, its dtypes as saved; nothing in a file is executed.
 
     Read are files of `save_model` and `save_checkpoint` (of a training run's the mean of the weights, where it keeps one), and
@@ -114,6 +121,8 @@ def load_checkpoint(source: str | os.PathLike, *, device: str | torch.device = "
         source: a file, a directory with a model.safetensors, or ORGANISATION/NAME of a model on the Hugging Face Hub (for that
             `pip install 'crate-fast[hub]'`).
         device: where the weights shall be.
+        weights: of a file that has both, "last" for the weights themselves or "mean" for their mean over the steps; None: the
+            mean, and a line on stderr says so.
         overrides: keywords of `CRATE` that replace the file's, such as `backend`, or say what it leaves open.
 
     Raises:
@@ -122,25 +131,37 @@ def load_checkpoint(source: str | os.PathLike, *, device: str | torch.device = "
         MissingPackageError: safetensors, or for the Hub huggingface-hub, is not installed.
         TypeError: `overrides` has a keyword that CRATE does not take.
     """
-    return load_file(model_file(source), device, overrides)
+    return load_file(model_file(source), device, overrides, weights)
 
 
-def load_file(path: Path, device: str | torch.device, overrides: dict) -> CRATE:
+def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: str | None = None) -> CRATE:
     """`load_checkpoint` of a file."""
     unknown = sorted(set(overrides) - set(inspect.signature(CRATE).parameters))
     if unknown:
         raise TypeError(f"CRATE takes no {', '.join(unknown)}")
-    arguments, weights = read_model(path)
+    if wanted not in (None, *WORDS):
+        raise ValueError(f"weights is {wanted!r}; allowed are {' and '.join(map(repr, WORDS))}")
+    arguments, weights, transform, note = read_model(path, wanted)
+    if note is not None:
+        _tell(f"{path}: {note}")
     if arguments is None:
         try:
             known = {name: value for name, value in overrides.items() if name in ARGUMENTS}
             arguments, taken = infer_arguments(weights, known)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: {first_line(error)}") from error
-        if taken and os.environ.get("RANK", "0") == "0":  # once, where torchrun started many processes
+        if taken:
             words = ", ".join(f"{name}={value!r}" for name, value in taken.items())
-            print(f"crate-fast: {path}: taken as published, since shapes do not tell it: {words}", file=sys.stderr)
-    return _build(path, arguments, weights, overrides).to(device)
+            _tell(f"{path}: taken as published, since shapes do not tell it: {words}")
+    model = _build(path, arguments, weights, overrides).to(device)
+    model.transform = transform
+    return model
+
+
+def _tell(line: str) -> None:
+    """Says it on stderr, once where torchrun started many processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"crate-fast: {line}", file=sys.stderr)
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model import CRATE
+from ..pictures import SUFFIXES, find_pictures, read_picture, tell_left_out
 from .views import InspectionError
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 MODES = {1: "L", 3: "RGB"}
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, as Pillow converts
-SIXTEEN_BITS = 65535
 
 
 class PhotoError(InspectionError):
@@ -80,24 +81,13 @@ def to_array(image: Image) -> Tensor:
 
 
 def read_photo(path: str | Path) -> Image:
-    """The photograph at `path` as RGB, turned as its camera says, transparent parts on white; of an animation the first.
+    """`read_picture` of the photograph at `path`.
 
     Raises:
         PhotoError: the file is missing, damaged, or no image that Pillow reads.
     """
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16") or image.mode == "I":
-                image = image.convert("I").point(lambda value: value * (255 / SIXTEEN_BITS)).convert("L")
-            if image.mode == "F":
-                raise ValueError("pixels of floating point have no known white")
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+        return read_picture(path)
     except Exception as error:  # whatever a damaged file makes of the decoder
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
         raise PhotoError(f"{path}: cannot be read as an image ({reason})") from error
@@ -109,12 +99,11 @@ def find_photos(folder: str | Path) -> list[Path]:
     Raises:
         InspectionError: it is no directory, or has none.
     """
-    from ..training.folder import SUFFIXES
-
-    folder = Path(folder)
+    folder, left_out = Path(folder), Counter()
     if not folder.is_dir():
         raise InspectionError(f"{folder}: no such directory of images")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = [Path(path) for path in find_pictures(folder, left_out)]
+    tell_left_out(folder, left_out)
     if not found:
         raise InspectionError(f"{folder}: no images in it ({', '.join(SUFFIXES)})")
     return found

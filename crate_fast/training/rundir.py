@@ -23,6 +23,12 @@ except ImportError:  # not on Windows, where runs are not kept apart
 RUNS = Path("runs")
 TEMPORARY = ".*.tmp"  # what is written aside, see `write_atomically`
 CLASS_NAMES = {"class_names": "the classes have other names, or another order"}
+READER = "reader"  # of folders' images, see `pictures.READER`
+COUNTED_ANEW = (
+    "; a run begun before this version may have counted hidden files, passed over linked folders and *.jfif, or read images of "
+    "16 bits, transparent or turned ones otherwise: go on with --data and a folder of just the images that it had, or begin a "
+    "new run from its weights with --init"
+)
 FACTS = {
     "name": "they are of another kind",
     "classes": "the number of classes is another",
@@ -151,8 +157,9 @@ class RunDirectory:
         before = self._read()["data"]
         for name, words in facts.items():
             if name in before and name in now and before[name] != now[name]:
+                why = COUNTED_ANEW if before.get(READER) != now.get(READER) else ""
                 raise ConfigError(
-                    f"--data: not what the run in {self.path} was started with: {words} ({now[name]}, not {before[name]})"
+                    f"--data: not what the run in {self.path} was started with: {words} ({now[name]}, not {before[name]}){why}"
                 )
 
     def read_launch(self) -> str | None:
