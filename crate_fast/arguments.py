@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .inferred import WORDS
 from .transform import LEAST_CROP, allowed_crop
@@ -32,6 +33,11 @@ def place(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is '', which names nothing")
     return text
+
+
+def as_path(text: str) -> Path:
+    """`place`, as a path."""
+    return Path(place(text))
 
 
 def crop(text: str) -> float:

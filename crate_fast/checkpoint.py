@@ -153,7 +153,7 @@ def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: s
         if taken:
             words = ", ".join(f"{name}={value!r}" for name, value in taken.items())
             _tell(f"{path}: taken as published, since shapes do not tell it: {words}")
-    model = _build(path, arguments, weights, overrides).to(device)
+    model = build(path, arguments, weights, overrides).to(device)
     model.transform = transform
     return model
 
@@ -194,16 +194,18 @@ def flush_folder(path: Path) -> None:
             os.close(folder)
 
 
-def _build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict) -> CRATE:
+def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict) -> CRATE:
+    """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
     if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
         raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {str(arguments)[:200]}")
     wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
     if wrong is not None:
         raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
     arguments = arguments | overrides
-    number = next((name for name in ("ista", "lambd") if not _is_finite(arguments.get(name, 0.0))), None)
+    number = next((name for name in ("ista", "lambd") if not _is_size(arguments.get(name, 0.0))), None)
     if number is not None:
-        raise CheckpointError(f"{path}: its argument {number} is {str(arguments[number])[:200]!r}; it must be a finite number")
+        words = f"its argument {number} is {str(arguments[number])[:200]!r}; it must be a finite number, at least 0"
+        raise CheckpointError(f"{path}: {words}")
     # Before anything is built: a false depth could keep the constructor busy for ever.
     layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
     if arguments.get("depth") != len(layers):
@@ -219,8 +221,8 @@ def _build(path: Path, arguments: object, weights: dict[str, Tensor], overrides:
     return model.eval()
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_size(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
 def _skeleton(arguments: dict) -> CRATE:

@@ -96,7 +96,10 @@ def _add_evaluate(subcommands) -> None:
         "otherwise.",
     )
     parser.add_argument(
-        "path", type=place, metavar="PATH", help="a run directory, its model.safetensors, a checkpoint, or one of the published scripts'"
+        "path",
+        type=place,
+        metavar="PATH",
+        help="a run directory, its model.safetensors, a checkpoint, or one of the published scripts'",
     )
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"

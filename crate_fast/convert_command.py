@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import add_weights, number, place, whole
+from .arguments import add_weights, as_path, number, place, whole
 from .checkpoint import constructor_arguments, load_checkpoint, save_model, transform_entry, write_atomically
 from .inferred import WRAPPERS, infer_arguments
 from .model import CRATE, POOLS
@@ -37,7 +37,7 @@ def add_convert(subcommands) -> None:
     parser.add_argument(
         "source", type=place, metavar="SOURCE", help="a file, a run directory, or ORGANISATION/NAME on the Hugging Face Hub"
     )
-    parser.add_argument("target", metavar="TARGET", type=Path, help="the file to write; what it shall be tells its ending")
+    parser.add_argument("target", metavar="TARGET", type=as_path, help="the file to write; what it shall be tells its ending")
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,

@@ -52,7 +52,7 @@ def find_weights(content: object, wanted: str | None = None) -> Found:
 
 
 def choose(found: dict[str, Found], wanted: str | None) -> Found:
-    """The one of "mean" and "last" that is `wanted`, with a line that says so where both are there; raises as `find_weights`."""
+    """The one of "mean" and "last" that is `wanted`, noting it where both are there; raises as `find_weights`."""
     if not found:
         return Found({})
     taken = wanted or ("mean" if "mean" in found else "last")

@@ -8,7 +8,7 @@ import io
 import json
 from pathlib import Path
 
-from .arguments import add_weights, place
+from .arguments import add_weights, as_path, place
 from .checkpoint import load_checkpoint, write_atomically
 from .extras import require
 from .inspection.figures import plot_rates, plot_sparsity
@@ -41,9 +41,13 @@ def add_inspect(subcommands) -> None:
         help="models: run directories, files of ours or of the published scripts, ORGANISATION/NAME on the Hugging Face Hub",
     )
     parser.add_argument(
-        "--images", type=place, required=True, metavar="DIR", help="a folder of images, or 'digits': the digits runs' test images"
+        "--images",
+        type=place,
+        required=True,
+        metavar="DIR",
+        help="a folder of images, or 'digits': the digits runs' test images",
     )
-    parser.add_argument("--out", required=True, type=place, metavar="DIR", help="where to write; made if it is not there")
+    parser.add_argument("--out", required=True, type=as_path, metavar="DIR", help="where to write; made if it is not there")
     parser.add_argument("--limit", type=positive, metavar="N", help="take the first N images (default: all)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument(
@@ -58,7 +62,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     device = choose_compute(arguments.device, "float32", Ranks()).device
     paths = None if _is_digits(arguments.images) else find_photos(arguments.images)[: arguments.limit]
     labels = unique_labels(arguments.checkpoint)
-    models = [load_checkpoint(path, device=device, weights=arguments.weights).float() for path in arguments.checkpoint]
+    models = [load_checkpoint(source, device=device, weights=arguments.weights).float() for source in arguments.checkpoint]
     results = []
     for source, label, model in zip(arguments.checkpoint, labels, models, strict=True):
         batches = _digits(model, arguments) if paths is None else _photos(model, source, paths, arguments.batch_size)
@@ -69,7 +73,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         except InspectionError as error:
             raise InspectionError(f"{source}: {error}") from error
         results.append({"checkpoint": str(source), "label": label, "images": measures.rate.shape[1], "layers": measures.rows()})
-    _write(results, Path(arguments.out))
+    _write(results, arguments.out)
 
 
 def _is_digits(images: str) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import add_weights, place
+from .arguments import add_weights, as_path, place
 from .checkpoint import load_checkpoint
 from .extras import require
 from .inspection.figures import blend, coloured, enlarged, plot_heads, save_picture
@@ -39,7 +39,7 @@ def add_segment(subcommands) -> None:
         "of OUT called as it is, image.png, maps, overlays and masks of every head and of their mean, and heads.png with "
         "all in one; in OUT pca-*.png, the main directions of the last layer's projections in common colours.",
     )
-    parser.add_argument("images", nargs="+", type=place, metavar="IMAGE", help="photographs")
+    parser.add_argument("images", nargs="+", type=as_path, metavar="IMAGE", help="photographs")
     parser.add_argument(
         "--checkpoint",
         type=place,
@@ -47,7 +47,7 @@ def add_segment(subcommands) -> None:
         metavar="PATH",
         help="a run directory, a file of ours or of the published scripts, or ORGANISATION/NAME",
     )
-    parser.add_argument("--out", required=True, type=place, metavar="DIR", help="where to write; made if it is not there")
+    parser.add_argument("--out", required=True, type=as_path, metavar="DIR", help="where to write; made if it is not there")
     parser.add_argument("--layer", type=positive, metavar="N", help="whose attention, counted from 1 (default: the last layer)")
     parser.add_argument("--heads", type=_numbers, metavar="N,N", help="which heads, counted from 1 (default: all)")
     parser.add_argument("--mass", type=_share, default=0.6, metavar="X", help="share of the attention in a mask (default: 0.6)")
@@ -81,9 +81,9 @@ def _share(text: str) -> float:
 def _segment(arguments: argparse.Namespace) -> None:
     require("matplotlib", "numpy", "PIL")
     device = choose_compute(arguments.device, "float32", Ranks()).device
-    paths, out = [Path(path) for path in arguments.images], Path(arguments.out)
-    for path in paths:
-        read_photo(path)  # before anything is computed
+    paths, out = arguments.images, arguments.out
+    for photo in paths:
+        read_photo(photo)  # before anything is computed
     model = load_checkpoint(arguments.checkpoint, device=device, weights=arguments.weights).float()
     layer, heads = _check_layer(model, arguments.layer), _check_heads(model, arguments.heads)
     normalise = Normalisation(model, arguments.checkpoint)

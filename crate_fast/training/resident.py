@@ -76,9 +76,7 @@ class Resident:
         return describe(self)
 
 
-def resample(
-    pixels: Tensor, boxes: np.ndarray, size: tuple[int, int], windows: list[tuple[int, int]] | None = None
-) -> Tensor:
+def resample(pixels: Tensor, boxes: np.ndarray, size: tuple[int, int], windows: list[tuple[int, int]] | None = None) -> Tensor:
     """(n, rows, columns, 3) uint8: a rectangle of each image, squeezed into another bilinearly with antialiasing.
 
     Enlarged it is what Pillow makes of it, to the bit: weights are rounded to 22 bits, and each of two passes to whole numbers.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -103,7 +105,8 @@ class RunDirectory:
         write_atomically(self.config, lambda file: file.write(text.encode()))
 
     def log(self, **row) -> None:
-        """Adds one line to metrics.jsonl."""
+        """Adds one line to metrics.jsonl; a number that is not finite is null in it."""
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
@@ -170,8 +173,18 @@ class RunDirectory:
             return None
 
     def read_metrics(self) -> list[dict]:
-        """The rows of metrics.jsonl."""
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        """The rows of metrics.jsonl; lines that are damaged are passed over, with a warning."""
+        rows, damaged = [], []
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                rows.append({name: row[name] for name in ("step", "epoch", "split", "loss", "top1")} | row)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                damaged.append(number)
+        if damaged:
+            lines = f"{len(damaged):,} lines are damaged, line {damaged[0]} first; they are passed over"
+            print(f"crate-fast: warning: {self.metrics}: {lines}", file=sys.stderr)
+        return rows
 
 
 def unlock() -> None:
@@ -192,7 +205,10 @@ def find_run(resume: str, out: str | None) -> RunDirectory | None:
         path = Path(resume)
         run = RunDirectory(path.parent.parent if path.suffix in (".pt", SUFFIX) else path)
         if not path.exists() or not run.config.is_file():
-            raise ConfigError(f"--resume is {resume}, which is neither a run directory nor a checkpoint in one")
+            raise ConfigError(
+                f"--resume is {resume}, which is neither a run directory nor a checkpoint in one; to start from "
+                "weights alone, which have no optimizer: --init"
+            )
         return run
     if out is None:
         raise ConfigError("--resume is 'auto', which goes on with the run in --out DIR; --out is not given")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -140,6 +141,11 @@ class Checkpoints:
         except OSError:  # a file system without hard links
             shutil.copyfile(path, aside)
         os.replace(aside, name)
+
+
+def step_of(path: Path) -> int:
+    """The step after which the checkpoint was written that is called so."""
+    return int(re.match(r"step-(\d+)", path.name)[1])
 
 
 def remove(path: Path) -> None:
