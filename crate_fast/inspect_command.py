@@ -8,7 +8,7 @@ import io
 import json
 from pathlib import Path
 
-from .arguments import add_weights, as_path, place
+from .arguments import add_crop, add_weights, as_path, place
 from .checkpoint import load_checkpoint, write_atomically
 from .extras import require
 from .inspection.figures import plot_rates, plot_sparsity
@@ -54,6 +54,7 @@ def add_inspect(subcommands) -> None:
         "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
     )
     add_weights(parser)
+    add_crop(parser)
     parser.set_defaults(run=_inspect)
 
 
@@ -65,7 +66,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     models = [load_checkpoint(source, device=device, weights=arguments.weights).float() for source in arguments.checkpoint]
     results = []
     for source, label, model in zip(arguments.checkpoint, labels, models, strict=True):
-        batches = _digits(model, arguments) if paths is None else _photos(model, source, paths, arguments.batch_size)
+        batches = _digits(model, arguments) if paths is None else _photos(model, source, paths, arguments)
         try:
             measures = measure_layers(model, batches)
         except PhotoError:
@@ -80,10 +81,10 @@ def _is_digits(images: str) -> bool:
     return images == DIGITS and not Path(images).exists()
 
 
-def _photos(model, source: str, paths: list[Path], batch_size: int):
+def _photos(model, source: str, paths: list[Path], arguments: argparse.Namespace):
     normalise = Normalisation(model, source)
     print(f"{source}: {len(paths)} images, normalised by {normalise.origin} mean and deviation")
-    return photo_batches(paths, model, normalise, batch_size)
+    return photo_batches(paths, model, normalise, arguments.batch_size, arguments.eval_crop)
 
 
 def _digits(model, arguments: argparse.Namespace):

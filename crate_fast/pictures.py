@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,10 +27,15 @@ def read_picture(source: str | Path | BinaryIO) -> Image:
         ValueError: its numbers have no known white.
         Exception: whatever Pillow makes of a damaged file.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is odd in a file that can be read
+        return _read(source)
+
+
+def _read(source: str | Path | BinaryIO) -> Image:
     from PIL import Image
 
-    with Image.open(source) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is odd in a file that can be read
+    with Image.open(source) as file:
         file.load()
         image = _turned(_in_bytes(file), _orientation(file))
         if image.mode in PREMULTIPLIED:
@@ -114,8 +118,8 @@ def _walk(folder: str, above: tuple[str, ...], left_out: Counter) -> list[str]:
     return found
 
 
-def tell_left_out(folder: Path, left_out: Counter) -> None:
-    """Says on stderr what of `folder` was not taken, if anything; under torchrun once."""
+def tell_left_out(folder: Path, left_out: Counter, where: TextIO) -> None:
+    """Says `where` what of `folder` was not taken, if anything; under torchrun once."""
     if left_out.total() and os.environ.get("RANK", "0") == "0":
         counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()) if count)
-        print(f"crate-fast: warning: {folder}: left out: {counts}", file=sys.stderr, flush=True)
+        print(f"crate-fast: {folder}: left out: {counts}", file=where, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..model import CRATE
 from ..pictures import SUFFIXES, find_pictures, read_picture, tell_left_out
+from ..transform import MAIN
 from .views import InspectionError
 
 if TYPE_CHECKING:
@@ -27,11 +29,12 @@ class PhotoError(InspectionError):
 
 
 class Normalisation:
-    """(pixels − mean) / std by channel, for pixels of 0..1; what a run's config.json says, else that of ImageNet."""
+    """(pixels − mean) / std by channel, of pixels of 0..1: the weights' own, else a run's config.json's, else ImageNet's."""
 
     def __init__(self, model: CRATE, source: str | Path) -> None:
         self._mode = _mode(model)
-        own = _of_run(Path(source))
+        stored = model.transform
+        own = stored[1:] if stored is not None and stored.mean is not None else _of_run(Path(source))
         self.mean, self.std = own or _of_imagenet(model.channels)
         self.origin = "its run's" if own else "ImageNet's"
         if not all(len(values) == model.channels for values in (self.mean, self.std)):
@@ -103,21 +106,26 @@ def find_photos(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise InspectionError(f"{folder}: no such directory of images")
     found = [Path(path) for path in find_pictures(folder, left_out)]
-    tell_left_out(folder, left_out)
+    tell_left_out(folder, left_out, sys.stdout)
     if not found:
         raise InspectionError(f"{folder}: no images in it ({', '.join(SUFFIXES)})")
     return found
 
 
-def photo_batches(paths: list[Path], model: CRATE, normalise: Normalisation, batch_size: int) -> Iterator[Tensor]:
-    """The photographs scaled until they cover the model's image, their middle cut out: (batch, channels, height, width)."""
-    from PIL import Image, ImageOps
+def photo_batches(
+    paths: list[Path], model: CRATE, normalise: Normalisation, batch_size: int, crop: float | None = None
+) -> Iterator[Tensor]:
+    """The photographs as the model is evaluated on them: (batch, channels, height, width).
 
-    height, width = model.image_size
+    `crop`, see `Transform`, is that stored with the weights where it is None, else main.py's.
+    """
+    from ..training.augment import central_crop
+
+    crop = (model.transform or MAIN).crop if crop is None else crop
     device = model.pos_embedding.device
     for start in range(0, len(paths), batch_size):
         images = (read_photo(path) for path in paths[start : start + batch_size])
-        fitted = [normalise(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)) for image in images]
+        fitted = [normalise(central_crop(image, model.image_size, crop)) for image in images]
         yield torch.cat(fitted).to(device)
 
 

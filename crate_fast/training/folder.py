@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def open_folder(path: str | Path, word: str = "--data") -> tuple[Photographs, Ph
         only, where = (sorted(train - val), "train") if train - val else (sorted(val - train), "val")
         raise ConfigError(f"{word} is {path}: the classes of train and val differ; only {where} has {', '.join(only[:3])}")
     splits = [Photographs(_scan(path / split, names[split], word, left_out)) for split in ("train", "val")]
-    tell_left_out(path, left_out)
+    tell_left_out(path, left_out, sys.stderr)
     return splits[0], splits[1], names["train"]
 
 
