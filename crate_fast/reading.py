@@ -114,13 +114,14 @@ def read_state(path: Path, whole: bool = True) -> dict:
     content = _read_archive(file, "damaged, or no checkpoint of crate-fast")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "parts")):
         raise CheckpointError(f"{path}: no checkpoint of crate-fast: its {sharded.STATE} has no 'arguments' and 'parts'")
-    if whole:
-        try:
+    try:
+        sharded.read_table(path / sharded.TABLE)  # before PyTorch does, which runs what a table asks for
+        if whole:
             sharded.check_parts(path, content["parts"])
-        except sharded.DamagedError as error:
-            raise DamagedError(f"{path}: damaged: {error}") from error
-        except OSError as error:
-            raise _unread(path, error) from error
+    except sharded.DamagedError as error:
+        raise DamagedError(f"{path}: damaged: {error}") from error
+    except OSError as error:
+        raise _unread(path, error) from error
     return content
 
 

@@ -197,7 +197,7 @@ GOOD = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
         (pickle.dumps(GOOD | {"labels": [0, "1"]}), "are not 2 whole numbers below 10"),
         (pickle.dumps(GOOD | {"labels": Calls(np.ndarray, (1,), "O", b"A" * 8)}), "something else than an array"),
         (b"\x80\x02cnumpy\ndtype\n(X\x02\x00\x00\x00u1t(K\x01t\x86b.", "damaged"),
-        (b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "gives a state to something else"),
+        (b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "changes something else than arrays"),
         (b"\x80\x02]r\xff\xff\xff\x7f.", "it holds a list"),  # a memo of 2^31 places
         (b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x00.", "damaged"),  # 2^56 bytes
         (pickle.dumps([1, 2]), "it holds a list"),

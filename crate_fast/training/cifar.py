@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ..pickles import AdmittingUnpickler
 from .config import ConfigError
 from .download import published, unpack
 
@@ -121,25 +122,6 @@ def _is_label(value: object, classes: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < classes
 
 
-class _Unpickler(pickle._Unpickler):
-    """Admits arrays of whole numbers, under stand-ins that hold values and do nothing: NumPy's own classes could be told to
-    take the file's bytes for addresses. In Python, since the one in C makes room for as many objects as a file says."""
-
-    def find_class(self, module: str, name: str):
-        found = _ADMITTED.get((module.replace("numpy._core", "numpy.core"), name))
-        if found is None:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only arrays are read")
-        return found
-
-    def load_build(self) -> None:
-        """Gives an object its state: a stand-in, never a function or class of ours."""
-        if len(self.stack) < 2 or not isinstance(self.stack[-2], _Array | _Dtype):
-            raise pickle.UnpicklingError("it gives a state to something else than an array")
-        super().load_build()
-
-    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
-
-
 class _Dtype:
     """A dtype's code; what a pickle adds to it (byte order, alignment) is that of the code."""
 
@@ -193,10 +175,15 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-_ADMITTED = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy.core.numeric", "_frombuffer"): _frombuffer,
-    ("numpy", "ndarray"): _kind,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,  # how Python 3 writes bytes in a pickle that Python 2 can read
-}
+class _Unpickler(AdmittingUnpickler):
+    """Admits arrays of whole numbers, under stand-ins that hold values and do nothing: NumPy's own classes could be told to
+    take the file's bytes for addresses."""
+
+    contents = "arrays"
+    admitted: ClassVar = {
+        ("numpy", "ndarray"): _kind,
+        ("numpy", "dtype"): _Dtype,
+        ("_codecs", "encode"): _encode,  # how Python 3 writes bytes in a pickle that Python 2 can read
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+        **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
+    }
