@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..checkpoint import write_atomically
+from ..files import open_own, parse_json
 from ..reading import MODEL_NAME
 from ..sharded import SUFFIX
 from .config import ConfigError, TrainConfig
@@ -98,12 +99,12 @@ class RunDirectory:
 
     def log(self, **row) -> None:
         """Adds one line to metrics.jsonl."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        with open_own(self.metrics, "a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def logged(self) -> int:
         """Bytes of metrics.jsonl, all of them on the disk."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        with open_own(self.metrics, "a") as file:
             os.fsync(file.fileno())
             return file.tell()
 
@@ -113,10 +114,10 @@ class RunDirectory:
         Raises:
             ConfigError: it is shorter.
         """
-        if length > (self.metrics.stat().st_size if self.metrics.exists() else 0):
-            raise ConfigError(f"{self.metrics}: shorter than at the last checkpoint")
-        if self.metrics.exists():
-            os.truncate(self.metrics, length)
+        with open_own(self.metrics, "ab") as file:
+            if length > file.tell():
+                raise ConfigError(f"{self.metrics}: shorter than at the last checkpoint")
+            file.truncate(length)
 
     def read_config(self) -> TrainConfig:
         """The settings in config.json, with the precision that "auto" turned out to mean.
@@ -133,10 +134,10 @@ class RunDirectory:
     def _read(self) -> dict:
         """What config.json holds: a dictionary whose "data" are one too; raises ConfigError where it is damaged."""
         try:
-            content = json.loads(self.config.read_text(encoding="utf-8"))
+            content = parse_json(self.config.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{self.config}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ConfigError(f"{self.config}: not the configuration of a run ({error})") from error
         if not isinstance(content, dict) or not isinstance(content.setdefault("data", {}), dict):
             raise ConfigError(f"{self.config}: not the configuration of a run (no table, or its data are none)")
@@ -164,7 +165,7 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict]:
         """The rows of metrics.jsonl."""
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        return [parse_json(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def unlock() -> None:
