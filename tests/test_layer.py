@@ -1,5 +1,6 @@
 """Whole layers by the fused kernels: against float64, against the published code's own 16-bit errors, step after step."""
 
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -124,7 +125,7 @@ def test_layers_of_different_sizes_follow_one_another():
         exact = published.double().transformer(x.double())
     gradients = torch.autograd.grad(out, tuple(ours.transformer.parameters()), cotangent)
     right = torch.autograd.grad(exact, tuple(published.transformer.parameters()), cotangent.double())
-    assert max(map(relative, gradients, right)) < 0.03
+    assert max(map(relative, gradients, right)) < 2e-3
 
 
 def resolve_ties(ours, published, lr: float) -> int:
@@ -166,7 +167,7 @@ def test_training_follows_the_published_class(published_class, backend, steps):
 
 
 def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
-    """What judges 16-bit precision without a GPU differs from the float16 kernels by less than they do from float64."""
+    """What judges 16-bit precision without a GPU errs from float64 as the float16 kernels do, by less than they err."""
     torch.manual_seed(0)
     ours = precision.perturbed(
         CRATE(image_size=16, patch_size=4, num_classes=7, dim=96, depth=2, heads=2, dim_head=48, backend="triton")
@@ -174,15 +175,20 @@ def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
     published = reference.CRATE(image_size=16, patch_size=4, num_classes=7, dim=96, depth=2, heads=2, dim_head=48).double()
     published.load_state_dict(ours.state_dict())
     images, cotangent = torch.randn(4, 3, 16, 16), torch.randn(4, 7)
-    exact = precision.run(published, images.double(), cotangent.double(), None)
-    kernels = precision.run(ours, images, cotangent, torch.float16)
-    kernels = kernels[0].clone(), {name: g.clone() for name, g in kernels[1].items()}
-    with mock.patch.multiple(layer, **precision.EMULATED):
-        emulated = precision.run(ours, images, cotangent, torch.float16)
-    difference = precision.errors(emulated, (kernels[0].double(), {n: g.double() for n, g in kernels[1].items()}))
-    error = precision.errors(kernels, exact)
-    assert sum(d <= e for d, e in zip(difference, error, strict=True)) >= 0.9 * len(error)
-    assert max(d / e for d, e in zip(difference, error, strict=True)) < 2
+    differences = []
+    for launchers in ({}, precision.EMULATED):
+        with mock.patch.multiple(layer, **launchers) if launchers else nullcontext():
+            logits, gradients = precision.run(ours, images, cotangent, torch.float16)
+            gradients = {name: gradient.clone() for name, gradient in gradients.items()}
+            with torch.autocast("cpu", dtype=torch.float16):
+                tokens = ours._embed(images)
+                found = sides(ours.transformer, tokens, ours.transformer(tokens))
+        with resolved(found, torch.float16):
+            exact, right = precision.run(published, images.double(), cotangent.double(), None)
+        differences.append([logits - exact, *(gradients[name] - gradient for name, gradient in right.items())])
+    ratios = [((emulated - kernels).norm() / kernels.norm()).item() for kernels, emulated in zip(*differences, strict=True)]
+    assert sum(ratio <= 1 for ratio in ratios) >= 0.9 * len(ratios)
+    assert max(ratios) < 2
 
 
 def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
