@@ -201,11 +201,22 @@ def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
     assert max(rows["fp16, float16 stream"][value] for value in ("logits", "median")) <= 2.5, rows
 
 
-def test_16_bit_layers_are_no_less_precise_on_a_model_trained_on_the_digits(precision, tmp_path):
+def test_16_bit_layers_are_no_less_precise_on_a_model_trained_on_the_digits(precision, tmp_path, monkeypatch):
     """On few images a float16 gradient's error scatters with the single entries that turn at the threshold, and is bounded as
     it scatters; `benchmarks/results/precision-digits.json` has the measure on 1,437 images and 12 seeds."""
     run, score = train(resolve({"out": str(tmp_path), "epochs": 8, "lr": 2e-3, "device": "cpu"}))
     assert score.top1 > 0.8
+    load = precision._model
+
+    def moved(options) -> CRATE:
+        """The model with weights that round otherwise in every seed: how those of one model do is chance."""
+        model = load(options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 2**-8 * torch.randn_like(parameter))
+        return model
+
+    monkeypatch.setattr(precision, "_model", moved)
     rows = precision.measure(precision.argparse.Namespace(seeds=4, batch=256, checkpoint=run.model), "cpu")
     assert max(rows["bf16"][value] for value in ("logits", "median", "p90_of_means")) <= 1, rows
     assert rows["bf16"]["largest"] <= 3, rows
