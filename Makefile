@@ -6,13 +6,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: train test bench gpu lint
+.PHONY: train test test-rounding bench gpu lint
 
 train: $(VENV)/installed-train
 	$(BIN)/crate-fast train $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(ARGS)
+
+# The tests that judge numbers, as other processors round them, on two threads, and with other numbers.
+NUMERIC := kernels layer tuning model odd_tensors inspection weights export graphed graphs loop training
+ROUNDING := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 \
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Prescott OPENBLAS_CORETYPE=Haswell \
+	PYTEST_ADDOPTS=--threads=2 PYTEST_ADDOPTS=--seed=1 PYTEST_ADDOPTS=--seed=2
+
+test-rounding: $(VENV)/installed-test
+	@for setting in $(ROUNDING); do \
+		echo "$$setting"; \
+		env $$setting $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --quiet $(ARGS) \
+			$(NUMERIC:%=tests/test_%.py) || exit; \
+	done
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -164,9 +164,11 @@ def test_both_strategies_have_the_same_losses(trained, case, tolerance):
     assert [row["count"] for row in fsdp] == [140] * 10 + [360]
     models = [load_checkpoint(trained / f"{case}-{strategy}").state_dict() for strategy in ("ddp", "fsdp")]
     for name, weight in models[0].items():
-        # A gradient near zero may change its sign, and the step with it: a few steps of one learning rate.
-        assert (models[1][name] - weight).abs().max() < 4e-3, name
-        assert (models[1][name] - weight).abs().mean() < 1e-4, name
+        # A gradient near zero may change its sign, and the step with it: a few steps of one learning rate. One such weight is
+        # chance, and in a vector of 18 more than this mean: the farthest does not count in it.
+        apart = (models[1][name] - weight).abs()
+        assert apart.max() < 4e-3, name
+        assert (apart.sum() - apart.max()) / apart.numel() < 1e-4, name
 
 
 def test_one_process_reads_a_checkpoint_in_parts(trained, capsys):
