@@ -33,7 +33,7 @@ from copies import read
 from crate_fast.model import SIZES
 from launches import Launch, code_of, compiled, integers
 from machine_code import walk
-from pipes import Kernel, boxes, least_times, resident, work
+from pipes import Kernel, kernel_of, least_times, resident, work
 from replay import clocks_of_program
 from step import PASSES, TOKENS, WIDTHS, Call, Operation, Recorded, inner_of, record, record_attention
 
@@ -80,9 +80,10 @@ def predict(job: Job) -> Prediction:
     facts = Prediction(code.registers, code.local, code.shared, resident(code, job.arch))
     if not job.timed:
         return facts
-    copied = read(result.asm["ttgir"])
-    ways = [(way.weight, walk(code, way, copied)) for way in paths(result.asm["ttir"], job.integers, job.programs)]
-    return _timed(facts, Kernel(code, ways, boxes(copied, code)), job)
+    moved = read(result.asm["ttgir"])
+    ways = paths(result.asm["ttir"], job.integers, job.programs)
+    kernel = kernel_of(code, [(way.weight, walk(code, way, moved.copies)) for way in ways], moved)
+    return _timed(facts, kernel, job)
 
 
 def _timed(facts: Prediction, kernel: Kernel, job: Job) -> Prediction:
