@@ -6,13 +6,36 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: train test bench gpu lint
+# The oldest versions that setup.py allows, and a NumPy that triton 3.6's interpreter takes.
+OLDEST := .venv-oldest
+OLDEST_VERSIONS := torch==2.11.* triton==3.6.* 'numpy<2.4' pytest pytest-xdist
+# What depends on them: the compiler and export, kernels, FSDP and DDP, streams and graphs, training on the digits.
+OLDEST_TESTS := $(patsubst %,tests/test_%.py,export gpu_training graphed kernels layer model odd_tensors sharding)
+
+.PHONY: train test test-oldest test-rounding bench gpu lint
 
 train: $(VENV)/installed-train
 	$(BIN)/crate-fast train $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(ARGS)
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(OLDEST_TESTS) $(ARGS)
+	$(OLDEST)/bin/python benchmarks/compile.py --quick
+
+# The tests that judge numbers, as other processors round them, on two threads, and with other numbers.
+NUMERIC := kernels layer tuning model odd_tensors inspection weights export graphed graphs loop training
+ROUNDING := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 \
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Prescott OPENBLAS_CORETYPE=Haswell \
+	PYTEST_ADDOPTS=--threads=2 PYTEST_ADDOPTS=--seed=1 PYTEST_ADDOPTS=--seed=2
+
+test-rounding: $(VENV)/installed-test
+	@for setting in $(ROUNDING); do \
+		echo "$$setting"; \
+		env $$setting $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --quiet $(ARGS) \
+			$(NUMERIC:%=tests/test_%.py) || exit; \
+	done
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -30,4 +53,10 @@ $(VENV)/installed-%: setup.py pyproject.toml
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing crate-fast[$*] and what it needs in $(VENV) (minutes, the first time)"
 	@$(PIP) install --editable '.[$*]'
+	@touch $@
+
+$(OLDEST)/installed: setup.py Makefile
+	@echo "installing crate-fast[train] with the oldest PyTorch in $(OLDEST) (minutes, the first time)"
+	@$(PYTHON) -m venv --clear $(OLDEST)
+	@$(OLDEST)/bin/python -m pip --quiet --disable-pip-version-check install --editable '.[train]' $(OLDEST_VERSIONS)
 	@touch $@

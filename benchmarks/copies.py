@@ -1,4 +1,4 @@
-"""Asynchronous copies between global and shared memory, as Triton's intermediate code for GPUs (TTGIR) has them."""
+"""What moves between global memory and a multiprocessor, as Triton's intermediate code for GPUs (TTGIR) has it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,29 @@ class Copy(NamedTuple):
     ahead: int
 
 
-def read(ttgir: str) -> dict[Source, Copy]:
-    """The copies of a kernel by what they were made of.
+class Moved(NamedTuple):
+    """Asynchronous copies to and from shared memory, and bytes of the tiles that are loaded to registers, by their source."""
+
+    copies: dict[Source, Copy]
+    loads: dict[Source, float]
+
+
+def read(ttgir: str) -> Moved:
+    """The copies and loads of a kernel by what they were made of.
 
     A loop that fetches n turns ahead has the same copy n times before it, so its last n turns have nothing left to fetch.
     """
     body = parse(ttgir)[1]
+    loads: Counter[Source] = Counter()
     moved: Counter[Source] = Counter()
     for op in operations(body):
         if NAMES.fullmatch(op.name):
             moved[op.source] += _bytes(op)
+        elif m := re.search(r": tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)", op.text) if op.name == "tt.load" else None:
+            loads[op.source] += math.prod(int(n) for n in m[1].split("x") if n) * int(m[2]) / 8
     ahead: dict[Source, int] = {}
     _count_ahead(body, ahead)
-    return {source: Copy(size, ahead.get(source, 0)) for source, size in moved.items()}
+    return Moved({source: Copy(size, ahead.get(source, 0)) for source, size in moved.items()}, dict(loads))
 
 
 def _bytes(op: Operation) -> float:

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from constants import values
-from copies import Copy
+from copies import Moved
 from intermediate import Source, UnknownControlError, named
 from machine_code import Code, Instruction, Step
 
@@ -39,19 +39,24 @@ class Kernel(NamedTuple):
     code: Code
     ways: list[tuple[float, list[Step]]]  # (share of the programs, what one of their warps executes)
     boxes: dict[Source, float]  # bytes that an engine's copy moves, by its source
+    loads: dict[Source, float]  # bytes that a warp's load to registers moves at least
 
 
-def boxes(copied: dict[Source, Copy], code: Code) -> dict[Source, float]:
-    """Bytes of every copy by the engine in the machine code, by its source.
+def kernel_of(code: Code, ways: list[tuple[float, list[Step]]], moved: Moved) -> Kernel:
+    """A kernel with the bytes of its loads and copies, of which an instruction has its part.
 
     Raises:
-        UnknownControlError: the intermediate code has no such copy.
+        UnknownControlError: the intermediate code lacks a copy by the engine.
     """
-    found = Counter(i.source for i in code.instructions if i.op in ENGINE)
-    for source in found:
-        if source not in copied:
+    copies = Counter(i.source for i in code.instructions if i.op in ENGINE)
+    for source in copies:
+        if source not in moved.copies:
             raise UnknownControlError(f"a copy by the engine at {named(source)} is not in the intermediate code")
-    return {source: copied[source].bytes / count for source, count in found.items()}
+    loads = Counter(i.source for i in code.instructions if i.op == "LDG" and i.source in moved.loads)
+    return Kernel(
+        code, ways, {source: moved.copies[source].bytes / count for source, count in copies.items()},
+        {source: moved.loads[source] / count / code.warps for source, count in loads.items()},
+    )  # fmt: skip
 
 
 def costs(i: Instruction, kernel: Kernel) -> dict[str, float]:
@@ -67,8 +72,10 @@ def costs(i: Instruction, kernel: Kernel) -> dict[str, float]:
         return {"issue": 1, "bytes": kernel.boxes[i.source] / kernel.code.warps}
     width = next((int(w) for w in re.findall(r"\.(64|128)(?=\.|$)", i.name)), 32) // 8
     if i.op in ("LDG", "LDGSTS", "STG", "ATOMG", "RED", "REDG"):
-        spread = 32.0 if width == 16 or i.op != "LDG" else 8.0  # lanes with an address of their own
-        return {"issue": 1, "bytes": spread * width, "shared": width}
+        size = 32.0 * width
+        if i.op == "LDG" and width < 16:  # eight lanes with an address of their own, or as many as a tile needs
+            size = max(8.0 * width, min(size, kernel.loads.get(i.source, 0.0)))
+        return {"issue": 1, "bytes": size, "shared": width}
     return {"issue": 1} | _inside(i, width)
 
 

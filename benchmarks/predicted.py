@@ -31,9 +31,10 @@ from constants import described, values
 from control_flow import paths
 from copies import read
 from crate_fast.model import SIZES
+from intermediate import UnknownControlError
 from launches import Launch, code_of, compiled, integers
 from machine_code import walk
-from pipes import Kernel, boxes, least_times, resident, work
+from pipes import Kernel, kernel_of, least_times, resident, work
 from replay import clocks_of_program
 from step import PASSES, TOKENS, WIDTHS, Call, Operation, Recorded, inner_of, record, record_attention
 
@@ -80,9 +81,13 @@ def predict(job: Job) -> Prediction:
     facts = Prediction(code.registers, code.local, code.shared, resident(code, job.arch))
     if not job.timed:
         return facts
-    copied = read(result.asm["ttgir"])
-    ways = [(way.weight, walk(code, way, copied)) for way in paths(result.asm["ttir"], job.integers, job.programs)]
-    return _timed(facts, Kernel(code, ways, boxes(copied, code)), job)
+    try:
+        moved = read(result.asm["ttgir"])
+        ways = paths(result.asm["ttir"], job.integers, job.programs)
+        kernel = kernel_of(code, [(way.weight, walk(code, way, moved.copies)) for way in ways], moved)
+    except UnknownControlError as error:
+        raise UnknownControlError(f"{job.launch.kernel}: {error}") from error
+    return _timed(facts, kernel, job)
 
 
 def _timed(facts: Prediction, kernel: Kernel, job: Job) -> Prediction:
@@ -278,7 +283,11 @@ def main() -> int:
         return compare(*options.compare)
     if options.calibrate:
         return calibrate(options.calibrate, RESULTS / "predicted.json")
-    result = measure(options.model, options.parts, options.jobs)
+    try:
+        result = measure(options.model, options.parts, options.jobs)
+    except UnknownControlError as error:
+        print(f"predicted.py: error: {error}", file=sys.stderr)
+        return 1
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print_tables(result)
     print(f"results: {os.path.relpath(options.out)}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .extras import require
+from .files import open_own
 from .inferred import WORDS, infer_arguments
 from .model import CRATE
 from .reading import METADATA_KEY, TRANSFORM, CheckpointError, first_line, model_file, read_model
@@ -173,7 +174,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(aside, "wb") as file:
+        with open_own(aside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

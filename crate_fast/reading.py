@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from . import sharded
 from .extras import MissingPackageError, require
+from .files import parse_json
 from .inferred import Found, choose, find_weights
 from .transform import FINETUNE, MAIN, Transform, read_transform
 
@@ -101,9 +101,18 @@ def _read_file(path: Path, wanted: str | None) -> Model:
     found = find_weights(content, wanted)
     if not found.weights:
         raise CheckpointError(f"{path}: no weights of a CRATE in it")
+    weights = _stored(path, found.weights)
     if isinstance(content.get("arguments"), dict):
-        return Model(content["arguments"], found.weights, _transform_of(content), found.note)
-    return Model(None, found.weights, None if found.note else PUBLISHED.get(found.shelf), found.note)
+        return Model(content["arguments"], weights, _transform_of(content), found.note)
+    return Model(None, weights, None if found.note else PUBLISHED.get(found.shelf), found.note)
+
+
+def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The `weights`; raises CheckpointError where one has more bytes than were read for it, as an expanded tensor has."""
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name!r} says it has {value.numel()} values, and fewer are stored")
+    return weights
 
 
 def _transform_of(content: dict) -> Transform | None:
@@ -141,13 +150,14 @@ def read_state(path: Path, whole: bool = True) -> dict:
     content = _read_archive(file, "damaged, or no checkpoint of crate-fast")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "parts")):
         raise CheckpointError(f"{path}: no checkpoint of crate-fast: its {sharded.STATE} has no 'arguments' and 'parts'")
-    if whole:
-        try:
+    try:
+        sharded.read_table(path / sharded.TABLE)  # before PyTorch does, which runs what a table asks for
+        if whole:
             sharded.check_parts(path, content["parts"])
-        except sharded.DamagedError as error:
-            raise DamagedError(f"{path}: damaged: {error}") from error
-        except OSError as error:
-            raise _unread(path, error) from error
+    except sharded.DamagedError as error:
+        raise DamagedError(f"{path}: damaged: {error}") from error
+    except OSError as error:
+        raise _unread(path, error) from error
     return content
 
 
@@ -186,12 +196,23 @@ def _read_archive(path: Path, otherwise: str) -> object:
 
 
 def _check_sums(path: Path) -> None:
-    """Raises DamagedError unless all parts of the archive have the CRC-32 that was written; PyTorch looks at none."""
+    """Raises DamagedError unless all parts of the archive have the CRC-32 that was written; PyTorch looks at none.
+
+    Nor may reading take more memory than the file has bytes: `torch.save` compresses nothing, and writes no part twice.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
+            entries, length = archive.infolist(), path.stat().st_size
+            packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+            if packed is not None:
+                raise DamagedError(f"{path}: no checkpoint: {packed.filename[:100]} is compressed, which torch.save never does")
+            if sum(entry.file_size for entry in entries) > length:
+                raise DamagedError(f"{path}: no checkpoint: its parts are said to be longer than its {length} bytes")
             damaged = archive.testzip()
     except (OSError, MemoryError) as error:
         raise _unread(path, error) from error
+    except DamagedError:
+        raise
     except (ValueError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedError(f"{path}: damaged ({first_line(error)})") from error
     if damaged is not None:
@@ -231,7 +252,7 @@ def _read_safetensors(path: Path, wanted: str | None) -> Model:
             raise CheckpointError(f"{path}: no weights of a CRATE in it")
         return Model(None, found.weights, None, found.note)
     try:
-        arguments = json.loads(metadata[METADATA_KEY])
+        arguments = parse_json(metadata[METADATA_KEY])
     except ValueError as error:
         raise CheckpointError(f"{path}: its metadata {METADATA_KEY!r} is not JSON ({error})") from error
     transform = None

@@ -7,6 +7,7 @@ PyTorch's table of the parts is a pickle. It is read here first, by a reader tha
 
 from __future__ import annotations
 
+import math
 import pickle
 import warnings
 import zlib
@@ -15,16 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .pickles import AdmittingUnpickler
+
 SUFFIX = ".dcp"
 STATE, TABLE = "state.pt", ".metadata"
 BLOCK = 1 << 24
 _RECORDS = ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata")
-ADMITTED = {
+ADMITTED = (
     *(("torch.distributed.checkpoint.metadata", name) for name in (*_RECORDS, "_MEM_FORMAT_ENCODING")),
     *(("torch", name) for name in ("Size", "float64", "float32", "bfloat16", "float16", "int64")),
     *(("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")),
     *(("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")),
-}
+)
+"""What PyTorch's table of the parts is made of: (module, name)."""
 
 
 class DamagedError(ValueError):
@@ -68,18 +72,48 @@ def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
         OSError, MemoryError: it cannot be read now.
     """
     from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    entries = read_table(path / TABLE).state_dict_metadata
-    if not all(isinstance(entry, TensorStorageMetadata) for entry in entries.values()):
-        raise DamagedError(f"{TABLE} tells of something else than tensors")
-    own = {name.partition(".")[2]: entry for name, entry in entries.items() if name.startswith(f"{part}.")}
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in own.items()}
+    table = read_table(path / TABLE)
+    own = {name: entry for name, entry in table.state_dict_metadata.items() if name.startswith(f"{part}.")}
+    try:
+        for name, entry in own.items():
+            _check_chunks(path, name, entry, table.storage_data)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DamagedError(f"{TABLE} tells of something else than tensors ({str(error) or type(error).__name__})") from error
+    tensors = {n.partition(".")[2]: torch.empty(entry.size, dtype=entry.properties.dtype) for n, entry in own.items()}
     if tensors:
-        with warnings.catch_warnings():  # that one process reads is what is wanted
-            warnings.simplefilter("ignore")
-            checkpoint.load({part: tensors}, checkpoint_id=path, no_dist=True)
+        try:
+            with warnings.catch_warnings():  # that one process reads is what is wanted
+                warnings.simplefilter("ignore")
+                checkpoint.load({part: tensors}, checkpoint_id=path, no_dist=True)
+        except CheckpointException as error:
+            reason = str(next(iter(error.failures.values()))[0]).strip().partition("\n")[0]
+            raise DamagedError(f"{part} cannot be read ({reason})") from error
     return tensors
+
+
+def _check_chunks(path: Path, name: str, entry, places: dict) -> None:
+    """Raises ValueError, or what else odd values raise, unless the chunks of a tensor cover it, each once, and lie in files of
+    this folder that are long enough: what no chunk covers would be memory as it was found."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    size = torch.tensor(entry.size, dtype=torch.int64)
+    first = torch.tensor([tuple(chunk.offsets) for chunk in entry.chunks], dtype=torch.int64).view(len(entry.chunks), -1)
+    last = first + torch.tensor([tuple(chunk.sizes) for chunk in entry.chunks], dtype=torch.int64).view(len(first), -1)
+    volumes = [math.prod(chunk.sizes) for chunk in entry.chunks]
+    inside = (first >= 0).all() and (last <= size).all() and (last >= first).all()
+    meet = (torch.maximum(first[:, None], first) < torch.minimum(last[:, None], last)).all(2)
+    if not inside or sum(volumes) != math.prod(entry.size) or meet.sum() > len(first):
+        raise ValueError(f"the parts of {name} do not make it up")
+    for chunk, volume in zip(entry.chunks, volumes, strict=True):
+        place = places[MetadataIndex(name, chunk.offsets)]
+        file = path / place.relative_path
+        if file.parent != path or file.is_symlink() or not file.is_file() or place.transform_descriptors:
+            raise ValueError(f"{place.relative_path!r} is no file of the checkpoint")
+        end = place.offset + place.length
+        if volume * entry.properties.dtype.itemsize > place.length or place.offset < 0 or end > file.stat().st_size:
+            raise ValueError(f"{name} does not fit {place.relative_path}")
 
 
 def read_table(file: Path):
@@ -102,10 +136,12 @@ def read_table(file: Path):
     return table
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(AdmittingUnpickler):
     """Admits the classes of PyTorch's table, which hold values and do nothing."""
+
+    contents = "tensors"
 
     def find_class(self, module: str, name: str):
         if (module, name) in ADMITTED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only tensors are read")
+            return pickle._Unpickler.find_class(self, module, name)
+        return super().find_class(module, name)

@@ -203,7 +203,7 @@ def _read(path: Path) -> dict[str, dict[str, list[int]]]:
                     raise ValueError(f"{shape} is no shape")
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise TuningError(f"{path} is damaged ({error}); delete it, and measure again with crate-fast tune") from error
     return contents
 

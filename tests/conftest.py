@@ -37,6 +37,8 @@ def pytest_make_parametrize_id(config, val, argname):
 
 def pytest_addoption(parser):
     parser.addoption("--published", metavar="DIR", help="a checkout of the published repository, compared with as well")
+    parser.addoption("--seed", type=int, default=0, metavar="N", help="other numbers: 1000 N more for every torch.manual_seed")
+    parser.addoption("--threads", type=int, default=1, metavar="N", help="threads of the process that runs a test")
 
 
 def pytest_configure(config):
@@ -119,6 +121,14 @@ def precision():
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """As every test found it, whatever the one before has set."""
-    torch.set_num_threads(1)
+def threads(request):
+    """As every test found them, whatever the one before has set."""
+    torch.set_num_threads(request.config.getoption("threads"))
+
+
+@pytest.fixture(autouse=True)
+def seeded(request, monkeypatch):
+    """Every test draws the same numbers, whatever the one before has drawn, and others with another `--seed`."""
+    shift, seed = 1000 * request.config.getoption("seed"), torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda value: seed(value + shift))
+    torch.manual_seed(0)

@@ -131,14 +131,14 @@ def count(kernel, arguments: tuple, constants: dict, programs: int) -> dict:
 
     launch = specialise(kernel, "", arguments, constants, 16)
     result = compiled(launch, "sm_90")
-    code, copied = code_of(result, launch), copies.read(result.asm["ttgir"])
+    code, moved = code_of(result, launch), copies.read(result.asm["ttgir"])
     try:
         paths = control_flow.paths(result.asm["ttir"], integers(launch, arguments), programs)
     except UnknownControlError as error:
         return {"error": str(error)}
-    walks = [walk(code, path, copied) for path in paths]
+    walks = [walk(code, path, moved.copies) for path in paths]
     ways = [(path.weight, steps) for path, steps in zip(paths, walks, strict=True)]
-    done = pipes.work(pipes.Kernel(code, ways, pipes.boxes(copied, code)), programs)
+    done = pipes.work(pipes.kernel_of(code, ways, moved), programs)
     return {
         "weights": [path.weight for path in paths],
         "turns": [sorted(path.turns.values()) for path in paths],

@@ -165,6 +165,7 @@ def test_the_readme_quotes_the_results_and_nothing_else():
         (["--batch", "0"], "--batch is 0"),
         (["--device", "cuda"], "no CUDA GPU"),
         (["--out", "results"], "--out is results; its name must end in .json"),
+        (["--calibrate", "gpu.json"], "--calibrate is for --suite predicted"),
     ],
 )
 def test_wrong_arguments_are_named(flags, words, capsys, monkeypatch):

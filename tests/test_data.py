@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import os
 import pickle
 import re
+import signal
 import tarfile
 from collections import Counter
 from dataclasses import replace
@@ -28,6 +30,7 @@ from crate_fast.training.augment import (
 )
 from crate_fast.training.cifar import open_cifar, read_batch
 from crate_fast.training.data import open_data
+from crate_fast.training.download import unpack
 from crate_fast.training.folder import open_folder
 from crate_fast.training.images import MEAN, STD
 from crate_fast.training.plan import Plan
@@ -195,6 +198,11 @@ GOOD = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
         (pickle.dumps(GOOD | {"labels": [0]}), "are not 2 whole numbers below 10"),
         (pickle.dumps(GOOD | {"labels": [0, 10]}), "are not 2 whole numbers below 10"),
         (pickle.dumps(GOOD | {"labels": [0, "1"]}), "are not 2 whole numbers below 10"),
+        (pickle.dumps(GOOD | {"labels": Calls(np.ndarray, (1,), "O", b"A" * 8)}), "something else than an array"),
+        (b"\x80\x02cnumpy\ndtype\n(X\x02\x00\x00\x00u1t(K\x01t\x86b.", "damaged"),
+        (b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "changes something else than arrays"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "it holds a list"),  # a memo of 2^31 places
+        (b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x00.", "damaged"),  # 2^56 bytes
         (pickle.dumps([1, 2]), "it holds a list"),
         (pickle.dumps(GOOD)[:-40], "damaged"),
         (b"", "damaged"),
@@ -293,3 +301,29 @@ def test_synthetic_batches_time_the_loop_alone():
     assert images.shape == (3, 3, 16, 16)
     assert (labels < 7).all()
     assert sum(len(labels) for _, labels in data.test_batches(4096, Ranks(2, 3))) == 50_000 - 2 * 50_000 // 3
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_an_archive_whose_unpacking_was_killed_is_unpacked_again(tmp_path, monkeypatch, moment):
+    (tmp_path / "source").mkdir()
+    for name in "abc":
+        (tmp_path / "source" / name).write_text(name * 1000)
+    with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "source", "set")
+    pid = os.fork()
+    if pid == 0:
+        seen, take = [], tarfile.TarFile.makefile
+
+        def take_until(self, entry, target):
+            seen.append(entry)
+            take(self, entry, target)
+            if len(seen) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(tarfile.TarFile, "makefile", take_until)
+        unpack(tmp_path / "set.tar.gz", tmp_path)
+    os.waitpid(pid, 0)
+    assert not (tmp_path / "set").exists()
+    unpack(tmp_path / "set.tar.gz", tmp_path)
+    assert sorted(file.name for file in (tmp_path / "set").iterdir()) == ["a", "b", "c"]
+    assert not list(tmp_path.glob(".*"))

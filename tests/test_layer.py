@@ -1,10 +1,12 @@
 """Whole layers by the fused kernels: against float64, against the published code's own 16-bit errors, step after step."""
 
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ties import resolved, sides
 
 from crate_fast import CRATE, reference
 from crate_fast.kernels import layer
@@ -45,9 +47,13 @@ def test_float32_agrees_with_float64(published_class, options):
     ours, published = pair(published_class, **options)
     height, width = ours.image_size
     images, cotangent = torch.randn(3, ours.channels, height, width), torch.randn(3, 5)
-    (ours(images) * cotangent).sum().backward()
-    (published(images.double()) * cotangent.double()).sum().backward()
-    assert relative(ours(images), published(images.double())) < 1e-5
+    logits = ours(images)
+    (logits * cotangent).sum().backward()
+    tokens = ours._embed(images)
+    with resolved(sides(ours.transformer, tokens, ours.transformer(tokens)), torch.float32):
+        exact = published(images.double())
+    (exact * cotangent.double()).sum().backward()
+    assert relative(logits, exact) < 1e-5
     gradients = dict(published.named_parameters())
     for name, parameter in ours.named_parameters():
         assert relative(parameter.grad, gradients[name].grad) < 1e-5, name
@@ -62,7 +68,8 @@ def test_float32_layers_agree_with_float64_at_any_number_of_tokens(tokens, width
     ours, published = pair(reference.CRATE, **options)
     x, cotangent = torch.randn(1, tokens, 48), torch.randn(1, tokens, 48)
     out = ours.transformer(x)
-    exact = published.transformer(x.double())
+    with resolved(sides(ours.transformer, x, out), torch.float32):
+        exact = published.transformer(x.double())
     assert relative(out, exact) < 1e-5
     gradients = torch.autograd.grad((exact * cotangent.double()).sum(), tuple(published.transformer.parameters()))
     for gradient, exact_gradient in zip(
@@ -84,7 +91,9 @@ def test_gradients_pass_through_any_mixture_of_fused_composed_and_frozen_layers(
         model.transformer.layers[4].requires_grad_(False)
     x = torch.randn(2, 19, 48)
     inputs = [x.requires_grad_(), x.detach().double().requires_grad_()]
-    outputs = [ours.transformer.run(inputs[0], pool), pool_tokens(published.transformer(inputs[1]), pool)]
+    outputs = [ours.transformer.run(inputs[0], pool)]
+    with resolved(sides(ours.transformer, x, ours.transformer(x)), torch.float32):
+        outputs.append(pool_tokens(published.transformer(inputs[1]), pool))
     cotangent = torch.randn(outputs[0].shape)
     for out in outputs:
         (out * cotangent.to(out.dtype)).sum().backward()
@@ -108,12 +117,14 @@ def test_layers_of_different_sizes_follow_one_another():
     ours.load_state_dict(published.state_dict())
     ours.transformer.backend = "triton"
     x, cotangent = torch.randn(2, 40, 144), torch.randn(2, 40, 144)
-    gradients = []
-    for model, dtype in ((ours, torch.float32), (published.double(), torch.float64)):
-        with torch.autocast("cpu", dtype=torch.float16, enabled=model is ours):
-            out = model.transformer(x.to(dtype))
-        gradients.append(torch.autograd.grad(out, tuple(model.transformer.parameters()), cotangent.to(dtype)))
-    assert max(relative(a, b) for a, b in zip(*gradients, strict=True)) < 0.03
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = ours.transformer(x)
+        found = sides(ours.transformer, x, out)
+    with resolved(found, torch.float16):
+        exact = published.double().transformer(x.double())
+    gradients = torch.autograd.grad(out, tuple(ours.transformer.parameters()), cotangent)
+    right = torch.autograd.grad(exact, tuple(published.transformer.parameters()), cotangent.double())
+    assert max(map(relative, gradients, right)) < 2e-3
 
 
 def resolve_ties(ours, published, lr: float) -> int:
@@ -157,7 +168,7 @@ def test_training_follows_the_published_class(published_class, backend, steps):
 
 
 def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
-    """What judges 16-bit precision without a GPU differs from the float16 kernels by less than they do from float64."""
+    """What judges 16-bit precision without a GPU errs from float64 as the float16 kernels do, by less than they err."""
     torch.manual_seed(0)
     ours = precision.perturbed(
         CRATE(image_size=16, patch_size=4, num_classes=7, dim=96, depth=2, heads=2, dim_head=48, backend="triton")
@@ -165,15 +176,20 @@ def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
     published = reference.CRATE(image_size=16, patch_size=4, num_classes=7, dim=96, depth=2, heads=2, dim_head=48).double()
     published.load_state_dict(ours.state_dict())
     images, cotangent = torch.randn(4, 3, 16, 16), torch.randn(4, 7)
-    exact = precision.run(published, images.double(), cotangent.double(), None)
-    kernels = precision.run(ours, images, cotangent, torch.float16)
-    kernels = kernels[0].clone(), {name: g.clone() for name, g in kernels[1].items()}
-    with mock.patch.multiple(layer, **precision.EMULATED):
-        emulated = precision.run(ours, images, cotangent, torch.float16)
-    difference = precision.errors(emulated, (kernels[0].double(), {n: g.double() for n, g in kernels[1].items()}))
-    error = precision.errors(kernels, exact)
-    assert sum(d <= e for d, e in zip(difference, error, strict=True)) >= 0.9 * len(error)
-    assert max(d / e for d, e in zip(difference, error, strict=True)) < 2
+    differences = []
+    for launchers in ({}, precision.EMULATED):
+        with mock.patch.multiple(layer, **launchers) if launchers else nullcontext():
+            logits, gradients = precision.run(ours, images, cotangent, torch.float16)
+            gradients = {name: gradient.clone() for name, gradient in gradients.items()}
+            with torch.autocast("cpu", dtype=torch.float16):
+                tokens = ours._embed(images)
+                found = sides(ours.transformer, tokens, ours.transformer(tokens))
+        with resolved(found, torch.float16):
+            exact, right = precision.run(published, images.double(), cotangent.double(), None)
+        differences.append([logits - exact, *(gradients[name] - gradient for name, gradient in right.items())])
+    ratios = [((emulated - kernels).norm() / kernels.norm()).item() for kernels, emulated in zip(*differences, strict=True)]
+    assert sum(ratio <= 1 for ratio in ratios) >= 0.9 * len(ratios)
+    assert max(ratios) < 2
 
 
 def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
@@ -186,11 +202,22 @@ def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
     assert max(rows["fp16, float16 stream"][value] for value in ("logits", "median")) <= 2.5, rows
 
 
-def test_16_bit_layers_are_no_less_precise_on_a_model_trained_on_the_digits(precision, tmp_path):
+def test_16_bit_layers_are_no_less_precise_on_a_model_trained_on_the_digits(precision, tmp_path, monkeypatch):
     """On few images a float16 gradient's error scatters with the single entries that turn at the threshold, and is bounded as
     it scatters; `benchmarks/results/precision-digits.json` has the measure on 1,437 images and 12 seeds."""
     run, score = train(resolve({"out": str(tmp_path), "epochs": 8, "lr": 2e-3, "device": "cpu"}))
     assert score.top1 > 0.8
+    load = precision._model
+
+    def moved(options) -> CRATE:
+        """The model with weights that round otherwise in every seed: how those of one model do is chance."""
+        model = load(options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 2**-8 * torch.randn_like(parameter))
+        return model
+
+    monkeypatch.setattr(precision, "_model", moved)
     rows = precision.measure(precision.argparse.Namespace(seeds=4, batch=256, checkpoint=run.model), "cpu")
     assert max(rows["bf16"][value] for value in ("logits", "median", "p90_of_means")) <= 1, rows
     assert rows["bf16"]["largest"] <= 3, rows

@@ -12,9 +12,9 @@ from conftest import BENCHMARKS
 
 import constants
 import predicted_report
-from copies import Copy
+from copies import Copy, Moved
 from machine_code import Code, Instruction, Step
-from pipes import Kernel, boxes, resident, work
+from pipes import Kernel, kernel_of, resident, work
 from replay import clocks_of_program
 
 COMMITTED = json.loads((BENCHMARKS / "results" / "predicted.json").read_text())
@@ -89,21 +89,22 @@ def instruction(name: str, arguments: str = "", *, stall: int = 1, write: int = 
     return Instruction("", name, arguments, stall, write, 7, wait, ())
 
 
-def kernel_of(instructions: list[Instruction], warps: int = 4, registers: int = 128, copied: dict | None = None) -> Kernel:
+def straight(instructions: list[Instruction], warps: int = 4, copies: dict | None = None, loads: dict | None = None) -> Kernel:
     """A kernel that executes `instructions` one after the other."""
-    code = Code(instructions, {}, registers, 0, warps, 0)
-    return Kernel(code, [(1.0, [Step(n, True) for n in range(len(instructions))])], boxes(copied or {}, code))
+    code = Code(instructions, {}, 128, 0, warps, 0)
+    steps = [Step(n, True) for n in range(len(instructions))]
+    return kernel_of(code, [(1.0, steps)], Moved(copies or {}, loads or {}))
 
 
 def test_instructions_that_wait_for_nothing_take_a_slot_each():
-    kernel = kernel_of([instruction("FADD")] * 2000)
+    kernel = straight([instruction("FADD")] * 2000)
     assert clocks_of_program(kernel, 2) == pytest.approx(2000, rel=0.01)
     assert work(kernel, 3).clocks["issue"] == 2000 * 4 * 3
 
 
 def test_products_take_the_matrix_unit_as_long_as_they_are_wide():
     product = instruction("HGMMA.64x128x16.F32", "R24, gdesc[UR4], R24, gsb0")
-    kernel = kernel_of([product] * 500)
+    kernel = straight([product] * 500)
     assert clocks_of_program(kernel, 2) == pytest.approx(500 * 64, rel=0.01)
     assert work(kernel, 1).flops == 500 * 2 * 64 * 128 * 16
 
@@ -111,7 +112,7 @@ def test_products_take_the_matrix_unit_as_long_as_they_are_wide():
 def test_more_programs_hide_what_loads_take():
     """A load of 500 clocks and what waits for it, over and over: one program waits, eight wait together."""
     pair = [instruction("LDG.E.128", "R4, [R2.64]", write=0), instruction("FADD", wait=1)]
-    kernel = kernel_of(pair * 100)
+    kernel = straight(pair * 100)
     alone, together = clocks_of_program(kernel, 1), clocks_of_program(kernel, 8)
     assert alone > 100 * 500
     assert together < alone / 6
@@ -120,14 +121,22 @@ def test_more_programs_hide_what_loads_take():
 
 def test_a_barrier_waits_for_the_last_warp():
     """Two warps of a scheduler: after every barrier both have 24 clocks to wait, whatever they did before it."""
-    kernel = kernel_of([instruction("FADD"), instruction("BAR.SYNC")] * 200, warps=8)
+    kernel = straight([instruction("FADD"), instruction("BAR.SYNC")] * 200, warps=8)
     assert clocks_of_program(kernel, 1) >= 200 * 24
 
 
 def test_a_box_is_moved_once_for_all_warps():
     box = instruction("UTMALDG.2D")
-    kernel = kernel_of([box] * 10, warps=4, copied={(): Copy(10 * 16384.0, 0)})
+    kernel = straight([box] * 10, warps=4, copies={(): Copy(10 * 16384.0, 0)})
     assert work(kernel, 7).l2_bytes == 7 * 10 * 16384
+
+
+def test_a_tile_that_is_loaded_in_small_pieces_is_moved_whole():
+    """Eight lanes of a narrow load have an address of their own, as in a vector over rows, unless a tile needs more of them."""
+    loads = [instruction("LDG.E.64", "R4, [R2.64]")] * 4
+    assert work(straight(loads), 1).l2_bytes == 4 * 4 * 8 * 8
+    assert work(straight(loads, loads={(): 4096.0}), 1).l2_bytes == 4096
+    assert work(straight([instruction("LDG.E.128", "R4, [R2.64]")]), 1).l2_bytes == 4 * 512
 
 
 def test_programs_that_fit_a_multiprocessor():

@@ -96,9 +96,11 @@ def test_two_processes_train_as_one_does(trained, folder, tmp_path):
     assert main(["train", *line.split(), "--data", str(folder), "-j", "0", "--out", str(tmp_path / "one"), *TINY]) == 0
     one, two = (load_checkpoint(path / "model.safetensors").state_dict() for path in (tmp_path / "one", trained[0]))
     for name, value in one.items():
-        # A gradient near zero may change its sign, and Lion's step with it: two steps of two learning rates at most.
-        assert (value - two[name]).abs().max() <= 4 * 2e-4 + 1e-6, name
-        assert (value - two[name]).abs().mean() < 2e-6, name
+        # A gradient near zero may change its sign, and Lion's step with it: two steps of two learning rates at most. One such
+        # weight is chance, and in a vector much of the mean: the farthest does not count in it.
+        apart = (value - two[name]).abs()
+        assert apart.max() <= 4 * 2e-4 + 1e-6, name
+        assert (apart.sum() - apart.max()) / apart.numel() < 2e-6, name
 
 
 def save_as_published(model: torch.nn.Module, path: Path) -> Path:

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import DTYPES
+from ties import resolved, sides
 
 from crate_fast import CRATE, reference, tune
 from crate_fast.kernels import tuning
@@ -32,38 +33,38 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b).norm() / b.norm()).item()
 
 
-def run(layers, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+def results(layers, x: torch.Tensor, cotangent: torch.Tensor) -> list[torch.Tensor]:
     """The result of layers and every gradient."""
-    generator = torch.Generator().manual_seed(1)
-    x, cotangent = (torch.randn(1, 70, 144, generator=generator, device="cpu").to(device) for _ in range(2))
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    with torch.autocast(device.type, dtype=dtype if dtype.itemsize == 2 else None, enabled=dtype.itemsize == 2):
-        out = layers(x.to(exact))
-    return [out, *torch.autograd.grad(out, tuple(layers.parameters()), cotangent.to(exact))]
+    out = layers(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return [out, *torch.autograd.grad(out, tuple(layers.parameters()), cotangent)]
 
 
 @cache
-def judged(device: torch.device, dtype: torch.dtype) -> tuple:
-    """Our layers, and what is right: for float32 in float64 the published layers; in 16 bit ours with the table's shapes, which
-    other tests judge."""
+def pair(device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Our layers, and the published ones in float64."""
     torch.manual_seed(0)
     layers = CRATE(**SIZES, backend="triton", stream=str(dtype).removeprefix("torch.")).transformer.to(device)
-    if dtype != torch.float32:
-        return layers, run(layers, device, dtype)
     published = reference.CRATE(**SIZES).transformer.to(device).double()
     published.load_state_dict(layers.state_dict())
-    return layers, run(published, device, torch.float64)
+    return layers, published
 
 
 @pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize(("device", "dtype"), DTYPES, indirect=["device"])
 def test_every_shape_gives_right_values(device, dtype, index):
-    layers, right = judged(device, dtype)
+    layers, published = pair(device, dtype)
+    generator = torch.Generator().manual_seed(1)
+    x, cotangent = (torch.randn(1, 70, 144, generator=generator, device="cpu").to(device) for _ in range(2))
     with ExitStack() as stack:
         for kernel in KERNELS:
             configs = shapes(kernel, dtype)
             stack.enter_context(tuning.forced(kernel, configs[index % len(configs)]))
-        values = run(layers, device, dtype)
+        stack.enter_context(torch.autocast(device.type, dtype=dtype, enabled=dtype.itemsize == 2))
+        values = results(layers, x, cotangent)
+        found = sides(layers, x, values[0])
+    with resolved(found, dtype):
+        right = results(published, x.double(), cotangent.double())
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
     assert max(map(relative, values, right)) < tolerance
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..files import parse_json
 from ..model import CRATE
 from ..pictures import SUFFIXES, find_pictures, read_picture, tell_left_out
 from ..transform import MAIN
@@ -59,7 +59,7 @@ def _of_run(source: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and deviation in the config.json of the run of which `source` is the directory, or a file up to two folders down."""
     for folder in (source, source.parent, source.parent.parent):
         try:
-            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data"]
+            data = parse_json((folder / "config.json").read_text(encoding="utf-8"))["data"]
             mean, std = (tuple(map(float, v if isinstance(v, list) else [v])) for v in (data["mean"], data["std"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue

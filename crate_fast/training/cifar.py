@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ..pickles import AdmittingUnpickler
 from .config import ConfigError
 from .download import published, unpack
 
@@ -107,7 +108,7 @@ def read_batch(path: Path, key: str, classes: int) -> tuple[np.ndarray, list[int
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: no file of CIFAR: it holds a {type(content).__name__}")
     named = {word.decode("latin1") if isinstance(word, bytes) else word: value for word, value in content.items()}
-    pixels, labels = named.get("data"), named.get(key)
+    pixels, labels = (v.whole if isinstance(v, _Array) else v for v in (named.get("data"), named.get(key)))
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3 * SIDE**2:
         raise ConfigError(f"{path}: no file of CIFAR: its 'data' is no uint8 array of rows of {3 * SIDE**2}")
     labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
@@ -121,42 +122,68 @@ def _is_label(value: object, classes: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < classes
 
 
-class _Unpickler(pickle.Unpickler):
-    """Admits arrays and what they are made of, and nothing else."""
+class _Dtype:
+    """A dtype's code; what a pickle adds to it (byte order, alignment) is that of the code."""
 
-    def find_class(self, module: str, name: str):
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _reconstruct
-        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            return _frombuffer
-        if module == "numpy" and name == "ndarray":
-            return np.ndarray
-        if module == "numpy" and name == "dtype":
-            return _dtype
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in a pickle that Python 2 can read
-            return _encode
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only arrays are read")
+    def __init__(self, code: object, *_: object) -> None:
+        self.code = code.decode("latin1") if isinstance(code, bytes) else code
+        if self.code not in ("u1", "i1", "i2", "i4", "i8", "|u1"):
+            raise pickle.UnpicklingError(f"it asks for an array of {code!r}, and only whole numbers are read")
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or state[1:2] == (">",):
+            raise pickle.UnpicklingError("its arrays have another byte order")
 
 
-def _reconstruct(kind: type, shape: tuple, code: bytes) -> np.ndarray:
+class _Array:
+    """What an array was pickled as; `whole` is the array."""
+
+    whole: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, content = state
+        self.whole = _shaped(content.encode("latin1") if isinstance(content, str) else content, dtype, shape, "CF"[fortran])
+
+
+def _kind(*_: object) -> None:
+    """Stands for the class of arrays, which is only named."""
+    raise pickle.UnpicklingError("it asks for something else than an array")
+
+
+def _reconstruct(kind: object, shape: tuple, code: bytes) -> _Array:
     """An empty array, which its pickled state fills."""
-    if kind is not np.ndarray or shape != (0,):
+    if kind is not _kind:
         raise pickle.UnpicklingError("it asks for something else than an array")
-    return np.ndarray((0,), np.uint8)
+    return _Array()
 
 
-def _frombuffer(content: bytes, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
-    return np.frombuffer(content, dtype).reshape(shape, order=order)
+def _frombuffer(content: bytes, dtype: _Dtype, shape: tuple, order: str) -> _Array:
+    found = _Array()
+    found.whole = _shaped(content, dtype, shape, order)
+    return found
 
 
-def _dtype(code: object, *_: object) -> np.dtype:
-    code = code.decode("latin1") if isinstance(code, bytes) else code
-    if code not in ("u1", "i1", "i2", "i4", "i8", "|u1"):
-        raise pickle.UnpicklingError(f"it asks for an array of {code!r}, and only whole numbers are read")
-    return np.dtype(code)
+def _shaped(content: bytes, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
+    if not isinstance(content, bytes | bytearray) or not isinstance(dtype, _Dtype):
+        raise pickle.UnpicklingError("it has an array that is no bytes of whole numbers")
+    return np.frombuffer(content, dtype.code).reshape(shape, order=order)
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError("it asks for another encoding than latin1")
     return text.encode("latin1")
+
+
+class _Unpickler(AdmittingUnpickler):
+    """Admits arrays of whole numbers, under stand-ins that hold values and do nothing: NumPy's own classes could be told to
+    take the file's bytes for addresses."""
+
+    contents = "arrays"
+    admitted: ClassVar = {
+        ("numpy", "ndarray"): _kind,
+        ("numpy", "dtype"): _Dtype,
+        ("_codecs", "encode"): _encode,  # how Python 3 writes bytes in a pickle that Python 2 can read
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+        **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
+    }

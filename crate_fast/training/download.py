@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..checkpoint import write_atomically
 from .config import ConfigError
+from .saving import remove
 
 TIMEOUT = 30  # seconds without a byte
 
@@ -41,10 +42,20 @@ def published(url: str, md5: str, directory: Path, wanted: str) -> Path:
 
 
 def unpack(archive: Path, directory: Path) -> None:
-    """Unpacks a tar archive in `directory`; raises ConfigError where that fails."""
+    """Unpacks a tar archive in `directory`, beside it first: what is at the top of it is there whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be unpacked.
+    """
+    aside = directory / f".{archive.name}.tmp"
     try:
+        remove(aside)  # of a process that was killed
         with tarfile.open(archive) as content:
-            content.extractall(directory, filter="data")
+            content.extractall(aside, filter="data")
+        for entry in sorted(aside.iterdir()):
+            remove(directory / entry.name)
+            entry.rename(directory / entry.name)
+        aside.rmdir()
     except (OSError, tarfile.TarError) as error:
         raise ConfigError(f"{archive}: cannot be unpacked in {directory} ({error})") from error
 

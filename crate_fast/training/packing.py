@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checkpoint import write_atomically
+from ..files import parse_json
 from ..pictures import READER
 from .config import ConfigError
 from .encoding import Settings, encode
@@ -151,7 +152,7 @@ def _take(target: Path, source: Path, settings: Settings, splits: dict[str, Phot
 
 def _check_same(path: Path, ours: dict) -> None:
     try:
-        theirs = {"reader": 1} | json.loads(path.read_text(encoding="utf-8"))
+        theirs = {"reader": 1} | parse_json(path.read_text(encoding="utf-8"))
         differing = [name for name in ours if theirs[name] != ours[name]]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: damaged ({error}); packs need a folder of their own") from error
@@ -190,7 +191,7 @@ def _plan(source: Path, target: Path, split: str, store: Photographs, settings: 
 def _listed(target: Path) -> dict[str, int]:
     """The packs' checksums by their names, where they were all written before."""
     try:
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((target / MANIFEST).read_text(encoding="utf-8"))
         return manifest["train"]["packs"] | manifest["val"]["packs"]
     except (OSError, KeyError, TypeError, ValueError):
         return {}  # it is written anew

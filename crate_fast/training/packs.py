@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checkpoint import write_atomically
+from ..files import parse_json
 from ..reading import first_line
 from .config import ConfigError
 
@@ -111,7 +112,7 @@ class Pack:
 
     @cached_property
     def _notes(self) -> dict:
-        return json.loads(self._map[self._notes_at :])
+        return parse_json(self._map[self._notes_at :])
 
     @property
     def names(self) -> list[str]:
@@ -270,7 +271,7 @@ def open_packs(path: str | Path) -> Packs:
     if not (path / MANIFEST).is_file():
         raise PackError(f"{path}: `crate-fast prepare` has not come to its end there; the same command goes on with it")
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
         classes = manifest["classes"]
         names = {split: list(manifest[split]["packs"].items()) for split in ("train", "val")}
         counts = {split: int(manifest[split]["images"]) for split in names}

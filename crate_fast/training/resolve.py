@@ -7,6 +7,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from ..files import parse_json
 from ..model import SIZES
 from .config import ConfigError, TrainConfig, flag
 
@@ -59,10 +60,10 @@ def read_recipe(name: str) -> dict:
         raise ConfigError(f"--recipe is {name!r}; allowed are {', '.join(NAMES)}, a .toml file and a run's config.json")
     try:
         text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)["config"]
+        values = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)["config"]
     except OSError as error:
         raise ConfigError(f"--recipe is {name!r}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:  # tomllib has a depth of its own
         raise ConfigError(f"{path}: no recipe ({error})") from error
     unknown = sorted(set(values) - set(SETTINGS)) if isinstance(values, dict) else ["it is no table"]
     if unknown:

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..checkpoint import write_atomically
+from ..files import open_own, parse_json
 from ..reading import MODEL_NAME
 from ..sharded import SUFFIX
 from .config import ConfigError, TrainConfig
@@ -107,12 +108,12 @@ class RunDirectory:
     def log(self, **row) -> None:
         """Adds one line to metrics.jsonl; a number that is not finite is null in it."""
         row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        with open_own(self.metrics, "a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def logged(self) -> int:
         """Bytes of metrics.jsonl, all of them on the disk."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        with open_own(self.metrics, "a") as file:
             os.fsync(file.fileno())
             return file.tell()
 
@@ -122,10 +123,10 @@ class RunDirectory:
         Raises:
             ConfigError: it is shorter.
         """
-        if length > (self.metrics.stat().st_size if self.metrics.exists() else 0):
-            raise ConfigError(f"{self.metrics}: shorter than at the last checkpoint")
-        if self.metrics.exists():
-            os.truncate(self.metrics, length)
+        with open_own(self.metrics, "ab") as file:
+            if length > file.tell():
+                raise ConfigError(f"{self.metrics}: shorter than at the last checkpoint")
+            file.truncate(length)
 
     def read_config(self) -> TrainConfig:
         """The settings in config.json, with the precision that "auto" turned out to mean.
@@ -142,10 +143,10 @@ class RunDirectory:
     def _read(self) -> dict:
         """What config.json holds: a dictionary whose "data" are one too; raises ConfigError where it is damaged."""
         try:
-            content = json.loads(self.config.read_text(encoding="utf-8"))
+            content = parse_json(self.config.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{self.config}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ConfigError(f"{self.config}: not the configuration of a run ({error})") from error
         if not isinstance(content, dict) or not isinstance(content.setdefault("data", {}), dict):
             raise ConfigError(f"{self.config}: not the configuration of a run (no table, or its data are none)")
@@ -175,15 +176,17 @@ class RunDirectory:
     def read_metrics(self) -> list[dict]:
         """The rows of metrics.jsonl; lines that are damaged are passed over, with a warning."""
         rows, damaged = [], []
-        for number, line in enumerate(self.metrics.read_bytes().splitlines(), start=1):
+        with open_own(self.metrics, "rb") as file:
+            lines = file.read().splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 rows.append({name: row[name] for name in ("step", "epoch", "split", "loss", "top1")} | row)
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 damaged.append(number)
         if damaged:
-            lines = f"{len(damaged):,} lines are damaged, line {damaged[0]} first; they are passed over"
-            print(f"crate-fast: warning: {self.metrics}: {lines}", file=sys.stderr)
+            told = f"{len(damaged):,} lines are damaged, line {damaged[0]} first; they are passed over"
+            print(f"crate-fast: warning: {self.metrics}: {told}", file=sys.stderr)
         return rows
 
 

@@ -1,0 +1,29 @@
+"""Reading pickles of strangers: nothing in them calls anything but what a reader admits by name."""
+
+from __future__ import annotations
+
+import pickle
+from typing import ClassVar
+
+
+class AdmittingUnpickler(pickle._Unpickler):
+    """Takes from modules what `admitted` has under (module, name), and nothing else.
+
+    In Python, since the unpickler in C makes room for as many objects as a file says it has.
+    """
+
+    admitted: ClassVar[dict[tuple[str, str], object]] = {}
+    contents = "plain values"  # what such a pickle holds, for errors
+
+    def find_class(self, module: str, name: str):
+        if (module, name) in self.admitted:
+            return self.admitted[module, name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only {self.contents} are read")
+
+    def load_build(self) -> None:
+        """Gives an object its state; never a class or a function, which would keep it."""
+        if len(self.stack) < 2 or callable(self.stack[-2]):
+            raise pickle.UnpicklingError(f"it changes something else than {self.contents}")
+        super().load_build()
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}

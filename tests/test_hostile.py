@@ -1,0 +1,113 @@
+"""Files from strangers: nothing in them is executed, nothing takes more memory than they have bytes, no link is followed."""
+
+import resource
+import shutil
+import struct
+import zipfile
+
+import pytest
+import torch
+from conftest import call
+
+from crate_fast import load_checkpoint
+from crate_fast.reading import CheckpointError
+from crate_fast.training.rundir import RunDirectory
+
+DEEP = "[" * 200_000
+SMALL = ["--dim", "16", "--depth", "1", "--heads", "1", "--dim-head", "16", "--device", "cpu", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one epoch on the digits."""
+    from crate_fast.cli import main
+
+    out = tmp_path_factory.mktemp("hostile") / "run"
+    assert main(["train", "--out", str(out), *SMALL]) == 0
+    return RunDirectory(out)
+
+
+def bomb(path, compression, size=48 << 20):
+    """An archive whose pickle is one long string."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02X" + struct.pack("<I", size) + b"a" * size + b".")
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    return path
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_compressed_archives_are_not_unpacked(tmp_path, compression):
+    path = bomb(tmp_path / "bomb.pth", compression)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"data\.pkl is compressed, which torch\.save never does"):
+        load_checkpoint(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 24 << 10  # KiB
+
+
+def test_parts_that_lie_over_each_other_are_refused(tmp_path):
+    path = bomb(tmp_path / "quine.pth", zipfile.ZIP_STORED, size=1 << 20)
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+        first = archive.infolist()[0]
+    content = path.read_bytes()
+    entry = content[directory : directory + 46 + len(first.filename)]
+    end = content.index(b"PK\x05\x06", directory)
+    numbers = struct.pack("<HH", 50, 50) + struct.pack("<II", 50 * len(entry), directory)
+    path.write_bytes(content[:directory] + entry * 50 + content[end : end + 8] + numbers + b"\0\0")
+    with pytest.raises(CheckpointError, match="longer than its"):
+        load_checkpoint(path)
+
+
+def test_expanded_weights_are_refused(tmp_path, run):
+    weights = load_checkpoint(run.model).state_dict()
+    weights["mlp_head.1.weight"] = torch.zeros(1).expand(1 << 40, 16)
+    torch.save(weights, tmp_path / "wide.pth")
+    with pytest.raises(CheckpointError, match=r"'mlp_head.1.weight' says it has \d+ values, and fewer are stored"):
+        load_checkpoint(tmp_path / "wide.pth")
+
+
+@pytest.mark.parametrize("command", ["evaluate {run}", "train --resume {run}", "train --recipe {run}/config.json --out {out}"])
+def test_deep_json_is_told_in_a_line(tmp_path, run, capsys, command):
+    before = run.config.read_bytes()
+    run.config.write_text(DEEP)
+    try:
+        status, _, err = call(capsys, *command.format(run=run.path, out=tmp_path / "new").split())
+    finally:
+        run.config.write_bytes(before)
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert "nested too deeply" in err
+
+
+def test_a_deep_recipe_is_told_in_a_line(tmp_path, capsys):
+    (tmp_path / "deep.toml").write_text(f"x = {DEEP}")
+    status, _, err = call(capsys, "train", "--recipe", tmp_path / "deep.toml", "--out", tmp_path / "run")
+    assert status == 2
+    assert len(err.splitlines()) == 1
+
+
+def test_deep_metadata_are_told_in_a_line(tmp_path, run):
+    from safetensors.torch import save_file
+
+    save_file(load_checkpoint(run.model).state_dict(), tmp_path / "deep.safetensors", metadata={"crate_fast": DEEP})
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        load_checkpoint(tmp_path / "deep.safetensors")
+
+
+@pytest.mark.parametrize("what", ["no checkpoint", "a checkpoint"])
+def test_metrics_that_are_a_link_are_not_written_through(tmp_path, run, capsys, what):
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
+    victim = tmp_path / "victim"
+    victim.write_text("precious\n" * 1000)
+    copy.metrics.unlink()
+    copy.metrics.symlink_to(victim)
+    copy.model.unlink()
+    if what == "no checkpoint":
+        shutil.rmtree(copy.checkpoints)
+        copy.checkpoints.mkdir()
+    status, _, err = call(capsys, "train", "--resume", copy.path)
+    assert status == 2
+    assert "metrics.jsonl" in err
+    assert len(err.splitlines()) == 1
+    assert victim.read_text() == "precious\n" * 1000
