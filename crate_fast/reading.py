@@ -128,14 +128,14 @@ def _read_parts(path: Path, wanted: str | None) -> Model:
     """`read_model` of a checkpoint in parts."""
     content = read_state(path)
     try:
-        kinds = {"last": "model", "mean": "ema"}
-        found = {kind: Found(sharded.read_tensors(path, shelf), shelf) for kind, shelf in kinds.items()}
+        parts, kinds = sharded.find_parts(path), {"last": "model", "mean": "ema"}
+        chosen = choose({kind: Found({}, part) for kind, part in kinds.items() if part in parts}, wanted)
+        weights = sharded.read_tensors(path, chosen.shelf or kinds["last"])
     except sharded.DamagedError as error:
         raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast: {error}") from error
     except (OSError, MemoryError) as error:
         raise _unread(path, error) from error
-    chosen = choose({kind: one for kind, one in found.items() if one.weights}, wanted)
-    return Model(content["arguments"], chosen.weights, _transform_of(content), chosen.note)
+    return Model(content["arguments"], weights, _transform_of(content), chosen.note)
 
 
 def read_state(path: Path, whole: bool = True) -> dict:

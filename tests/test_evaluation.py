@@ -1,6 +1,7 @@
 """Evaluating weights as they are meant to be: their transform, their shape, which of two they are, whatever their dtype."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from crate_fast.training.evaluation import evaluate_run
 from crate_fast.training.images import MEAN, STD
 from crate_fast.training.plots import plot_curves
 from crate_fast.training.rundir import RunDirectory
+from crate_fast.training.saving import Checkpoints
 from crate_fast.training.weights import read_weights, start_from
 from crate_fast.transform import Transform, read_transform
 
@@ -194,16 +196,25 @@ def test_a_damaged_line_of_the_metrics_is_passed_over(tmp_path, capsys):
     assert run.curves.stat().st_size > 1000
 
 
-def test_a_loss_that_is_not_finite_in_evaluation_alone_ends_the_run_in_one_line(tmp_path, capsys):
+def test_a_loss_that_is_not_finite_in_evaluation_alone_ends_the_run_in_one_line(tmp_path, capsys, monkeypatch):
+    scores = [metrics.Score(loss, 1, 1, 360) for loss in (2.0, 1.0, float("inf"))]
+    monkeypatch.setattr("crate_fast.training.loop.evaluate", lambda *_, **__: scores.pop(0))
     status, _, err = call(
         capsys,
-        *("train", "--out", tmp_path / "r", "--epochs", 8, "--dim", 48, "--depth", 2, "--heads", 3, "--dim-head", 16),
-        *("--rotate", 0, "--zoom", 0, "--shift", 0, "--batch-size", 1437, "--lr", 1000, "--optimizer", "SGD"),
-        *("--warmup", 0, "--ista", 1000, "--device", "cpu", "--num-threads", 1),
+        *("train", "--out", tmp_path / "r", "--epochs", 4, "--dim", 16, "--depth", 1, "--heads", 1, "--dim-head", 16),
+        *("--batch-size", 1437, "--checkpoint-every", 1, "--device", "cpu", "--num-threads", 1),
     )
-    assert status == 2 and err.count("\n") == 1 and "not finite" in err and "the last good checkpoint is" in err
+    assert status == 2 and err.count("\n") == 1
+    assert re.search(r"on the test images is not finite after step 3 .*the last good checkpoint is \S+step-00000002\.pt$", err)
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["split"] == "test" and rows[-1]["loss"] is None
+    assert [row["loss"] for row in rows if row["split"] == "test"] == [2.0, 1.0, None]
+
+
+def test_a_good_checkpoint_is_one_whose_next_step_is_known(tmp_path):
+    for step in (3, 7, 8):
+        (tmp_path / f"step-{step:08d}.pt").touch()
+    found = [Checkpoints(tmp_path, 3).newest_before(bad - 1) for bad in (10, 9, 8, 4)]
+    assert [path and path.name for path in found] == ["step-00000008.pt", "step-00000007.pt", "step-00000003.pt", None]
 
 
 @pytest.mark.parametrize(

@@ -159,14 +159,18 @@ def test_linked_folders_are_found_under_each_name(tmp_path):
     assert [place.removeprefix(f"{tmp_path}/") for place in find_pictures(tmp_path, Counter())] == ["a/1.PNG", "b/1.PNG"]
 
 
-def test_a_run_begun_when_folders_were_counted_otherwise_says_how_to_go_on(folder, tmp_path):
+def test_a_run_begun_when_folders_were_counted_otherwise_says_how_to_go_on(folder, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     run, now = RunDirectory(tmp_path / "run"), open_data(resolve({"data": str(folder)}), torch.device("cpu"), ALONE).describe()
     before = {name: value for name, value in now.items() if name != "reader"} | {"train_images": 7}
     run.config.write_text(json.dumps({"data": before}))
     with pytest.raises(ConfigError, match=r"training images is another \(4, not 7\).*--data and a folder of just the images"):
         run.check_same_data(now)
+    run.warn_of_reader(now)
+    assert "does not go on to the same bits" in capsys.readouterr().err
     run.config.write_text(json.dumps({"data": now | {"train_images": 7}}))
+    run.warn_of_reader(now)
+    assert not capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"\(4, not 7\)$"):
         run.check_same_data(now)
 

@@ -22,7 +22,7 @@ from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from .parallel import parallel_kind
 from .plan import Plan
 from .rundir import RunDirectory
-from .saving import circumstances, step_of
+from .saving import circumstances
 from .stop import Signals, Stopped
 from .waiting import Waiting
 from .watch import Watch, peak_flops, training_flops
@@ -204,7 +204,7 @@ class Trainer:
             raise TrainingError(
                 f"the loss on the test images is not finite after step {self.step} of {self.steps} (epoch {self.evaluated}), "
                 f"though that in training is; a new run with a lower --lr may help, from --init too; "
-                f"{self._last_good(self.step + 1)}"
+                f"the last good checkpoint is {self.checkpoints.newest_before(self.step) or 'none'}"
             )
         best = score.top1 > self.best
         self.score, self.best = score, max(self.best, score.top1)
@@ -229,13 +229,8 @@ class Trainer:
         raise TrainingError(
             f"the loss or its gradient is not finite at step {bad_step} of {self.steps} (epoch "
             f"{(bad_step - 1) // self.plan.steps + 1}, learning rate {lr:.3g}); a lower --lr or a longer --warmup may help; "
-            f"{self._last_good(bad_step)}"
+            f"the last good checkpoint is {self.checkpoints.newest_before(bad_step - 1) or 'none'}"
         )
-
-    def _last_good(self, bad_step: int) -> str:
-        """Which checkpoint is the newest from which the next step is known to be finite, in words."""
-        good = (path for path in self.checkpoints.numbered() if step_of(path) + 1 < bad_step)
-        return f"the last good checkpoint is {next(good, 'none')}"
 
     def _pause(self) -> None:
         """Between steps: saves where it is time to, and ends the run where a signal says so."""

@@ -108,6 +108,8 @@ def _train(
     data = open_data(config, compute.device, ranks)
     if run is not None:
         run.check_same_data(data.describe())
+        if ranks.first:
+            run.warn_of_reader(data.describe())
     plan = make_plan(config, data.train_count, ranks)
     model = build_model(config, data)
     lines = [] if weights is None else [start_from(model, weights, config.init)]

@@ -32,6 +32,10 @@ COUNTED_ANEW = (
     "16 bits, transparent or turned ones otherwise: go on with --data and a folder of just the images that it had, or begin a "
     "new run from its weights with --init"
 )
+READ_ANEW = (
+    "begun before images of 16 bits, transparent and turned ones were read as they are now; with such images the run does not "
+    "go on to the same bits"
+)
 FACTS = {
     "name": "they are of another kind",
     "classes": "the number of classes is another",
@@ -165,6 +169,11 @@ class RunDirectory:
                 raise ConfigError(
                     f"--data: not what the run in {self.path} was started with: {words} ({now[name]}, not {before[name]}){why}"
                 )
+
+    def warn_of_reader(self, now: dict) -> None:
+        """Says on stderr where the run was started when images were read otherwise than `now`."""
+        if READER in now and self._read()["data"].get(READER) != now[READER]:
+            print(f"crate-fast: warning: {self.path}: {READ_ANEW}", file=sys.stderr)
 
     def read_launch(self) -> str | None:
         """The name of the launch that made the run, or None."""

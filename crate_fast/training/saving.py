@@ -49,6 +49,10 @@ class Checkpoints:
         names = sorted(os.listdir(self.folder), reverse=True)
         return [self.folder / name for name in names if name.startswith("step-") and name.endswith(self.suffix)]
 
+    def newest_before(self, step: int) -> Path | None:
+        """The newest checkpoint that was written after an earlier step than `step`, by its name."""
+        return next((path for path in self.numbered() if int(re.match(r"step-(\d+)", path.name)[1]) < step), None)
+
     def save(self, model: CRATE, step: int, best: bool, state: dict) -> Path:
         """Writes a checkpoint, and removes those that are no longer to be kept.
 
@@ -141,11 +145,6 @@ class Checkpoints:
         except OSError:  # a file system without hard links
             shutil.copyfile(path, aside)
         os.replace(aside, name)
-
-
-def step_of(path: Path) -> int:
-    """The step after which the checkpoint was written that is called so."""
-    return int(re.match(r"step-(\d+)", path.name)[1])
 
 
 def remove(path: Path) -> None:
