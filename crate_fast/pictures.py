@@ -21,7 +21,8 @@ PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 def read_picture(source: str | Path | BinaryIO) -> Image:
     """The image in `source` as RGB, turned as its camera says, transparent parts on white; of an animation the first.
 
-    Grey of 16 bits, or of 32 whose values fit in 16, is white at 65535; of floating point, 0 to 1, at 1.
+    Grey of 16 bits is white at 65535; of 32 bits at 255 if its values fit in 8, at 65535 if they fit in 16; of floating point,
+    0 to 1, at 1.
 
     Raises:
         ValueError: its numbers have no known white.
@@ -76,8 +77,9 @@ def _in_bytes(image: Image) -> Image:
     import numpy as np
     from PIL import Image
 
-    white = 1 if image.mode == "F" else SIXTEEN_BITS
     values = np.asarray(image if image.mode in ("F", "I") else image.convert("I"))
+    eight = image.mode == "I" and image.format == "TIFF" and values.max() <= 255  # 32 bits that hold what 8 do
+    white = 1 if image.mode == "F" else 255 if eight else SIXTEEN_BITS
     if not (values.min() >= 0 and values.max() <= white):  # not: NaN is neither
         raise ValueError(f"its grey is {values.min()} to {values.max()}; what is white is known of 0 to {white}")
     grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))

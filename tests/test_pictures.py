@@ -50,6 +50,7 @@ KINDS = {
     "16-bit.png": (Image.fromarray(SIXTEEN), GREY),
     "16-bit.tif": (Image.fromarray(SIXTEEN), GREY),
     "32-bit.tif": (Image.fromarray(SIXTEEN.astype(np.int32)), GREY),
+    "32-bit, of 8.tif": (Image.fromarray(GREY.astype(np.int32)), GREY),
     "float.tif": (Image.fromarray((GREY / 255).astype(np.float32)), GREY),
     "palette.png": (Image.fromarray(GREY.astype(np.uint8)).convert("P"), GREY),
     "clear palette.png": (clear_palette(), first_white(GREY)),
