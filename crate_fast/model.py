@@ -13,6 +13,7 @@ from .evaluated import evaluated_embedding
 from .extras import require
 from .functional import check_number
 from .plainness import drops_nothing, has_global_hooks, is_exported, is_plain, norm_is_plain, same_place
+from .transform import Transform
 from .transformer import STREAMS, Transformer, pool_tokens
 
 POOLS = ("cls", "mean")
@@ -55,6 +56,8 @@ class CRATE(nn.Module):
         TypeError: a size that is no integer, a step size or threshold that is no number.
         ValueError: a size that does not divide or is too small, an unknown pool, backend or stream.
     """
+
+    transform: Transform | None = None  # how its images are evaluated, where its file or its run says so
 
     def __init__(
         self,
