@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from .extras import require
-from .files import open_own
+from .files import digest_of, open_own
 from .inferred import WORDS, infer_arguments
 from .model import CRATE
-from .reading import METADATA_KEY, TRANSFORM, CheckpointError, first_line, model_file, read_model
+from .reading import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, first_line, model_file, read_model
 
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
@@ -76,8 +76,10 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
 
     arguments, weights = _describe(model)
     tensors = {key: value.detach().contiguous() for key, value in weights.items()}
+    values = arguments | transform_entry(model)
+    values |= {DIGEST: digest_of(values, {key: value.cpu() for key, value in tensors.items()})}
     # One entry: safetensors does not keep the order of several, and equal models should be equal files.
-    data = save(tensors, metadata={METADATA_KEY: json.dumps(arguments | transform_entry(model))})
+    data = save(tensors, metadata={METADATA_KEY: json.dumps(values)})
     write_atomically(path, lambda file: file.write(data))
 
 

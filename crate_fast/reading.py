@@ -16,11 +16,12 @@ from torch import Tensor
 
 from . import sharded
 from .extras import MissingPackageError, require
-from .files import parse_json
+from .files import digest_of, parse_json
 from .inferred import Found, choose, find_weights
 from .transform import FINETUNE, MAIN, Transform, read_transform
 
 METADATA_KEY = "crate_fast"
+DIGEST = "digest"  # of all weights in a file of safetensors and of what is said of them, which has no checksums of its own
 TRANSFORM = "evaluation"  # beside the constructor's arguments in safetensors, and a checkpoint's own entry
 PUBLISHED = {"state_dict": MAIN, "model": FINETUNE}  # by where main.py and finetune.py put their weights
 ZIP_SIGNATURE = b"PK\x03\x04"
@@ -256,6 +257,8 @@ def _read_safetensors(path: Path, wanted: str | None) -> Model:
     except ValueError as error:
         raise CheckpointError(f"{path}: its metadata {METADATA_KEY!r} is not JSON ({error})") from error
     transform = None
+    if isinstance(arguments, dict) and DIGEST in arguments and arguments.pop(DIGEST) != digest_of(arguments, weights):
+        raise DamagedError(f"{path}: damaged: its weights or their description are not what was written")
     if isinstance(arguments, dict) and TRANSFORM in arguments:
         transform = read_transform(arguments.pop(TRANSFORM))
     return Model(arguments, weights, transform)
