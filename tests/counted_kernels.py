@@ -145,7 +145,7 @@ def count(kernel, arguments: tuple, constants: dict, programs: int) -> dict:
         "executed": [Counter(code.instructions[step.index].op for step in steps if step.on) for steps in walks],
         "bytes": done.l2_bytes / programs,
         "flops": done.flops / programs,
-        "barriers": compile._barriers(code),
+        "barriers": compile.barriers(code),
         "serialised": compile.serialised(result.asm["ptx"]),
     }
 
