@@ -15,9 +15,10 @@ from crate_fast import CRATE_tiny, graphed, reference
 from crate_fast.model import SIZES, build
 from crate_fast.training import train
 from crate_fast.training.resolve import resolve
+from judge import Judge
 from peers import all_peers
 from peers import graphed as make_graph
-from workloads import Judge, Workload, prepare
+from workloads import Workload, prepare
 
 pytestmark = pytest.mark.gpu
 
