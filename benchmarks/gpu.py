@@ -35,7 +35,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import gpu_cache
 from gpu_process import machine_facts, run_step
-from gpu_queue import Step, queue
+from gpu_queue import SHARDS, Step, queue
 from gpu_state import DONE, State
 
 STATE = ROOT / "runs" / "gpu"
@@ -120,7 +120,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="run it on a CPU with kernels that do nothing")
     parser.add_argument("--precompile", action="store_true", help="compile for sm_90 what the queue launches, and run nothing")
     options = parser.parse_args(argv)
-    names = {step.name for step in queue()}
+    names = {step.name for step in (*queue(), *queue(1))}
     for name in options.only or ():
         if name not in names:
             parser.error(f"--only names {name!r}; allowed are {', '.join(sorted(names))}")
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     end = time.monotonic()
     options = parse(argv)
     end += options.budget
-    steps = [step for step in queue() if not options.only or step.name in options.only]
+    steps = [step for step in queue(1 if options.rehearse else SHARDS) if not options.only or step.name in options.only]
     if options.list:
         list_steps(steps, options.workers)
         return 0

@@ -53,11 +53,10 @@ class Step(NamedTuple):
         return f"{kept_gib(size, peer, 1024):.0f} at 1024"
 
 
-TESTS = tuple(f"tests {part}/{SHARDS}" for part in range(1, SHARDS + 1))
-
-
-def queue() -> list[Step]:
-    """All steps, the most valuable first."""
+def queue(shards: int = SHARDS) -> list[Step]:
+    """All steps, the most valuable first; the tests in so many parts."""
+    tests = [Step(f"tests {n + 1}/{shards}", "tests", {"shard": f"{n}/{shards}"}, (), 660 // shards, 60) for n in range(shards)]
+    whole = tuple(step.name for step in tests)
     return [
         Step("parity tiny", "parity", {"size": "tiny"}, kernels=24, work=25),
         *_trained("tiny"),
@@ -65,21 +64,21 @@ def queue() -> list[Step]:
         Step("layer and operations tiny", "operations", {"size": "tiny"}, ("parity tiny",), 6, 60),
         Step("parity base", "parity", {"size": "base"}, ("parity tiny",), 2, 25),
         *_trained("base"),
-        *(Step(name, "tests", {"part": part}, (), 110, 60) for part, name in enumerate(TESTS)),
-        Step("graph tiny", "train", {"size": "tiny", "modes": ["cuda graph"]}, ("parity tiny", *TESTS), 0, 50),
-        Step("inference graphs tiny", "inference", {"size": "tiny", "modes": ["cuda graph"]}, ("parity tiny", *TESTS), 0, 40),
+        *tests,
+        Step("graph tiny", "train", {"size": "tiny", "modes": ["cuda graph"]}, ("parity tiny", *whole), 0, 50),
+        Step("inference graphs tiny", "inference", {"size": "tiny", "modes": ["cuda graph"]}, ("parity tiny", *whole), 0, 40),
         Step("precision", "precision", {}, ("parity tiny",), 8, 60),
-        Step("tune tiny", "tune", {"size": "tiny"}, TESTS, 0, 50),
+        Step("tune tiny", "tune", {"size": "tiny"}, whole, 0, 50),
         Step("train tiny tuned", "train", {"size": "tiny", "modes": ["eager"]}, ("tune tiny",), 0, 45),
         Step("compiled tiny", "train", {"size": "tiny", "modes": ["compiled"]}, ("parity tiny",), 0, 200, 240),
         Step("photographs", "loop", {"size": "tiny", "packs": False}, ("parity tiny",), 0, 45),
         Step("packs", "loop", {"size": "tiny", "packs": True}, ("parity tiny",), 0, 45),
-        Step("tune base", "tune", {"size": "base"}, TESTS, 0, 70),
+        Step("tune base", "tune", {"size": "base"}, whole, 0, 70),
         Step("train base tuned", "train", {"size": "base", "modes": ["eager"]}, ("parity base", "tune base"), 0, 70),
         Step("compiled base", "train", {"size": "base", "modes": ["compiled"]}, ("parity base",), 0, 220, 240),
         *(step for size in ("small", "large") for step in (_parity(size), *_trained(size))),
-        Step("tune small", "tune", {"size": "small"}, TESTS, 20, 60),
-        Step("tune large", "tune", {"size": "large"}, TESTS, 0, 80),
+        Step("tune small", "tune", {"size": "small"}, whole, 20, 60),
+        Step("tune large", "tune", {"size": "large"}, whole, 0, 80),
     ]
 
 

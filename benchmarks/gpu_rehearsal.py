@@ -1,4 +1,4 @@
-"""What stands for the GPU in a rehearsal: kernels that do nothing, models of two layers, graphs that are not recorded.
+"""What stands for the GPU in a rehearsal: kernels that do nothing, models of one layer, graphs that are not recorded.
 
 Everything else is what runs on a GPU. Values mean nothing, so nobody is judged by them; one peer runs out of memory once.
 """
@@ -20,7 +20,7 @@ import workloads
 from host import launched_to_nowhere
 from workloads import Workload
 
-TOY = dict(dim=64, depth=2, heads=2, dim_head=32)
+TOY = dict(dim=64, depth=1, heads=2, dim_head=32)
 TOO_LARGE = ("base", 16, "published")
 """Size, batch and peer of a training step that has no room."""
 
@@ -29,7 +29,7 @@ REPLACED = (
     (gpu_speed, dict(BATCHES=(16, 8), SECONDS=0.01, ROUNDS=2, memory_gib=lambda device: 78.0)),
     (gpu_speed, dict(ceilings=lambda device, dtype: {"bytes_per_second": 4.3e12, "flops_per_second": 7.9e14})),
     (gpu_steps, dict(INFERENCE=(1, 9), TUNED_BATCH=1, PHOTOGRAPHS=(80, 8))),
-    (gpu_steps, dict(PRECISION=dict(seeds=1, dim=64, depth=1, batch=1, checkpoint=None))),
+    (gpu_steps, dict(PRECISION=dict(seeds=1, dim=128, depth=1, batch=1, checkpoint=None))),
     (gpu_steps, dict(LOOP=dict(dim=32, depth=1, heads=1, image_size=16, patch_size=8, batch_size=16, workers=1))),
     (judge, dict(check_graphs=lambda device: None, graphed=lambda step: step)),
     (crate_fast, dict(graphed=lambda model, images: model)),
@@ -47,6 +47,7 @@ def rehearsed() -> Iterator[None]:
             raise torch.OutOfMemoryError("as if it were too large")
         return make_ready(workload, peer, mode, device, judged)
 
+    torch.set_num_threads(1)
     with ExitStack() as stack:
         stack.enter_context(launched_to_nowhere())
         for module, names in REPLACED:

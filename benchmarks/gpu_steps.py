@@ -21,8 +21,7 @@ from crate_fast.extras import require
 from crate_fast.kernels import shapes, tuning
 from crate_fast.training import train as train_model
 from crate_fast.training.resolve import resolve
-from gpu_queue import SHARDS
-from gpu_speed import Measurement, own_most, planned, release
+from gpu_speed import Measurement, own_most, planned
 from judge import Judge
 from peers import all_peers
 from timing import interleave
@@ -106,10 +105,10 @@ def operations(options: dict, place: Place) -> None:
 def tests(options: dict, place: Place) -> None:
     """A part of the tests marked "gpu"; a new one is in one of the parts by itself."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "gpu_shard"]
-    command += ["--shard", f"{options['part']}/{SHARDS}", f"--numprocesses={place.workers}", "--dist=worksteal", "tests"]
-    if place.collect_only:
-        command += ["--collect-only", "--numprocesses=0"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    command += ["--shard", options["shard"], "--dist=worksteal", "tests"]
+    command += ["--collect-only", "--numprocesses=0"] if place.collect_only else [f"--numprocesses={place.workers}"]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        raise NoParity("tests failed; the lines above name them")
 
 
 def precision(options: dict, place: Place) -> None:
@@ -139,11 +138,11 @@ def tune(options: dict, place: Place) -> None:
 
 def loop(options: dict, place: Place) -> None:
     """One epoch of the training loop with its loader, on images of noise: images a second, and the part spent waiting."""
-    source = place.scratch / "photographs"
+    source = place.scratch / f"photographs-{os.getpid()}"
     _photographs(source)
     if options["packs"]:
         require("simplejpeg")
-        packs = place.scratch / "packs"
+        packs = place.scratch / f"packs-{os.getpid()}"
         if crate_fast_command(["prepare", "imagenet", str(source), str(packs), "--raw"]):
             raise RuntimeError("crate-fast prepare failed")
         source = packs
