@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: train test bench gpu lint
+.PHONY: train test bench gpu wheels lint
 
 train: $(VENV)/installed-train
 	$(BIN)/crate-fast train $(ARGS)
@@ -17,8 +17,14 @@ test: $(VENV)/installed-test
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-gpu: $(VENV)/installed-test
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
+# On a machine with a GPU, PyTorch and no package registry: nothing is installed.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+# What such a machine may lack, fetched where there is a registry, for the Python that is there.
+GPU_PYTHON ?= 3.12
+wheels: $(VENV)/installed-test
+	$(PIP) download --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest wheels lion-pytorch simplejpeg
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check

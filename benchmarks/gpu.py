@@ -2,12 +2,13 @@
 
     python benchmarks/gpu.py --budget 540          runs the queue for at most 540 seconds and writes what it has
     python benchmarks/gpu.py --budget 540          goes on from there; with --state DIR on another machine too
+    python benchmarks/gpu.py --publish             what was measured, to benchmarks/results/DEVICE.json
     python benchmarks/gpu.py --list                the queue: estimates, memory, what waits for what; needs no GPU
     python benchmarks/gpu.py --only "tune tiny"    these steps, whatever is recorded of them
     python benchmarks/gpu.py --rehearse            the whole queue on a CPU, at toy sizes, with kernels that do nothing
     python benchmarks/gpu.py --precompile          compiles for sm_90 here what the queue launches; needs no GPU
 
-It needs PyTorch, Triton, pytest with pytest-xdist and tqdm; nothing is installed, the package neither. Wheels in wheels/ beside
+The first GPU that is seen is measured (CUDA_VISIBLE_DEVICES chooses). It needs PyTorch, Triton, pytest with pytest-xdist and tqdm; nothing is installed, the package neither. Wheels in wheels/ beside
 the checkout (`make wheels` fetches lion-pytorch and simplejpeg) are unpacked and used where the machine lacks them.
 
 The queue (gpu_queue.py) is made of small steps, the most valuable first, each in a process of its own: what fails, hangs or runs
@@ -29,15 +30,15 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-os.environ["TRITON_INTERPRET"] = "0"
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # behind this folder
+os.environ.setdefault("TRITON_INTERPRET", "0")  # read when Triton is imported
 
 import gpu_cache
 from gpu_process import machine_facts, run_step
 from gpu_queue import SHARDS, Step, queue
-from gpu_state import DONE, State
+from gpu_state import DONE, State, publish
 
+ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / "runs" / "gpu"
 MARGIN = 5.0
 """Seconds of a budget that are kept for writing."""
@@ -115,8 +116,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--state", type=Path, default=STATE, metavar="DIR", help="what is carried from call to call (runs/gpu)")
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="NAMES", help="these steps, with commas")
     parser.add_argument("--workers", type=int, default=WORKERS, metavar="N", help=f"processes of tests (here: {WORKERS})")
-    parser.add_argument("--device", default="cuda:0", metavar="cuda:N", help="which GPU (default: the first)")
     parser.add_argument("--list", action="store_true", help="print the queue and run nothing")
+    parser.add_argument("--publish", action="store_true", help="write the state's rows to benchmarks/results/, and run nothing")
     parser.add_argument("--rehearse", action="store_true", help="run it on a CPU with kernels that do nothing")
     parser.add_argument("--precompile", action="store_true", help="compile for sm_90 what the queue launches, and run nothing")
     options = parser.parse_args(argv)
@@ -137,6 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         list_steps(steps, options.workers)
         return 0
+    if options.publish:
+        print(*publish(options.state, ROOT / "benchmarks" / "results"), sep="\n")
+        return 0
     with tempfile.TemporaryDirectory(prefix="crate-fast-gpu-") as scratch:
         use_wheels(ROOT / "wheels", Path(scratch) / "packages")
         os.environ |= gpu_cache.environment(Path(scratch) / "triton") | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -144,15 +148,14 @@ def main(argv: list[str] | None = None) -> int:
             from gpu_ahead import compile_ahead
 
             return compile_ahead(options.state, Path(scratch))
-        facts = machine_facts(options.device, options.rehearse)
+        facts = machine_facts(options.rehearse)
         if facts is None:
             print("gpu.py: error: this command needs a CUDA GPU, and PyTorch finds none here", file=sys.stderr)
             return 2
         print(f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}", flush=True)
         state = State(options.state, Path(scratch), facts)
         os.environ["CRATE_FAST_CACHE"] = str(state.shapes)
-        place = {"scratch": Path(scratch), "workers": options.workers, "device": options.device, "rehearse": options.rehearse,
-                 "name": facts["device"]}  # fmt: skip
+        place = {"scratch": Path(scratch), "workers": options.workers, "rehearse": options.rehearse, "name": facts["device"]}
         return 0 if run_queue(steps, state, place, end, bool(options.only)) else 1
 
 

@@ -22,18 +22,19 @@ from crate_fast.checkpoint import write_atomically
 from crate_fast.extras import MissingPackageError
 from gpu_queue import Step
 from peers import Unavailable
-from timing import current, machine
+from timing import machine
 
 FORK = get_context("fork")
+GPU = torch.device("cuda", 0)
 LAST_LINES = 20
 OUTCOMES = {torch.OutOfMemoryError: "out of memory", MissingPackageError: "unavailable", Unavailable: "unavailable"}
 """How a step has ended, by what it raised; anything else is "failed"."""
 
 
-def machine_facts(device: str, rehearse: bool) -> dict | None:
+def machine_facts(rehearse: bool) -> dict | None:
     """What identifies the machine, found out by a process that ends; None without a GPU."""
     ours, theirs = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=_send_facts, args=(theirs, device, rehearse))
+    process = FORK.Process(target=_send_facts, args=(theirs, rehearse))
     process.start()
     theirs.close()
     try:
@@ -44,12 +45,12 @@ def machine_facts(device: str, rehearse: bool) -> dict | None:
         process.join()
 
 
-def _send_facts(answer, device: str, rehearse: bool) -> None:
+def _send_facts(answer, rehearse: bool) -> None:
     if rehearse:
         answer.send(machine(torch.device("cpu")) | {"device": "rehearsal", "architecture": "none"})
     elif torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(device)
-        answer.send(machine(torch.device(device)) | {"architecture": f"sm_{major}{minor}"})
+        major, minor = torch.cuda.get_device_capability(GPU)
+        answer.send(machine(GPU) | {"architecture": f"sm_{major}{minor}"})
     else:
         answer.send(None)
 
@@ -98,12 +99,12 @@ def _child(step: Step, place: dict, path: Path, log: Path) -> None:
 
 
 def _outcome(step: Step, place: dict, save) -> str:
-    device = torch.device("cpu" if place["rehearse"] else place["device"])
+    device = torch.device("cpu") if place["rehearse"] else GPU
     where = gpu_steps.Place(device, place["name"], place["scratch"], place["workers"], place["rehearse"], save)
     try:
         if place["rehearse"]:
             from gpu_rehearsal import rehearsed
-        with rehearsed() if place["rehearse"] else nullcontext(), current(device):
+        with rehearsed() if place["rehearse"] else nullcontext():
             gpu_steps.KINDS[step.kind](step.options, where)
     except Exception as error:
         traceback.print_exc()

@@ -87,7 +87,7 @@ def _parity(size: str) -> Step:
 
 
 def _trained(size: str) -> list[Step]:
-    """Training eager: beside the others at the largest batch that the largest takes, ours at 1,024, published at its own most."""
+    """Training eager: beside the others at the most that the largest takes, ours at 1,024, published at its own most."""
     needs = (f"parity {size}",)
     return [
         Step(f"train {size}", "train", {"size": size, "modes": ["eager"]}, needs, 0, 45),

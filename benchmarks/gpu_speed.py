@@ -83,7 +83,8 @@ class Measurement:
         flops, size = floors.totals(workload.kernels())
         least = floors.milliseconds(workload.kernels(), self._ceiling)
         for name, found in time(workload, chosen, mode, judge):
-            row = workload._asdict() | {"peer": name, "mode": mode, "conditions": [before, conditions(self.device)]}
+            row = workload._asdict() | {"peer": name, "mode": mode, "ceiling": self._ceiling}
+            row["conditions"] = [before, conditions(self.device)]
             if isinstance(found, str):
                 rows.append(row | {"reason": found})
             else:

@@ -14,6 +14,8 @@ from pathlib import Path
 from crate_fast.checkpoint import write_atomically
 from gpu_cache import kernels, pack, unpack
 from gpu_queue import Step
+from report import SCHEMA
+from run import file_name, merge
 
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = ("backend", "evaluated", "fresh", "functional", "inferred", "model", "modules", "plainness", "positions", "replay",
@@ -22,6 +24,7 @@ LAUNCHERS = ("backend", "evaluated", "fresh", "functional", "inferred", "model",
 DONE = ("passed", "unavailable")
 """Outcomes that are not tried again: measured, or it needs something that is not there."""
 SHAPES = "tuning.json"
+VERSIONS = ("device", "driver", "python", "torch", "triton", "commit", "changed_files")
 
 
 def digest() -> str:
@@ -84,6 +87,22 @@ class State:
             pack(self.cache, self.folder / "kernels.tar.xz")
             self._packed = compiled
         _write(self.folder / "results.json", (json.dumps({"schema": 1, "records": self.records}, indent=1) + "\n").encode())
+
+
+def publish(state: Path, results: Path) -> list[Path]:
+    """Adds the rows of a state to the results file of each device, as `run.py` does; the files."""
+    records = json.loads((state / "results.json").read_text(encoding="utf-8"))["records"]
+    files = []
+    for device in sorted({record["device"] for record in records}):
+        own = [record for record in records if record["device"] == device]
+        rows = [row | {"versions": {key: r.get(key) for key in VERSIONS}} for r in own for row in r["rows"] if "batch" in row]
+        limits = {row["dtype"]: row["ceiling"] for row in rows}
+        path = results / f"{file_name(device)}.json"
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        new = {"schema": SCHEMA, "machine": {key: own[-1].get(key) for key in VERSIONS}, "ceilings": limits, "rows": rows}
+        _write(path, (json.dumps(merge(old, merge(None, new)), indent=1) + "\n").encode())
+        files.append(path)
+    return files
 
 
 def _write(path: Path, content: bytes) -> None:

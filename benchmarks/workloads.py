@@ -20,6 +20,8 @@ from timing import rotated
 
 IMAGE, PATCH, TOKENS, CLASSES = 224, 16, 197, 1000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 class Workload(NamedTuple):
     """One thing to do. `suite` is "ops", "layer", "inference" or "train"; `what` the operation and pass."""
 
