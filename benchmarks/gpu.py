@@ -8,13 +8,14 @@
     python benchmarks/gpu.py --rehearse            the whole queue on a CPU, at toy sizes, with kernels that do nothing
     python benchmarks/gpu.py --precompile          compiles for sm_90 here what the queue launches; needs no GPU
 
-The first GPU that is seen is measured (CUDA_VISIBLE_DEVICES chooses). It needs PyTorch, Triton, pytest with pytest-xdist and tqdm; nothing is installed, the package neither. Wheels in wheels/ beside
-the checkout (`make wheels` fetches lion-pytorch and simplejpeg) are unpacked and used where the machine lacks them.
+The first GPU that is seen is measured (CUDA_VISIBLE_DEVICES chooses). It needs PyTorch, Triton, pytest with pytest-xdist and
+tqdm; nothing is installed, the package neither. Wheels in wheels/ beside the checkout (`make wheels` fetches lion-pytorch and
+simplejpeg) are unpacked and used where the machine lacks them.
 
-The queue (gpu_queue.py) is made of small steps, the most valuable first, each in a process of its own: what fails, hangs or runs
-out of memory is recorded with its last lines, and the queue goes on. Nothing is timed whose own kernels have not passed parity
-on this architecture, and every peer is judged again before it is timed. Steps that failed are tried again once all others are
-done. The state, three files of at most 16 MiB, is all that has to be carried (gpu_state.py).
+The queue (gpu_queue.py) is made of small steps, the most valuable first, each in a process of its own: what fails, hangs or
+runs out of memory is recorded with its last lines, and the queue goes on. Nothing is timed whose own kernels have not passed
+parity on this architecture, and every peer is judged again before it is timed. Steps that failed are tried again once all
+others are done. The state, three files of at most 16 MiB, is all that has to be carried (gpu_state.py).
 
 Exit status: 0; 1 where a step failed; 2 for wrong arguments, or without a GPU.
 """
@@ -51,8 +52,7 @@ def use_wheels(folder: Path, target: Path) -> None:
         if find_spec(wheel.name.partition("-")[0]) is None:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(target)
-    if target.exists():
-        sys.path.append(str(target))
+    sys.path.append(str(target))
 
 
 def run_queue(steps: list[Step], state: State, place: dict, end: float, again: bool) -> bool:
@@ -143,7 +143,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="crate-fast-gpu-") as scratch:
         use_wheels(ROOT / "wheels", Path(scratch) / "packages")
-        os.environ |= gpu_cache.environment(Path(scratch) / "triton") | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        paths = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "benchmarks"), *sys.path[-1:]))}
+        os.environ |= gpu_cache.environment(Path(scratch) / "triton") | paths
         if options.precompile:
             from gpu_ahead import compile_ahead
 

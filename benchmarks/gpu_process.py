@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import signal
+import sys
 import time
 import traceback
 from contextlib import nullcontext
@@ -88,6 +89,7 @@ def _child(step: Step, place: dict, path: Path, log: Path) -> None:
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  as long as the process
     found: dict = {"rows": []}
 
     def save(rows: list[dict]) -> None:
