@@ -122,10 +122,11 @@ def launches() -> dict[str, tuple]:
 
 def count(kernel, arguments: tuple, constants: dict, programs: int) -> dict:
     """What the model makes of one launch."""
+    import pipes
+
     import compile
     import control_flow
     import copies
-    import pipes
     from intermediate import UnknownControlError
     from launches import code_of, compiled, integers, specialise
     from machine_code import walk
