@@ -8,7 +8,7 @@ import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from .backend import autocasts, check_backend, check_tensor
+from .backend import autocasts, check_backend, check_tensor, is_transformed
 from .evaluated import evaluated_embedding
 from .extras import require
 from .functional import check_number
@@ -144,7 +144,7 @@ class CRATE(nn.Module):
         """Whether `evaluated_embedding` may stand for the modules, on a CPU: GPUs gain nothing from it."""
         if image.device.type != "cpu" or image.numel() == 0 or torch.is_grad_enabled() or autocasts("cpu"):
             return False
-        if has_global_hooks() or is_exported() or self.transformer.backend == "reference":
+        if has_global_hooks() or is_transformed() or is_exported() or self.transformer.backend == "reference":
             return False
         return self._embedding_is_plain() and same_place((image, *self.to_patch_embedding.parameters(), self.cls_token))
 
