@@ -129,8 +129,9 @@ def _attention(dtype: torch.dtype, head_width: int) -> None:
     w = _empty(16, 197, 4 * head_width, dtype=dtype)
     o, lse = mssa.mssa_forward(w, 4, 0.125)
     mssa.attend_backward.body(w, o, w, lse, 4, 0.125)
-    vector, delta = _empty(4 * head_width, dtype=torch.float32), _empty(4, 1, 16 * 197, dtype=torch.float32)
-    mssa.mssa_backward(w, w, lse, delta, 0.125, linear.Folded(vector, vector, vector))  # in a layer
+    vector, delta = _empty(4 * head_width, dtype=torch.float32), _empty(4, 1, 16, 208, dtype=torch.float32)
+    row_scale = _empty(16 * 197, dtype=torch.float32)
+    mssa.mssa_backward(w, w, lse, delta, 0.125, linear.Folded(vector, vector, vector), row_scale)  # in a layer
 
 
 def _ista_alone(stream: torch.dtype, operand: torch.dtype) -> None:

@@ -134,15 +134,15 @@ def _mssa_forward(w: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     return o.transpose(1, 2).flatten(2).to(w.dtype), scores.logsumexp(-1)
 
 
-def _mssa_backward(w: Tensor, do: Tensor, lse: Tensor, delta: Tensor, scale: float, folded: Folded) -> tuple[Tensor, Tensor]:
+def _mssa_backward(w: Tensor, do: Tensor, lse: Tensor, delta: Tensor, scale: float, folded: Folded) -> tuple:
     heads = delta.shape[0]
     split, g = _heads(w, heads), _heads(do, heads)
-    delta = delta.sum(1).unflatten(-1, w.shape[:2]).transpose(0, 1)[..., None]
+    delta = delta.sum(1).transpose(0, 1)[..., : w.shape[1], None] / scale
     p = (split @ split.transpose(-1, -2) * scale - lse[..., None]).exp()
     e = p * (g @ split.transpose(-1, -2) - delta)
     e = ((e + e.transpose(-1, -2)) * scale).to(w.dtype).float()
     dw = (p.transpose(-1, -2).to(w.dtype).float() @ g + e @ split).transpose(1, 2).flatten(2).to(w.dtype)
-    return dw, _row_sums(dw, w, folded.gain, folded.offset).flatten(1)[:, None]
+    return dw, _row_sums(dw, w, folded.gain, folded.offset).flatten(1)[:, None], None
 
 
 EMULATED = {

@@ -98,7 +98,7 @@ def _milliseconds(run: Callable) -> float:
 
 def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workload]:
     """Every kernel of a layer on `tokens` (batch, tokens, dim), of the operands' dtype, as forward and backward launch it."""
-    from .kernels import gradients, layer, linear, mssa, weight_gradients
+    from .kernels import attention_gradient, gradients, layer, linear, mssa, weight_gradients
 
     batch, count, dim = tokens.shape
     dtype, inner, scale = tokens.dtype, heads * head_width, head_width**-0.5
@@ -114,7 +114,8 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
     o, lse = mssa.mssa_forward(w, heads, scale)
     o = o.view(-1, inner)
     do, delta = gradients.attention_gradient(x, out, o, head_width)
-    dw, sums = mssa.mssa_backward(w, do.view_as(w), lse, delta, scale, project)
+    delta = attention_gradient.padded_delta(delta, batch, scale)
+    dw, sums, _ = mssa.mssa_backward(w, do.view_as(w), lse, delta, scale, project)
     dw = dw.view(-1, inner)
 
     def weight_gradient(size: tuple[int, int], a, g, **norm) -> Workload:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .attention import padded_tokens
+from .attention_gradient import padded_delta
 from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient
 from .linear import Folded, Statistics, linear, norm_linear
 from .mssa import mssa_backward, mssa_forward
@@ -97,14 +99,14 @@ class Activations(NamedTuple):
     o: Tensor  # (batch, tokens, inner) operand
     z: Tensor  # (batch, tokens, dim) stream
     y: Tensor  # (batch, tokens, dim) stream
-    lse: Tensor  # (batch, heads, tokens) float32
+    lse: Tensor  # (batch, heads, tokens rounded up to a multiple of 16) float32
     statistics: Tensor  # (4, batch * tokens) float32: mean and 1/deviation of x, then of z
 
 
 def _forward_shapes(x, prepared, out_bias, norm2_weight, heads, scale, eps_mssa, eps_ista):
     batch, tokens, _ = x.shape
     w = x.new_empty(batch, tokens, prepared[0].shape[0], dtype=prepared[0].dtype)
-    lse = x.new_empty(batch, heads, tokens, dtype=torch.float32)
+    lse = x.new_empty(batch, heads, padded_tokens(tokens), dtype=torch.float32)
     statistics = x.new_empty(4, batch * tokens, dtype=torch.float32)
     return w, torch.empty_like(w), torch.empty_like(x), torch.empty_like(x), lse, statistics, _empty_sums(x, prepared)
 
@@ -187,7 +189,8 @@ def layer_backward(
         out_gradients = finish_product(*weight_gradient(o, dz, operand, transposed=True), gradient_scale)
     else:
         out_gradients = _nothing(x, 2)
-    dw, dw_sums = mssa_backward(a.w, do.view(a.w.shape), a.lse, delta, scale, project)
+    delta = padded_delta(delta, len(a.w), scale)
+    dw, dw_sums, _ = mssa_backward(a.w, do.view(a.w.shape), a.lse, delta, scale, project)
     dw = dw.view(-1, inner)
     rectified = Rectified(*below) if below else None
     dx, dx_sums = norm_data_gradient(dw, dw_sums, x, project, None, stats1, residual=dz, rectified=rectified)

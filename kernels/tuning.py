@@ -33,11 +33,13 @@ class Config(NamedTuple):
     block_k: int  # 0 in the attention
     warps: int
     stages: int
+    registers: int = 0  # at most so many a thread; 0: as many as the compiler likes
 
     def constants(self) -> dict[str, int]:
         """The arguments of a launch."""
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n} | ({"BLOCK_K": self.block_k} if self.block_k else {})
-        return blocks | {"num_warps": self.warps, "num_stages": self.stages}
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return blocks | limit | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class Line(NamedTuple):
@@ -59,17 +61,20 @@ TABLE = (
     Line(("mssa_forward",), 16, 32, True, Config(64, 32, 0, 4, 3), "64 columns spill 40 bytes on sm_100 at width 32"),
     Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3), "124 registers: 4 programs a multiprocessor"),
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 2), "162 registers, 3 programs; a third stage takes 16 KB"),
-    Line(("mssa_backward",), 16, 32, True, Config(64, 32, 0, 4, 2), "2 programs; 64 columns spill"),
-    Line(("mssa_backward",), 16, 48, True, Config(64, 16, 0, 4, 2), "in two parts, 32 + 16; triton 3.6 spills 8 bytes at 32"),
-    Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 2), "2 programs; 64 columns spill"),
-    Line(("mssa_backward",), 16, 80, True, Config(64, 16, 0, 4, 3), "168 registers; two stages spill 8 bytes at 80", 100),
-    Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 2), "152 to 178 registers, at width 80 and 96 3 programs"),
+    Line(("mssa_backward",), 16, 64, True, Config(64, 16, 0, 4, 2), "HMMA takes 166 to 220 registers; at 128 it spills", 80),
+    Line(("mssa_backward",), 16, 96, True, Config(64, 16, 0, 4, 2), "236 registers at width 80", 80),
+    Line(("mssa_backward",), 16, 128, True, Config(32, 16, 0, 4, 2), "64 rows spill 888 bytes, 32 columns 16", 80),
+    Line(("mssa_backward",), 16, 48, True, Config(64, 32, 0, 4, 3), "132 registers, 3 programs; at 128 triton 3.6 spills"),
+    Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3), "141 registers, 3 programs; at 128 triton 3.6 spills"),
+    Line(("mssa_backward",), 16, 80, True, Config(64, 32, 0, 4, 2, 168), "3 programs a multiprocessor"),
+    Line(("mssa_backward",), 16, 96, True, Config(64, 16, 0, 4, 2, 168), "145 registers; triton 3.6 spills 8 bytes at 32"),
+    Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 2), "228 registers, 2 programs; at 168 it spills"),
     Line(("mssa_forward",), 32, 64, True, Config(32, 32, 0, 4, 1), "80 registers; 64 rows spill 8 bytes at 20 and 64", 80),
     Line(("mssa_forward",), 32, 64, True, Config(64, 32, 0, 8, 2), "80 to 128 registers; 32 rows spill 8 bytes at 20"),
     Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 4, 2), "8 warps spill 16 to 24 bytes on sm_100 at width 80"),
     Line(("mssa_backward",), 32, 64, True, Config(32, 32, 0, 8, 2), "one stage spills 16 bytes in 80 registers", 80),
     Line(("mssa_backward",), 32, 64, True, Config(32, 32, 0, 8, 1), "two stages spill 8 to 32 bytes in 128 registers"),
-    Line(("mssa_backward",), 32, 128, True, Config(32, 32, 0, 8, 2), "107 to 176 registers; one stage spills at 80 and 96"),
+    Line(("mssa_backward",), 32, 128, True, Config(32, 16, 0, 8, 2), "32 columns spill 8 to 24 bytes at width 80 and 128"),
     Line(_PRODUCTS, 16, None, True, Config(128, 128, 64, 8, 3), "128 registers, 96 KB: 2 programs a multiprocessor"),
     Line(("project_gradient",), 16, None, True, Config(128, 128, 64, 8, 2), "4 stages of 32 spill 16 bytes: fp32 stream", 100),
     Line(_GRADIENTS, 16, None, True, Config(128, 128, 32, 8, 4), "128 registers but for a rectified end (165), 64 KB"),
@@ -83,7 +88,13 @@ TABLE = (
 
 CANDIDATES = {
     ("mssa_forward", 16): [(64, 64, 0, 4, 2), (64, 64, 0, 4, 3), (64, 32, 0, 4, 3), (128, 64, 0, 8, 3), (64, 128, 0, 4, 2)],
-    ("mssa_backward", 16): [(64, 32, 0, 4, 1), (64, 32, 0, 4, 2), (64, 16, 0, 4, 2), (128, 32, 0, 8, 1), (128, 32, 0, 8, 2)],
+    ("mssa_backward", 16): [
+        (64, 32, 0, 4, 2),
+        (64, 32, 0, 4, 3),
+        (64, 32, 0, 4, 3, 128),
+        (64, 32, 0, 4, 4, 128),
+        (64, 16, 0, 4, 2),
+    ],
     ("product", 16): [
         (128, 128, 64, 8, 3),
         (128, 128, 32, 8, 4),
@@ -93,7 +104,7 @@ CANDIDATES = {
     ],
     ("weight_gradient", 16): [(128, 128, 32, 8, 2), (128, 128, 64, 8, 2), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3)],
     ("mssa_forward", 32): [(32, 32, 0, 4, 2), (32, 32, 0, 8, 2), (64, 32, 0, 8, 2)],
-    ("mssa_backward", 32): [(32, 16, 0, 4, 2), (32, 32, 0, 8, 1), (32, 32, 0, 8, 2)],
+    ("mssa_backward", 32): [(32, 16, 0, 4, 2), (32, 16, 0, 8, 2), (32, 32, 0, 8, 1), (32, 32, 0, 8, 2)],
     ("product", 32): [(64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (32, 64, 32, 8, 2)],
     ("weight_gradient", 32): [(64, 64, 32, 4, 2), (32, 64, 32, 8, 2)],
 }
@@ -199,7 +210,7 @@ def _read(path: Path) -> dict[str, dict[str, list[int]]]:
         contents = json.loads(path.read_text(encoding="utf-8"))
         for shapes in contents.values():
             for shape in shapes.values():
-                if len(shape) != len(Config._fields) or not all(isinstance(n, int) and 0 <= n <= 1024 for n in shape):
+                if len(shape) not in (5, 6) or not all(isinstance(n, int) and 0 <= n <= 1024 for n in shape):
                     raise ValueError(f"{shape} is no shape")
     except FileNotFoundError:
         return {}
