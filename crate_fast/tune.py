@@ -108,13 +108,17 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
     (prepared,) = layer.prepare_layers(layer.stack_weights([layer.LayerWeights(gamma, beta, *matrices)]), 0.01, dtype)
     (project, step), out = prepared.folded(), prepared.out_weight.t()
     statistics = linear.Statistics(*torch.empty(2, len(x), device=x.device))
-    rectified = gradients.Rectified(step.gain, step.offset)
+    rectified = gradients.Rectified(step.gain, step.offset, statistics.rstd)
 
     w = linear.norm_linear(x, project, None, dtype, 1e-5, statistics).view(batch, count, inner)
     o, lse = mssa.mssa_forward(w, heads, scale)
     o = o.view(-1, inner)
     do, delta = gradients.attention_gradient(x, out, o, head_width)
-    dw, sums = mssa.mssa_backward(w, do.view_as(w), lse, delta, scale, project)
+
+    def mssa_backward() -> tuple:
+        return mssa.mssa_backward(w, do.view_as(w), lse, delta, scale, project, statistics.rstd)
+
+    dw, sums, totals = mssa_backward()
     dw = dw.view(-1, inner)
 
     def weight_gradient(size: tuple[int, int], a, g, **norm) -> Workload:
@@ -126,16 +130,16 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
         Workload("out_project", (inner, dim), lambda: linear.linear(o, out, dtype, offset=beta, residual=x)),
         Workload("ista", (dim, dim), lambda: linear.norm_linear(x, step, gamma, dtype, 1e-5, statistics)),
         Workload("ista_gradient", (dim, dim), lambda: gradients.norm_data_gradient(x, sums, x, step, gamma, statistics)),
-        weight_gradient((dim, dim), x, x, statistics=statistics),
+        weight_gradient((dim, dim), x, x, mean=statistics.mean),
         Workload("out_gradient", (inner, dim), lambda: gradients.attention_gradient(x, out, o, head_width)),
         weight_gradient((inner, dim), o, x),
-        Workload("mssa_backward", (head_width,), lambda: mssa.mssa_backward(w, do.view_as(w), lse, delta, scale, project)),
+        Workload("mssa_backward", (head_width,), mssa_backward),
         Workload(
             "project_gradient",
             (dim, inner),
             lambda: gradients.norm_data_gradient(dw, sums, x, project, None, statistics, residual=x, rectified=rectified),
         ),
-        weight_gradient((dim, inner), x, dw, statistics=statistics),
+        weight_gradient((dim, inner), x, dw, mean=statistics.mean, totals=totals),
     ]
     return list({(job.kernel, job.sizes): job for job in jobs}.values())
 

@@ -17,7 +17,9 @@ def _mssa_backward_kernel(
     p_dw,  # (batch, tokens, heads * WIDTH), contiguous
     p_gain,  # (heads * WIDTH,) float32, SUMS
     p_offset,
-    p_sums,  # (2, heads, batch * tokens) float32, SUMS: parts of Σ dw·(w − offset) and Σ dw·gain
+    p_sums,  # (2, heads, batch * tokens) float32, SUMS: parts of Σ dw·(w − offset) and Σ dw·gain, of dw as it is stored
+    p_scale,  # (batch * tokens,) float32, SUMS: dw is stored this times
+    p_totals,  # (programs of a head, heads * WIDTH) float32, SUMS: column sums of dw
     batches,
     tokens,
     heads,
@@ -50,23 +52,27 @@ def _mssa_backward_kernel(
         p_gain += head * WIDTH
         p_offset += head * WIDTH
         p_sums += head * rows + batch * tokens
+        p_scale += batch * tokens
+        p_totals += (batch * tl.cdiv(tokens, BLOCK_M) + first // BLOCK_M) * width + head * WIDTH
     if BLOCK_M > TAIL and tokens - first <= TAIL:
         _backward_rows(
-            p_wh, p_gh, p_lseh, p_deltah, p_dwh, p_gain, p_offset, p_sums, first, tokens, rows, heads, stride_wn, stride_wd,
-            stride_gn, stride_gd, scale, scale_log2, SUMS, PIECES, WIDTH, D0, D1, TAIL, BLOCK_N, PRECISION,
+            p_wh, p_gh, p_lseh, p_deltah, p_dwh, p_gain, p_offset, p_sums, p_scale, p_totals, first, tokens,
+            rows, heads, stride_wn, stride_wd, stride_gn, stride_gd, scale, scale_log2, SUMS, PIECES, WIDTH, D0, D1, TAIL,
+            BLOCK_N, PRECISION,
         )  # fmt: skip
     else:
         _backward_rows(
-            p_wh, p_gh, p_lseh, p_deltah, p_dwh, p_gain, p_offset, p_sums, first, tokens, rows, heads, stride_wn, stride_wd,
-            stride_gn, stride_gd, scale, scale_log2, SUMS, PIECES, WIDTH, D0, D1, BLOCK_M, BLOCK_N, PRECISION,
+            p_wh, p_gh, p_lseh, p_deltah, p_dwh, p_gain, p_offset, p_sums, p_scale, p_totals, first, tokens,
+            rows, heads, stride_wn, stride_wd, stride_gn, stride_gd, scale, scale_log2, SUMS, PIECES, WIDTH, D0, D1, BLOCK_M,
+            BLOCK_N, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_rows(
-    p_wh, p_gh, p_lseh, p_deltah, p_dwh, p_gain, p_offset, p_sums, first, tokens, rows, heads, stride_wn, stride_wd,
-    stride_gn, stride_gd, scale, scale_log2, SUMS: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    p_wh, p_gh, p_lseh, p_deltah, p_dwh, p_gain, p_offset, p_sums, p_scale, p_totals, first, tokens, rows,
+    heads, stride_wn, stride_wd, stride_gn, stride_gd, scale, scale_log2, SUMS: tl.constexpr, PIECES: tl.constexpr,
+    WIDTH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dw of ROWS rows of one head, and its row sums."""
     b_wi0, b_wi1 = _load_tokens(p_wh, first, tokens, stride_wn, stride_wd, WIDTH, ROWS, D0, D1)
@@ -86,6 +92,12 @@ def _backward_rows(
             stride_wn, stride_wd, stride_gn, stride_gd, scale, scale_log2, PIECES, WIDTH, D0, D1, TAIL, True, PRECISION,
         )  # fmt: skip
 
+    if SUMS:
+        row = first + tl.arange(0, ROWS)
+        b_scale = tl.load(p_scale + row, mask=row < tokens, other=0.0)
+        b_dw0 = _store_totals(p_totals, b_dw0, b_scale, row < tokens, 0, WIDTH)
+        if D1 > 0:
+            b_dw1 = _store_totals(p_totals, b_dw1, b_scale, row < tokens, D0, WIDTH)
     b_dw0, b_dw1 = b_dw0.to(p_dwh.dtype.element_ty), b_dw1.to(p_dwh.dtype.element_ty)
     _store_part(p_dwh, b_dw0, first, tokens, heads * WIDTH, 0, WIDTH)
     if D1 > 0:
@@ -97,7 +109,6 @@ def _backward_rows(
         if D1 > 0:
             b_more1, b_more2 = _row_sums(b_dw1, b_wi1, p_gain, p_offset, D0, WIDTH)
             b_c1, b_c2 = b_c1 + b_more1, b_c2 + b_more2
-        row = first + tl.arange(0, ROWS)
         tl.store(p_sums + row, b_c1, mask=row < tokens)
         tl.store(p_sums + heads * rows + row, b_c2, mask=row < tokens)
 
@@ -152,6 +163,14 @@ def _gradient_from(
     if D1 > 0:
         b_dw1 = tl.dot(b_e, b_wj1, b_dw1, input_precision=PRECISION)
     return b_dw0, b_dw1
+
+
+@triton.jit
+def _store_totals(p_totals, b_dw, b_scale, m_row, START: tl.constexpr, WIDTH: tl.constexpr):
+    """dw of a part's columns, scaled, its column sums being stored before."""
+    column = START + tl.arange(0, b_dw.shape[1])
+    tl.store(p_totals + column, tl.sum(tl.where(m_row[:, None], b_dw, 0.0), 0), mask=column < WIDTH)
+    return b_dw * b_scale[:, None]
 
 
 @triton.jit

@@ -40,24 +40,33 @@ def mssa_forward(w: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def mssa_backward(
-    w: Tensor, do: Tensor, lse: Tensor, delta: Tensor, scale: float, folded: Folded | None = None
-) -> tuple[Tensor, Tensor | None]:
+    w: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+    folded: Folded | None = None,
+    row_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dw, (batch, tokens, heads × width) contiguous in w's dtype, from what `mssa_forward` took and gave.
 
     delta: (heads, pieces, batch × tokens) float32, which sum up to Σ do·o of every head. With `folded`, of the projection
-    that gave w, also dw's row sums for `norm_data_gradient`, (2, heads, batch × tokens) float32.
+    that gave w, dw is stored `row_scale` (batch × tokens,) float32 times, and its row sums for `norm_data_gradient` are made,
+    (2, heads, batch × tokens) float32, and the column sums of dw itself, (1, parts, heads × width) float32.
     """
     heads, pieces, rows = delta.shape
     dw, sums = torch.empty_like(w, memory_format=torch.contiguous_format), None
+    constants, programs = _plan("mssa_backward", w, heads)
+    totals = None
     if folded is not None:
         sums = torch.empty(2, heads, rows, dtype=torch.float32, device=w.device)
+        totals = torch.empty(1, programs // heads, w.shape[2], dtype=torch.float32, device=w.device)
     _, gain, offset = folded or (None, None, None)
-    constants, programs = _plan("mssa_backward", w, heads)
     launch(
-        _mssa_backward_kernel, programs, w, do, lse, delta, dw, gain, offset, sums, *w.shape[:2], heads, *w.stride(),
-        *do.stride(), scale, scale * LOG2_E, SUMS=folded is not None, PIECES=pieces, **constants,
+        _mssa_backward_kernel, programs, w, do, lse, delta, dw, gain, offset, sums, row_scale, totals, *w.shape[:2],
+        heads, *w.stride(), *do.stride(), scale, scale * LOG2_E, SUMS=folded is not None, PIECES=pieces, **constants,
     )  # fmt: skip
-    return dw, sums
+    return dw, sums, totals
 
 
 def head_products(o: Tensor, do: Tensor, heads: int) -> Tensor:
