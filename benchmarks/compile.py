@@ -58,7 +58,7 @@ MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 MODULES = (attention, attention_gradient, gradients, linear, stack, weight_gradients, weights)
 """Where kernels are."""
 
-NOT_MATRIX = {"_prepare_kernel", "_finish_kernel", "_delta_kernel", "_leave_kernel"}
+NOT_MATRIX = {"_prepare_kernel", "_finish_kernel", "_delta_kernel", "_leave_kernel", "_enter_kernel"}
 
 # parameters, stream, operands
 DTYPES = {
@@ -133,7 +133,8 @@ def _layer(parameter, stream, operand, batch: int, tokens: int, dim: int, head_w
     settings = layer.LayerSettings(heads, head_width**-0.5, 1e-5, 1e-5, 0.01)
     prepared = list(layer.prepare_layers(layer.stack_weights([weights]), 0.01, operand)[0])
     x = _empty(batch, tokens, dim, dtype=stream)
-    saved = layer.layer_forward.body(x, prepared, vector, vector, heads, settings.scale, 1e-5, 1e-5)
+    _, moments = stack.enter_forward.body(_empty(batch, tokens, dim, dtype=parameter), stream)
+    saved = layer.layer_forward.body(x, moments, prepared, vector, vector, heads, settings.scale, 1e-5, 1e-5)
     *saved, sums, totals = saved
     scale, vector, rstd = _empty(1, dtype=torch.float32), _empty(dim, dtype=torch.float32), saved[-1][3]
     for first in (False, True):

@@ -67,7 +67,8 @@ def _prepare_weights(project, gamma1, beta1, out, operator, gamma2, beta2, opera
     return matrix.mT, *project_ends, out.to(operand), step, gain + gamma2, offset + beta2 - shrinkage
 
 
-def _norm_linear(x: Tensor, folded: Folded, gamma, out: torch.dtype, eps: float, statistics: Statistics) -> Tensor:
+def _norm_linear(x: Tensor, _, folded: Folded, gamma, out: torch.dtype, eps: float, statistics: Statistics, __=None) -> Tensor:
+    """Statistics are made here: what is handed on of x and of the result is not read."""
     wide, matrix = x.float(), folded.matrix.float()
     statistics.mean.copy_(wide.mean(1))
     statistics.rstd.copy_((wide.var(1, unbiased=False) + eps).rsqrt())
@@ -80,7 +81,7 @@ def _norm_linear(x: Tensor, folded: Folded, gamma, out: torch.dtype, eps: float,
     return (result if gamma is None else result.relu()).to(out)
 
 
-def _linear(x: Tensor, weight: Tensor, out: torch.dtype, *, offset: Tensor, residual: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, out: torch.dtype, *, offset: Tensor, residual: Tensor, moments: Tensor) -> Tensor:
     return (x.float() @ weight.float() + offset.float() + residual.float()).to(out)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient, row_blocks
-from .linear import Folded, Statistics, linear, norm_linear
+from .linear import Folded, Statistics, empty_moments, linear, norm_linear
 from .mssa import mssa_backward, mssa_forward
 from .runtime import operator
 from .stack import Stream, fit_sums
@@ -101,24 +101,25 @@ class Activations(NamedTuple):
     statistics: Tensor  # (4, batch * tokens) float32: mean and 1/deviation of x, then of z
 
 
-def _forward_shapes(x, prepared, out_bias, norm2_weight, heads, scale, eps_mssa, eps_ista):
+def _forward_shapes(x, moments, prepared, out_bias, norm2_weight, heads, scale, eps_mssa, eps_ista):
     batch, tokens, _ = x.shape
     w = x.new_empty(batch, tokens, prepared[0].shape[0], dtype=prepared[0].dtype)
     lse = x.new_empty(batch, heads, tokens, dtype=torch.float32)
     statistics = x.new_empty(4, batch * tokens, dtype=torch.float32)
-    return w, torch.empty_like(w), torch.empty_like(x), torch.empty_like(x), lse, statistics, *_empty_sums(x, prepared)
+    handed_on = empty_moments("ista", prepared[4], batch * tokens), _empty_totals(x, prepared)
+    return w, torch.empty_like(w), torch.empty_like(x), torch.empty_like(x), lse, statistics, *handed_on
 
 
-def _empty_sums(x: Tensor, prepared: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Placeholders for a gradient's sums, float32: of rows (2, parts, batch * tokens), of columns (1, parts, dim)."""
-    (batch, tokens, dim), weight = x.shape, prepared[0].t()
-    sums = x.new_empty(2, column_blocks(weight), batch * tokens, dtype=torch.float32)
-    return sums, sums.new_empty(1, row_blocks(weight, batch * tokens), dim)
+def _empty_totals(x: Tensor, prepared: list[Tensor]) -> Tensor:
+    """Room for the column sums of a gradient like x, (1, parts, dim) float32."""
+    batch, tokens, dim = x.shape
+    return x.new_empty(1, row_blocks(prepared[0].t(), batch * tokens), dim, dtype=torch.float32)
 
 
 @operator(fake=_forward_shapes)
 def layer_forward(
     x: Tensor,
+    moments: Tensor,
     prepared: list[Tensor],
     out_bias: Tensor,
     norm2_weight: Tensor,
@@ -127,26 +128,33 @@ def layer_forward(
     eps_mssa: float,
     eps_ista: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(w, o, z, y, lse, statistics), see `Activations`, and two placeholders; x: (batch, tokens, dim), contiguous."""
+    """(w, o, z, y, lse, statistics), see `Activations`, y's moments, and a placeholder for its gradient's column sums.
+
+    x: (batch, tokens, dim), contiguous; moments: of x, (2, parts, batch * tokens) float32, see linear.py.
+    """
     weights = PreparedWeights(*prepared)
     project, ista = weights.folded()
     batch, tokens, dim = x.shape
     rows = x.view(-1, dim)
     statistics = torch.empty(4, batch * tokens, dtype=torch.float32, device=x.device)
     mean1, rstd1, mean2, rstd2 = statistics.unbind()
-    w = norm_linear(rows, project, None, project.matrix.dtype, eps_mssa, Statistics(mean1, rstd1))
+    out = weights.out_weight.t()
+    z_moments, y_moments = empty_moments("out_project", out, len(rows)), empty_moments("ista", ista.matrix, len(rows))
+    w = norm_linear(rows, moments, project, None, project.matrix.dtype, eps_mssa, Statistics(mean1, rstd1))
     w = w.view(batch, tokens, -1)
     o, lse = mssa_forward(w, heads, scale)
-    z = linear(o.view(batch * tokens, -1), weights.out_weight.t(), x.dtype, offset=out_bias, residual=rows)
-    y = norm_linear(z, ista, norm2_weight, x.dtype, eps_ista, Statistics(mean2, rstd2))
-    return w, o, z.view(x.shape), y.view(x.shape), lse, statistics, *_empty_sums(x, prepared)
+    z = linear(o.view(len(rows), -1), out, x.dtype, offset=out_bias, residual=rows, moments=z_moments)
+    y = norm_linear(z, z_moments, ista, norm2_weight, x.dtype, eps_ista, Statistics(mean2, rstd2), y_moments)
+    return w, o, z.view(x.shape), y.view(x.shape), lse, statistics, y_moments, _empty_totals(x, prepared)
 
 
 def _backward_shapes(dy, sums, totals, gradient_scale, saved, prepared, weights, below, scale, wanted):
     groups = (wanted[0],) * 3 + (wanted[1],) * 2 + (wanted[2],) * 3
     gradients = [w.new_empty(w.shape if want else (0,), dtype=torch.float32) for w, want in zip(weights, groups, strict=True)]
-    dx_sums = _empty_sums(saved[0], prepared) if below else _nothing(gradient_scale, 2)
-    return [torch.empty_like(saved[0]), *dx_sums, *gradients]
+    x = saved[0]
+    sums = x.new_empty(2, column_blocks(prepared[0].t()), x.shape[0] * x.shape[1], dtype=torch.float32)
+    dx_sums = (sums, _empty_totals(x, prepared)) if below else _nothing(gradient_scale, 2)
+    return [torch.empty_like(x), *dx_sums, *gradients]
 
 
 @operator(fake=_backward_shapes)
@@ -203,20 +211,18 @@ def _nothing(like: Tensor, count: int) -> list[Tensor]:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, gradient_scale, sums, totals, gain, offset, rstd, settings: LayerSettings, *weights_and_prepared: Tensor
-    ):
-        weights, prepared = weights_and_prepared[:8], weights_and_prepared[8:]
+    def forward(ctx, x, gradient_scale, moments, totals, gain, offset, rstd, settings: LayerSettings, *tensors: Tensor):
+        weights, prepared = tensors[:8], tensors[8:]
         w = LayerWeights(*weights)
         numbers = (settings.heads, settings.scale, settings.eps_mssa, settings.eps_ista)
-        *activations, y_sums, y_totals = layer_forward(x, list(prepared), w.out_bias, w.norm2_weight, *numbers)
-        below = () if sums is None else (gain, offset, rstd)
+        *activations, y_moments, y_totals = layer_forward(x, moments, list(prepared), w.out_bias, w.norm2_weight, *numbers)
+        below = () if gain is None else (gain, offset, rstd)
         ctx.save_for_backward(x, *activations, *weights, *prepared, *below)
-        ctx.scale, ctx.shapes = settings.scale, None if sums is None else (sums.shape, totals.shape)
+        ctx.scale, ctx.shapes = settings.scale, (moments.shape, totals.shape) if below else None
         y_rstd = activations[-1][3]
         ctx.mark_non_differentiable(y_rstd)
         ctx.set_materialize_grads(False)  # else y_rstd gets a gradient of zeros
-        return activations[3], torch.empty_like(gradient_scale), y_sums, y_totals, y_rstd
+        return activations[3], torch.empty_like(gradient_scale), y_moments, y_totals, y_rstd
 
     @staticmethod
     @once_differentiable

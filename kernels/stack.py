@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .gradients import Rectified
+from .linear import _merge
 from .runtime import launch, operator, readable
 from .shapes import blocks
 
@@ -30,11 +31,11 @@ SCALE_EXPONENT = 4
 
 
 class Stream(NamedTuple):
-    """What fused layers hand on. Values of the second to fourth are never read; their gradients come from the layer above."""
+    """What fused layers hand on. Values of the second and fourth are never read; their gradients come from the layer above."""
 
     x: Tensor  # (batch, tokens, dim), contiguous
     gradient_scale: Tensor  # (): its gradient is the factor on all gradients
-    sums: Tensor | None = None  # (2, parts, batch * tokens): its gradient are the row sums of x's
+    moments: Tensor  # (2, parts, batch * tokens) float32, of x (linear.py): its gradient are the row sums of x's
     totals: Tensor | None = None  # (1, parts, dim): its gradient are the column sums of x's
     writer: Rectified | None = None  # of the ISTA step that wrote x; None where none did
 
@@ -43,12 +44,64 @@ class _EnterStack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, stream: torch.dtype):
         ctx.dtype = x.dtype
-        return x.to(stream, memory_format=torch.contiguous_format, copy=True), x.new_empty((), dtype=torch.float32)
+        ctx.set_materialize_grads(False)  # else the moments get a gradient of zeros
+        result, moments = enter_forward(x, stream)
+        return result, x.new_empty((), dtype=torch.float32), moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dx: Tensor, gradient_scale: Tensor):
+    def backward(ctx, dx: Tensor, gradient_scale: Tensor, _):
         return (dx.float() / gradient_scale).to(ctx.dtype), None
+
+
+@triton.jit
+def _enter_kernel(
+    p_x,  # (batch, tokens, dim), any strides
+    p_out,  # (batch * tokens, dim), contiguous
+    p_moments,  # (2, 1, batch * tokens) float32
+    rows,
+    tokens,
+    dim,
+    stride_b,
+    stride_n,
+    stride_d,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = row < rows
+    p_rows = p_x + row // tokens * stride_b + row % tokens * stride_n
+    b_mean = tl.zeros([BLOCK_M], tl.float32)
+    b_square = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, dim, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        m_tile = m_row[:, None] & (column < dim)[None, :]
+        b_x = tl.load(p_rows[:, None] + column[None, :] * stride_d, mask=m_tile, other=0.0).to(p_out.dtype.element_ty)
+        tl.store(p_out + row[:, None] * dim + column[None, :], b_x, mask=m_tile)
+        b_x = b_x.to(tl.float32)  # as stored
+        more = tl.minimum(dim - start, BLOCK_D)
+        b_block_mean = tl.sum(b_x, 1) / more
+        b_x = tl.where(m_tile, b_x - b_block_mean[:, None], 0.0)
+        b_mean, b_square = _merge(start, b_mean, b_square, more, b_block_mean, tl.sum(b_x * b_x, 1))
+    tl.store(p_moments + row, b_mean, mask=m_row)
+    tl.store(p_moments + rows + row, b_square, mask=m_row)
+
+
+def _enter_shapes(x: Tensor, stream: torch.dtype) -> tuple[Tensor, Tensor]:
+    result = torch.empty_like(x, dtype=stream, memory_format=torch.contiguous_format)
+    return result, x.new_empty(2, 1, x.shape[0] * x.shape[1], dtype=torch.float32)
+
+
+@operator(fake=_enter_shapes)
+def enter_forward(x: Tensor, stream: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x in dtype `stream`, contiguous; its moments in one part); x: (batch, tokens, dim)."""
+    x, results, block = readable(x), _enter_shapes(x, stream), 16
+    batch, tokens, dim = x.shape
+    launch(
+        _enter_kernel, blocks(batch * tokens, block), x, *results, batch * tokens, tokens, dim, *x.stride(), BLOCK_M=block,
+        BLOCK_D=128, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return results
 
 
 @triton.jit
@@ -128,9 +181,9 @@ def leave_backward(
 
 class _LeaveStack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gradient_scale, sums, totals, gain, offset, rstd, out: torch.dtype, pool: str | None, scaled: bool):
+    def forward(ctx, x, gradient_scale, moments, totals, gain, offset, rstd, out: torch.dtype, pool: str | None, scaled: bool):
         ctx.save_for_backward(x, gain, offset, rstd)
-        ctx.shapes, ctx.pool, ctx.scaled = (sums.shape, totals.shape), pool, scaled
+        ctx.shapes, ctx.pool, ctx.scaled = (moments.shape, totals.shape), pool, scaled
         if pool == "cls":
             return x[:, 0].to(out, copy=True)
         return x.mean(1, dtype=torch.float32).to(out) if pool == "mean" else x.to(out, copy=True)
@@ -173,5 +226,5 @@ def leave_stack(stream: Stream, out: torch.dtype, pool: str | None, scaled: bool
 
     stream: what `fused_layer` returned.
     """
-    x, gradient_scale, sums, totals, writer = stream
-    return _LeaveStack.apply(x, gradient_scale, sums, totals, *writer, out, pool, scaled)
+    x, gradient_scale, moments, totals, writer = stream
+    return _LeaveStack.apply(x, gradient_scale, moments, totals, *writer, out, pool, scaled)

@@ -18,7 +18,16 @@ import torch
 
 CACHE_VARIABLE = "CRATE_FAST_CACHE"
 ATTENTION = ("mssa_forward", "mssa_backward")
-MATRIX = ("project", "out_project", "ista", "ista_gradient", "out_gradient", "project_gradient", "weight_gradient")
+MATRIX = (
+    "project",
+    "out_project",
+    "ista",
+    "ista_gradient",
+    "out_gradient",
+    "project_gradient",
+    "weight_gradient",
+    "mixed_gradient",
+)
 
 
 class TuningError(OSError):
@@ -54,6 +63,7 @@ class Line(NamedTuple):
 
 
 _PRODUCTS = ("project", "out_project", "ista")
+_WEIGHTS = ("weight_gradient", "mixed_gradient")
 _GRADIENTS = ("ista_gradient", "out_gradient", "project_gradient")
 
 TABLE = (
@@ -77,9 +87,10 @@ TABLE = (
     Line(("weight_gradient",), 16, None, True, Config(128, 384, 64, 8, 3), "3 accumulators, 192 KB", 90, 384),
     Line(("weight_gradient",), 16, None, True, Config(128, 256, 64, 8, 3), "144 KB", 90, 256),
     Line(("weight_gradient",), 16, None, True, Config(128, 128, 64, 8, 3), "126 registers, 96 KB: 2 programs"),
+    Line(("mixed_gradient",), 16, None, True, Config(128, 128, 32, 8, 1), "161 registers; products of more are serialised"),
     Line(_GRADIENTS, 32, None, True, Config(64, 64, 16, 4, 2), "163 registers; blocks of 32 take 255 and spill on sm_80"),
     Line(MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
-    Line(("weight_gradient",), 16, None, False, Config(32, 64, 32, 4, 2), "64 wide spills 8 to 24 bytes", 80),
+    Line(_WEIGHTS, 16, None, False, Config(32, 64, 32, 4, 2), "64 wide spills 8 to 24 bytes", 80),
     Line(MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
     Line(MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
 )
@@ -95,10 +106,12 @@ CANDIDATES = {
         (64, 128, 32, 8, 3),
     ],
     ("weight_gradient", 16): [(128, 384, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)],
+    ("mixed_gradient", 16): [(128, 128, 32, 8, 1), (128, 128, 32, 8, 2), (64, 128, 32, 4, 3)],
     ("mssa_forward", 32): [(32, 32, 0, 4, 2), (32, 32, 0, 8, 2), (64, 32, 0, 8, 2)],
     ("mssa_backward", 32): [(32, 16, 0, 4, 2), (32, 32, 0, 8, 1), (32, 32, 0, 8, 2)],
     ("product", 32): [(64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (32, 64, 32, 8, 2)],
     ("weight_gradient", 32): [(64, 64, 32, 4, 2), (32, 64, 32, 8, 2)],
+    ("mixed_gradient", 32): [(64, 64, 32, 4, 2)],  # never launched: float32 operands do not mix
 }
 """What `crate-fast tune` measures, by kernel ("product" stands for the six products over tokens) and bits."""
 
@@ -123,7 +136,7 @@ def matrix(kernel: str, operand: torch.dtype, inputs: int, outputs: int, device:
 
 def candidates(kernel: str, dtype: torch.dtype) -> list[Config]:
     """The shapes worth measuring for a kernel and the dtype of its operands."""
-    name = kernel if kernel in (*ATTENTION, "weight_gradient") else "product"
+    name = kernel if kernel in (*ATTENTION, *_WEIGHTS) else "product"
     return [Config(*shape) for shape in CANDIDATES[name, _bits(dtype)]]
 
 

@@ -149,7 +149,8 @@ def weight_gradient(
     run to run. With `transposed` a part is (out, in).
     """
     (rows, inputs), outputs = x.shape, g.shape[1]
-    config = shapes.matrix("weight_gradient", operand, inputs, outputs, x.device)
+    name = "weight_gradient" if x.dtype == g.dtype == operand else "mixed_gradient"  # where the kernel rounds what it loads
+    config = shapes.matrix(name, operand, inputs, outputs, x.device)
     blocks_m = shapes.blocks(inputs, config.block_m)
     tiles = blocks_m * shapes.blocks(outputs, config.block_n)
     splits = tuning.splits(tiles, rows, config)

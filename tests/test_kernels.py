@@ -9,6 +9,7 @@ from conftest import DTYPES, HALVES
 from crate_fast import functional, reference
 from crate_fast.kernels import MSSA, LayerWeights, prepare_layers, stack_weights
 from crate_fast.kernels.linear import Statistics, norm_linear
+from crate_fast.kernels.stack import enter_forward
 from crate_fast.kernels.weight_gradients import weight_gradient
 from crate_fast.kernels.weights import NormProduct, finish_layer
 
@@ -149,7 +150,8 @@ def test_norm_and_product_are_no_worse_than_plain_ones_at_any_mean(ratio, dtype)
     statistics = Statistics(torch.zeros(rows), torch.zeros(rows))
     weights = LayerWeights(gamma, beta, weight.t(), weight, None, gamma, beta, torch.zeros(dim, dim))
     (prepared,) = prepare_layers(stack_weights([weights]), 0.0, dtype)
-    ours = norm_linear(x, prepared.folded()[0], None, dtype, 1e-5, statistics)
+    _, moments = enter_forward(x[None], dtype)
+    ours = norm_linear(x, moments, prepared.folded()[0], None, dtype, 1e-5, statistics)
     assert relative(ours, exact) <= 2 * relative(plain, exact)
 
 
