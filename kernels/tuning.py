@@ -18,7 +18,16 @@ import torch
 
 CACHE_VARIABLE = "CRATE_FAST_CACHE"
 ATTENTION = ("mssa_forward", "mssa_backward")
-MATRIX = ("project", "out_project", "ista", "ista_gradient", "out_gradient", "project_gradient", "weight_gradient")
+MATRIX = (
+    "project",
+    "out_project",
+    "ista",
+    "ista_gradient",
+    "out_gradient",
+    "project_gradient",
+    "weight_gradient",
+    "mixed_gradient",
+)
 
 
 class TuningError(OSError):
@@ -52,9 +61,11 @@ class Line(NamedTuple):
     config: Config
     reason: str
     architecture: int | None = None  # one of `ARCHITECTURES`, None for all of them
+    columns: int = 1  # a product's number of columns is a multiple of it
 
 
 _PRODUCTS = ("project", "out_project", "ista")
+_WEIGHTS = ("weight_gradient", "mixed_gradient")
 _GRADIENTS = ("ista_gradient", "out_gradient", "project_gradient")
 
 TABLE = (
@@ -78,10 +89,13 @@ TABLE = (
     Line(_PRODUCTS, 16, None, True, Config(128, 128, 64, 8, 3), "128 registers, 96 KB: 2 programs a multiprocessor"),
     Line(("project_gradient",), 16, None, True, Config(128, 128, 64, 8, 2), "4 stages of 32 spill 16 bytes: fp32 stream", 100),
     Line(_GRADIENTS, 16, None, True, Config(128, 128, 32, 8, 4), "128 registers but for a rectified end (165), 64 KB"),
-    Line(("weight_gradient",), 16, None, True, Config(128, 128, 32, 8, 2), "normalising on the way in takes 165 registers"),
+    Line(("weight_gradient",), 16, None, True, Config(128, 384, 64, 8, 3), "3 accumulators, 192 KB", 90, 384),
+    Line(("weight_gradient",), 16, None, True, Config(128, 256, 64, 8, 3), "144 KB", 90, 256),
+    Line(("weight_gradient",), 16, None, True, Config(128, 128, 64, 8, 3), "126 registers, 96 KB: 2 programs"),
+    Line(("mixed_gradient",), 16, None, True, Config(128, 128, 32, 8, 1), "161 registers; products of more are serialised"),
     Line(_GRADIENTS, 32, None, True, Config(64, 64, 16, 4, 2), "163 registers; blocks of 32 take 255 and spill on sm_80"),
     Line(MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
-    Line(("weight_gradient",), 16, None, False, Config(32, 64, 32, 4, 2), "64 wide spills 8 to 24 bytes", 80),
+    Line(_WEIGHTS, 16, None, False, Config(32, 64, 32, 4, 2), "64 wide spills 8 to 24 bytes", 80),
     Line(MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
     Line(MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
 )
@@ -102,11 +116,13 @@ CANDIDATES = {
         (64, 128, 64, 4, 3),
         (64, 128, 32, 8, 3),
     ],
-    ("weight_gradient", 16): [(128, 128, 32, 8, 2), (128, 128, 64, 8, 2), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3)],
+    ("weight_gradient", 16): [(128, 384, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)],
+    ("mixed_gradient", 16): [(128, 128, 32, 8, 1), (128, 128, 32, 8, 2), (64, 128, 32, 4, 3)],
     ("mssa_forward", 32): [(32, 32, 0, 4, 2), (32, 32, 0, 8, 2), (64, 32, 0, 8, 2)],
     ("mssa_backward", 32): [(32, 16, 0, 4, 2), (32, 16, 0, 8, 2), (32, 32, 0, 8, 1), (32, 32, 0, 8, 2)],
     ("product", 32): [(64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (32, 64, 32, 8, 2)],
     ("weight_gradient", 32): [(64, 64, 32, 4, 2), (32, 64, 32, 8, 2)],
+    ("mixed_gradient", 32): [(64, 64, 32, 4, 2)],  # never launched: float32 operands do not mix
 }
 """What `crate-fast tune` measures, by kernel ("product" stands for the six products over tokens) and bits."""
 
@@ -120,27 +136,29 @@ _measured: dict[Path, dict[str, Config]] = {}
 
 def attention(kernel: str, dtype: torch.dtype, head_width: int, device: torch.device) -> Config:
     """The shape of one of `ATTENTION` for tokens of `dtype` and heads of a width; ValueError if there is none so wide."""
-    return _lookup(kernel, dtype, head_width, True, key(kernel, dtype, head_width), device)
+    return _lookup(kernel, dtype, head_width, True, 0, key(kernel, dtype, head_width), device)
 
 
 def matrix(kernel: str, operand: torch.dtype, inputs: int, outputs: int, device: torch.device) -> Config:
     """The shape of one of `MATRIX` for operands of a dtype and a weight (in, out)."""
     aligned = inputs % 16 == 0 and outputs % 16 == 0
-    return _lookup(kernel, operand, None, aligned, key(kernel, operand, inputs, outputs), device)
+    return _lookup(kernel, operand, None, aligned, outputs, key(kernel, operand, inputs, outputs), device)
 
 
 def candidates(kernel: str, dtype: torch.dtype) -> list[Config]:
     """The shapes worth measuring for a kernel and the dtype of its operands."""
-    name = kernel if kernel in (*ATTENTION, "weight_gradient") else "product"
+    name = kernel if kernel in (*ATTENTION, *_WEIGHTS) else "product"
     return [Config(*shape) for shape in CANDIDATES[name, _bits(dtype)]]
 
 
-def splits(tiles: int, rows: int, block: int) -> int:
-    """Into how many parts the rows of a weight gradient of `tiles` tiles are cut: about two programs a multiprocessor.
+def splits(tiles: int, rows: int, config: Config) -> int:
+    """Into how many parts the rows of a weight gradient of `tiles` tiles are cut: as many programs as run at once, two a
+    multiprocessor of tiles of 128 × 128, one of larger ones.
 
     132 multiprocessors (H100, H200) are assumed on every device, so that results do not depend on it.
     """
-    return max(1, min(2 * 132 // tiles, rows // (4 * block)))
+    resident = 1 if config.block_m * config.block_n > 128 * 128 else 2
+    return max(1, min(resident * 132 // tiles, rows // (4 * config.block_k)))
 
 
 @contextmanager
@@ -219,7 +237,9 @@ def _read(path: Path) -> dict[str, dict[str, list[int]]]:
     return contents
 
 
-def _lookup(kernel: str, dtype: torch.dtype, width: int | None, aligned: bool, name: str, device: torch.device) -> Config:
+def _lookup(
+    kernel: str, dtype: torch.dtype, width: int | None, aligned: bool, columns: int, name: str, device: torch.device
+) -> Config:
     if kernel in _forced:
         return _forced[kernel]
     if device.type == "cuda":
@@ -229,7 +249,7 @@ def _lookup(kernel: str, dtype: torch.dtype, width: int | None, aligned: bool, n
     architecture = _family(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else _assumed[-1]
     for line in TABLE:
         fits = line.widest is None if width is None else line.widest is not None and width <= line.widest
-        fits = fits and line.architecture in (None, architecture)
+        fits = fits and line.architecture in (None, architecture) and columns % line.columns == 0
         if kernel in line.kernels and line.bits == _bits(dtype) and line.aligned == aligned and fits:
             return line.config
     raise ValueError(f"head width is {width}; the kernels take 16 to 128")
