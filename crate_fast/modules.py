@@ -122,11 +122,14 @@ class FeedForward(nn.Module):
             forget_operator(weight)
 
 
-class Layer(nn.ModuleList):
-    """One step of compression and one of sparsification: x ← ISTA(x + MSSA(x)). A list of the two, as published."""
+class Layer(nn.Sequential):
+    """One step of compression and one of sparsification: x ← ISTA(x + MSSA(x)).
+
+    Indexed like the published list of the two; FSDP2 of torch 2.11 takes no nn.ModuleList, even with a forward.
+    """
 
     def __init__(self, mssa: PreNorm, ista: PreNorm) -> None:
-        super().__init__([mssa, ista])
+        super().__init__(mssa, ista)
         self._prepared = WeightCache()
 
     def forward(self, x, run: Callable | None = None):
