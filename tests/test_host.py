@@ -32,9 +32,9 @@ with launched_to_nowhere():
         if training:
             logits.sum().backward()
 layers = ["layer_forward"] * 2
-assert graphs[0] == ["prepare_weights", *layers], graphs
+assert graphs[0] == ["prepare_weights", "enter_forward", *layers], graphs
 assert graphs[1] == ["leave_backward", *["layer_backward"] * 2], graphs
-assert graphs[2] == ["prepare_weights", *layers], graphs
+assert graphs[2] == ["prepare_weights", "enter_forward", *layers], graphs
 """
 
 WAITING = """
