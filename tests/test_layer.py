@@ -191,18 +191,18 @@ def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
 
 
 def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
-    """The full measure, `python benchmarks/precision.py`, at a third of its width; with so few tokens a gradient's error
-    turns on single entries at the threshold, so under float16 it is judged by the median over parameters."""
-    rows = precision.measure(precision.argparse.Namespace(seeds=6, dim=128, depth=12, batch=16, checkpoint=None), "cpu")
+    """The full measure, `python benchmarks/precision.py`, at a third of its width; with so few tokens single entries at the
+    threshold would decide, so each gradient is judged on its own sides of it."""
+    rows = precision.measure(precision.parse(["--own-sides", "--dim", "128"]), "cpu")
     assert max(rows["bf16"][value] for value in ("logits", "median", "p90")) <= 1, rows
-    assert rows["bf16"]["largest"] <= 3, rows
+    assert rows["bf16"]["largest"] <= 2, rows
     assert max(rows["fp16"][value] for value in ("logits", "median")) <= 1, rows
     assert max(rows["fp16, float16 stream"][value] for value in ("logits", "median")) <= 2.5, rows
 
 
 def test_16_bit_layers_are_no_less_precise_on_a_model_trained_on_the_digits(precision, tmp_path, monkeypatch):
-    """On few images a float16 gradient's error scatters with the single entries that turn at the threshold, and is bounded as
-    it scatters; `benchmarks/results/precision-digits.json` has the measure on 1,437 images and 12 seeds."""
+    """On few images, so each gradient is judged on its own sides of the threshold; `benchmarks/results/precision-digits.json`
+    has the measure with those that turn, on 1,437 images and 12 seeds."""
     run, score = train(resolve({"out": str(tmp_path), "epochs": 8, "lr": 2e-3, "device": "cpu"}))
     assert score.top1 > 0.8
     load = precision._model
@@ -216,8 +216,8 @@ def test_16_bit_layers_are_no_less_precise_on_a_model_trained_on_the_digits(prec
         return model
 
     monkeypatch.setattr(precision, "_model", moved)
-    rows = precision.measure(precision.argparse.Namespace(seeds=4, batch=256, checkpoint=run.model), "cpu")
+    rows = precision.measure(precision.parse(["--own-sides", "--seeds=4", "--batch=256", f"--checkpoint={run.model}"]), "cpu")
     assert max(rows["bf16"][value] for value in ("logits", "median", "p90_of_means")) <= 1, rows
-    assert rows["bf16"]["largest"] <= 3, rows
+    assert rows["bf16"]["largest"] <= 2, rows
     assert rows["fp16"]["logits"] <= 1, rows
-    assert max(rows[row]["median"] for row in ("fp16", "fp16, float16 stream")) <= 2.5, rows
+    assert max(rows[row]["median"] for row in ("fp16", "fp16, float16 stream")) <= 1.5, rows
