@@ -78,10 +78,10 @@ def _linear(x: Tensor, weight: Tensor, out: torch.dtype, *, offset: Tensor, resi
     return (x.float() @ weight.float() + offset.float() + residual.float()).to(out)
 
 
-def _attention_gradient(g: Tensor, weight: Tensor, o: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
-    do = (g.to(weight.dtype).float() @ weight.float().t()).to(o.dtype)
-    delta = (do.float() * o.float()).unflatten(-1, (-1, head_width)).sum(-1)
-    return do, delta.t()[:, None].contiguous()
+def _attention_gradient(g: Tensor, weight: Tensor, o: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    do = (g.to(weight.dtype).float() @ weight.float().t()).to(o.dtype).view_as(o)
+    delta = (do.float() * o.float()).unflatten(-1, (heads, -1)).sum(-1) * scale
+    return do, delta.permute(2, 0, 1)[:, None].contiguous()
 
 
 def _row_sums(g: Tensor, result: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
