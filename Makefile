@@ -12,7 +12,7 @@ OLDEST_VERSIONS := torch==2.11.* triton==3.6.* 'numpy<2.4' pytest pytest-xdist
 # What depends on them: the compiler and export, kernels, FSDP and DDP, streams and graphs, training on the digits.
 OLDEST_TESTS := $(patsubst %,tests/test_%.py,export gpu_training graphed kernels layer model odd_tensors sharding)
 
-.PHONY: train test test-oldest test-rounding bench gpu lint
+.PHONY: train test test-oldest test-rounding bench gpu wheels lint
 
 train: $(VENV)/installed-train
 	$(BIN)/crate-fast train $(ARGS)
@@ -44,8 +44,14 @@ test-rounding: $(VENV)/installed-test
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-gpu: $(VENV)/installed-test
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
+# On a machine with a GPU, PyTorch and no package registry: nothing is installed.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+# What such a machine may lack, fetched where there is a registry, for the Python that is there.
+GPU_PYTHON ?= 3.12
+wheels: $(VENV)/installed-test
+	$(PIP) download --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest wheels lion-pytorch simplejpeg
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check

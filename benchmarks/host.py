@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,15 +50,20 @@ class _Kernel:
 
 
 @contextmanager
-def launched_to_nowhere() -> Iterator[None]:
-    """While open, Triton's launch code runs on CPU tensors, and its kernels do nothing."""
+def launched_to_nowhere(record: Callable | None = None) -> Iterator[None]:
+    """While open, Triton's launch code runs on CPU tensors, and its kernels do nothing.
+
+    record: called with a kernel and the signature, constants, options and attributes it would be compiled with, the first time.
+    """
     driver = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", 90, 32),
     )
 
-    def compiled(function, key, signature, device, *more):
+    def compiled(function, key, signature, device, constants, options, attributes, *more):
+        if record is not None:
+            record(function, signature, constants, options, attributes)
         return function.device_caches[device][0].setdefault(key, _Kernel())
 
     with ExitStack() as stack:

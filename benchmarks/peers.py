@@ -176,8 +176,17 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return list(layers)
 
 
+def check_graphs(device: torch.device) -> None:
+    """Raises Unavailable where nothing can be recorded."""
+    if device.type != "cuda":
+        raise Unavailable("CUDA graphs need a CUDA GPU")
+
+
 def graphed(step: Callable[[], object]) -> Callable[[], object]:
-    """`step` captured in a CUDA graph and replayed; it must take its inputs from fixed memory."""
+    """`step` captured in a CUDA graph and replayed; it must take its inputs from fixed memory.
+
+    A call gives what `step` returned when it was captured, with the values of this replay.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -186,5 +195,10 @@ def graphed(step: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+        result = step()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay

@@ -20,6 +20,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from pipes import Kernel, kernel_of, least_times, resident, work
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,6 @@ from crate_fast.model import SIZES
 from intermediate import UnknownControlError
 from launches import Launch, code_of, compiled, integers
 from machine_code import walk
-from pipes import Kernel, kernel_of, least_times, resident, work
 from replay import clocks_of_program
 from step import PASSES, TOKENS, WIDTHS, Call, Operation, Recorded, inner_of, record, record_attention
 

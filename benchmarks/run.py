@@ -31,10 +31,11 @@ import floors
 from crate_fast.backend import BACKENDS
 from crate_fast.checkpoint import write_atomically
 from crate_fast.model import SIZES
+from judge import Judge, make_ready
 from peers import MODES, Peer, Unavailable, all_peers, load_published
 from report import SCHEMA, compare, plot, print_rows, update_readme
-from timing import Timing, ceilings, conditions, interleave, machine, steady_allocator
-from workloads import DTYPES, Judge, Workload, make_ready
+from timing import Timing, ceilings, conditions, current, interleave, machine, steady_allocator
+from workloads import DTYPES, Workload, optimizer_name
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = ("ops", "layer", "inference", "train")
@@ -105,13 +106,14 @@ def measure(
     for row in rows:
         key = row["peer"], row["mode"]
         if key in times:
-            row |= _result(workload, ready[key], times[key], least)
+            row |= result(workload, ready[key], times[key], least)
             row |= {"flops": flops, "bytes": size, "floor_ms": least, "conditions": [before, conditions(device)]}
     return rows
 
 
-def _result(workload: Workload, made, time: Timing, least: float) -> dict:
-    return {
+def result(workload: Workload, made, time: Timing, least: float) -> dict:
+    """What a row says of a peer that was timed, beside `least`, the floor in milliseconds."""
+    return ({"optimizer": optimizer_name()} if workload.suite == "train" else {}) | {
         "ms": time.median,
         "ms_q1": time.q1,
         "ms_q3": time.q3,
@@ -158,9 +160,9 @@ def run(options: argparse.Namespace, device: torch.device) -> tuple[dict, Path]:
         fresh = measure(workload, peers, device, limits[workload.dtype], seconds, options.mode)
         rows += [row | {"versions": facts} for row in fresh]
         old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        result = merge(old, {"schema": SCHEMA, "machine": facts, "ceilings": limits, "rows": rows})
+        merged = merge(old, {"schema": SCHEMA, "machine": facts, "ceilings": limits, "rows": rows})
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file, result=result: file.write((json.dumps(result, indent=1) + "\n").encode()))
+        write_atomically(path, lambda file, merged=merged: file.write((json.dumps(merged, indent=1) + "\n").encode()))
     return {"machine": facts, "ceilings": limits, "rows": rows}, path
 
 
@@ -240,15 +242,16 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(f"run.py: error: --suite {alone} goes alone: it times no peer")
     torch.manual_seed(0)
     try:
-        result, path = run(options, torch.device(options.device))
+        with current(torch.device(options.device)):
+            found, path = run(options, torch.device(options.device))
     except Unavailable as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2
-    print_rows(result)
+    print_rows(found)
     pictures = plot(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(""))
     print(f"results: {os.path.relpath(path)}; pictures: {', '.join(os.path.relpath(p) for p in pictures)}")
     first = options.mode[0] if options.mode else "eager"
-    ours = [row for row in result["rows"] if row["peer"] == "crate_fast" and row["mode"] == first]
+    ours = [row for row in found["rows"] if row["peer"] == "crate_fast" and row["mode"] == first]
     return 1 if not ours or any("reason" in row for row in ours) else 0
 
 

@@ -10,6 +10,7 @@ import subprocess
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -40,29 +41,47 @@ def steady_allocator() -> None:
         mallopt(m_top_pad, 2**28)
 
 
+def current(device: torch.device) -> AbstractContextManager:
+    """While open, events, graphs and whatever names no device are on `device`, if it is a GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def interleave(
-    steps: dict[str, Callable[[], object]], device: torch.device, seconds: float, least_rounds: int = 7
+    steps: dict[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    least_rounds: int = 7,
+    between: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Times every step in turn, round by round, the order turning with the round, for about `seconds` in all.
 
     A round calls a step as often as it takes to fill 10 ms, so that the clock's grain and, on a GPU, the launch of the first
     call do not count. What is called to find that number is not counted; a step that must warm up longer comes warm.
+
+    between: called before every sample, and the step once after it, uncounted: `torch.cuda.empty_cache` where the steps' memory
+        does not fit side by side.
     """
     counts, samples = {}, {name: [] for name in steps}
     for name, step in steps.items():
+        if between is not None:
+            between()
+            step()
         counts[name] = max(1, min(1000, round(10 / max(_measure(step, 1, device), 1e-3))))
     names, started, rounds = list(steps), time.perf_counter(), 0
     while rounds < least_rounds or (time.perf_counter() - started < seconds and rounds < 200):
         shift = rounds % len(names)
         for name in names[shift:] + names[:shift]:
+            if between is not None:
+                between()
+                steps[name]()
             samples[name].append(_measure(steps[name], counts[name], device))
         rounds += 1
-    return {name: _quartiles(values) for name, values in samples.items()}
+    return {name: quartiles(values) for name, values in samples.items()}
 
 
 def _measure(step: Callable[[], object], count: int, device: torch.device) -> float:
@@ -82,7 +101,8 @@ def _measure(step: Callable[[], object], count: int, device: torch.device) -> fl
     return (time.perf_counter() - started) * 1e3 / count
 
 
-def _quartiles(values: list[float]) -> Timing:
+def quartiles(values: list[float]) -> Timing:
+    """Of milliseconds, one a round."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return Timing(median, q1, q3, len(values))
 

@@ -1,8 +1,8 @@
-"""What is measured: operations, a layer, inference, a training step; and whether a peer computes the right thing."""
+"""What is measured: operations, a layer, inference, a training step, made ready to be judged (judge.py) and timed."""
 
 from __future__ import annotations
 
-import time
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -15,20 +15,11 @@ import crate_fast
 import floors
 from crate_fast import reference
 from crate_fast.model import SIZES
-from peers import COMPILED, Peer, Unavailable, graphed, in_mode
-from timing import kept_bytes, peak_bytes, rotated, synchronise
+from peers import COMPILED, Peer, in_mode
+from timing import rotated
 
 IMAGE, PATCH, TOKENS, CLASSES = 224, 16, 197, 1000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What the published code's own error against float64 may be before nothing else can be judged by it.
-SANE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}
-SLACK = 4.0
-"""A peer may be this many times as far from float64 as the published code in the same precision."""
-GRAIN = 4e-3
-"""What one entry at the relu's threshold that turns moves a gradient by here: no gradient is held to less."""
-LARGE_PARITY_BATCH = 16
-"""Images that parity is judged on where the workload has more than 8: like the large batches that are timed they make every
-size a multiple of 16, for which Triton compiles code of its own. Up to 8, what is timed is judged."""
 
 
 class Workload(NamedTuple):
@@ -102,7 +93,7 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
     def inputs(batch: int) -> tuple[Tensor, ...]:
         return (torch.randn(batch, *shape, device=device).requires_grad_(wants_gradient),)
 
-    if _replays(workload, module, mode):
+    if replays_itself(workload, module, mode):
         with _autocast(device, dtype):
             run = crate_fast.graphed(module, *inputs(workload.batch))
 
@@ -113,7 +104,7 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
     return Call(autocast_run, inputs, list(module.parameters()), module)
 
 
-def _replays(workload: Workload, module: nn.Module | None, mode: str) -> bool:
+def replays_itself(workload: Workload, module: nn.Module | None, mode: str) -> bool:
     """Whether a CUDA graph is recorded as users of crate_fast do it, by `crate_fast.graphed`; others record the whole step."""
     return mode == "cuda graph" and workload.suite == "inference" and isinstance(module, crate_fast.CRATE)
 
@@ -140,92 +131,8 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManage
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-class Judge:
-    """Parity against float64, allowed a multiple of the published code's own error in the same precision."""
-
-    def __init__(self, workload: Workload, published: Peer, device: torch.device) -> None:
-        self.workload, self.device = workload, device
-        self._call = prepare(workload, published, "eager", device)
-        torch.manual_seed(1)
-        self.inputs = self._call.inputs(workload.batch if workload.batch <= 8 else LARGE_PARITY_BATCH)
-        self.truth = self._exact(published)
-        self.published = self.errors(self._call)
-
-    def _exact(self, published: Peer) -> list[Tensor]:
-        """The output and, where the workload has a backward pass, every gradient, in float64."""
-        inputs = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in self.inputs)
-        if self._call.module is None:
-            return self._results(self._call.run, inputs, [])
-        module = prepare(self.workload._replace(dtype="float32"), published, "eager", self.device).module.double()
-        return self._results(module, inputs, list(module.parameters()))
-
-    def _results(self, run, inputs: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
-        leaves = [*leaves, *(x for x in inputs if x.requires_grad)]
-        if self.workload.part == "forward":
-            with torch.inference_mode():
-                return [run(*inputs)]
-        out = run(*inputs)
-        generator = torch.Generator(out.device).manual_seed(2)
-        cotangent = torch.randn(out.shape, generator=generator, device=out.device)
-        return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
-
-    def errors(self, call: Call) -> list[float]:
-        """Relative errors in norm of the output and, where there is a backward pass, the median over gradients."""
-        results = self._results(call.run, self.inputs, call.leaves)
-        pairs = zip(results, self.truth, strict=True)
-        output, *gradients = (((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
-        return [output, torch.tensor(gradients).median().item()] if gradients else [output]
-
-    def verdict(self, errors: list[float]) -> str | None:
-        """Why a peer with these errors is not right; None if it is."""
-        for name, error, own in zip(("output", "gradients"), errors, self.published, strict=False):
-            grain = GRAIN if name == "gradients" else 0.0
-            if not own <= max(SANE[self.workload.dtype], SLACK * grain):
-                return f"no parity: the published code's own {name} is {own:.1e} from float64, more than any rounding explains"
-            if not error <= SLACK * max(own, grain):
-                return f"no parity: {name} {error:.1e} from float64, where the published code is {own:.1e} from it"
-        return None
-
-
-class Ready(NamedTuple):
-    """A peer that passed parity, to be timed."""
-
-    step: Callable[[], object]
-    errors: list[float]
-    compile_seconds: float | None
-    peak: int | None
-    kept: int | None
-
-
-def make_ready(workload: Workload, peer: Peer, mode: str, device: torch.device, judge: Judge) -> Ready:
-    """Builds, judges and warms up a peer.
-
-    Raises:
-        Unavailable: it cannot run, or has no parity.
-    """
-    if mode == "cuda graph" and device.type != "cuda":
-        raise Unavailable("CUDA graphs need a CUDA GPU")
-    started = time.perf_counter()
-    call = prepare(workload, peer, mode, device)
-    errors = judge.errors(call) if peer.same_function else []
-    if peer.same_function:
-        reason = judge.verdict(errors)
-        if reason:
-            raise Unavailable(reason)
-    step, forward = _step(workload, call, device, fixed=mode in ("cuda graph", "max-autotune", "reduce-overhead"))
-    step()
-    synchronise(device)
-    compile_seconds = None if mode in ("eager", "cuda graph") else time.perf_counter() - started
-    owned = {t.untyped_storage().data_ptr() for t in call.leaves}
-    kept = None if workload.part == "forward" else kept_bytes(forward, owned)
-    peak = None if device.type == "cpu" and mode != "eager" else peak_bytes(step, device)
-    if mode == "cuda graph" and not _replays(workload, call.module, mode):
-        step = graphed(step)
-    return Ready(step, errors, compile_seconds, peak, kept)
-
-
-def _step(workload: Workload, call: Call, device: torch.device, fixed: bool) -> tuple[Callable, Callable]:
-    """(what is timed, its forward pass alone)."""
+def timed_step(workload: Workload, call: Call, device: torch.device, fixed: bool) -> tuple[Callable, Callable]:
+    """(what is timed, its forward pass alone); `fixed`: on the same inputs every time, as a CUDA graph must."""
     if workload.suite == "train":
         return _training_step(workload, call, device, fixed)
     give = _giver(lambda: call.inputs(workload.batch), device, fixed)
@@ -257,10 +164,8 @@ def _step(workload: Workload, call: Call, device: torch.device, fixed: bool) -> 
 
 
 def _training_step(workload: Workload, call: Call, device: torch.device, fixed: bool) -> tuple[Callable, Callable]:
-    """Forward, loss, backward and a Lion step, gradients freed in between."""
-    from lion_pytorch.foreach import Lion
-
-    optimizer = Lion(call.module.parameters(), lr=1e-5)
+    """Forward, loss, backward and an optimizer's step, gradients freed in between."""
+    optimizer = OPTIMIZERS[optimizer_name()](call.module.parameters())
 
     def make() -> tuple[Tensor, Tensor]:
         return (*call.inputs(workload.batch), torch.randint(CLASSES, (workload.batch,), device=device))
@@ -277,6 +182,21 @@ def _training_step(workload: Workload, call: Call, device: torch.device, fixed: 
         optimizer.step()
 
     return step, loss
+
+
+def _lion(parameters) -> torch.optim.Optimizer:
+    from lion_pytorch.foreach import Lion
+
+    return Lion(parameters, lr=1e-5)
+
+
+OPTIMIZERS = {"Lion": _lion, "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-5, momentum=0.9)}
+"""Of a timed training step; the second moves as many bytes, but for one pass over the weights."""
+
+
+def optimizer_name() -> str:
+    """The one of `OPTIMIZERS` that training steps are timed with here: Lion where lion-pytorch is at hand. Rows say which."""
+    return "Lion" if importlib.util.find_spec("lion_pytorch") else "SGD with momentum"
 
 
 def _giver(make, device: torch.device, fixed: bool):

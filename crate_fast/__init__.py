@@ -3,6 +3,7 @@
 from . import functional
 from .backend import BackendError, choose_backend
 from .checkpoint import load_checkpoint
+from .frozen import freeze
 from .model import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
 from .reading import CheckpointError
 from .replay import graphed
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "__version__",
     "choose_backend",
+    "freeze",
     "functional",
     "graphed",
     "load_checkpoint",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .reference import has_autocast
 
@@ -48,6 +49,18 @@ def without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
+def is_transformed() -> bool:
+    """True inside a transform of `torch.func` (vmap, jvp, grad and the like) and in a level of forward-mode AD, whatever is
+    transformed: only PyTorch's own operators know then how to be batched or differentiated."""
+    return forward_ad._current_level >= 0 or _is_in_functorch()
+
+
+# Constant to torch.compile, which takes what peek gives for an object also where that is None, and guards the transforms itself.
+@torch.compiler.assume_constant_result
+def _is_in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def check_backend(backend: str) -> str:
     """`backend` itself; raises ValueError if it is not one of `BACKENDS`."""
     if backend not in BACKENDS:
@@ -87,6 +100,8 @@ def _triton_obstacle(x: Tensor, head_width: int | None) -> str | None:
     """What keeps the kernels from running on `x`, in words; None if nothing does."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype is {x.dtype}; the kernels take float16, bfloat16 and float32"
+    if is_transformed():
+        return "vmap, jvp and other transforms of torch.func, and forward-mode AD, know PyTorch's operators alone"
     if head_width is not None and not HEAD_WIDTHS[0] <= head_width <= HEAD_WIDTHS[1]:
         return f"head width is {head_width}; the kernels take {HEAD_WIDTHS[0]} to {HEAD_WIDTHS[1]}"
     try:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from .extras import require
-from .files import open_own
-from .inferred import infer_arguments
+from .files import digest_of, open_own
+from .inferred import WORDS, infer_arguments
 from .model import CRATE
-from .reading import METADATA_KEY, CheckpointError, first_line, model_file, read_model
+from .reading import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, first_line, model_file, read_model
 
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
@@ -76,8 +76,10 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
 
     arguments, weights = _describe(model)
     tensors = {key: value.detach().contiguous() for key, value in weights.items()}
+    values = arguments | transform_entry(model)
+    values |= {DIGEST: digest_of(values, {key: value.cpu() for key, value in tensors.items()})}
     # One entry: safetensors does not keep the order of several, and equal models should be equal files.
-    data = save(tensors, metadata={METADATA_KEY: json.dumps(arguments)})
+    data = save(tensors, metadata={METADATA_KEY: json.dumps(values)})
     write_atomically(path, lambda file: file.write(data))
 
 
@@ -87,8 +89,13 @@ def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
     Raises: as `save_model`.
     """
     arguments, weights = _describe(model)
-    content = {"arguments": arguments, "model": weights, **state}
+    content = {"arguments": arguments, "model": weights, **transform_entry(model), **state}
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def transform_entry(model: CRATE) -> dict:
+    """What stands in a checkpoint of how the images of `model` are evaluated; nothing where that is not known."""
+    return {} if model.transform is None else {TRANSFORM: model.transform._asdict()}
 
 
 def _describe(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
@@ -102,7 +109,9 @@ def _describe(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
     return arguments, weights
 
 
-def load_checkpoint(source: str | os.PathLike, *, device: str | torch.device = "cpu", **overrides) -> CRATE:
+def load_checkpoint(
+    source: str | os.PathLike, *, device: str | torch.device = "cpu", weights: str | None = None, **overrides
+) -> CRATE:
     """The model in `source`, in evaluation mode, its dtypes as saved; nothing in a file is executed.
 
     Read are files of `save_model` and `save_checkpoint` (of a training run's the mean of the weights, where it keeps one), and
@@ -115,6 +124,8 @@ def load_checkpoint(source: str | os.PathLike, *, device: str | torch.device = "
         source: a file, a directory with a model.safetensors, or ORGANISATION/NAME of a model on the Hugging Face Hub (for that
             `pip install 'crate-fast[hub]'`).
         device: where the weights shall be.
+        weights: of a file that has both, "last" for the weights themselves or "mean" for their mean over the steps; None: the
+            mean, and a line on stderr says so.
         overrides: keywords of `CRATE` that replace the file's, such as `backend`, or say what it leaves open.
 
     Raises:
@@ -123,25 +134,37 @@ def load_checkpoint(source: str | os.PathLike, *, device: str | torch.device = "
         MissingPackageError: safetensors, or for the Hub huggingface-hub, is not installed.
         TypeError: `overrides` has a keyword that CRATE does not take.
     """
-    return load_file(model_file(source), device, overrides)
+    return load_file(model_file(source), device, overrides, weights)
 
 
-def load_file(path: Path, device: str | torch.device, overrides: dict) -> CRATE:
+def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: str | None = None) -> CRATE:
     """`load_checkpoint` of a file."""
     unknown = sorted(set(overrides) - set(inspect.signature(CRATE).parameters))
     if unknown:
         raise TypeError(f"CRATE takes no {', '.join(unknown)}")
-    arguments, weights = read_model(path)
+    if wanted not in (None, *WORDS):
+        raise ValueError(f"weights is {wanted!r}; allowed are {' and '.join(map(repr, WORDS))}")
+    arguments, weights, transform, note = read_model(path, wanted)
+    if note is not None:
+        _tell(f"{path}: {note}")
     if arguments is None:
         try:
             known = {name: value for name, value in overrides.items() if name in ARGUMENTS}
             arguments, taken = infer_arguments(weights, known)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: {first_line(error)}") from error
-        if taken and os.environ.get("RANK", "0") == "0":  # once, where torchrun started many processes
+        if taken:
             words = ", ".join(f"{name}={value!r}" for name, value in taken.items())
-            print(f"crate-fast: {path}: taken as published, since shapes do not tell it: {words}", file=sys.stderr)
-    return _build(path, arguments, weights, overrides).to(device)
+            _tell(f"{path}: taken as published, since shapes do not tell it: {words}")
+    model = build(path, arguments, weights, overrides).to(device)
+    model.transform = transform
+    return model
+
+
+def _tell(line: str) -> None:
+    """Says it on stderr, once where torchrun started many processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"crate-fast: {line}", file=sys.stderr)
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
@@ -174,16 +197,18 @@ def flush_folder(path: Path) -> None:
             os.close(folder)
 
 
-def _build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict) -> CRATE:
+def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict) -> CRATE:
+    """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
     if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
         raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {str(arguments)[:200]}")
     wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
     if wrong is not None:
         raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
     arguments = arguments | overrides
-    number = next((name for name in ("ista", "lambd") if not _is_finite(arguments.get(name, 0.0))), None)
+    number = next((name for name in ("ista", "lambd") if not _is_size(arguments.get(name, 0.0))), None)
     if number is not None:
-        raise CheckpointError(f"{path}: its argument {number} is {str(arguments[number])[:200]!r}; it must be a finite number")
+        words = f"its argument {number} is {str(arguments[number])[:200]!r}; it must be a finite number, at least 0"
+        raise CheckpointError(f"{path}: {words}")
     # Before anything is built: a false depth could keep the constructor busy for ever.
     layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
     if arguments.get("depth") != len(layers):
@@ -199,8 +224,8 @@ def _build(path: Path, arguments: object, weights: dict[str, Tensor], overrides:
     return model.eval()
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_size(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
 def _skeleton(arguments: dict) -> CRATE:

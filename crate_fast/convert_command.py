@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import constructor_arguments, load_checkpoint, save_model, write_atomically
+from .arguments import add_weights, as_path, number, place, whole
+from .checkpoint import constructor_arguments, load_checkpoint, save_model, transform_entry, write_atomically
 from .inferred import WRAPPERS, infer_arguments
 from .model import CRATE, POOLS
 from .reading import CheckpointError
@@ -15,12 +16,12 @@ from .reading import CheckpointError
 LAYOUTS = ("state_dict", "model", "bare")
 ARCHIVES = (".pt", ".pth", ".tar")
 ADVICE = {
-    "heads": (int, "heads of a layer"),
+    "heads": (whole, "heads of a layer"),
     "pool": (str, "what the head reads"),
-    "ista": (float, "step size of the ISTA step"),
-    "lambd": (float, "threshold of the ISTA step"),
-    "image-size": (int, "side of the images in pixels"),
-    "patch-size": (int, "side of a patch in pixels"),
+    "ista": (number, "step size of the ISTA step"),
+    "lambd": (number, "threshold of the ISTA step"),
+    "image-size": (whole, "side of the images in pixels"),
+    "patch-size": (whole, "side of a patch in pixels"),
 }
 
 
@@ -34,9 +35,9 @@ def add_convert(subcommands) -> None:
         "read. Weights keep every bit and their dtype; optimizer state is left behind.",
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="a file, a run directory, or ORGANISATION/NAME on the Hugging Face Hub"
+        "source", type=place, metavar="SOURCE", help="a file, a run directory, or ORGANISATION/NAME on the Hugging Face Hub"
     )
-    parser.add_argument("target", metavar="TARGET", type=Path, help="the file to write; what it shall be tells its ending")
+    parser.add_argument("target", metavar="TARGET", type=as_path, help="the file to write; what it shall be tells its ending")
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
@@ -44,11 +45,12 @@ def add_convert(subcommands) -> None:
         "them, or nothing else (bare)",
     )
     parser.add_argument("--prefix", choices=WRAPPERS, help="before every name in an archive (default: nothing)")
+    add_weights(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is there")
     advice = parser.add_argument_group("what the shapes in a published checkpoint do not tell")
     for name, (kind, text) in ADVICE.items():
         choices = POOLS if name == "pool" else None
-        metavar = None if choices else {int: "N", float: "X"}[kind]
+        metavar = None if choices else {whole: "N", number: "X"}[kind]
         advice.add_argument(f"--{name}", type=kind, choices=choices, metavar=metavar, help=f"{text} (default: as published)")
     parser.set_defaults(run=_convert)
 
@@ -65,7 +67,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{target}: there is no directory {target.parent}")
     names = [name.replace("-", "_") for name in ADVICE]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    model = load_checkpoint(arguments.source, **given)
+    model = load_checkpoint(arguments.source, weights=arguments.weights, **given)
     if target.suffix == ".safetensors":
         save_model(model, target)
     else:
@@ -90,7 +92,7 @@ def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix:
     weights = {prefix + name: value for name, value in own.items()}
     if layout == "bare":
         _check_told(arguments, own, path)
-    content = weights if layout == "bare" else {layout: weights, "arguments": arguments}
+    content = weights if layout == "bare" else {layout: weights, "arguments": arguments, **transform_entry(model)}
     write_atomically(path, lambda file: torch.save(content, file))
 
 

@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import functional
-from .plainness import WeightCache, keeps_nothing
+from .plainness import PLAIN, keeps_nothing
 
-_operators = WeakTensorKeyDictionary()
-"""A dictionary D to the `WeightCache` of its M, for as long as D lives."""
+_ATTRIBUTE = "_crate_fast_kept"  # of a dictionary D
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+class Kept(NamedTuple):
+    """M, beside the proof of what it was made of; on the D it belongs to, so that it goes when that goes."""
+
+    source: Tensor  # a copy of D, (dim, dim)
+    step_size: float
+    operator: Tensor  # M, (dim, dim)
+
+    def __reduce__(self):
+        return set, ()  # copies and pickles of D hold nothing, in a type that every unpickler knows
 
 
 def kept_operator(weight: Tensor, step_size: float) -> Tensor:
-    """`functional.ista_operator`, kept from call to call and formed again when `weight` changes."""
-    if keeps_nothing():
+    """`functional.ista_operator`; on a CPU kept from call to call, as long as D is bit for bit what it was made of.
+
+    Nothing but the contents tells: fused optimizers, writes through `.data`, NumPy and shared memory move no version counter.
+    A comparison reads 2·dim² values, where M costs 2·dim³ operations; on a GPU the host would have to wait for it.
+    """
+    if weight.device.type != "cpu" or type(weight) not in PLAIN or keeps_nothing() or is_in_torch_dispatch_mode():
         return functional.ista_operator(weight, step_size)
-    cache = _operators.get(weight)
-    if cache is None:
-        cache = _operators[weight] = WeightCache()
-    return cache.get((weight,), (step_size,), lambda: functional.ista_operator(weight, step_size))
+    kept = getattr(weight, _ATTRIBUTE, None)
+    if not (isinstance(kept, Kept) and kept.step_size == step_size and _same_bits(kept.source, weight)):
+        with torch.inference_mode(False), torch.no_grad():
+            source = weight.detach().clone()  # M is made of the copy: another process may be writing
+            kept = Kept(source, step_size, functional.ista_operator(source, step_size))
+        setattr(weight, _ATTRIBUTE, kept)
+    return kept.operator
 
 
-def forget_operator(weight: Tensor) -> None:
-    """Drops what `kept_operator` keeps of `weight`."""
-    cache = _operators.pop(weight, None)
-    if cache is not None:
-        cache.clear()  # for those who hold on to it
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same to the bit: NaN is itself, and -0.0 is not 0.0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    integers = torch.int64 if all(map(_is_words, (a, b))) else _INTEGERS[a.element_size()]
+    return torch.equal(a.view(integers), b.view(integers))
+
+
+def _is_words(x: Tensor) -> bool:
+    """Whether the rows of x may be read in words of eight bytes."""
+    size = x.element_size()
+    return x.is_contiguous() and x.storage_offset() * size % 8 == 0 and x.shape[-1] * size % 8 == 0
 
 
 @torch.library.custom_op("crate_fast::evaluated_layer", mutates_args=())

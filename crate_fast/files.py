@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import IO
+
+import torch
+from torch import Tensor
 
 
 def parse_json(text: str | bytes):
@@ -31,3 +35,12 @@ def open_own(path: Path, mode: str) -> IO:
 
 def _open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def digest_of(values: dict, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of plain values and of tensors, by their names, dtypes, shapes and bytes, whatever their order."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

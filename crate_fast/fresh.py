@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import functional
+from .plainness import keeps_nothing
 
 if TYPE_CHECKING:
     from .modules import Layer
@@ -27,6 +28,20 @@ def fresh_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
     operators, each = functional.ista_operators([w.operator for w in own], stacked.operator, step_size)
     prepared = prepare_layers(stacked._replace(operator=operators), shrinkage, operand)
     return [(w._replace(operator=m), p) for w, m, p in zip(own, each, prepared, strict=True)]
+
+
+def fused_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
+    """`fresh_weights` of all layers together; of frozen layers what it gave first, in a call that no CUDA graph recorded: what
+    a graph makes has no values before the first replay."""
+    if any(layer.frozen is None for layer in layers):
+        return fresh_weights(layers, operand)
+    kept = [layer.frozen.get(operand) for layer in layers]
+    if None in kept:
+        kept = fresh_weights(layers, operand)
+        if not (keeps_nothing() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())):
+            for layer, pair in zip(layers, kept, strict=True):
+                layer.frozen[operand] = pair
+    return kept
 
 
 def _weights_kind(layer: Layer, weights: tuple[Tensor, ...]) -> tuple:

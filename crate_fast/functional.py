@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
 
 from . import reference
-from .backend import autocasts, check_tensor, choose_backend, without_autocast
+from .backend import autocasts, check_tensor, choose_backend, is_transformed, without_autocast
 
 __all__ = ["ista", "ista_operator", "mssa"]
 
@@ -19,7 +20,8 @@ __all__ = ["ista", "ista_operator", "mssa"]
 def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto") -> Tensor:
     """Multi-head subspace self-attention: softmax(w wᵀ · scale) w for each head (arXiv:2306.01129, equation 12).
 
-    One tensor is query, key and value. Differentiable once on every backend; for more, "reference".
+    One tensor is query, key and value. Differentiable once on every backend; twice, in forward mode and under the transforms of
+    torch.func on "reference" and, eagerly on a CPU, on "torch".
 
     Args:
         w: (batch, tokens, heads × head width), any strides, floating point. Under autocast it is cast as a product's
@@ -79,13 +81,58 @@ def class_token_mssa(h: Tensor, project: Tensor, heads: int, scale: float) -> Te
 
 def attend(w: Tensor, heads: int, scale: float) -> Tensor:
     """`mssa` on "torch", by PyTorch's own attention; a query of NaN, which that answers with zeros on a CPU, mended."""
-    split = w.unflatten(-1, (heads, -1))
-    turned = split.transpose(1, 2)
-    out = F.scaled_dot_product_attention(turned, turned, turned, scale=scale).transpose(1, 2)
+    if is_transformed():
+        return reference.mssa(w, heads, scale)  # PyTorch's own attention has no forward mode
+    turned = _turned(w, heads)
+    if _runs_flash_on_cpu(w, turned):
+        out = _FlashOnCPU.apply(w, heads, scale)
+    else:
+        out = F.scaled_dot_product_attention(turned, turned, turned, scale=scale).transpose(1, 2)
     if w.device.type == "cpu" and not _seen_finite(out):
         # The sum in float32, where no finite float16 overflows.
-        out = out + (0 * split.sum(-1, keepdim=True, dtype=torch.promote_types(w.dtype, torch.float32))).to(out.dtype)
+        total = turned.transpose(1, 2).sum(-1, keepdim=True, dtype=torch.promote_types(w.dtype, torch.float32))
+        out = out + (0 * total).to(out.dtype)
     return out.flatten(2)
+
+
+def _turned(w: Tensor, heads: int) -> Tensor:
+    """(batch, tokens, heads × head width) as (batch, heads, tokens, head width)."""
+    return w.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _runs_flash_on_cpu(w: Tensor, turned: Tensor) -> bool:
+    """Whether PyTorch would differentiate eagerly through its attention for CPUs, whose backward pass has no derivative."""
+    if w.device.type != "cpu" or type(w) is not Tensor or not (w.requires_grad and torch.is_grad_enabled()):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return torch._fused_sdp_choice(turned, turned, turned) == SDPBackend.FLASH_ATTENTION.value
+
+
+class _FlashOnCPU(torch.autograd.Function):
+    """PyTorch's attention for CPUs, (batch, tokens, heads, head width), its gradient by the reference's mathematics where that
+    is to be differentiated again or batched."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, heads: int, scale: float) -> Tensor:
+        turned = _turned(w, heads)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(turned, turned, turned, scale=scale)
+        ctx.save_for_backward(w, out, lse)
+        ctx.heads, ctx.scale = heads, scale
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        w, out, lse = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        if again or is_transformed():
+            with torch.enable_grad(), without_autocast("cpu"):
+                differentiable = reference.mssa(w, ctx.heads, ctx.scale).unflatten(-1, (ctx.heads, -1))
+                return *torch.autograd.grad(differentiable, w, gradient, create_graph=again), None, None
+        turned = _turned(w, ctx.heads)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = backward(gradient.transpose(1, 2), turned, turned, turned, out, lse, 0.0, False, scale=ctx.scale)
+        return dq.add_(dk).add_(dv).transpose(1, 2).reshape(w.shape), None, None
 
 
 def _seen_finite(out: Tensor) -> bool:
@@ -96,10 +143,7 @@ def _seen_finite(out: Tensor) -> bool:
     """
     if type(out) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or out.numel() == 0:
         return False
-    try:
-        return torch.linalg.vector_norm(out.select(1, 0), ord=-math.inf).item() > 0
-    except RuntimeError:  # the stand-in of a transform, as in torch.func.vmap, has no value
-        return False
+    return torch.linalg.vector_norm(out.select(1, 0), ord=-math.inf).item() > 0
 
 
 def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, backend: str = "auto") -> Tensor:
@@ -164,7 +208,10 @@ def ista_operators(weights: Sequence[Tensor], stacked: Tensor, step_size: float)
     with without_autocast(stacked.device.type):
         d = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
         operators = torch.baddbmm(d, d.mT, d, beta=step_size, alpha=-step_size)
-    return operators, [_Operator.apply(w, m, step_size) for w, m in zip(weights, operators.unbind(), strict=True)]
+    each = operators.unbind()
+    if torch.is_grad_enabled():
+        each = [_Operator.apply(w, m, step_size) for w, m in zip(weights, each, strict=True)]
+    return operators, list(each)
 
 
 def ista_with_operator(
@@ -183,7 +230,7 @@ def ista_with_operator(
 
 def _ista_torch(h: Tensor, operator: Tensor, shrinkage: float, operand: torch.dtype) -> Tensor:
     """relu(h + h M − ηλ) in plain PyTorch, the product taken in dtype `operand`."""
-    if operand == h.dtype == operator.dtype:
+    if operand == h.dtype == operator.dtype and not is_transformed():  # vmap knows no product in place with a batch of M
         # The residual goes in as the product's addend: I + M would save its copy, but rounds M to the precision of I.
         rows = h.reshape(-1, h.shape[-1])
         shrunk = torch.sub(rows, shrinkage).addmm_(rows, operator)

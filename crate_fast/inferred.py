@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -10,23 +11,66 @@ from .model import SIZES
 
 WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
 SHELVES = ("state_dict", "model")  # where main.py and finetune.py put the weights in their checkpoints
+MEANS = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema")  # where others put their mean
+INNER = ("module", *SHELVES)  # in one of these
+WORDS = {"last": "last weights", "mean": "mean of the weights"}
 NEEDED = {"pos_embedding": 3, "to_patch_embedding.1.weight": 1, "mlp_head.1.weight": 2}
 OPEN = {"pool": "cls", "ista": 0.1, "lambd": 0.1}  # as published
 HEAD_WIDTH = 64  # the constructor's
 
 
-def find_weights(content: object) -> dict[str, Tensor]:
-    """The weights in what a checkpoint holds, under the names of `CRATE`; empty where there are none of a CRATE.
+class Found(NamedTuple):
+    """Weights in a checkpoint by the names of `CRATE`, under which name they lay (None: bare), and a line on others beside."""
+
+    weights: dict[str, Tensor]
+    shelf: str | None = None
+    note: str | None = None
+
+
+def find_weights(content: object, wanted: str | None = None) -> Found:
+    """The weights in what a checkpoint holds; none where there are none of a CRATE.
 
     They may lie bare, or as main.py ("state_dict") or finetune.py ("model") puts them; prefixes of DataParallel,
-    DistributedDataParallel and torch.compile are taken off.
+    DistributedDataParallel and torch.compile are taken off. Beside the last weights there may be their mean over the steps.
+
+    Args:
+        content: what a file holds.
+        wanted: "mean" or "last"; None: the mean where there is one, since that is what was evaluated.
+
+    Raises:
+        ValueError: of the mean and the last weights the one that is wanted is not there.
     """
     if not isinstance(content, dict):
-        return {}
-    inner = next((content[name] for name in SHELVES if isinstance(content.get(name), dict)), content)
+        return Found({})
+    own = isinstance(content.get("arguments"), dict)  # ours: what is wrong with its weights is told later
+    last = next((name for name in SHELVES if isinstance(content.get(name), dict)), None)
+    found = {"last": Found(_weights_in(content if last is None else content[last], own), last)}
+    mean = next((name for name in MEANS if isinstance(content.get(name), dict) and _weights_in(content[name], own)), None)
+    if mean is not None:
+        found["mean"] = Found(_weights_in(content[mean], own), mean)
+    return choose({kind: one for kind, one in found.items() if one.weights}, wanted)
+
+
+def choose(found: dict[str, Found], wanted: str | None) -> Found:
+    """The one of "mean" and "last" that is `wanted`, noting it where both are there; raises as `find_weights`."""
+    if not found:
+        return Found({})
+    taken = wanted or ("mean" if "mean" in found else "last")
+    if taken not in found:
+        raise ValueError(f"--weights is {wanted!r}; there are only the {' and '.join(WORDS[kind] for kind in found)} in it")
+    other = next((kind for kind in found if kind != taken), None)
+    if other is None:
+        return found[taken]
+    names = " and ".join(f"{WORDS[kind]} ({found[kind].shelf!r})" for kind in sorted(found))
+    note = f"it has the {names}; taken: the {WORDS[taken]} (--weights {other} takes the other)"
+    return found[taken]._replace(note=note)
+
+
+def _weights_in(shelf: dict, own: bool) -> dict[str, Tensor]:
+    inner = next((shelf[name] for name in INNER if isinstance(shelf.get(name), dict)), shelf)
     weights = unwrapped(inner)
     whole = "pos_embedding" in weights and all(isinstance(value, Tensor) for value in weights.values())
-    return weights if whole else {}
+    return weights if whole or own else {}
 
 
 def unwrapped(weights: dict) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import io
 import json
 from pathlib import Path
 
+from .arguments import add_crop, add_weights, as_path, place
 from .checkpoint import load_checkpoint, write_atomically
 from .extras import require
 from .inspection.figures import plot_rates, plot_sparsity
@@ -33,20 +34,27 @@ def add_inspect(subcommands) -> None:
     parser.add_argument(
         "--checkpoint",
         nargs="+",
+        type=place,
         action="extend",
         required=True,
         metavar="PATH",
         help="models: run directories, files of ours or of the published scripts, ORGANISATION/NAME on the Hugging Face Hub",
     )
     parser.add_argument(
-        "--images", required=True, metavar="DIR", help="a folder of images, or 'digits': the digits runs' test images"
+        "--images",
+        type=place,
+        required=True,
+        metavar="DIR",
+        help="a folder of images, or 'digits': the digits runs' test images",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write; made if it is not there")
+    parser.add_argument("--out", required=True, type=as_path, metavar="DIR", help="where to write; made if it is not there")
     parser.add_argument("--limit", type=positive, metavar="N", help="take the first N images (default: all)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
     )
+    add_weights(parser)
+    add_crop(parser)
     parser.set_defaults(run=_inspect)
 
 
@@ -55,10 +63,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     device = choose_compute(arguments.device, "float32", Ranks()).device
     paths = None if _is_digits(arguments.images) else find_photos(arguments.images)[: arguments.limit]
     labels = unique_labels(arguments.checkpoint)
-    models = [load_checkpoint(path, device=device) for path in arguments.checkpoint]
+    models = [load_checkpoint(source, device=device, weights=arguments.weights).float() for source in arguments.checkpoint]
     results = []
     for source, label, model in zip(arguments.checkpoint, labels, models, strict=True):
-        batches = _digits(model, arguments) if paths is None else _photos(model, source, paths, arguments.batch_size)
+        batches = _digits(model, arguments) if paths is None else _photos(model, source, paths, arguments)
         try:
             measures = measure_layers(model, batches)
         except PhotoError:
@@ -73,10 +81,10 @@ def _is_digits(images: str) -> bool:
     return images == DIGITS and not Path(images).exists()
 
 
-def _photos(model, source: str, paths: list[Path], batch_size: int):
+def _photos(model, source: str, paths: list[Path], arguments: argparse.Namespace):
     normalise = Normalisation(model, source)
     print(f"{source}: {len(paths)} images, normalised by {normalise.origin} mean and deviation")
-    return photo_batches(paths, model, normalise, batch_size)
+    return photo_batches(paths, model, normalise, arguments.batch_size, arguments.eval_crop)
 
 
 def _digits(model, arguments: argparse.Namespace):

@@ -8,11 +8,12 @@ import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from .backend import autocasts, check_backend, check_tensor
+from .backend import autocasts, check_backend, check_tensor, is_transformed
 from .evaluated import evaluated_embedding
 from .extras import require
 from .functional import check_number
 from .plainness import drops_nothing, has_global_hooks, is_exported, is_plain, norm_is_plain, same_place
+from .transform import Transform
 from .transformer import STREAMS, Transformer, pool_tokens
 
 POOLS = ("cls", "mean")
@@ -55,6 +56,8 @@ class CRATE(nn.Module):
         TypeError: a size that is no integer, a step size or threshold that is no number.
         ValueError: a size that does not divide or is too small, an unknown pool, backend or stream.
     """
+
+    transform: Transform | None = None  # how its images are evaluated, where its file or its run says so
 
     def __init__(
         self,
@@ -141,7 +144,7 @@ class CRATE(nn.Module):
         """Whether `evaluated_embedding` may stand for the modules, on a CPU: GPUs gain nothing from it."""
         if image.device.type != "cpu" or image.numel() == 0 or torch.is_grad_enabled() or autocasts("cpu"):
             return False
-        if has_global_hooks() or is_exported() or self.transformer.backend == "reference":
+        if has_global_hooks() or is_transformed() or is_exported() or self.transformer.backend == "reference":
             return False
         return self._embedding_is_plain() and same_place((image, *self.to_patch_embedding.parameters(), self.cls_token))
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference
-from .backend import autocasts, choose_backend
-from .evaluated import evaluated_layer, forget_operator, kept_operator
-from .fresh import fresh_weights
-from .plainness import WeightCache, has_global_hooks, is_exported, is_gathered, is_plain, is_sharded, norm_is_plain, same_place
+from .backend import autocasts, choose_backend, is_transformed
+from .evaluated import evaluated_layer, kept_operator
+from .plainness import has_global_hooks, is_exported, is_plain, is_sharded, norm_is_plain, same_place
 
 
 class PreNorm(nn.Module):
@@ -72,8 +71,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """The ISTA step on a learned dictionary `weight` (arXiv:2306.01129, equation 17).
 
-    In evaluation M = η(D − DᵀD) is kept from call to call and formed again when `weight` changes; writes through
-    `weight.data` are seen from the next call of `train()` or `eval()`.
+    In evaluation without gradients, on a CPU, M = η(D − DᵀD) is kept beside a copy of the `weight` it was made of, and used
+    again where that is still the same to the bit; else every call forms it.
 
     Args:
         dim, hidden_dim: width of a token; the published class takes it twice and uses the first.
@@ -103,31 +102,19 @@ class FeedForward(nn.Module):
         choice = choose_backend(self.backend, x)
         if choice.name == "reference":
             return reference.ista(x, self.weight, self.step_size, self.lambd)
-        operator = None
-        if not self.training and not is_gathered(self) and not (torch.is_grad_enabled() and self.weight.requires_grad):
-            operator = kept_operator(self.weight, self.step_size)
+        kept = not (self.training or torch.is_grad_enabled() or is_transformed())
+        operator = kept_operator(self.weight, self.step_size) if kept else None
         return functional.ista_with_operator(x, self.weight, operator, self.step_size, self.lambd, choice.name)
-
-    def train(self, mode: bool = True) -> FeedForward:
-        self._forget()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True):
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def _forget(self) -> None:
-        weight = self._parameters.get("weight")
-        if weight is not None:
-            forget_operator(weight)
 
 
 class Layer(nn.ModuleList):
     """One step of compression and one of sparsification: x ← ISTA(x + MSSA(x)). A list of the two, as published."""
 
+    frozen: dict[torch.dtype, tuple] | None = None
+    """What `fresh_weights` gave, by the operands' dtype, in a copy that `crate_fast.freeze` made; else None."""
+
     def __init__(self, mssa: PreNorm, ista: PreNorm) -> None:
         super().__init__([mssa, ista])
-        self._prepared = WeightCache()
 
     def forward(self, x, run: Callable | None = None):
         """(batch, tokens, dim) to the same; with `run` what that makes of this layer and x, see `through`."""
@@ -136,8 +123,6 @@ class Layer(nn.ModuleList):
         if not self._is_evaluated(x):
             return self[1](self[0](x) + x)
         mssa, ista = self
-        if is_gathered(ista.fn):
-            forget_operator(ista.fn.weight)
         numbers = (mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, ista.norm.eps, ista.fn.step_size, ista.fn.lambd)
         return evaluated_layer(x, list(self.weights()), *numbers)
 
@@ -151,7 +136,7 @@ class Layer(nn.ModuleList):
 
     def _is_evaluated(self, x: Tensor) -> bool:
         """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
-        if self.training or torch.is_grad_enabled() or autocasts(x.device.type):
+        if self.training or torch.is_grad_enabled() or is_transformed() or autocasts(x.device.type):
             return False
         return self.runs_unwatched(x) and not is_exported()
 
@@ -223,14 +208,6 @@ class Layer(nn.ModuleList):
         vectors = norm2["weight"], norm2["bias"]
         return norm1["weight"], norm1["bias"], project["weight"], out["weight"], out["bias"], *vectors, dictionary
 
-    def train(self, mode: bool = True) -> Layer:
-        self._prepared.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True):
-        self._prepared.clear()
-        return super()._apply(fn, recurse)
-
     def settings(self):
         """The numbers that are not learned, as `kernels.LayerSettings`."""
         from .kernels import LayerSettings
@@ -239,24 +216,6 @@ class Layer(nn.ModuleList):
         attention, feed_forward = mssa["fn"], ista["fn"]
         shrinkage = feed_forward.step_size * feed_forward.lambd
         return LayerSettings(attention.heads, attention.scale, mssa["norm"].eps, ista["norm"].eps, shrinkage)
-
-    def kept_weights(self, operand: torch.dtype):
-        """What `fresh_weights` gives for this layer; M and the folded weights are kept from call to call, for evaluation."""
-        from .kernels import LayerWeights
-
-        *others, dictionary = self.weights()
-        step_size = self[1].fn.step_size
-        if is_gathered(self[1].fn):
-            self._prepared.clear()
-
-        def make():
-            ((weights, prepared),) = fresh_weights([self], operand)
-            return weights.operator, prepared
-
-        operator, prepared = self._prepared.get((*others, dictionary), (self.settings(), step_size, operand), make)
-        if torch.is_grad_enabled() and dictionary.requires_grad:
-            operator = functional.ista_operator(dictionary, step_size)
-        return LayerWeights(*others, operator), prepared
 
 
 def _attention_is_plain(attention: nn.Module, sharded: bool) -> bool:

@@ -6,9 +6,6 @@ FSDP2's `fully_shard` is watched by nobody: its hooks make its weights whole for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -66,12 +63,6 @@ def is_sharded(module: nn.Module, cls: type[nn.Module]) -> bool:
     return state._mp_policy.param_dtype is None and state._mp_policy.output_dtype is None
 
 
-def is_gathered(module: nn.Module) -> bool:
-    """True if `fully_shard` gathers the parameters of `module`: the same tensors, with new values that no counter tells."""
-    hooks = module._load_state_dict_post_hooks  # where FSDP2 leaves one of its own
-    return bool(hooks) and any(getattr(h, "__module__", "").startswith("torch.distributed.fsdp") for h in hooks.values())
-
-
 def _is_part(parameter: Tensor) -> bool:
     """True for a part of a parameter that is divided among processes once: no part of it is computed with by itself."""
     placements = getattr(parameter, "placements", None)
@@ -92,75 +83,3 @@ def same_place(parameters: tuple[Tensor, ...]) -> bool:
     """True if all parameters have one device and one dtype."""
     first = parameters[0]
     return all(p.device == first.device and p.dtype == first.dtype for p in parameters)
-
-
-_held: dict[WeightCache, tuple] | None = None
-
-
-@contextmanager
-def held() -> Iterator[dict[WeightCache, tuple]]:
-    """While open, CUDA graphs may read what caches keep. The entries that they take are put in the dictionary, by cache; who
-    replays such a graph must hold on to it, for their memory, and record again once a cache has another entry."""
-    global _held
-    _held = {}
-    try:
-        yield _held
-    finally:
-        _held = None
-
-
-class WeightCache:
-    """Keeps what was computed from parameters alone, for as long as they are what they were.
-
-    A CUDA graph that is recorded outside of `held` computes it itself, at every replay: nobody tells it of changes.
-
-    A parameter counts as unchanged while it has the same memory and the same version counter, which every in-place change
-    moves; the entry holds that memory, so that its address cannot come to mean something else. Writes through `.data` move
-    no counter: `clear` is called by `train()`, `eval()` and `.to()`. Copies and pickles of a cache are empty.
-    """
-
-    def __init__(self) -> None:
-        self._entry: tuple | None = None
-
-    def clear(self) -> None:
-        self._entry = None
-
-    def get(self, parameters: tuple[Tensor, ...], key: tuple, make):
-        """`make()`, or what it gave last time for the same parameters and key."""
-        if keeps_nothing() or any(p.is_inference() for p in parameters) or _is_recorded(parameters[0]):
-            with torch.no_grad():
-                return make()
-        versions = tuple(p._version for p in parameters)
-        entry = self._entry
-        if not (entry and entry[0] == key and entry[1] == versions and all(map(_same_memory, entry[2], parameters))):
-            # Outside inference mode, so that what is kept may be saved for a backward pass later.
-            with torch.inference_mode(False), torch.no_grad():
-                entry = self._entry = (key, versions, tuple(p.detach() for p in parameters), make())
-        if _held is not None:
-            _held[self] = entry
-        return entry[3]
-
-    def has(self, entry: tuple) -> bool:
-        """Whether this is what is kept now; parameters may have changed since."""
-        return self._entry is entry
-
-    def __deepcopy__(self, memo: dict) -> WeightCache:
-        return WeightCache()
-
-    def __reduce__(self):
-        return WeightCache, ()
-
-
-def _is_recorded(parameter: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded that nobody will record again."""
-    return _held is None and parameter.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.data_ptr() == b.data_ptr()
-        and a.dtype == b.dtype
-        and a.device == b.device
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-    )

@@ -6,8 +6,8 @@ import argparse
 import os
 import shlex
 import sys
-from pathlib import Path
 
+from .arguments import as_path
 from .extras import require
 from .tune import positive
 
@@ -22,8 +22,8 @@ def add_prepare(subcommands) -> None:
         "Images that cannot be read are left out, listed in DST/unreadable.txt and on stderr.",
     )
     parser.add_argument("layout", choices=("imagenet",), metavar="imagenet", help="how SRC is laid out: as ImageNet usually is")
-    parser.add_argument("source", type=Path, metavar="SRC", help="the folder")
-    parser.add_argument("target", type=Path, metavar="DST", help="where the packs go; made if it is not there")
+    parser.add_argument("source", type=as_path, metavar="SRC", help="the folder")
+    parser.add_argument("target", type=as_path, metavar="DST", help="where the packs go; made if it is not there")
     parser.add_argument(
         "--short-side",
         type=_pixels,
@@ -70,6 +70,6 @@ def _quality(text: str) -> int:
 
 
 def _whole(text: str, least: int, most: int, words: str) -> int:
-    if not text.isdecimal() or not least <= int(text) <= most:
+    if not (text.isascii() and text.isdecimal()) or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {words}")
     return int(text)

@@ -9,16 +9,21 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import sharded
 from .extras import MissingPackageError, require
-from .files import parse_json
-from .inferred import SHELVES, find_weights, unwrapped
+from .files import digest_of, parse_json
+from .inferred import Found, choose, find_weights
+from .transform import FINETUNE, MAIN, Transform, read_transform
 
 METADATA_KEY = "crate_fast"
+DIGEST = "digest"  # of all weights in a file of safetensors and of what is said of them, which has no checksums of its own
+TRANSFORM = "evaluation"  # beside the constructor's arguments in safetensors, and a checkpoint's own entry
+PUBLISHED = {"state_dict": MAIN, "model": FINETUNE}  # by where main.py and finetune.py put their weights
 ZIP_SIGNATURE = b"PK\x03\x04"
 SIGNATURE_LENGTH = 9  # safetensors begins with 8 bytes of length and the brace of its JSON
 MODEL_NAME = "model.safetensors"
@@ -60,26 +65,47 @@ def model_file(source: str | os.PathLike) -> Path:
     return download(name)
 
 
-def read_model(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
-    """(the constructor's arguments where the file has them, the weights on the CPU by the names of `CRATE`) of any file.
+class Model(NamedTuple):
+    """What a file tells of a model.
+
+    arguments: the constructor's, where the file has them.
+    weights: on the CPU, by the names of `CRATE`.
+    transform: how its images are evaluated, where the file, or its kind, says it.
+    note: a line on what else is in the file, if anything.
+    """
+
+    arguments: dict | None
+    weights: dict[str, Tensor]
+    transform: Transform | None
+    note: str | None = None
+
+
+def read_model(path: Path, wanted: str | None = None) -> Model:
+    """The model in any file; of its weights and their mean over the steps the one that is `wanted`, see `find_weights`.
 
     Raises:
-        CheckpointError: the file is missing or damaged, asks for code to be run, or has no weights of a CRATE.
+        CheckpointError: the file is missing or damaged, asks for code to be run, has no weights of a CRATE, or not those.
     """
-    if path.is_dir():
-        return _read_parts(path)
+    try:
+        return _read_parts(path, wanted) if path.is_dir() else _read_file(path, wanted)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {first_line(error)}") from error
+
+
+def _read_file(path: Path, wanted: str | None) -> Model:
     start = _signature(path)
     if start[8:] == b"{" and not start.startswith(ZIP_SIGNATURE):
-        return _read_safetensors(path)
+        return _read_safetensors(path, wanted)
     content = _read_archive(path, "damaged, or neither safetensors nor a checkpoint")
-    if isinstance(content, dict) and isinstance(content.get("arguments"), dict):
-        weights = next((content[name] for name in ("ema", *SHELVES) if isinstance(content.get(name), dict)), {})
-        if weights:
-            return content["arguments"], _stored(path, unwrapped(weights))
-    weights = find_weights(content)
-    if not weights:
+    found = find_weights(content, wanted)
+    if not found.weights:
         raise CheckpointError(f"{path}: no weights of a CRATE in it")
-    return None, _stored(path, weights)
+    weights = _stored(path, found.weights)
+    if isinstance(content.get("arguments"), dict):
+        return Model(content["arguments"], weights, _transform_of(content), found.note)
+    return Model(None, weights, None if found.note else PUBLISHED.get(found.shelf), found.note)
 
 
 def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,16 +116,27 @@ def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _read_parts(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """`read_model` of a checkpoint in parts: the mean of the weights where there is one."""
+def _transform_of(content: dict) -> Transform | None:
+    """How a checkpoint of ours is evaluated; those of before have it in the run's settings."""
+    if TRANSFORM in content:
+        return read_transform(content[TRANSFORM])
+    settings = content.get("settings")
+    crop = settings.get("eval_crop") if isinstance(settings, dict) else None
+    return None if crop is None else read_transform({"crop": crop, "mean": None, "std": None})
+
+
+def _read_parts(path: Path, wanted: str | None) -> Model:
+    """`read_model` of a checkpoint in parts."""
     content = read_state(path)
     try:
-        weights = sharded.read_tensors(path, "ema") or sharded.read_tensors(path, "model")
+        parts, kinds = sharded.find_parts(path), {"last": "model", "mean": "ema"}
+        chosen = choose({kind: Found({}, part) for kind, part in kinds.items() if part in parts}, wanted)
+        weights = sharded.read_tensors(path, chosen.shelf or kinds["last"])
     except sharded.DamagedError as error:
         raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast: {error}") from error
     except (OSError, MemoryError) as error:
         raise _unread(path, error) from error
-    return content["arguments"], weights
+    return Model(content["arguments"], weights, _transform_of(content), chosen.note)
 
 
 def read_state(path: Path, whole: bool = True) -> dict:
@@ -199,7 +236,7 @@ def _signature(path: Path) -> bytes:
         raise _unread(path, error) from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
+def _read_safetensors(path: Path, wanted: str | None) -> Model:
     require("safetensors")
     from safetensors import SafetensorError, safe_open
 
@@ -211,14 +248,20 @@ def _read_safetensors(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged, or not safetensors ({first_line(error)})") from error
     if METADATA_KEY not in metadata:
-        weights = find_weights(weights)
-        if not weights:
+        found = find_weights(weights, wanted)
+        if not found.weights:
             raise CheckpointError(f"{path}: no weights of a CRATE in it")
-        return None, weights
+        return Model(None, found.weights, None, found.note)
     try:
-        return parse_json(metadata[METADATA_KEY]), weights
+        arguments = parse_json(metadata[METADATA_KEY])
     except ValueError as error:
         raise CheckpointError(f"{path}: its metadata {METADATA_KEY!r} is not JSON ({error})") from error
+    transform = None
+    if isinstance(arguments, dict) and DIGEST in arguments and arguments.pop(DIGEST) != digest_of(arguments, weights):
+        raise DamagedError(f"{path}: damaged: its weights or their description are not what was written")
+    if isinstance(arguments, dict) and TRANSFORM in arguments:
+        transform = read_transform(arguments.pop(TRANSFORM))
+    return Model(arguments, weights, transform)
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from .backend import BackendError, check_tensor
-from .plainness import held
 
 WARMUP = 3  # runs before recording, in which kernels are compiled and libraries set up
 
@@ -14,12 +13,12 @@ WARMUP = 3  # runs before recording, in which kernels are compiled and libraries
 def graphed(model: nn.Module, images: Tensor) -> Graphed:
     """`model` for inference on batches like `images`, recorded as a CUDA graph now and replayed by every call.
 
-    Recorded under the autocast that is on now, by `torch.cuda.make_graphed_callables`. What is made of the weights alone (M,
-    the folded norms) is not made again by a replay, unlike under `torch.compile(model, mode="reduce-overhead")`; after weights
-    have changed the next call records anew.
+    Recorded under the autocast that is on now, by `torch.cuda.make_graphed_callables`. A replay reads the weights as they are,
+    whoever wrote them, and makes of them what the kernels need (M, the folded norms); that is made once of
+    `crate_fast.freeze(model)`. After weights, modules or numbers such as a step size were replaced, the next call records anew.
 
     Args:
-        model: a `CRATE` in evaluation mode.
+        model: a `CRATE` in evaluation mode, or what `crate_fast.freeze` makes of one.
         images: (batch, channels, height, width) on a CUDA GPU; their values do not matter.
 
     Raises:
@@ -35,7 +34,7 @@ def graphed(model: nn.Module, images: Tensor) -> Graphed:
 
 class Graphed:
     """What `graphed` returns. A call takes images and returns logits that are the caller's; images of another shape, dtype or
-    device go through the model itself. Nothing is differentiated; hooks set and modules replaced later are not seen."""
+    device go through the model itself. Nothing is differentiated; hooks set later are not seen."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside of it
@@ -62,12 +61,21 @@ class Graphed:
         if self._model.training:
             raise ValueError("graphed records inference, and the model is in training mode; call model.eval() first")
         off = torch.autocast(self._images.device.type, enabled=False)
-        with torch.inference_mode(False), off, torch.cuda.device(self._images.device), held() as self._kept:
+        with torch.inference_mode(False), off, torch.cuda.device(self._images.device):
             self._replay = torch.cuda.make_graphed_callables(self._run, (self._images,), num_warmup_iters=WARMUP)
-        owners = [module._parameters for module in self._model.modules()]
-        self._weights = [(owner, name, p, p._version) for owner in owners for name, p in owner.items() if p is not None]
+        self._facts = [fact for module in self._model.modules() for fact in _facts(module)]
+        self._places = [(p, p.data_ptr()) for p in self._model.parameters()]
 
     def _is_current(self) -> bool:
-        """Whether the weights, and what was made of them, are what they were when they were recorded."""
-        same = all(owner.get(name) is p and p._version == version for owner, name, p, version in self._weights)
-        return same and all(cache.has(entry) for cache, entry in self._kept.items())
+        """Whether everything is where it was when it was recorded. What the weights hold does not matter: a replay reads it."""
+        same = all(len(owner) == size and owner.get(name) is value for owner, size, name, value in self._facts)
+        return same and all(p.data_ptr() == place for p, place in self._places)
+
+
+def _facts(module: nn.Module) -> list[tuple]:
+    """(dictionary, its size, name, value) of the parameters, buffers and modules of `module`, and of its settings, which have
+    names without an underscore and `training` among them."""
+    owners = module._parameters, module._buffers, module._modules
+    facts = [(owner, len(owner), name, value) for owner in owners for name, value in owner.items()]
+    own = vars(module)
+    return facts + [(own, len(own), name, value) for name, value in own.items() if not name.startswith("_")]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import add_weights, as_path, place
 from .checkpoint import load_checkpoint
 from .extras import require
 from .inspection.figures import blend, coloured, enlarged, plot_heads, save_picture
@@ -38,14 +39,15 @@ def add_segment(subcommands) -> None:
         "of OUT called as it is, image.png, maps, overlays and masks of every head and of their mean, and heads.png with "
         "all in one; in OUT pca-*.png, the main directions of the last layer's projections in common colours.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="photographs")
+    parser.add_argument("images", nargs="+", type=as_path, metavar="IMAGE", help="photographs")
     parser.add_argument(
         "--checkpoint",
+        type=place,
         required=True,
         metavar="PATH",
         help="a run directory, a file of ours or of the published scripts, or ORGANISATION/NAME",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write; made if it is not there")
+    parser.add_argument("--out", required=True, type=as_path, metavar="DIR", help="where to write; made if it is not there")
     parser.add_argument("--layer", type=positive, metavar="N", help="whose attention, counted from 1 (default: the last layer)")
     parser.add_argument("--heads", type=_numbers, metavar="N,N", help="which heads, counted from 1 (default: all)")
     parser.add_argument("--mass", type=_share, default=0.6, metavar="X", help="share of the attention in a mask (default: 0.6)")
@@ -55,6 +57,7 @@ def add_segment(subcommands) -> None:
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
     )
+    add_weights(parser)
     parser.set_defaults(run=_segment)
 
 
@@ -78,10 +81,10 @@ def _share(text: str) -> float:
 def _segment(arguments: argparse.Namespace) -> None:
     require("matplotlib", "numpy", "PIL")
     device = choose_compute(arguments.device, "float32", Ranks()).device
-    paths = [Path(path) for path in arguments.images]
-    for path in paths:
-        read_photo(path)  # before anything is computed
-    model = load_checkpoint(arguments.checkpoint, device=device)
+    paths, out = arguments.images, arguments.out
+    for photo in paths:
+        read_photo(photo)  # before anything is computed
+    model = load_checkpoint(arguments.checkpoint, device=device, weights=arguments.weights).float()
     layer, heads = _check_layer(model, arguments.layer), _check_heads(model, arguments.heads)
     normalise = Normalisation(model, arguments.checkpoint)
     print(f"normalised by {normalise.origin} mean and deviation; layer {layer + 1} of {model.transformer.depth}")
@@ -90,7 +93,7 @@ def _segment(arguments: argparse.Namespace) -> None:
         image = _cut(path, model, arguments.size)
         one = look(model, normalise(image), layer)
         seen.append(one.projections)
-        folder = _make(arguments.out / name)
+        folder = _make(out / name)
         pixels = to_array(image)
         save_picture(pixels, folder / "image.png")
         title = f"{path.name}: attention of the class token in layer {layer + 1} of {model.transformer.depth}"
@@ -102,8 +105,8 @@ def _segment(arguments: argparse.Namespace) -> None:
         _draw(pixels, {"mean": one.maps[heads].mean(0)}, arguments.mass, model.patch_size, folder)
     for name, colours in zip(names, principal_colours(seen), strict=True):
         picture = (colours * 255).round().byte()
-        save_picture(enlarged(picture, model.patch_size), arguments.out / f"pca-{name}.png")
-    print(f"written to {arguments.out}: {', '.join(f'{name}/, pca-{name}.png' for name in names)}")
+        save_picture(enlarged(picture, model.patch_size), out / f"pca-{name}.png")
+    print(f"written to {out}: {', '.join(f'{name}/, pca-{name}.png' for name in names)}")
 
 
 @torch.no_grad()

@@ -64,6 +64,11 @@ def check_parts(path: Path, sums: dict[str, list[int]]) -> None:
             raise DamagedError(f"{name} is not what was written")
 
 
+def find_parts(path: Path) -> set[str]:
+    """Which of "model", "optimizer" and "ema" a checkpoint has; raises as `read_tensors`."""
+    return {name.partition(".")[0] for name in read_table(path / TABLE).state_dict_metadata}
+
+
 def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
     """All tensors under "model", "optimizer" or "ema", whole and on the CPU, by their names; none where there is no such part.
 

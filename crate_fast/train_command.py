@@ -8,11 +8,13 @@ import sys
 from dataclasses import fields
 from itertools import groupby
 
+from .arguments import number, whole
 from .training import ConfigError, TrainConfig, resolve, train
 from .training.flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 from .training.resolve import NAMES
 
 READERS = {"arch": architecture, "data": data_set, "optimizer": optimizer}
+TYPES = {int: whole, float: number, str: str}
 SWITCH = {"nargs": "?", "const": "yes"}  # a flag that may stand alone
 DESCRIPTIONS = {
     "train": "Trains a CRATE and fills a run directory: config.json, metrics.jsonl, curves.png, checkpoints/ and "
@@ -69,7 +71,7 @@ def _add_setting(section, setting, published: Published | None) -> None:
         name,
         *others,
         dest=setting.name,
-        type=read or kind,
+        type=read or TYPES[kind],
         choices=None if read else choices,
         default=argparse.SUPPRESS,
         metavar=metavar,

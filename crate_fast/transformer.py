@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import autocasts, choose_backend
-from .fresh import fresh_weights
+from .fresh import fresh_weights, fused_weights
 from .modules import Attention, FeedForward, Layer, PreNorm
 from .plainness import has_global_hooks, same_place
 
@@ -102,16 +102,14 @@ class Transformer(nn.Module):
         stream, operand = stream_dtypes(self.stream, torch.get_autocast_dtype(device)) if autocast else (x.dtype, x.dtype)
         result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
         with torch.autocast(device, enabled=False):
-            compiled = torch.compiler.is_compiling()  # a compiled graph keeps nothing from call to call
-            together = [layer for layer in layers if (layer.training or compiled) and not layer.is_sharded()]
-            fresh = iter(fresh_weights(together, operand) if together else ())
+            together = [layer for layer in layers if not layer.is_sharded()]
+            weights = iter(fused_weights(together, operand) if together else ())
             handed_on = enter_stack(x, stream)
             for layer in layers:
                 if layer.is_sharded():
                     handed_on = layer(handed_on, partial(_run_alone, operand=operand))
                 else:
-                    weights = next(fresh) if layer.training or compiled else layer.kept_weights(operand)
-                    handed_on = _run_layer(layer, handed_on, weights)
+                    handed_on = _run_layer(layer, handed_on, next(weights))
             return leave_stack(handed_on, result, pool, scaled=operand == torch.float16)
 
 

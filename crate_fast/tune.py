@@ -43,7 +43,7 @@ def add_tune(subcommands) -> None:
 
 def positive(text: str) -> int:
     """The number that a flag's `text` says, at least 1; raises argparse.ArgumentTypeError."""
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return int(text)
 

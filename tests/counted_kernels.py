@@ -77,7 +77,7 @@ def blind_kernel(p_x, p_count, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_in_loop_kernel(p_x, p_w, p_out, p_sum, inputs, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """A product with a sum over its rows in the loop, which costs barriers, and makes the assembler serialise products."""
+    """A product with sums over its rows in the loop, which cost barriers and may make the assembler serialise products."""
     row = tl.arange(0, BLOCK)
     b_out = tl.zeros([BLOCK, BLOCK], tl.float32)
     b_sum = tl.zeros([BLOCK], tl.float32)
@@ -86,6 +86,7 @@ def sum_in_loop_kernel(p_x, p_w, p_out, p_sum, inputs, BLOCK: tl.constexpr, STEP
         b_x = tl.load(p_x + k[:, None] * BLOCK + row[None, :])
         b_w = tl.load(p_w + k[:, None] * BLOCK + row[None, :])
         b_sum += tl.sum(b_w.to(tl.float32), 0)
+        b_sum += tl.sum((b_x * b_x).to(tl.float32), 0)
         b_out = tl.dot(tl.trans(b_x), b_w, b_out)
     tl.store(p_out + row[:, None] * BLOCK + row[None, :], b_out.to(tl.float16))
     tl.store(p_sum + row, b_sum)
@@ -121,10 +122,11 @@ def launches() -> dict[str, tuple]:
 
 def count(kernel, arguments: tuple, constants: dict, programs: int) -> dict:
     """What the model makes of one launch."""
+    import pipes
+
     import compile
     import control_flow
     import copies
-    import pipes
     from intermediate import UnknownControlError
     from launches import code_of, compiled, integers, specialise
     from machine_code import walk
@@ -145,7 +147,7 @@ def count(kernel, arguments: tuple, constants: dict, programs: int) -> dict:
         "executed": [Counter(code.instructions[step.index].op for step in steps if step.on) for steps in walks],
         "bytes": done.l2_bytes / programs,
         "flops": done.flops / programs,
-        "barriers": compile._barriers(code),
+        "barriers": compile.barriers(code),
         "serialised": compile.serialised(result.asm["ptx"]),
     }
 

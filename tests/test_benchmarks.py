@@ -100,7 +100,6 @@ def test_a_part_keeps_the_other_rows():
 def test_a_wrong_kernel_gets_no_speed(tmp_path):
     """A copy of the project, one sign of the attention's backward kernel flipped, run in the interpreter."""
     shutil.copytree(ROOT / "crate_fast", tmp_path / "crate_fast")
-    shutil.copytree(ROOT / "kernels", tmp_path / "crate_fast" / "kernels")
     shutil.copytree(BENCHMARKS, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
     kernel = tmp_path / "crate_fast" / "kernels" / "attention_gradient.py"
     right, wrong = "* (b_dp - b_delta_i[:, None])", "* (b_dp + b_delta_i[:, None])"

@@ -277,7 +277,7 @@ def test_crops_stay_in_their_bounds():
         assert crop.size == (16, 16)
         assert np.asarray(crop).min() == 50
         for part in (0.0, 0.875):
-            assert central_crop(image.resize(size), 16, part).size == (16, 16)
+            assert central_crop(image.resize(size), (16, 24), part).size == (24, 16)
 
 
 def test_erasing_is_as_frequent_as_asked():

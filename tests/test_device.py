@@ -191,7 +191,7 @@ def test_rectangles_are_squeezed_as_torchvision_does(size):
     """To the bit where they are enlarged; where they shrink, to one value of 256, for Pillow then takes either pass first."""
     pixels = batch(32, 32)
     boxes = crop_boxes(uniforms(0, 1, np.arange(8), CROP, CROP_DRAWS), np.full(8, 32), np.full(8, 32), 0.08)
-    got = resample(torch.from_numpy(pixels), boxes, size).numpy()
+    got = resample(torch.from_numpy(pixels), boxes, (size, size)).numpy()
     for image, other, (top, left, height, width) in zip(pixels, got, boxes.tolist(), strict=True):
         cropped = Image.fromarray(image).crop((left, top, left + width, top + height))
         expected = np.asarray(cropped.resize((size, size), Image.Resampling.BILINEAR))
@@ -199,17 +199,19 @@ def test_rectangles_are_squeezed_as_torchvision_does(size):
 
 
 @pytest.mark.parametrize(("size", "part"), [(224, 0.0), (32, 0.0), (28, 0.875), (64, 0.75)])
-def test_cifar_is_evaluated_as_from_files(size, part):
+@pytest.mark.parametrize("ratio", [1, 2], ids=["square", "wide"])
+def test_cifar_is_evaluated_as_from_files(size, part, ratio):
+    wide = size * ratio
     labels = list(range(8))
     test = Pictures(batch(32, 32), labels)
     config = TrainConfig(eval_crop=part, image_size=size, **SETTINGS)
-    data = Resident("cifar10", test, test, 10, config, CPU)
+    data = Resident("cifar10", test, test, 10, config, CPU, (size, wide))
     shares = [list(data.test_batches(3, Ranks(rank, 2))) for rank in range(2)]
     images, found = (torch.cat(parts) for parts in zip(*(batch for share in shares for batch in share), strict=True))
     assert found.tolist() == labels
     pixels = (images.permute(0, 2, 3, 1).numpy() * STD + MEAN) * 255
     for index, ours in enumerate(pixels):
-        assert np.array_equal(ours.round(), np.asarray(central_crop(test.read(index), size, part)))
+        assert np.array_equal(ours.round(), np.asarray(central_crop(test.read(index), (size, wide), part)))
 
 
 def test_cifar_in_training_depends_on_seed_epoch_and_index_alone():

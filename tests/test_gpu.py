@@ -14,10 +14,11 @@ from crate_fast import CRATE_tiny, graphed, reference
 from crate_fast.model import SIZES, build
 from crate_fast.training import train
 from crate_fast.training.resolve import resolve
+from judge import Judge
 from peers import all_peers
 from peers import graphed as make_graph
 from ratios import compare, errors, run, summarise
-from workloads import Judge, Workload, prepare
+from workloads import Workload, prepare
 
 pytestmark = pytest.mark.gpu
 
@@ -195,7 +196,7 @@ def test_steps_that_benchmarks_record_compute_what_they_compute_without(gpu, wha
 
 
 def assert_recording_computes(call, workload: Workload, name: str) -> None:
-    inputs, recorded = call.inputs(workload.batch), {}
+    inputs = call.inputs(workload.batch)
     leaves = call.leaves if workload.what == "train" else []
 
     def compute() -> list[torch.Tensor]:
@@ -203,11 +204,10 @@ def assert_recording_computes(call, workload: Workload, name: str) -> None:
             out = call.run(*inputs)
             return [out, *(torch.autograd.grad(out.float().square().mean(), leaves) if leaves else [])]
 
-    replay = make_graph(lambda: recorded.update(found=compute()))
-    for found in recorded["found"]:
-        found.detach().fill_(torch.nan)  # recording computes nothing
-    replay()
-    assert all(map(near, recorded["found"], compute())), name
+    replay = make_graph(compute)
+    for found in replay():
+        found.detach().fill_(torch.nan)
+    assert all(map(near, replay(), compute())), name
 
 
 @pytest.mark.parametrize("training", [False, True])

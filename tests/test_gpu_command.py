@@ -1,101 +1,302 @@
-"""`make gpu` as far as it goes without a GPU: commands that their targets accept, limits, no speed without parity."""
+"""`make gpu` as far as it goes without a GPU: the rehearsed queue, a state that is carried, no speed without parity."""
 
+import ast
+import json
 import os
-import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BENCHMARKS
 
 import gpu
-import run
-from crate_fast.cli import build_parser
+import gpu_cache
+import gpu_shard
+import gpu_speed
+import gpu_state
+import gpu_steps
+from gpu_queue import SHARDS, Step, queue
 
-COMMANDS = [command for stage in gpu.stages(gpu.RESULTS, "device").values() for command in stage.commands]
-
-
-def parse(command: list[str], precision) -> None:
-    """Has the target of a command parse its arguments; it ends the process where it does not take them."""
-    if command[:3] == ["-m", "crate_fast", "tune"]:
-        build_parser().parse_args(command[2:])
-    elif command[0] == "benchmarks/run.py":
-        run.parse(command[1:])
-    else:
-        assert command[0] == "benchmarks/precision.py"
-        precision.parse(command[1:])
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c[1] != "pytest"], ids=shlex.join)
-def test_what_is_called_takes_its_arguments(command, precision):
-    parse(command, precision)
+ROOT = BENCHMARKS.parent
+FACTS = {"device": "some GPU", "architecture": "sm_90", "torch": "2", "triton": "3", "driver": None}
+REHEARSED = (
+    "parity tiny", "parity base", "train base", "ours alone base", "published alone tiny", "layer and operations tiny",
+    "tests 1/1", "graph tiny", "inference graphs tiny", "precision", "tune tiny", "train tiny tuned", "photographs",
+)  # fmt: skip
+"""Of every kind of step, mode and end."""
 
 
-def test_the_tests_it_runs_cover_devices_dtypes_widths_sizes_and_streams():
-    (command,) = (c for c in COMMANDS if c[1] == "pytest")
-    result = subprocess.run(
-        [sys.executable, *command, "--collect-only"], cwd=gpu.ROOT, capture_output=True, text=True, check=False
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A bare copy of what is committed of the project; nothing of it is installed."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("benchmarks", "crate_fast", "kernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def command(checkout: Path, *flags) -> dict:
+    """The arguments of subprocess for `gpu.py` in a checkout, away from it."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    return {
+        "args": [sys.executable, checkout / "benchmarks" / "gpu.py", *map(str, flags)],
+        "env": environment | {"CUDA_VISIBLE_DEVICES": ""}, "cwd": checkout.parent, "text": True,
+    }  # fmt: skip
+
+
+def records(state: Path) -> dict[str, dict]:
+    return {record["step"]: record for record in json.loads((state / "results.json").read_text())["records"]}
+
+
+def test_the_queue_is_rehearsed_from_a_bare_checkout(checkout, tmp_path):
+    flags = ("--rehearse", "--only", ",".join(REHEARSED), "--state", tmp_path / "state")
+    done = subprocess.run(**command(checkout, *flags), capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records(tmp_path / "state")
+    assert {name: record["outcome"] for name, record in found.items()} == dict.fromkeys(REHEARSED, "passed")
+    assert [(row["batch"], row["peer"], row.get("reason")) for row in found["train base"]["rows"]] == [
+        (16, "published", "out of memory"), (8, "published", None), (8, "sdpa", None), (8, "crate_fast", None),
+    ]  # fmt: skip
+    assert {row["peer"] for row in found["graph tiny"]["rows"] if row["samples"] == 2} == set(gpu_steps.SIDE_BY_SIDE)
+    assert 0 <= found["photographs"]["rows"][0]["waiting"] <= 1
+    assert {path.name for path in (tmp_path / "state").iterdir()} == {"results.json", "shapes.json"}
+    assert len(json.loads((tmp_path / "state" / "shapes.json").read_text())["rehearsal"]) >= 9
+
+
+def test_what_was_killed_goes_on_elsewhere(checkout, tmp_path):
+    """Killed while the second step runs; the state is carried to another folder, where only the rest is run."""
+    flags = ("--rehearse", "--state")
+    with subprocess.Popen(**command(checkout, *flags, tmp_path / "here"), stdout=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if line.startswith("parity tiny"):
+                break
+        process.send_signal(signal.SIGKILL)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    before = (tmp_path / "there" / "results.json").read_text()
+    assert [record["step"] for record in json.loads(before)["records"]] == ["parity tiny"]
+    done = subprocess.run(**command(checkout, *flags, tmp_path / "there", "--budget", 72), capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "train tiny: passed" in done.stdout and "parity tiny:" not in done.stdout
+    assert "compiled tiny: left for the next call" in done.stdout
+    assert records(tmp_path / "there")["parity tiny"] == json.loads(before)["records"][0]
+
+
+COMPILED_AHEAD = """
+import sys
+from pathlib import Path
+from unittest import mock
+import torch
+import triton
+import gpu_ahead, gpu_cache
+from crate_fast import kernels, functional
+from triton.compiler.compiler import CompiledKernel
+
+def run():
+    w = torch.zeros(1, 16, 32, dtype=torch.float16)
+    functional.mssa(w, 2, backend="triton")
+
+scratch = Path(sys.argv[2])
+if __name__ == "__main__" and sys.argv[1] == "ahead":
+    gpu_ahead.compile_ahead(Path(sys.argv[3]), scratch, run)
+elif __name__ == "__main__":
+    gpu_cache.unpack(Path(sys.argv[3]) / "kernels.tar.xz", scratch / "triton")
+    hits = []
+    triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+    driver = mock.Mock(**{"get_current_target.return_value": gpu_ahead.TARGET, "get_current_device.return_value": 0})
+    with mock.patch.object(triton.runtime.driver, "_active", driver), mock.patch.object(kernels, "INTERPRETED", True), \\
+         mock.patch.object(CompiledKernel, "run", lambda *_: None), \\
+         mock.patch.object(CompiledKernel, "launch_metadata", lambda *_: None):
+        run()
+    print(hits)
+"""
+
+
+def test_a_kernel_compiled_ahead_is_not_compiled_again_in_another_folder(tmp_path):
+    """By Triton's own launch code, with a driver's stand-in, in a process that finds the cache where it was not written."""
+    (tmp_path / "script.py").write_text(COMPILED_AHEAD)
+
+    def start(what: str, scratch: Path) -> str:
+        environment = os.environ | gpu_cache.environment(scratch / "triton") | {"TRITON_INTERPRET": "0"}
+        environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{BENCHMARKS}"
+        scratch.mkdir()
+        arguments = [sys.executable, tmp_path / "script.py", what, scratch, tmp_path / "state"]
+        return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert "1 kernels for sm_90" in start("ahead", tmp_path / "here")
+    shutil.rmtree(tmp_path / "here")
+    assert start("launch", tmp_path / "there") == "[True]\n"
+    files = [path for path in (tmp_path / "there" / "triton").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files if path.name != "lock"} <= set(gpu_cache.KEPT)
+
+
+def test_a_second_process_waits_for_the_first_to_compile(tmp_path):
+    script = (
+        "import sys, time, gpu_cache\n"
+        "cache = gpu_cache.SharedCache('key')\n"
+        "if cache.get_group('kernel.json') is None:\n"
+        "    print('compiles', flush=True)\n"
+        "    time.sleep(0.5)\n"
+        "    cache.put_group('kernel.json', {'kernel.json': cache.put('{}', 'kernel.json', binary=False)})\n"
     )
-    assert result.returncode == 0, result.stdout
-    text = result.stdout
-    assert "[cpu" not in text
-    for size in gpu.SIZES:
-        assert f"test_16_bit_gradients_are_as_exact_as_the_published_code[{size}-bfloat16]" in text
-        for row in ("float32-auto", "bfloat16-auto", "bfloat16-float32", "float16-auto", "float16-float16"):
-            assert f"test_models_have_parity[{size}-inference-{row}]" in text
-    for width in (16, 24, 48, 64, 80, 128):
-        for dtype in (torch.float16, torch.bfloat16):
-            name = f"{dtype}".removeprefix("torch.")
-            assert (
-                f"test_mssa_in_half_precision_is_no_worse_than_the_published_operations[cuda-{name}-{width}]" in result.stdout
-            )
-
-
-def test_it_all_fits_in_25_minutes_of_calls_of_ten():
-    limits = [stage.seconds for stage in gpu.stages(gpu.RESULTS, "device").values()]
-    assert sum(limits) <= 25 * 60
-    assert max(limits) <= 9 * 60
+    environment = os.environ | gpu_cache.environment(tmp_path) | {"PYTHONPATH": str(BENCHMARKS)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    assert sorted(process.communicate()[0] for process in processes) == ["", "", "compiles\n"]
 
 
 @pytest.fixture
-def stand_in(monkeypatch, tmp_path):
-    """Runs stages made of Python programs; (status, whether the last of them ran)."""
-    facts = {"device": "some GPU", "driver": None, "torch": "", "triton": ""}
-    monkeypatch.setattr(gpu, "machine", lambda device: facts)
+def place(tmp_path, monkeypatch):
+    """Runs steps made of Python functions; (whether none failed, the state)."""
+    monkeypatch.setattr("gpu_process.GPU", torch.device("cpu"))
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
 
-    def start(names: str, seconds: float = 60, **programs: str) -> tuple[int, bool]:
-        last = tmp_path / "last"
-        programs = {"parity": "", "tune": "", "run": f"open({str(last)!r}, 'w')"} | programs
-        stages = {name: gpu.Stage(seconds, [["-c", program]]) for name, program in programs.items()}
-        monkeypatch.setattr(gpu, "stages", lambda out, device: stages)
-        status = gpu.run_stages(gpu.parse(["--stages", names]), tmp_path)
-        return status, last.exists()
+    def start(budget: float = 60.0, **steps):
+        kinds = {name: function for name, (function, _) in steps.items()}
+        monkeypatch.setattr(gpu_steps, "KINDS", kinds)
+        state = gpu_state.State(tmp_path / "state", tmp_path / "scratch", FACTS)
+        rows = [Step(name, name, {}, needs, work=0.1, seconds=3) for name, (_, needs) in steps.items()]
+        where = {"scratch": tmp_path / "scratch", "workers": 1, "rehearse": False, "name": "some GPU"}
+        return gpu.run_queue(rows, state, where, time.monotonic() + gpu.MARGIN + budget, False), state
 
     return start
 
 
-def test_parity_once_passed_lets_these_sources_be_timed(stand_in, monkeypatch, capsys):
-    assert stand_in("run") == (2, False)
-    assert "no speed without parity" in capsys.readouterr().err
-    assert stand_in("parity,tune") == (0, False)
-    assert stand_in("run") == (0, True)
-    monkeypatch.setattr(gpu, "digest", lambda: "other sources")
-    assert stand_in("run")[0] == 2
+def passes(options, place) -> None:
+    place.save([{"suite": "loop", "what": "it", "speed": 1.0}])
 
 
-@pytest.mark.parametrize(
-    ("program", "seconds", "words"),
-    [("raise SystemExit(3)", 60, "exit status 3"), ("while True: pass", 2, "cut off after 2 s")],
-)
-def test_a_stage_that_fails_or_takes_too_long_is_the_last(stand_in, capsys, program, seconds, words):
-    assert stand_in("parity,tune,run", seconds, parity=program) == (1, False)
-    assert words in capsys.readouterr().out
+def fails(options, place) -> None:
+    place.save([{"suite": "loop", "what": "the half", "speed": 1.0}])
+    raise ValueError("what went wrong")
+
+
+def has_no_room(options, place) -> None:
+    raise torch.OutOfMemoryError("too large")
+
+
+def hangs(options, place) -> None:
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"], check=False)
+
+
+def dies(options, place) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_what_fails_is_recorded_and_the_queue_goes_on(place):
+    good, state = place(
+        failing=(fails, ()), full=(has_no_room, ()), hanging=(hangs, ()), dying=(dies, ()), timed=(passes, ("failing",)),
+        last=(passes, ()),
+    )  # fmt: skip
+    outcomes = {record["step"]: record["outcome"] for record in state.records}
+    assert not good
+    assert outcomes == {
+        "failing": "failed", "full": "out of memory", "hanging": "cut off", "dying": "ended with -11", "last": "passed",
+    }  # fmt: skip
+    failed = state.record_of("failing")
+    assert "ValueError: what went wrong" in failed["last_lines"][-1]
+    assert [row["what"] for row in failed["rows"]] == ["the half"]
+
+
+def test_nothing_is_timed_before_these_kernels_have_passed_and_failures_come_last(place, monkeypatch, capsys):
+    assert place(parity=(fails, ()), timed=(passes, ("parity",)))[0] is False
+    assert "timed: not run, since this has not passed: parity" in capsys.readouterr().out
+    good, state = place(parity=(passes, ()), other=(passes, ()), timed=(passes, ("parity",)))
+    assert [record["step"] for record in state.records] == ["other", "parity"] and not good
+    good, state = place(parity=(fails, ()), other=(fails, ()), timed=(passes, ("parity",)))
+    assert good and state.outcome("timed") == "passed"
+    monkeypatch.setattr(gpu_state, "digest", lambda: "other kernels")
+    good, state = place(timed=(passes, ("parity",)))
+    assert not good and state.outcome("parity") == ""
+
+
+def test_parity_holds_for_an_architecture_and_times_for_a_device(tmp_path):
+    state = gpu_state.State(tmp_path, tmp_path / "scratch", FACTS)
+    for kind in ("parity", "train"):
+        state.add(Step(kind, kind, {}), {"outcome": "passed", "rows": []})
+    other = gpu_state.State(tmp_path, tmp_path / "scratch", FACTS | {"device": "another GPU"})
+    assert (other.outcome("parity"), other.outcome("train")) == ("passed", "")
+    newer = gpu_state.State(tmp_path, tmp_path / "scratch", FACTS | {"architecture": "sm_100"})
+    assert newer.outcome("parity") == ""
+
+
+def test_a_step_that_the_budget_cuts_off_is_as_if_it_had_not_begun(place, capsys):
+    good, state = place(1.0, hanging=(hangs, ()), last=(passes, ()))
+    assert good and state.records == []
+    assert "the next call starts it again" in capsys.readouterr().out
+
+
+def test_the_digest_covers_what_launches_kernels():
+    """All that crate_fast's model imports of the package, but what computes nothing."""
+    found, open_ = set(), {"model", "functional", "replay"}
+    while open_:
+        name = open_.pop()
+        found.add(name)
+        tree = ast.parse((ROOT / "crate_fast" / f"{name}.py").read_text())
+        modules = {
+            node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+        }
+        open_ |= {module for module in modules if (ROOT / "crate_fast" / f"{module}.py").exists()} - found
+    assert set(gpu_state.LAUNCHERS) == found - {"reference", "hub"}
+
+
+def test_the_queue_keeps_its_limits_and_begins_with_parity_and_speed_of_tiny():
+    steps = queue()
+    names = [step.name for step in steps]
+    assert names[:2] == ["parity tiny", "train tiny"] and len(set(names)) == len(names)
+    for place_, step in enumerate(steps):
+        assert step.seconds <= (240 if step.name.startswith("compiled") else 120)
+        assert set(step.needs) <= set(names[:place_])
+        assert step.kind in gpu_steps.KINDS
+        assert step.kind in ("parity", "tests") or any(need.split()[0] in ("parity", "tests", "tune") for need in step.needs)
+    home, spent = set(), 0.0
+    for step in steps:
+        spent += step.estimate(14)
+        home |= {step.name} if spent < 540 - gpu.MARGIN else set()
+    assert {"train tiny", "inference tiny", "train base"} <= home
+
+
+def test_every_gpu_test_is_in_one_part():
+    items = list(range(171))
+    config = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: None))
+    found = []
+    for part in range(SHARDS):
+        config.getoption, own = lambda name, part=part: f"{part}/{SHARDS}", list(items)
+        gpu_shard.pytest_collection_modifyitems(config, own)
+        found += own
+    assert found == items
+
+
+def test_batches_are_planned_for_the_largest_peer(monkeypatch):
+    monkeypatch.setattr(gpu_speed, "memory_gib", lambda device: 78.0)
+    first = {size: gpu_speed.planned(size, "published", None)[0] for size in ("tiny", "small", "base", "large")}
+    assert first == {"tiny": 1024, "small": 1024, "base": 512, "large": 256}
+    assert all(gpu_speed.planned(size, "crate_fast", None)[0] == 1024 for size in first)
+    assert gpu_speed.own_most("base", "published", None)[:2] == [976, 928]
+
+
+def test_wheels_are_unpacked_only_where_something_is_missing(tmp_path, monkeypatch):
+    import zipfile
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("torch", "not_here_at_all"):
+        with zipfile.ZipFile(tmp_path / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", "")
+    gpu.use_wheels(tmp_path, tmp_path / "packages")
+    assert [path.name for path in (tmp_path / "packages").iterdir()] == ["not_here_at_all"]
+    assert sys.path[-1] == str(tmp_path / "packages")
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--stages", "speed"], "--stages names 'speed'; allowed are parity"), (["--out", __file__], "no directory")],
+    [(["--only", "speed"], "--only names 'speed'; allowed are "), (["--state", __file__], "no directory")],
 )
 def test_wrong_arguments_are_named(flags, words, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -104,14 +305,7 @@ def test_wrong_arguments_are_named(flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_what_it_would_run_is_shown_without_a_gpu(capsys):
-    assert gpu.main(["--dry-run", "--stages", "tune"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "tune, at most 300 s:"
-
-
-def test_without_a_gpu_it_is_one_line():
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, BENCHMARKS / "gpu.py"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "gpu.py: error: this command needs a CUDA GPU, and PyTorch finds none here\n"
+def test_without_a_gpu_it_is_one_line(tmp_path):
+    done = subprocess.run(**command(ROOT, "--state", tmp_path), capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gpu.py: error: this command needs a CUDA GPU, and PyTorch finds none here\n"

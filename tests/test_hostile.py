@@ -1,5 +1,6 @@
 """Files from strangers: nothing in them is executed, nothing takes more memory than they have bytes, no link is followed."""
 
+import random
 import resource
 import shutil
 import struct
@@ -93,6 +94,20 @@ def test_deep_metadata_are_told_in_a_line(tmp_path, run):
     save_file(load_checkpoint(run.model).state_dict(), tmp_path / "deep.safetensors", metadata={"crate_fast": DEEP})
     with pytest.raises(CheckpointError, match="nested too deeply"):
         load_checkpoint(tmp_path / "deep.safetensors")
+
+
+def test_no_flipped_bit_loads_as_other_weights(tmp_path, run, capsys):
+    content, right = run.model.read_bytes(), load_checkpoint(run.model).state_dict()
+    generator = random.Random(0)
+    for place in [*range(8, 8 + 300, 7), *(generator.randrange(len(content)) for _ in range(200))]:
+        changed = bytearray(content)
+        changed[place] ^= 1 << generator.randrange(8)
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        try:
+            found = load_checkpoint(tmp_path / "model.safetensors").state_dict()
+        except CheckpointError:
+            continue
+        assert all(torch.equal(found[name], value) for name, value in right.items()), place
 
 
 @pytest.mark.parametrize("what", ["no checkpoint", "a checkpoint"])

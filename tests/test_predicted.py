@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from pipes import Kernel, kernel_of, resident, work
 
 import pytest
 import triton
@@ -14,7 +15,6 @@ import constants
 import predicted_report
 from copies import Copy, Moved
 from machine_code import Code, Instruction, Step
-from pipes import Kernel, kernel_of, resident, work
 from replay import clocks_of_program
 
 COMMITTED = json.loads((BENCHMARKS / "results" / "predicted.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from ..files import parse_json
 from ..model import CRATE
+from ..pictures import SUFFIXES, find_pictures, read_picture, tell_left_out
+from ..transform import MAIN
 from .views import InspectionError
 
 if TYPE_CHECKING:
@@ -18,7 +22,6 @@ if TYPE_CHECKING:
 
 MODES = {1: "L", 3: "RGB"}
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, as Pillow converts
-SIXTEEN_BITS = 65535
 
 
 class PhotoError(InspectionError):
@@ -26,11 +29,12 @@ class PhotoError(InspectionError):
 
 
 class Normalisation:
-    """(pixels − mean) / std by channel, for pixels of 0..1; what a run's config.json says, else that of ImageNet."""
+    """(pixels − mean) / std by channel, of pixels of 0..1: the weights' own, else a run's config.json's, else ImageNet's."""
 
     def __init__(self, model: CRATE, source: str | Path) -> None:
         self._mode = _mode(model)
-        own = _of_run(Path(source))
+        stored = model.transform
+        own = stored[1:] if stored is not None and stored.mean is not None else _of_run(Path(source))
         self.mean, self.std = own or _of_imagenet(model.channels)
         self.origin = "its run's" if own else "ImageNet's"
         if not all(len(values) == model.channels for values in (self.mean, self.std)):
@@ -80,24 +84,13 @@ def to_array(image: Image) -> Tensor:
 
 
 def read_photo(path: str | Path) -> Image:
-    """The photograph at `path` as RGB, turned as its camera says, transparent parts on white; of an animation the first.
+    """`read_picture` of the photograph at `path`.
 
     Raises:
         PhotoError: the file is missing, damaged, or no image that Pillow reads.
     """
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16") or image.mode == "I":
-                image = image.convert("I").point(lambda value: value * (255 / SIXTEEN_BITS)).convert("L")
-            if image.mode == "F":
-                raise ValueError("pixels of floating point have no known white")
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+        return read_picture(path)
     except Exception as error:  # whatever a damaged file makes of the decoder
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
         raise PhotoError(f"{path}: cannot be read as an image ({reason})") from error
@@ -109,26 +102,30 @@ def find_photos(folder: str | Path) -> list[Path]:
     Raises:
         InspectionError: it is no directory, or has none.
     """
-    from ..training.folder import SUFFIXES
-
-    folder = Path(folder)
+    folder, left_out = Path(folder), Counter()
     if not folder.is_dir():
         raise InspectionError(f"{folder}: no such directory of images")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = [Path(path) for path in find_pictures(folder, left_out)]
+    tell_left_out(folder, left_out, sys.stdout)
     if not found:
         raise InspectionError(f"{folder}: no images in it ({', '.join(SUFFIXES)})")
     return found
 
 
-def photo_batches(paths: list[Path], model: CRATE, normalise: Normalisation, batch_size: int) -> Iterator[Tensor]:
-    """The photographs scaled until they cover the model's image, their middle cut out: (batch, channels, height, width)."""
-    from PIL import Image, ImageOps
+def photo_batches(
+    paths: list[Path], model: CRATE, normalise: Normalisation, batch_size: int, crop: float | None = None
+) -> Iterator[Tensor]:
+    """The photographs as the model is evaluated on them: (batch, channels, height, width).
 
-    height, width = model.image_size
+    `crop`, see `Transform`, is that stored with the weights where it is None, else main.py's.
+    """
+    from ..training.augment import central_crop
+
+    crop = (model.transform or MAIN).crop if crop is None else crop
     device = model.pos_embedding.device
     for start in range(0, len(paths), batch_size):
         images = (read_photo(path) for path in paths[start : start + batch_size])
-        fitted = [normalise(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)) for image in images]
+        fitted = [normalise(central_crop(image, model.image_size, crop)) for image in images]
         yield torch.cat(fitted).to(device)
 
 

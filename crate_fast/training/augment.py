@@ -45,19 +45,21 @@ def random_crop(image: Image.Image, size: int, least: float, draw: np.random.Gen
     return image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BILINEAR)
 
 
-def central_crop(image: Image.Image, size: int, part: float) -> Image.Image:
-    """The central square with sides of `part` of the short side, as (size, size) pixels; 0: all of the image, squeezed."""
+def central_crop(image: Image.Image, size: tuple[int, int], part: float) -> Image.Image:
+    """The middle of the image as (height, width) pixels: `part` of the largest rectangle of that shape; 0: all, squeezed."""
+    height, width = size
     if part == 0:
-        return image.resize((size, size), Image.Resampling.BILINEAR)
-    image = short_side(image, max(size, round(size / part)))
-    left, top = (round((length - size) / 2) for length in image.size)
-    return image.crop((left, top, left + size, top + size))
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+    image = cover(image, *(max(side, round(side / part)) for side in size))
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
-def short_side(image: Image.Image, short: int) -> Image.Image:
-    """The image with `short` pixels on its short side, bilinearly with antialiasing."""
-    width, height = image.size
-    new = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+def cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The image as small as it covers (height, width) pixels, one side of it equal, bilinearly with antialiasing."""
+    own_width, own_height = image.size
+    narrow = own_width * height <= own_height * width
+    new = (width, int(width * own_height / own_width)) if narrow else (int(height * own_width / own_height), height)
     return image.resize(new, Image.Resampling.BILINEAR)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 
 from ..backend import BACKENDS
 from ..model import POOLS
+from ..transform import LEAST_CROP, allowed_crop
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ARCHITECTURES = ("CRATE_tiny", "CRATE_small", "CRATE_base", "CRATE_large")
@@ -141,6 +142,8 @@ class TrainConfig:
         for name in ("compile", "cuda_graphs"):
             if self.strategy == "fsdp" and getattr(self, name) == "yes":
                 raise ConfigError(f"{flag(name)} is 'yes' and --strategy is 'fsdp'; a model in parts runs as it is")
+        if not allowed_crop(self.eval_crop):
+            raise ConfigError(f"--eval-crop is {self.eval_crop}; it must be 0, or from {LEAST_CROP} to 1")
         self._check_augmentation()
 
     def _check_augmentation(self) -> None:

@@ -39,36 +39,35 @@ class Data(Protocol):
     def describe(self) -> dict: ...
 
 
-def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
-    """The data that `config` asks for.
+def open_data(config: TrainConfig, device: torch.device, ranks: Ranks, size: tuple[int, int] | None = None) -> Data:
+    """The data that `config` asks for; test images of `size`, (height, width), or None: of --image-size.
 
     Raises:
         ConfigError: it is not there or damaged, or --classes is another number than it has.
     """
-    data = _open(config, device, ranks)
+    data = _open(config, device, ranks, size or (config.image_size, config.image_size))
     if config.classes is not None and config.classes != data.classes:
         raise ConfigError(f"--classes is {config.classes}; {data.name} has {data.classes}")
     return data
 
 
-def _open(config: TrainConfig, device: torch.device, ranks: Ranks) -> Data:
-    size = (config.image_size, config.image_size)
+def _open(config: TrainConfig, device: torch.device, ranks: Ranks, size: tuple[int, int]) -> Data:
     if config.data == "digits":
         return Digits(size, device, rotate=config.rotate, zoom=config.zoom, shift=config.shift)
     if config.data == "synthetic":
-        return Synthetic(config, device)
+        return Synthetic(config, size, device)
     require("PIL")
     if config.data in SETS or config.data in OXFORD:
         opener = open_cifar if config.data in SETS else open_oxford
         ranks.share(lambda: opener(config.data, config.data_dir) and None)  # one process downloads
         found = opener(config.data, config.data_dir)
         if config.data in OXFORD:
-            return Photos(config.data, *found, config, device, ranks, "a smaller --image-size")
+            return Photos(config.data, *found, config, device, ranks, "a smaller --image-size", evaluated_size=size)
         require("cv2")
-        return Resident(config.data, *found, config, device)
+        return Resident(config.data, *found, config, device, size)
     if is_packed(config.data):
         require("cv2", "simplejpeg")
-        return Packed(open_packs(config.data), config, device, ranks)
+        return Packed(open_packs(config.data), config, device, ranks, size)
     train, test, names = open_folder(config.data)
     packs = f"packs: crate-fast prepare imagenet {shlex.quote(config.data)} DST, then train --data DST"
-    return Photos("folder", train, test, len(names), config, device, ranks, packs, names)
+    return Photos("folder", train, test, len(names), config, device, ranks, packs, names, size)

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
+from ..pictures import read_picture
 from ..reading import first_line
-from .augment import short_side
+from .augment import cover
 from .packs import JPEG, RAW, Encoded, Unreadable, decode_jpeg
+
+JPEG_START = b"\xff\xd8\xff"
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,14 @@ def encode(path: str, name: str, label: int, lossless: bool, settings: Settings)
 def _encode(content: bytes, name: str, label: int, lossless: bool, settings: Settings) -> Encoded:
     if not content:
         raise ValueError("the file is empty")
-    with Image.open(io.BytesIO(content)) as opened:
-        is_jpeg, image = opened.format == "JPEG", opened.convert("RGB")
+    image = read_picture(io.BytesIO(content))
     reduced = 0 < settings.short_side < min(image.size)
-    image = short_side(image, settings.short_side) if reduced else image
+    image = cover(image, settings.short_side, settings.short_side) if reduced else image
     pixels = np.asarray(image)
     size = (*pixels.shape[:2], label, name)
     if settings.raw or (lossless and reduced):
         return Encoded(pixels.tobytes(), RAW, *size)
-    if is_jpeg and not reduced and _decodes_to(content, pixels):
+    if content.startswith(JPEG_START) and not reduced and _decodes_to(content, pixels):
         return Encoded(content, JPEG, *size)
     if lossless:
         return Encoded(pixels.tobytes(), RAW, *size)

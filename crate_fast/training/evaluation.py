@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def evaluate_run(
     data_dir: str | None = None,
     workers: int | None = None,
     arch: str | None = None,
+    weights: str | None = None,
+    eval_crop: float | None = None,
 ) -> Score:
     """The score of a trained model on its test images; under torchrun, of all processes together.
 
@@ -41,6 +44,9 @@ def evaluate_run(
             on such a machine; the digits, or main.py's settings for other data, where there is no run.
         device: as in training.
         arch: the size that the model must have, if any.
+        weights: "last" or "mean", as in `load_checkpoint`.
+        eval_crop: the part of an image that is seen, 0: all, squeezed; None: as stored with the weights, else as in the run,
+            else as the published script does whose checkpoint it is.
 
     Raises:
         CheckpointError: the model's file is missing, damaged or something else.
@@ -50,16 +56,19 @@ def evaluate_run(
     """
     path, ranks = Path(path), read_ranks()
     asked = {"backend": backend, "precision": precision, "batch_size": batch_size, "data": data, "data_dir": data_dir}
-    asked = {name: value for name, value in (asked | {"workers": workers}).items() if value is not None}
+    asked |= {"workers": workers, "eval_crop": eval_crop}
+    asked = {name: value for name, value in asked.items() if value is not None}
     settings = _settings(path, asked)
     file = model_file(path)
     compute = choose_compute(device, settings.precision, ranks)
     check_kernels(settings.backend, device, compute)
     join(ranks, compute.device)
-    model = _load(file, settings, arch)
-    images = open_data(replace(settings, image_size=model.image_size[0], patch_size=model.patch_size[0]), compute.device, ranks)
+    model, run = _load(file, settings, arch, weights), _run_of(path)
+    if eval_crop is None:
+        settings = replace(settings, eval_crop=_crop_of(model, file, settings, known=run is not None, tell=ranks.first))
+    sizes = {"image_size": model.image_size[0], "patch_size": model.patch_size[0]}
+    images = open_data(replace(settings, **sizes), compute.device, ranks, model.image_size)
     _check_fits(model, images, file)
-    run = _run_of(path)
     if run is not None:
         run.check_same_data(images.describe(), CLASS_NAMES)
     batches = images.test_batches(max(1, settings.batch_size // ranks.count), ranks)
@@ -89,8 +98,19 @@ def _settings(path: Path, asked: dict) -> TrainConfig:
     return replace(own, classes=None, **still | asked)
 
 
-def _load(file: Path, settings: TrainConfig, arch: str | None) -> CRATE:
-    model = load_checkpoint(file, backend=settings.backend)
+def _crop_of(model: CRATE, file: Path, settings: TrainConfig, known: bool, tell: bool) -> float:
+    """--eval-crop of a model: what its file says, else its run (`known`), else main.py, which a line on stderr says."""
+    if model.transform is not None:
+        return model.transform.crop
+    if not known and settings.data != "digits" and tell:
+        line = f"nothing in it tells how its images are cut; taken as in main.py: --eval-crop {settings.eval_crop}"
+        print(f"crate-fast: {file}: {line}", file=sys.stderr)
+    return settings.eval_crop
+
+
+def _load(file: Path, settings: TrainConfig, arch: str | None, weights: str | None) -> CRATE:
+    """The model in float32, to which `precision` refers, whatever its file has."""
+    model = load_checkpoint(file, backend=settings.backend, weights=weights).float()
     if arch is not None and any(getattr(model.transformer, name) != SIZES[arch.removeprefix("CRATE_")][name] for name in SAID):
         size = ", ".join(f"{name} {getattr(model.transformer, name)}" for name in SAID)
         raise ConfigError(f"--arch is {arch}; {file} holds a model of {size}")

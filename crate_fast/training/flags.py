@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..arguments import number, whole
 from .config import ARCHITECTURES, OPTIMIZERS
 
 VISION = "the published vit_* models are not part of this package (timm has them); use " + ", ".join(ARCHITECTURES)
@@ -28,22 +29,6 @@ class Published(NamedTuple):
     fate: str = "known"
     read: Callable[[str], object] | None = str
     value: object = None
-
-
-def whole(text: str) -> int:
-    """A whole number of a published flag, which is checked where it is used."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a whole number") from None
-
-
-def number(text: str) -> float:
-    """A number of a published flag, which is checked where it is used."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a number") from None
 
 
 def architecture(text: str) -> str:
@@ -70,7 +55,10 @@ def data_set(text: str) -> str:
 
 def augmentation(text: str) -> str:
     """What --randomaug means: 1 RandAugment, 0 TrivialAugment (not: nothing)."""
-    return "randaugment" if whole(text) else "trivial"
+    meant = {"0": "trivial", "1": "randaugment"}
+    if text not in meant:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be 0 or 1")
+    return meant[text]
 
 
 def weights(text: str) -> str | None:

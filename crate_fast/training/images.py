@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..pictures import READER
 from . import rundir
 from .augment import central_crop, erase, flip, randaugment, random_crop, trivialaugment
 from .config import TrainConfig
@@ -58,7 +59,8 @@ class TrainSamples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        return _read(self._store, index, self._config.image_size, lambda image: self._change(image, epoch, index))
+        size = (self._config.image_size,) * 2
+        return _read(self._store, index, size, lambda image: self._change(image, epoch, index))
 
     def _change(self, image: Image.Image, epoch: int, index: int) -> np.ndarray:
         config, draw = self._config, np.random.default_rng((self._config.seed, epoch, index))
@@ -73,23 +75,25 @@ class TrainSamples(Dataset):
 class TestSamples(Dataset):
     """Images by their index, as evaluation sees them."""
 
-    def __init__(self, store: Store, config: TrainConfig) -> None:
-        self._store, self._size, self._part = store, config.image_size, config.eval_crop
+    def __init__(self, store: Store, size: tuple[int, int], part: float) -> None:
+        self._store, self._size, self._part = store, size, part
 
     def __getitem__(self, index: int) -> Sample:
         return _read(self._store, index, self._size, lambda image: np.asarray(central_crop(image, self._size, self._part)))
 
 
-def _read(store: Store, index: int, size: int, change) -> Sample:
+def _read(store: Store, index: int, size: tuple[int, int], change) -> Sample:
     try:
         return Sample(change(store.read(index)), store.label(index))
     except Exception as error:  # whatever a damaged file makes of the decoder
         problem = f"{store.place(index)}: {str(error).strip() or type(error).__name__}"
-        return Sample(np.zeros((size, size, 3), np.uint8), IGNORED, problem)
+        return Sample(np.zeros((*size, 3), np.uint8), IGNORED, problem)
 
 
 class Photos:
     """Training and test images of a `Store` each, in batches on `device`; what is `quicker` is for advice.
+
+    Test images are of `evaluated_size`, (height, width) in pixels; None: squares of the training images' side.
 
     Raises (while it is iterated):
         UnreadableError: more than `config.max_unreadable` images cannot be read.
@@ -108,6 +112,7 @@ class Photos:
         ranks: Ranks,
         quicker: str,
         class_names: list[str] | None = None,
+        evaluated_size: tuple[int, int] | None = None,
     ) -> None:
         self.name, self.classes, self._config, self._device = name, classes, config, device
         self._train, self._test, self.class_names = train, test, class_names
@@ -115,6 +120,7 @@ class Photos:
         self._workers = -(-config.workers // ranks.local_count)
         self._unreadable: set[str] = set()
         self._normalise = Normalise(device)
+        self._evaluated_size = evaluated_size or (config.image_size, config.image_size)
         self.train_count, self.test_count = len(train), len(test)
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,18 +134,18 @@ class Photos:
         """This process's share of the test images, in order."""
         share = share_of(self.test_count, ranks)
         keys = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
-        yield from self._load(TestSamples(self._test, self._config), keys)
+        yield from self._load(TestSamples(self._test, self._evaluated_size, self._config.eval_crop), keys)
 
     def describe(self) -> dict:
         """What config.json says of them."""
-        return describe(self)
+        return describe(self) | {rundir.READER: READER}
 
     def _load(self, samples: Dataset, keys: list[list]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             samples,
             batch_sampler=keys,
             num_workers=self._workers,
-            collate_fn=partial(_collate, self._config.image_size),
+            collate_fn=partial(_collate, self._evaluated_size),
             pin_memory=self._device.type == "cuda",
             prefetch_factor=PREFETCH if self._workers else None,
             worker_init_fn=start_worker,
@@ -180,8 +186,8 @@ class Normalise:
         return rows.view(n, height, width, 3).permute(0, 3, 1, 2)
 
 
-def _collate(size: int, samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
-    pixels = np.stack([sample.pixels for sample in samples]) if samples else np.empty((0, size, size, 3), np.uint8)
+def _collate(size: tuple[int, int], samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    pixels = np.stack([sample.pixels for sample in samples]) if samples else np.empty((0, *size, 3), np.uint8)
     problems = [sample.problem for sample in samples if sample.problem]
     return torch.from_numpy(pixels), torch.tensor([sample.label for sample in samples], dtype=torch.int64), problems
 
@@ -232,8 +238,8 @@ class Synthetic:
     train_count, test_count = 1_281_167, 50_000
     advice = None
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self._shape, self._device, self._seed = (3, config.image_size, config.image_size), device, config.seed
+    def __init__(self, config: TrainConfig, size: tuple[int, int], device: torch.device) -> None:
+        self._shape, self._device, self._seed = (3, *size), device, config.seed
         self.classes = config.classes or self.classes
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

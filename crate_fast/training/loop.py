@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -199,6 +200,12 @@ class Trainer:
         score = evaluate(self.evaluated_model, batches, self.compute, self.ranks, between=self._pause)
         self.evaluated += 1
         self._log("test", score)
+        if not math.isfinite(score.loss):
+            raise TrainingError(
+                f"the loss on the test images is not finite after step {self.step} of {self.steps} (epoch {self.evaluated}), "
+                f"though that in training is; a new run with a lower --lr may help, from --init too; "
+                f"the last good checkpoint is {self.checkpoints.newest_before(self.step) or 'none'}"
+            )
         best = score.top1 > self.best
         self.score, self.best = score, max(self.best, score.top1)
         if self.evaluated % self.config.checkpoint_every == 0 or self.evaluated == self.config.epochs or best:
@@ -219,11 +226,10 @@ class Trainer:
         if bad_step == NEVER:
             return
         lr = learning_rate_at(bad_step, self.plan.steps, self.config)
-        last = next(iter(self.checkpoints.numbered()), None)
         raise TrainingError(
             f"the loss or its gradient is not finite at step {bad_step} of {self.steps} (epoch "
             f"{(bad_step - 1) // self.plan.steps + 1}, learning rate {lr:.3g}); a lower --lr or a longer --warmup may help; "
-            f"the last good checkpoint is {last or 'none'}"
+            f"the last good checkpoint is {self.checkpoints.newest_before(bad_step - 1) or 'none'}"
         )
 
     def _pause(self) -> None:

@@ -51,13 +51,13 @@ class Tasks(Sampler):
 
 
 class Slots:
-    """Memory for `count` times `images` images of `size` pixels, shared with processes that are forked later.
+    """Memory for `count` times `images` images of `size`, (height, width), shared with processes that are forked later.
 
     It is no file in /dev/shm, which is small in many containers.
     """
 
-    def __init__(self, count: int, images: int, size: int, device: torch.device) -> None:
-        shape = (count, images, size, size, 3)
+    def __init__(self, count: int, images: int, size: tuple[int, int], device: torch.device) -> None:
+        shape = (count, images, *size, 3)
         self.arrays = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
         self._tensors, self._device = torch.from_numpy(self.arrays), device
         self._copied: dict[int, torch.cuda.Event] = {}
@@ -121,7 +121,7 @@ class Reader(Dataset):
             read_crop(split, index, box, out[place])
 
     def _fill_test(self, out: np.ndarray, indices: np.ndarray) -> None:
-        size, part = self._config.image_size, self._config.eval_crop
+        size, part = out.shape[1:3], self._config.eval_crop
         self._packs.val.want(indices)
         for place, index in enumerate(indices.tolist()):
             out[place] = np.asarray(central_crop(Image.fromarray(self._packs.val.pixels(index)), size, part))
@@ -150,22 +150,27 @@ def read_crop(split: Split, index: int, box: list[int], out: np.ndarray) -> None
 class Packed:
     """Training and validation images of packs, in batches on `device`; the interface is `data.Data`.
 
+    `size`, (height, width), is that of validation images; None: that of training images.
+
     Raises (while it is iterated):
         PackError: an image is not what was written.
     """
 
     name, channels = "packs", 3
 
-    def __init__(self, packs: Packs, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self, packs: Packs, config: TrainConfig, device: torch.device, ranks: Ranks, size: tuple[int, int] | None = None
+    ) -> None:
+        self._size = size = size or (config.image_size, config.image_size)
         self._packs, self._config, self._device = packs, config, device
         self.class_names = packs.classes
         self.classes, self.train_count, self.test_count = len(packs.classes), len(packs.train), len(packs.val)
         workers = -(-config.workers // ranks.local_count)
         part = -(-config.batch_size // (config.accumulate * ranks.count))
-        self._chunk = max(1, min(CHUNK, LARGEST // (3 * config.image_size**2)))
+        self._chunk = max(1, min(CHUNK, LARGEST // (3 * math.prod(size))))
         # Two parts ahead at least, else workers that are fast enough would still be waited for.
         prefetch = max(PREFETCH, -(-2 * part // (self._chunk * max(1, workers))))
-        self._slots = Slots(workers * prefetch + 2, self._chunk, config.image_size, device)
+        self._slots = Slots(workers * prefetch + 2, self._chunk, size, device)
         self._tasks = Tasks()
         self._loader = DataLoader(
             Reader(packs, config, self._slots),
@@ -233,8 +238,7 @@ class Packed:
     def _collect(self, arriving: Iterator[str | None], numbers: range, count: int) -> Tensor:
         """The chunks `numbers` as one part of `count` images on the device."""
         whole = self._device.type == "cpu" and len(numbers) == 1
-        size = self._config.image_size
-        pixels = None if whole else torch.empty(count, size, size, 3, dtype=torch.uint8, device=self._device)
+        pixels = None if whole else torch.empty(count, *self._size, 3, dtype=torch.uint8, device=self._device)
         for place, number in enumerate(numbers):
             # With the chunk that arrives now a task is given out for the slot of the chunk two before.
             self._slots.free((number - 2) % len(self._slots))

@@ -27,6 +27,7 @@ import numpy as np
 
 from ..checkpoint import write_atomically
 from ..files import parse_json
+from ..pictures import READER
 from .config import ConfigError
 from .encoding import Settings, encode
 from .folder import Photographs, open_folder
@@ -142,7 +143,7 @@ def _take(target: Path, source: Path, settings: Settings, splits: dict[str, Phot
     names = hashlib.sha256()
     for split, store in splits.items():
         names.update("".join(f"{split} {_name(store, i, source)}\n" for i in range(len(store))).encode())
-    ours = asdict(settings) | {"files": names.hexdigest()}
+    ours = asdict(settings) | {"files": names.hexdigest(), "reader": READER}
     if not (target / SETTINGS).is_file():
         text = json.dumps(ours, indent=2) + "\n"
         write_atomically(target / SETTINGS, lambda file: file.write(text.encode()))
@@ -151,10 +152,15 @@ def _take(target: Path, source: Path, settings: Settings, splits: dict[str, Phot
 
 def _check_same(path: Path, ours: dict) -> None:
     try:
-        theirs = parse_json(path.read_text(encoding="utf-8"))
+        theirs = {"reader": 1} | parse_json(path.read_text(encoding="utf-8"))
         differing = [name for name in ours if theirs[name] != ours[name]]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: damaged ({error}); packs need a folder of their own") from error
+    if "reader" in differing:
+        raise ConfigError(
+            f"{path.parent} was begun before images of 16 bits, transparent and turned ones were read as they are now, hidden "
+            "files left out and links followed; packs that are whole go on serving, others need a folder of their own"
+        )
     if "files" in differing:
         raise ConfigError(f"{path.parent} was begun with other files than SRC has now; they need a folder of their own")
     for name in differing:

@@ -20,13 +20,24 @@ BITS, HALF = 22, 11  # of Pillow's weights
 
 
 class Resident:
-    """Training and test images of `Pictures` on `device`, in batches; the interface is `data.Data`."""
+    """Training and test images of `Pictures` on `device`, in batches; the interface is `data.Data`.
+
+    `size`, (height, width), is that of test images; None: that of training images.
+    """
 
     channels, advice, class_names = 3, None, None  # the data set has its names
 
     def __init__(
-        self, name: str, train: Pictures, test: Pictures, classes: int, config: TrainConfig, device: torch.device
+        self,
+        name: str,
+        train: Pictures,
+        test: Pictures,
+        classes: int,
+        config: TrainConfig,
+        device: torch.device,
+        size: tuple[int, int] | None = None,
     ) -> None:
+        self._size = size or (config.image_size, config.image_size)
         self.name, self.classes, self._config, self._device = name, classes, config, device
         self._train, self._test = ((_to(part.pixels, device), _to(part.labels, device)) for part in (train, test))
         self._normalise, self._changes = Normalise(device), Changes(config, device, COLOUR)
@@ -43,19 +54,21 @@ class Resident:
                 draws = uniforms(config.seed, epoch, indices, CROP, CROP_DRAWS)
                 boxes = crop_boxes(draws, sides[indices], sides[indices], config.crop_least)
                 chosen = send(indices, self._device)
-                images = resample(pixels[chosen], boxes, config.image_size)
+                images = resample(pixels[chosen], boxes, (config.image_size, config.image_size))
                 yield self._normalise(self._changes(images, epoch, indices)), labels[chosen]
 
     def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the test images, in order."""
         pixels, labels = self._test
-        size, part, side = self._config.image_size, self._config.eval_crop, pixels.shape[1]
-        short = max(size, round(size / part)) if part else size
+        part, side = self._config.eval_crop, pixels.shape[1]
+        # As `augment.central_crop`: a square covers both sides of the model's image.
+        scaled = (max(max(length, round(length / part)) for length in self._size),) * 2 if part else self._size
+        windows = [(round((full - length) / 2), length) for full, length in zip(scaled, self._size, strict=True)]
         share = share_of(self.test_count, ranks)
         for start in range(share.start, share.stop, batch_size):
             chosen = slice(start, min(start + batch_size, share.stop))
             whole = np.tile([0, 0, side, side], (chosen.stop - start, 1))
-            images = resample(pixels[chosen], whole, short, (round((short - size) / 2), size))
+            images = resample(pixels[chosen], whole, scaled, windows)
             yield self._normalise(images), labels[chosen]
 
     def describe(self) -> dict:
@@ -63,8 +76,8 @@ class Resident:
         return describe(self)
 
 
-def resample(pixels: Tensor, boxes: np.ndarray, size: int, window: tuple[int, int] | None = None) -> Tensor:
-    """(n, size, size, 3) uint8: a rectangle of each image, squeezed into a square bilinearly with antialiasing.
+def resample(pixels: Tensor, boxes: np.ndarray, size: tuple[int, int], windows: list[tuple[int, int]] | None = None) -> Tensor:
+    """(n, rows, columns, 3) uint8: a rectangle of each image, squeezed into another bilinearly with antialiasing.
 
     Enlarged it is what Pillow makes of it, to the bit: weights are rounded to 22 bits, and each of two passes to whole numbers.
     A pass is two products in float32, one for each half of the weights' bits, so that both are exact.
@@ -72,15 +85,15 @@ def resample(pixels: Tensor, boxes: np.ndarray, size: int, window: tuple[int, in
     Args:
         pixels: (n, height, width, 3) uint8.
         boxes: (n, 4) top, left, height, width.
-        size: of the square.
-        window: (first, count) rows and columns of the square to be made; all if not given.
+        size: (height, width) of that.
+        windows: (first, count) of the rows of it to be made, and of the columns; all if not given.
     """
     n, height, width, _ = pixels.shape
     edges = send(boxes, pixels.device)
-    window = window or (0, size)
-    rows = _pass(_weights(edges[:, 1], edges[:, 3], width, size, window).unsqueeze(1), pixels)
-    squares = _pass(_weights(edges[:, 0], edges[:, 2], height, size, window), rows.flatten(2))
-    return squares.to(torch.uint8).view(n, window[1], window[1], 3)
+    down, across = windows or [(0, length) for length in size]
+    rows = _pass(_weights(edges[:, 1], edges[:, 3], width, size[1], across).unsqueeze(1), pixels)
+    made = _pass(_weights(edges[:, 0], edges[:, 2], height, size[0], down), rows.flatten(2))
+    return made.to(torch.uint8).view(n, down[1], across[1], 3)
 
 
 def _pass(weights: Tensor, pixels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ..backend import choose_backend
 from ..checkpoint import constructor_arguments, save_model
 from ..extras import TRAIN, require
 from ..model import CRATE
+from ..transform import transform_of
 from .compute import check_kernels, choose_compute
 from .config import ConfigError, TrainConfig
 from .data import Data, open_data
@@ -107,6 +108,8 @@ def _train(
     data = open_data(config, compute.device, ranks)
     if run is not None:
         run.check_same_data(data.describe())
+        if ranks.first:
+            run.warn_of_reader(data.describe())
     plan = make_plan(config, data.train_count, ranks)
     model = build_model(config, data)
     lines = [] if weights is None else [start_from(model, weights, config.init)]
@@ -129,7 +132,7 @@ def _train(
 def build_model(config: TrainConfig, data: Data) -> CRATE:
     """The CRATE that `config` asks for, with a head for `data`, on the CPU, its weights drawn from the seed."""
     torch.manual_seed(config.seed)
-    return CRATE(
+    model = CRATE(
         image_size=config.image_size,
         patch_size=config.patch_size,
         num_classes=data.classes,
@@ -145,6 +148,8 @@ def build_model(config: TrainConfig, data: Data) -> CRATE:
         lambd=config.lambd,
         backend=config.backend,
     )
+    model.transform = transform_of(config.eval_crop, data.describe())
+    return model
 
 
 def _check_out(config: TrainConfig, ranks: Ranks, resume: str | None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +26,16 @@ except ImportError:  # not on Windows, where runs are not kept apart
 RUNS = Path("runs")
 TEMPORARY = ".*.tmp"  # what is written aside, see `write_atomically`
 CLASS_NAMES = {"class_names": "the classes have other names, or another order"}
+READER = "reader"  # of folders' images, see `pictures.READER`
+COUNTED_ANEW = (
+    "; a run begun before this version may have counted hidden files, passed over linked folders and *.jfif, or read images of "
+    "16 bits, transparent or turned ones otherwise: go on with --data and a folder of just the images that it had, or begin a "
+    "new run from its weights with --init"
+)
+READ_ANEW = (
+    "begun before images of 16 bits, transparent and turned ones were read as they are now; with such images the run does not "
+    "go on to the same bits"
+)
 FACTS = {
     "name": "they are of another kind",
     "classes": "the number of classes is another",
@@ -98,7 +110,8 @@ class RunDirectory:
         write_atomically(self.config, lambda file: file.write(text.encode()))
 
     def log(self, **row) -> None:
-        """Adds one line to metrics.jsonl."""
+        """Adds one line to metrics.jsonl; a number that is not finite is null in it."""
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
         with open_own(self.metrics, "a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
@@ -152,9 +165,15 @@ class RunDirectory:
         before = self._read()["data"]
         for name, words in facts.items():
             if name in before and name in now and before[name] != now[name]:
+                why = COUNTED_ANEW if before.get(READER) != now.get(READER) else ""
                 raise ConfigError(
-                    f"--data: not what the run in {self.path} was started with: {words} ({now[name]}, not {before[name]})"
+                    f"--data: not what the run in {self.path} was started with: {words} ({now[name]}, not {before[name]}){why}"
                 )
+
+    def warn_of_reader(self, now: dict) -> None:
+        """Says on stderr where the run was started when images were read otherwise than `now`."""
+        if READER in now and self._read()["data"].get(READER) != now[READER]:
+            print(f"crate-fast: warning: {self.path}: {READ_ANEW}", file=sys.stderr)
 
     def read_launch(self) -> str | None:
         """The name of the launch that made the run, or None."""
@@ -164,8 +183,20 @@ class RunDirectory:
             return None
 
     def read_metrics(self) -> list[dict]:
-        """The rows of metrics.jsonl."""
-        return [parse_json(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        """The rows of metrics.jsonl; lines that are damaged are passed over, with a warning."""
+        rows, damaged = [], []
+        with open_own(self.metrics, "rb") as file:
+            lines = file.read().splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = parse_json(line)
+                rows.append({name: row[name] for name in ("step", "epoch", "split", "loss", "top1")} | row)
+            except (ValueError, KeyError, TypeError):
+                damaged.append(number)
+        if damaged:
+            told = f"{len(damaged):,} lines are damaged, line {damaged[0]} first; they are passed over"
+            print(f"crate-fast: warning: {self.metrics}: {told}", file=sys.stderr)
+        return rows
 
 
 def unlock() -> None:
@@ -186,7 +217,10 @@ def find_run(resume: str, out: str | None) -> RunDirectory | None:
         path = Path(resume)
         run = RunDirectory(path.parent.parent if path.suffix in (".pt", SUFFIX) else path)
         if not path.exists() or not run.config.is_file():
-            raise ConfigError(f"--resume is {resume}, which is neither a run directory nor a checkpoint in one")
+            raise ConfigError(
+                f"--resume is {resume}, which is neither a run directory nor a checkpoint in one; to start from "
+                "weights alone, which have no optimizer: --init"
+            )
         return run
     if out is None:
         raise ConfigError("--resume is 'auto', which goes on with the run in --out DIR; --out is not given")

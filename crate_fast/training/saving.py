@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -47,6 +48,10 @@ class Checkpoints:
         """
         names = sorted(os.listdir(self.folder), reverse=True)
         return [self.folder / name for name in names if name.startswith("step-") and name.endswith(self.suffix)]
+
+    def newest_before(self, step: int) -> Path | None:
+        """The newest checkpoint that was written after an earlier step than `step`, by its name."""
+        return next((path for path in self.numbered() if int(re.match(r"step-(\d+)", path.name)[1]) < step), None)
 
     def save(self, model: CRATE, step: int, best: bool, state: dict) -> Path:
         """Writes a checkpoint, and removes those that are no longer to be kept.

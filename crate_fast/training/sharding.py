@@ -110,6 +110,7 @@ class Sharded(Together):
         with torch.device("meta"):
             gathered = CRATE(**constructor_arguments(model))
         gathered.load_state_dict(weights, assign=True)
+        gathered.transform = model.transform
         return gathered
 
 

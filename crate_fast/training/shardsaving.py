@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..checkpoint import constructor_arguments, flush_folder, write_atomically
+from ..checkpoint import constructor_arguments, flush_folder, transform_entry, write_atomically
 from ..model import CRATE
 from ..reading import read_state
 from ..sharded import STATE, SUFFIX, TABLE, checksum
@@ -70,7 +70,7 @@ class ShardedCheckpoints(Checkpoints):
         absent = sorted(name for name in parts if not (aside / name).is_file())
         if absent:
             raise RuntimeError(f"{absent[0]} is not here: the processes do not share a disk")
-        content = {"arguments": constructor_arguments(model), "parts": parts, **state}
+        content = {"arguments": constructor_arguments(model), "parts": parts, **transform_entry(model), **state}
         write_atomically(aside / STATE, lambda file: torch.save(content, file))
         os.rename(aside, path)
         flush_folder(path.parent)

@@ -1,0 +1,127 @@
+"""Photographs as files, for every command alike: which of a folder's are taken, and how one becomes RGB."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, TextIO
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+READER = 2  # of `find_pictures` and `read_picture`: what a run or pack was made with, where they changed what is read
+ORIENTATION = 0x0112  # of EXIF: how a camera was held
+SIXTEEN_BITS = 65535
+PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+
+
+def read_picture(source: str | Path | BinaryIO) -> Image:
+    """The image in `source` as RGB, turned as its camera says, transparent parts on white; of an animation the first.
+
+    Grey of 16 bits is white at 65535; of 32 bits at 255 if its values fit in 8, at 65535 if they fit in 16; of floating point,
+    0 to 1, at 1.
+
+    Raises:
+        ValueError: its numbers have no known white.
+        Exception: whatever Pillow makes of a damaged file.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is odd in a file that can be read
+        return _read(source)
+
+
+def _read(source: str | Path | BinaryIO) -> Image:
+    from PIL import Image
+
+    with Image.open(source) as file:
+        file.load()
+        image = _turned(_in_bytes(file), _orientation(file))
+        if image.mode in PREMULTIPLIED:
+            image = image.convert(PREMULTIPLIED[image.mode])
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def _orientation(file: Image) -> int:
+    """How the file says that it was held, 1 to 8: upright where it does not, or where its EXIF cannot be read."""
+    try:
+        return file.getexif().get(ORIENTATION, 1)
+    except Exception:  # ImageNet has images with damaged EXIF, whose pixels are whole
+        return 1
+
+
+def _turned(image: Image, orientation: int) -> Image:
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _in_bytes(image: Image) -> Image:
+    """`image` itself, or, where its grey has more than 8 bits, that in 8 (mode "L", or "LA" where one value is transparent)."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(image if image.mode in ("F", "I") else image.convert("I"))
+    eight = image.mode == "I" and image.format == "TIFF" and values.max() <= 255  # 32 bits that hold what 8 do
+    white = 1 if image.mode == "F" else 255 if eight else SIXTEEN_BITS
+    if not (values.min() >= 0 and values.max() <= white):  # not: NaN is neither
+        raise ValueError(f"its grey is {values.min()} to {values.max()}; what is white is known of 0 to {white}")
+    grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def find_pictures(folder: Path, left_out: Counter) -> list[str]:
+    """The paths of the images in `folder` and the folders in it, sorted; links are followed, hidden names ignored.
+
+    `left_out` counts what is not taken, by the reason in words.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    return sorted(_walk(str(folder), (os.path.realpath(folder),), left_out))
+
+
+def _walk(folder: str, above: tuple[str, ...], left_out: Counter) -> list[str]:
+    found = []
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            left_out["hidden"] += 1
+        elif not os.path.exists(entry.path):
+            left_out["links to nothing"] += 1
+        elif entry.is_dir():
+            place = os.path.realpath(entry.path)
+            if place in above:
+                left_out["links to a folder that they lie in"] += 1
+            else:
+                found += _walk(entry.path, (*above, place), left_out)
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
+            found.append(entry.path)
+        else:
+            left_out["no images by their names"] += 1
+    return found
+
+
+def tell_left_out(folder: Path, left_out: Counter, where: TextIO) -> None:
+    """Says `where` what of `folder` was not taken, if anything; under torchrun once."""
+    if left_out.total() and os.environ.get("RANK", "0") == "0":
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()) if count)
+        print(f"crate-fast: {folder}: left out: {counts}", file=where, flush=True)
