@@ -116,21 +116,24 @@ def _layer(parameter, stream, operand, batch: int, tokens: int, dim: int, head_w
     settings = layer.LayerSettings(heads, head_width**-0.5, 1e-5, 1e-5, 0.01)
     prepared = list(layer.prepare_layers(layer.stack_weights([weights]), 0.01, operand)[0])
     x = _empty(batch, tokens, dim, dtype=stream)
-    saved = layer.layer_forward.body(x, prepared, vector, vector, heads, settings.scale, 1e-5, 1e-5)
-    *saved, sums = saved
-    scale, vector = _empty(1, dtype=torch.float32), _empty(dim, dtype=torch.float32)
+    _, moments = stack.enter_forward.body(_empty(batch, tokens, dim, dtype=parameter), stream)
+    saved = layer.layer_forward.body(x, moments, prepared, vector, vector, heads, settings.scale, 1e-5, 1e-5)
+    *saved, sums, totals = saved
+    scale, vector, rstd = _empty(1, dtype=torch.float32), _empty(dim, dtype=torch.float32), saved[-1][3]
     for first in (False, True):
-        stack.leave_backward.body(x, scale, x, vector, vector, 1.0, first)
-    for below in ([], [vector, vector]):  # at the bottom of a stack, and on a layer
-        layer.layer_backward.body(x, sums, scale, [x, *saved], prepared, list(weights), below, settings.scale, [True] * 3)
+        stack.leave_backward.body(x, scale, x, vector, vector, rstd, 1.0, first)
+    for below in ([], [vector, vector, rstd]):  # at the bottom of a stack, and on a layer
+        given = (x, sums, totals, scale, [x, *saved], prepared, list(weights), below)
+        layer.layer_backward.body(*given, settings.scale, [True] * 3)
 
 
 def _attention(dtype: torch.dtype, head_width: int) -> None:
     w = _empty(16, 197, 4 * head_width, dtype=dtype)
     o, lse = mssa.mssa_forward(w, 4, 0.125)
     mssa.attend_backward.body(w, o, w, lse, 4, 0.125)
-    vector, delta = _empty(4 * head_width, dtype=torch.float32), _empty(4, 1, 16 * 197, dtype=torch.float32)
-    mssa.mssa_backward(w, w, lse, delta, 0.125, linear.Folded(vector, vector, vector))  # in a layer
+    vector, delta = _empty(4 * head_width, dtype=torch.float32), _empty(4, 1, 16, 208, dtype=torch.float32)
+    row_scale = _empty(16 * 197, dtype=torch.float32)
+    mssa.mssa_backward(w, w, lse, delta, 0.125, linear.Folded(vector, vector, vector), row_scale)  # in a layer
 
 
 def _ista_alone(stream: torch.dtype, operand: torch.dtype) -> None:

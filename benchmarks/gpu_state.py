@@ -18,9 +18,9 @@ from report import SCHEMA
 from run import file_name, merge
 
 ROOT = Path(__file__).parent.parent
-LAUNCHERS = ("backend", "evaluated", "fresh", "functional", "inferred", "model", "modules", "plainness", "positions", "replay",
+LAUNCHERS = ("backend", "evaluated", "fresh", "functional", "inferred", "model", "modules", "plainness", "reference", "replay",
              "transformer")  # fmt: skip
-"""The modules of crate_fast that decide which kernels are launched, and how."""
+"""The modules of crate_fast that decide which kernels are launched, and how, and the mathematics they are held to."""
 DONE = ("passed", "unavailable")
 """Outcomes that are not tried again: measured, or it needs something that is not there."""
 SHAPES = "tuning.json"

@@ -40,8 +40,9 @@ from tqdm import tqdm
 from crate_fast import CRATE, reference
 from crate_fast.checkpoint import constructor_arguments, load_checkpoint
 from crate_fast.kernels import layer
-from crate_fast.kernels.gradients import column_blocks
+from crate_fast.kernels.gradients import Gradient, column_blocks, row_blocks
 from crate_fast.kernels.linear import Folded, Statistics
+from crate_fast.kernels.weight_gradients import Parts
 from crate_fast.training.digits import Digits
 from crate_fast.training.plan import Plan
 from crate_fast.training.resolve import resolve
@@ -59,7 +60,8 @@ def _prepare_weights(project, gamma1, beta1, out, operator, gamma2, beta2, opera
     return matrix.mT, *project_ends, out.to(operand), step, gain + gamma2, offset + beta2 - shrinkage
 
 
-def _norm_linear(x: Tensor, folded: Folded, gamma, out: torch.dtype, eps: float, statistics: Statistics) -> Tensor:
+def _norm_linear(x: Tensor, _, folded: Folded, gamma, out: torch.dtype, eps: float, statistics: Statistics, __=None) -> Tensor:
+    """Statistics are made here: what is handed on of x and of the result is not read."""
     wide, matrix = x.float(), folded.matrix.float()
     statistics.mean.copy_(wide.mean(1))
     statistics.rstd.copy_((wide.var(1, unbiased=False) + eps).rsqrt())
@@ -72,7 +74,7 @@ def _norm_linear(x: Tensor, folded: Folded, gamma, out: torch.dtype, eps: float,
     return (result if gamma is None else result.relu()).to(out)
 
 
-def _linear(x: Tensor, weight: Tensor, out: torch.dtype, *, offset: Tensor, residual: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, out: torch.dtype, *, offset: Tensor, residual: Tensor, moments: Tensor) -> Tensor:
     return (x.float() @ weight.float() + offset.float() + residual.float()).to(out)
 
 
@@ -86,33 +88,43 @@ def _row_sums(g: Tensor, result: Tensor, gain: Tensor, offset: Tensor) -> Tensor
     return torch.stack(((g.float() * (result.float() - offset)).sum(-1), (g.float() * gain).sum(-1)))
 
 
-def _norm_data_gradient(g, sums, x, folded: Folded, gamma, statistics: Statistics, residual=None, rectified=None):
+def _totals(g: Tensor, parts: int) -> Tensor:
+    return torch.nn.functional.pad(g.float().sum(0)[None, None], (0, 0, 0, parts - 1))
+
+
+def _norm_data_gradient(g, sums, x, folded: Folded, gamma, statistics: Statistics, residual=None, rectified=None) -> Gradient:
+    """g is stored 1/deviation times, and so is dx for the step below."""
     normal = (x.float() - statistics.mean[:, None]) * statistics.rstd[:, None]
     dh = g.to(folded.matrix.dtype).float() @ folded.matrix.float().t() + (0 if gamma is None else g.float() * gamma)
     c1, c2 = sums.sum(1)[..., None] / x.shape[1]
-    dx = statistics.rstd[:, None] * (dh - c2 - normal * c1)
-    dx = (dx if residual is None else dx + residual.float()).to(x.dtype)
+    dx = dh - c2 - normal * c1 + (0 if residual is None else residual.float())
+    blocks = row_blocks(folded.matrix, len(x))
     if rectified is None:
-        return dx, None
+        return Gradient(dx.to(x.dtype), _totals(dx, blocks), None)
     dx = torch.where(x > 0, dx, 0)
+    gain, offset, rstd = rectified
+    stored = (dx * rstd[:, None]).to(x.dtype)
     parts = column_blocks(folded.matrix)
-    return dx, torch.nn.functional.pad(_row_sums(dx, x, *rectified)[:, None], (0, 0, 0, parts - 1))
+    row_sums = torch.nn.functional.pad(_row_sums(stored, x, gain, offset)[:, None], (0, 0, 0, parts - 1))
+    return Gradient(stored, _totals(dx, blocks), row_sums)
 
 
-def _weight_gradient(x, g, operand, *, statistics=None, transposed=False) -> tuple[Tensor, Tensor]:
-    normal = x.float() if statistics is None else (x.float() - statistics.mean[:, None]) * statistics.rstd[:, None]
-    product = normal.to(operand).float().t() @ g.to(operand).float()
-    return (product.t() if transposed else product)[None], g.float().sum(0)[None]
+def _weight_gradient(x, g, operand, *, mean=None, totals=None, transposed=False) -> Parts:
+    centred = mean is not None and x.dtype != operand
+    product = (x.float() - mean[:, None] if centred else x.float()).to(operand).float().t() @ g.to(operand).float()
+    total = totals.sum(1)
+    return Parts((product.t() if transposed else product)[None], total, product.sum(0)[None, None])
 
 
-def _finish_norm_product(parts, totals, scale, weight, gamma, beta, *, identity=False) -> tuple[Tensor, Tensor, Tensor]:
-    product, total = parts[0] / scale, totals[0] / scale
-    weight = weight.float() + torch.eye(len(weight)) if identity else weight.float()
-    return (product * weight).sum(1), weight @ total, gamma[:, None] * product + beta[:, None] * total
+def _finish_layer(scale, project, out, ista) -> list[Tensor]:
+    def finish(product, identity: bool) -> tuple[Tensor, Tensor, Tensor]:
+        parts, weight, gamma, beta = product
+        g, total = (parts.product[0] - parts.sums[0] / len(weight)) / scale, parts.total[0] / scale
+        weight = weight.float() + torch.eye(len(weight)) if identity else weight.float()
+        return (g * weight).sum(1), weight @ total, gamma[:, None] * g + beta[:, None] * total
 
-
-def _finish_product(parts, totals, scale) -> tuple[Tensor, Tensor]:
-    return parts[0] / scale, totals[0] / scale
+    dgamma, dbeta, dweight = finish(project, False)
+    return [dgamma, dbeta, dweight.t(), out.product[0] / scale, out.total[0] / scale, *finish(ista, True)]
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -127,21 +139,21 @@ def _mssa_forward(w: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     return o.transpose(1, 2).flatten(2).to(w.dtype), scores.logsumexp(-1)
 
 
-def _mssa_backward(w: Tensor, do: Tensor, lse: Tensor, delta: Tensor, scale: float, folded: Folded) -> tuple[Tensor, Tensor]:
+def _mssa_backward(w: Tensor, do: Tensor, lse: Tensor, delta: Tensor, scale: float, folded: Folded, row_scale: Tensor) -> tuple:
     heads = delta.shape[0]
     split, g = _heads(w, heads), _heads(do, heads)
-    delta = delta.sum(1).unflatten(-1, w.shape[:2]).transpose(0, 1)[..., None]
+    delta = delta.sum(1).transpose(0, 1)[..., : w.shape[1], None] / scale
     p = (split @ split.transpose(-1, -2) * scale - lse[..., None]).exp()
     e = p * (g @ split.transpose(-1, -2) - delta)
     e = ((e + e.transpose(-1, -2)) * scale).to(w.dtype).float()
-    dw = (p.transpose(-1, -2).to(w.dtype).float() @ g + e @ split).transpose(1, 2).flatten(2).to(w.dtype)
-    return dw, _row_sums(dw, w, folded.gain, folded.offset).flatten(1)[:, None]
+    dw = (p.transpose(-1, -2).to(w.dtype).float() @ g + e @ split).transpose(1, 2).flatten(2)
+    stored = (dw * row_scale.view(*w.shape[:2], 1)).to(w.dtype)
+    return stored, _row_sums(stored, w, folded.gain, folded.offset).flatten(1)[:, None], _totals(dw.flatten(0, 1), 1)
 
 
 EMULATED = {
     "attention_gradient": _attention_gradient,
-    "finish_norm_product": _finish_norm_product,
-    "finish_product": _finish_product,
+    "finish_layer": _finish_layer,
     "linear": _linear,
     "mssa_backward": _mssa_backward,
     "mssa_forward": _mssa_forward,

@@ -100,7 +100,9 @@ def count_kernels(run) -> list[Traffic]:
     def observer(kernel, programs, arguments, constants) -> None:
         close()
         touched.read, touched.written = [], []
-        pending.append((kernel.fn.__name__, [a for a in arguments if isinstance(a, Tensor)], touched))
+        pending.append(
+            (kernel.fn.__name__, [a for a in torch.utils._pytree.tree_leaves(arguments) if isinstance(a, Tensor)], touched)
+        )
 
     with runtime.observed(observer), _recorded(touched):
         run()

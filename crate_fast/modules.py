@@ -107,14 +107,17 @@ class FeedForward(nn.Module):
         return functional.ista_with_operator(x, self.weight, operator, self.step_size, self.lambd, choice.name)
 
 
-class Layer(nn.ModuleList):
-    """One step of compression and one of sparsification: x ← ISTA(x + MSSA(x)). A list of the two, as published."""
+class Layer(nn.Sequential):
+    """One step of compression and one of sparsification: x ← ISTA(x + MSSA(x)).
+
+    Indexed like the published list of the two; FSDP2 of torch 2.11 takes no nn.ModuleList, even with a forward.
+    """
 
     frozen: dict[torch.dtype, tuple] | None = None
     """What `fresh_weights` gave, by the operands' dtype, in a copy that `crate_fast.freeze` made; else None."""
 
     def __init__(self, mssa: PreNorm, ista: PreNorm) -> None:
-        super().__init__([mssa, ista])
+        super().__init__(mssa, ista)
 
     def forward(self, x, run: Callable | None = None):
         """(batch, tokens, dim) to the same; with `run` what that makes of this layer and x, see `through`."""

@@ -98,7 +98,7 @@ def _milliseconds(run: Callable) -> float:
 
 def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workload]:
     """Every kernel of a layer on `tokens` (batch, tokens, dim), of the operands' dtype, as forward and backward launch it."""
-    from .kernels import gradients, layer, linear, mssa, weight_gradients
+    from .kernels import attention_gradient, gradients, layer, linear, mssa, weight_gradients
 
     batch, count, dim = tokens.shape
     dtype, inner, scale = tokens.dtype, heads * head_width, head_width**-0.5
@@ -108,34 +108,42 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
     (prepared,) = layer.prepare_layers(layer.stack_weights([layer.LayerWeights(gamma, beta, *matrices)]), 0.01, dtype)
     (project, step), out = prepared.folded(), prepared.out_weight.t()
     statistics = linear.Statistics(*torch.empty(2, len(x), device=x.device))
-    rectified = gradients.Rectified(step.gain, step.offset)
+    rectified = gradients.Rectified(step.gain, step.offset, statistics.rstd)
 
-    w = linear.norm_linear(x, project, None, dtype, 1e-5, statistics).view(batch, count, inner)
+    moments = torch.stack((x.float().mean(1), x.float().var(1, correction=0) * dim))[:, None]
+    made = [linear.empty_moments(*of, len(x)) for of in (("out_project", out), ("ista", step.matrix))]
+    w = linear.norm_linear(x, moments, project, None, dtype, 1e-5, statistics).view(batch, count, inner)
     o, lse = mssa.mssa_forward(w, heads, scale)
     o = o.view(-1, inner)
     do, delta = gradients.attention_gradient(x, out, o, head_width)
-    dw, sums = mssa.mssa_backward(w, do.view_as(w), lse, delta, scale, project)
+    delta = attention_gradient.padded_delta(delta, batch, scale)
+
+    def mssa_backward() -> tuple:
+        return mssa.mssa_backward(w, do.view_as(w), lse, delta, scale, project, statistics.rstd)
+
+    dw, sums, totals = mssa_backward()
     dw = dw.view(-1, inner)
 
-    def weight_gradient(size: tuple[int, int], a, g, **norm) -> Workload:
-        return Workload("weight_gradient", size, lambda: weight_gradients.weight_gradient(a, g, dtype, **norm))
+    def weight_gradient(size: tuple[int, int], a, g, name: str = "weight_gradient", **norm) -> Workload:
+        return Workload(name, size, lambda: weight_gradients.weight_gradient(a, g, dtype, **norm))
 
     jobs = [
-        Workload("project", (dim, inner), lambda: linear.norm_linear(x, project, None, dtype, 1e-5, statistics)),
+        Workload("project", (dim, inner), lambda: linear.norm_linear(x, moments, project, None, dtype, 1e-5, statistics)),
         Workload("mssa_forward", (head_width,), lambda: mssa.mssa_forward(w, heads, scale)),
-        Workload("out_project", (inner, dim), lambda: linear.linear(o, out, dtype, offset=beta, residual=x)),
-        Workload("ista", (dim, dim), lambda: linear.norm_linear(x, step, gamma, dtype, 1e-5, statistics)),
+        Workload("out_project", (inner, dim), lambda: linear.linear(o, out, dtype, offset=beta, residual=x, moments=made[0])),
+        Workload("ista", (dim, dim), lambda: linear.norm_linear(x, moments, step, gamma, dtype, 1e-5, statistics, made[1])),
         Workload("ista_gradient", (dim, dim), lambda: gradients.norm_data_gradient(x, sums, x, step, gamma, statistics)),
-        weight_gradient((dim, dim), x, x, statistics=statistics),
+        weight_gradient((dim, dim), x, x, mean=statistics.mean),
         Workload("out_gradient", (inner, dim), lambda: gradients.attention_gradient(x, out, o, head_width)),
         weight_gradient((inner, dim), o, x),
-        Workload("mssa_backward", (head_width,), lambda: mssa.mssa_backward(w, do.view_as(w), lse, delta, scale, project)),
+        weight_gradient((dim, dim), x.float(), x.float(), "mixed_gradient", mean=statistics.mean),
+        Workload("mssa_backward", (head_width,), mssa_backward),
         Workload(
             "project_gradient",
             (dim, inner),
             lambda: gradients.norm_data_gradient(dw, sums, x, project, None, statistics, residual=x, rectified=rectified),
         ),
-        weight_gradient((dim, inner), x, dw, statistics=statistics),
+        weight_gradient((dim, inner), x, dw, mean=statistics.mean, totals=totals),
     ]
     return list({(job.kernel, job.sizes): job for job in jobs}.values())
 

@@ -1,20 +1,77 @@
-"""The Triton kernel of tied attention, forward, and what it shares with the gradient's; mssa.py has the mathematics and
-launches them.
+"""Tied attention, forward: what both directions share, the kernel, its launcher; mssa.py has the mathematics.
 
 A head of width p is held in one or two parts of D0 and D1 columns, each a power of two (48 = 32 + 16), so that no product
-works on padding; without a second part D1 is 0 and its blocks stand for nothing. Tokens of one head are cut in row blocks
-of BLOCK_M, one program each, whose last may be TAIL high, against column blocks of BLOCK_N, then of TAIL: 197 tokens cost
-208 × 208.
+works on padding; without a second part D1 is 0 and its tiles stand for nothing. Tokens of one head are cut in row tiles of
+BLOCK_M, one program each, whose last may be TAIL high, against column tiles of BLOCK_N, then of TAIL: 197 tokens cost
+208 × 208. Numbers of a token (lse, δ) are kept in rows of a multiple of TAIL, so that column tiles read them without a mask.
 
-Names: `p_` pointers, `b_` blocks in registers, `m_` masks. M rows, N columns, D head width; i rows, j columns.
+Names: `p_` pointers, `b_` tiles in registers, `m_` masks. M rows, N columns, D head width; i rows, j columns. What
+travels together goes as a tuple: a head as (pointer, stride of a token, stride of a column).
 """
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import shapes
+from .runtime import launch, product_precision
+from .tuning import Config
+
+LOG2_E = 1.4426950408889634
 TAIL = tl.constexpr(16)
+
+
+def mssa_forward(w: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(o, lse) of w: (batch, tokens, heads × width); o contiguous in w's dtype, lse as `empty_results` has it, base 2, +∞ past
+    the last token."""
+    o, lse = empty_results(w, heads)
+    constants, programs = plan("mssa_forward", w, heads)
+    sizes = (w.shape[1], lse.shape[2], heads)
+    launch(_mssa_forward_kernel, programs, o, lse, w, w.stride(), sizes, scale * LOG2_E, **constants)
+    return o, lse
+
+
+def empty_results(w: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Memory for (o, lse): o like w but contiguous, lse (batch, heads, `padded_tokens`) float32."""
+    batch, tokens, _ = w.shape
+    o = torch.empty_like(w, memory_format=torch.contiguous_format)
+    return o, torch.empty(batch, heads, padded_tokens(tokens), dtype=torch.float32, device=w.device)
+
+
+def padded_tokens(tokens: int) -> int:
+    """How many numbers a head of so many tokens has in lse and δ: the next multiple of 16."""
+    return shapes.blocks(tokens, TAIL.value) * TAIL.value
+
+
+def plan(name: str, w: Tensor, heads: int) -> tuple[dict, int]:
+    """The compile-time constants of a launch and its number of programs."""
+    batch, tokens, width = w.shape
+    config = shapes.attention(name, w.dtype, width // heads, w.device)
+    constants = _constants(config, width // heads, w.dtype, product_precision(w.dtype))
+    return constants, batch * heads * shapes.blocks(tokens, config.block_m)
+
+
+@cache
+def _constants(config: Config, head_width: int, dtype: torch.dtype, precision: str) -> dict:
+    wide, narrow = _parts(head_width, dtype)
+    return config.constants() | {"WIDTH": head_width, "D0": wide, "D1": narrow, "PRECISION": precision}
+
+
+def _parts(head_width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """A head's width as one or two powers of two, of 16 or more, that together are as wide, or least wider; (D0, D1)."""
+    whole = triton.next_power_of_2(max(head_width, 16))
+    first = whole // 2
+    if first < 16 or (head_width == whole and dtype != torch.float32):
+        return whole, 0
+    rest = triton.next_power_of_2(max(head_width - first, 16))
+    if head_width == whole:  # float32 products hold both operands in registers, over their whole depth
+        return (first, first) if whole > 64 else (whole, 0)
+    return (first, rest) if rest < first else (whole, 0)
 
 
 @triton.jit
@@ -27,30 +84,44 @@ def _tile_position(tokens, heads, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def _head_of(p, strides, batch, head, WIDTH: tl.constexpr):
+    """One head of a (batch, tokens, heads * WIDTH) tensor."""
+    stride_b, stride_n, stride_d = strides
+    return p + batch * stride_b + head * WIDTH * stride_d, stride_n, stride_d
+
+
+@triton.jit
 def _load_part(
-    p_head, first, tokens, stride_n, stride_d, start, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    head, first, tokens, start, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, LAST: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + ROWS, columns start .. start + D of one head; zero past the last token and, where it may be
-    PADDED, past the head's width."""
+    """Rows first .. first + ROWS, columns start .. start + D of one head; zero past the last token, where rows are the LAST
+    ones, and past the head's width, where it may be PADDED."""
+    p, stride_n, stride_d = head
     row = first + tl.arange(0, ROWS)
     column = start + tl.arange(0, D)
-    p_rows = p_head + row.to(tl.int64)[:, None] * stride_n + column[None, :] * stride_d
-    m_rows = (row < tokens)[:, None]
-    if PADDED:
-        m_rows = m_rows & (column < WIDTH)[None, :]
-    return tl.load(p_rows, mask=m_rows, other=0.0)
+    p_tile = p + (row[:, None] * stride_n + column[None, :] * stride_d)
+    if LAST:
+        m_tile = (row < tokens)[:, None]
+        if PADDED:
+            m_tile = m_tile & (column < WIDTH)[None, :]
+        b = tl.load(p_tile, mask=m_tile, other=0.0)
+    elif PADDED:
+        b = tl.load(p_tile, mask=(column < WIDTH)[None, :], other=0.0)
+    else:
+        b = tl.load(p_tile)
+    return b
 
 
 @triton.jit
 def _load_tokens(
-    p_head, first, tokens, stride_n, stride_d, WIDTH: tl.constexpr, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
+    head, first, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LAST: tl.constexpr
 ):
     """Both parts of rows first .. first + ROWS of one head, [ROWS, D0] and [ROWS, D1]."""
-    b_0 = _load_part(p_head, first, tokens, stride_n, stride_d, 0, WIDTH, ROWS, D0, D0 > WIDTH)
+    b_0 = _load_part(head, first, tokens, 0, WIDTH, ROWS, D0, LAST, D0 > WIDTH)
     b_1 = b_0
     if D1 > 0:
-        b_1 = _load_part(p_head, first, tokens, stride_n, stride_d, D0, WIDTH, ROWS, D1, D0 + D1 > WIDTH)
+        b_1 = _load_part(head, first, tokens, D0, WIDTH, ROWS, D1, LAST, D0 + D1 > WIDTH)
     return b_0, b_1
 
 
@@ -58,7 +129,7 @@ def _load_tokens(
 def _store_part(p_head, b, first, tokens, stride_n, START: tl.constexpr, WIDTH: tl.constexpr):
     row = first + tl.arange(0, b.shape[0])
     column = START + tl.arange(0, b.shape[1])
-    p_rows = p_head + row.to(tl.int64)[:, None] * stride_n + column[None, :]
+    p_rows = p_head + row[:, None] * stride_n + column[None, :]
     tl.store(p_rows, b.to(p_head.dtype.element_ty), mask=(row < tokens)[:, None] & (column < WIDTH)[None, :])
 
 
@@ -73,30 +144,27 @@ def _scores(b_i0, b_i1, b_j0, b_j1, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _scores_in_steps(
-    p_i, i, stride_in, stride_id, p_j, j, stride_jn, stride_jd, tokens,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr = 32,
+    head_i, i, head_j, j, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr = 32,
 ):  # fmt: skip
     """b_i b_jᵀ of rows i .. and j .., STEP columns at a time: float32 products hold their operands' whole depth in registers,
     and the compiler fetches those of several products at once unless a loop keeps it from that (144 bytes spilled)."""
     b_s = tl.zeros([ROWS, COLUMNS], tl.float32)
     PADDED: tl.constexpr = WIDTH % STEP != 0
     for start in range(0, WIDTH, STEP):
-        b_i = _load_part(p_i, i, tokens, stride_in, stride_id, start, WIDTH, ROWS, STEP, PADDED)
-        b_j = _load_part(p_j, j, tokens, stride_jn, stride_jd, start, WIDTH, COLUMNS, STEP, PADDED)
+        b_i = _load_part(head_i, i, tokens, start, WIDTH, ROWS, STEP, True, PADDED)
+        b_j = _load_part(head_j, j, tokens, start, WIDTH, COLUMNS, STEP, True, PADDED)
         b_s = tl.dot(b_i, tl.trans(b_j), b_s, input_precision=PRECISION)
     return b_s
 
 
 @triton.jit
 def _mssa_forward_kernel(
+    p_o,  # (batch, tokens, heads * WIDTH), contiguous
+    p_lse,  # (batch, heads, padded) float32, log2 of the softmax's denominator
     p_w,  # (batch, tokens, heads * WIDTH), any strides
-    p_o,  # the same, contiguous
-    p_lse,  # (batch, heads, tokens) float32, log2 of the softmax's denominator
-    tokens,
-    heads,
-    stride_wb,
-    stride_wn,
-    stride_wd,
+    strides,
+    sizes,  # (tokens, padded, heads)
     scale_log2,  # scale · log2(e): the softmax is taken in base 2
     WIDTH: tl.constexpr,
     D0: tl.constexpr,
@@ -105,42 +173,27 @@ def _mssa_forward_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    tokens, padded, heads = sizes
     batch, head, first = _tile_position(tokens, heads, BLOCK_M)
-    width = heads * WIDTH
-    p_wh = p_w + batch * stride_wb + head * WIDTH * stride_wd
-    p_oh = p_o + batch * tokens * width + head * WIDTH
-    p_lseh = p_lse + (batch * heads + head) * tokens
+    w_head = _head_of(p_w, strides, batch, head, WIDTH)
+    p_oh = p_o + batch * tokens * heads * WIDTH + head * WIDTH
+    results = (p_oh, p_lse + (batch * heads + head) * padded, heads * WIDTH)
+    sizes = (first, tokens, padded)
     if BLOCK_M > TAIL and tokens - first <= TAIL:
-        _forward_rows(
-            p_wh, p_oh, p_lseh, first, tokens, width, stride_wn, stride_wd, scale_log2, WIDTH, D0, D1, TAIL, BLOCK_N, PRECISION
-        )
+        _forward_rows(results, w_head, sizes, scale_log2, WIDTH, D0, D1, TAIL, BLOCK_N, PRECISION)
     else:
-        _forward_rows(
-            p_wh,
-            p_oh,
-            p_lseh,
-            first,
-            tokens,
-            width,
-            stride_wn,
-            stride_wd,
-            scale_log2,
-            WIDTH,
-            D0,
-            D1,
-            BLOCK_M,
-            BLOCK_N,
-            PRECISION,
-        )
+        _forward_rows(results, w_head, sizes, scale_log2, WIDTH, D0, D1, BLOCK_M, BLOCK_N, PRECISION)
 
 
 @triton.jit
 def _forward_rows(
-    p_wh, p_oh, p_lseh, first, tokens, width, stride_wn, stride_wd, scale_log2,
-    WIDTH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    results, w_head, sizes, scale_log2, WIDTH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o and lse of ROWS rows of one head."""
-    b_q0, b_q1 = _load_tokens(p_wh, first, tokens, stride_wn, stride_wd, WIDTH, ROWS, D0, D1)
+    p_o, p_lse, stride_o = results
+    first, tokens, padded = sizes
+    b_q0, b_q1 = _load_tokens(w_head, first, tokens, WIDTH, ROWS, D0, D1, True)
     b_max = tl.full([ROWS], -3.0e38, tl.float32)  # finite: where all scores so far overflowed, −∞ − (−∞) would be NaN
     b_sum = tl.zeros([ROWS], tl.float32)
     b_o0 = tl.zeros([ROWS, D0], tl.float32)
@@ -148,34 +201,29 @@ def _forward_rows(
     full = tokens // BLOCK_N * BLOCK_N if BLOCK_N > TAIL else 0
     for start in range(0, full, BLOCK_N):
         b_max, b_sum, b_o0, b_o1 = _attend_to(
-            p_wh, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, stride_wn, stride_wd,
-            WIDTH, D0, D1, BLOCK_N, False, PRECISION,
+            w_head, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, WIDTH, D0, D1, BLOCK_N, False,
+            PRECISION,
         )  # fmt: skip
     for start in range(full, tokens, TAIL):
         b_max, b_sum, b_o0, b_o1 = _attend_to(
-            p_wh, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, stride_wn, stride_wd,
-            WIDTH, D0, D1, TAIL, True, PRECISION,
-        )  # fmt: skip
-    _store_part(p_oh, b_o0 / b_sum[:, None], first, tokens, width, 0, WIDTH)
+            w_head, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, WIDTH, D0, D1, TAIL, True, PRECISION
+        )
+    _store_part(p_o, b_o0 / b_sum[:, None], first, tokens, stride_o, 0, WIDTH)
     if D1 > 0:
-        _store_part(p_oh, b_o1 / b_sum[:, None], first, tokens, width, D0, WIDTH)
+        _store_part(p_o, b_o1 / b_sum[:, None], first, tokens, stride_o, D0, WIDTH)
     row = first + tl.arange(0, ROWS)
-    tl.store(p_lseh + row, b_max + tl.log2(b_sum), mask=row < tokens)
+    tl.store(p_lse + row, tl.where(row < tokens, b_max + tl.log2(b_sum), float("inf")), mask=row < padded)
 
 
 @triton.jit
 def _attend_to(
-    p_wh, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, stride_wn, stride_wd,
-    WIDTH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    w_head, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, WIDTH: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The running maximum, sum and result of rows after a block of keys; with LAST keys may lie past the end."""
-    b_k0, b_k1 = _load_tokens(p_wh, start, tokens, stride_wn, stride_wd, WIDTH, COLUMNS, D0, D1)
+    """The running maximum, sum and result of rows after a tile of keys; with LAST keys may lie past the end."""
+    b_k0, b_k1 = _load_tokens(w_head, start, tokens, WIDTH, COLUMNS, D0, D1, LAST)
     if b_k0.dtype == tl.float32:
-        b_s = _scores_in_steps(
-            p_wh, first, stride_wn, stride_wd, p_wh, start, stride_wn, stride_wd, tokens, WIDTH, b_q0.shape[0], COLUMNS,
-            PRECISION,
-        )  # fmt: skip
+        b_s = _scores_in_steps(w_head, first, w_head, start, tokens, WIDTH, b_q0.shape[0], COLUMNS, PRECISION)
     else:
         b_s = _scores(b_q0, b_q1, b_k0, b_k1, D1, PRECISION)  # [M, N]
     b_s *= scale_log2

@@ -5,10 +5,14 @@ offset, LayerNorm's two row sums are c₁ = Σ g·(s − u) and c₂ = Σ g·v, 
 
     dx = rs·(g Fᵀ [+ γ g] − (c₂ + x̂ c₁)/d)
 
-Both sums and the mask are made where g is written, by the kernel that holds g and s in registers, so that nothing reads s
-again: for an ISTA step by the data gradient of the layer above, whose x is s (RECTIFIED below), for a projection by the
-attention's backward kernel (mssa.py). They travel as parts, (2, parts, rows) float32, one part a block of columns, and are
-summed where they are used, in one order: no atomics, the same bits from run to run.
+What is stored is g' = rs ∘ g, rounded once, and c₁ and c₂ are made of g', so that rs is out of the formula and of the
+weight's gradient (weight_gradients.py). g' is of the size of the dx that follows from it.
+
+Mask, both sums and the column sums of g are made where g is written, by the kernel that holds g and s in registers, so that
+nothing reads s again: for an ISTA step by the data gradient of the layer above, whose x is s (RECTIFIED below), for a
+projection by the attention's backward kernel (mssa.py). They travel as parts, float32: row sums (2, parts, rows), one part a
+block of columns, and column sums (1, parts, columns), one a block of rows. They are summed where they are used, in one order:
+no atomics, the same bits from run to run.
 
 Names: `p_` pointers, `b_` blocks in registers, `m_` masks. M tokens, N columns of dx, K columns of g.
 """
@@ -28,10 +32,11 @@ from .runtime import launch, product_precision
 
 
 class Rectified(NamedTuple):
-    """Of the ISTA step that wrote x: what the row sums of x's gradient are made with."""
+    """Of the ISTA step that wrote x: what x's gradient is stored with, and its row sums made."""
 
     gain: Tensor  # (in,) float32
     offset: Tensor  # (in,) float32
+    rstd: Tensor  # (rows,) float32, of the step's own input
 
 
 @triton.jit
@@ -47,7 +52,9 @@ def _data_gradient_kernel(
     p_residual,  # (rows, inputs), contiguous, added to dx: RESIDUAL
     p_gain,  # (inputs,) of the step that wrote x, RECTIFIED
     p_offset,
+    p_scale,  # (rows,) float32, RECTIFIED: what dx is stored times
     p_parts,  # float32, written. RECTIFIED: (2, column blocks, rows). HEAD_WIDTH: (heads · PIECES, rows)
+    p_totals,  # (row blocks, inputs) float32, written: column sums of dx; None: not wanted
     rows,
     inputs,
     outputs,
@@ -84,46 +91,59 @@ def _data_gradient_kernel(
         b_w = tl.load(p_w, mask=m_k[:, None] & m_column[None, :], other=0.0)  # [K, N]
         b_dx = tl.dot(b_g.to(b_w.dtype), b_w, b_dx, input_precision=PRECISION)
 
+    b_c1 = tl.zeros([BLOCK_M], tl.float32)
+    b_c2 = b_c1
+    b_mean = b_c1
+    b_scale = b_c1
+    if NORM:
+        b_c1, b_c2 = _sum_parts(p_sums, row, m_row, parts, rows, BLOCK_M)
+        b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
+        b_c1 *= tl.load(p_rstd + row, mask=m_row, other=0.0) / inputs  # x̂ c₁/d = (x − μ)·(rs c₁/d)
+        b_c2 /= inputs
+    if p_totals is not None:
+        p_totals += block_m.to(tl.int64) * inputs
+    if RECTIFIED:
+        b_scale = tl.load(p_scale + row, mask=m_row, other=0.0)
     if NORM and BLOCK_M * BLOCK_N >= 128 * 128:
         b_left, b_right = _halves(b_dx)
         b_0, b_1 = _halves(b_left)
         b_2, b_3 = _halves(b_right)
-        b_c1, b_c2 = _finish(
-            b_0, block_n * 4, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
-            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        b_0c1, b_0c2 = _finish(
+            b_0, block_n * 4, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
+            p_totals, row, m_row, rows, inputs, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
         )  # fmt: skip
         b_1c1, b_1c2 = _finish(
-            b_1, block_n * 4 + 1, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
-            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+            b_1, block_n * 4 + 1, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
+            p_totals, row, m_row, rows, inputs, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
         )  # fmt: skip
         b_2c1, b_2c2 = _finish(
-            b_2, block_n * 4 + 2, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
-            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+            b_2, block_n * 4 + 2, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
+            p_totals, row, m_row, rows, inputs, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
         )  # fmt: skip
         b_3c1, b_3c2 = _finish(
-            b_3, block_n * 4 + 3, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
-            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+            b_3, block_n * 4 + 3, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
+            p_totals, row, m_row, rows, inputs, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
         )  # fmt: skip
-        b_c1, b_c2 = b_c1 + b_1c1 + b_2c1 + b_3c1, b_c2 + b_1c2 + b_2c2 + b_3c2
+        b_dx1, b_dx2 = b_0c1 + b_1c1 + b_2c1 + b_3c1, b_0c2 + b_1c2 + b_2c2 + b_3c2
     else:
-        b_c1, b_c2 = _finish(
-            b_dx, block_n, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row,
-            m_row, rows, inputs, parts, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
+        b_dx1, b_dx2 = _finish(
+            b_dx, block_n, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
+            p_totals, row, m_row, rows, inputs, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
         )  # fmt: skip
     if RECTIFIED:
         all_rows = tl.cast(rows, tl.int64)  # an argument that is 1 has no .to: Triton makes it a constant
         p_part = p_parts + block_n * all_rows + row
-        tl.store(p_part, b_c1, mask=m_row)
-        tl.store(p_part + tl.cdiv(inputs, BLOCK_N) * all_rows, b_c2, mask=m_row)
+        tl.store(p_part, b_dx1, mask=m_row)
+        tl.store(p_part + tl.cdiv(inputs, BLOCK_N) * all_rows, b_dx2, mask=m_row)
 
 
 @triton.jit
 def _finish(
-    b_dx, block_n, p_g, p_dx, p_gamma, p_x, p_mean, p_rstd, p_sums, p_residual, p_gain, p_offset, p_parts, row, m_row, rows,
-    inputs, parts, stride_gm, stride_gk, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
+    b_dx, block_n, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts, p_totals, row,
+    m_row, rows, inputs, stride_gm, stride_gk, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
     RECTIFIED: tl.constexpr, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product, on block `block_n` of columns; returns, if RECTIFIED, the row sums of dx."""
+    """What follows the product, on block `block_n` of columns; returns, if RECTIFIED, the row sums of what was stored."""
     BLOCK_M: tl.constexpr = b_dx.shape[0]
     BLOCK_N: tl.constexpr = b_dx.shape[1]
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -139,28 +159,28 @@ def _finish(
     if NORM or HEAD_WIDTH > 0:
         b_x = tl.load(p_x + p_tile, mask=m_dx, other=0.0).to(tl.float32)
     if NORM:
-        b_c1, b_c2 = _sum_parts(p_sums, row, m_row, parts, rows, BLOCK_M)
-        b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
-        b_rstd = tl.load(p_rstd + row, mask=m_row, other=0.0)
-        b_normal = (b_x - b_mean[:, None]) * b_rstd[:, None]
-        b_dx = b_rstd[:, None] * (b_dx - (b_c2[:, None] + b_normal * b_c1[:, None]) / inputs)
+        b_dx -= b_c2[:, None] + (b_x - b_mean[:, None]) * b_c1[:, None]
     if RESIDUAL:
         b_dx += tl.load(p_residual + p_tile, mask=m_dx, other=0.0).to(tl.float32)
     if RECTIFIED:
         b_dx = tl.where(b_x <= 0.0, 0.0, b_dx)  # keeps the gradient where x is NaN
+    if p_totals is not None:
+        tl.store(p_totals + column, tl.sum(b_dx, 0), mask=m_column)
+    if RECTIFIED:
+        b_dx *= b_scale[:, None]
     b_dx = b_dx.to(p_dx.dtype.element_ty)
     tl.store(p_dx + p_tile, b_dx, mask=m_dx)
     b_dx = b_dx.to(tl.float32)  # sums of what was stored, since that is what the products are made of
     if HEAD_WIDTH > 0:
         _store_head_sums(p_parts, b_dx * b_x, block_n, row, m_row, rows, inputs, HEAD_WIDTH, PIECES, BLOCK_N)
-    b_c1 = tl.zeros([BLOCK_M], tl.float32)
-    b_c2 = b_c1
+    b_dx1 = tl.zeros([BLOCK_M], tl.float32)
+    b_dx2 = b_dx1
     if RECTIFIED:
         b_gain = tl.load(p_gain + column, mask=m_column, other=0.0)
         b_offset = tl.load(p_offset + column, mask=m_column, other=0.0)
-        b_c1 = tl.sum(b_dx * (b_x - b_offset[None, :]), 1)
-        b_c2 = tl.sum(b_dx * b_gain[None, :], 1)
-    return b_c1, b_c2
+        b_dx1 = tl.sum(b_dx * (b_x - b_offset[None, :]), 1)
+        b_dx2 = tl.sum(b_dx * b_gain[None, :], 1)
+    return b_dx1, b_dx2
 
 
 @triton.jit
@@ -215,6 +235,14 @@ def attention_gradient(g: Tensor, weight: Tensor, o: Tensor, head_width: int) ->
     return do, delta
 
 
+class Gradient(NamedTuple):
+    """What a layer hands to what stands below its data gradient."""
+
+    dx: Tensor  # (rows, in)
+    totals: Tensor  # (1, row blocks, in) float32: parts of its column sums
+    sums: Tensor | None  # (2, column blocks, rows) float32: parts of c₁ and c₂ of the ISTA step that wrote x
+
+
 def norm_data_gradient(
     g: Tensor,
     sums: Tensor,
@@ -224,27 +252,33 @@ def norm_data_gradient(
     statistics: Statistics,
     residual: Tensor | None = None,
     rectified: Rectified | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Gradient:
     """Gradient of `norm_linear` to its x, through the LayerNorm, plus `residual`; in x's dtype. `gamma`: of an ISTA step.
 
-    g is masked where the result was rectified, and `sums` (2, parts, rows) are parts of its c₁ and c₂. Where x itself is
-    the result of an ISTA step, `rectified`, dx is masked by it and returned with its own sums (2, column blocks, rows).
+    g is 1/deviation of x's rows times the gradient, masked where the result was rectified, and `sums` (2, parts, rows) are
+    parts of its c₁ and c₂. Where x itself is the result of an ISTA step, `rectified`, dx is made the same way for that step.
     """
-    dx, parts = torch.empty_like(x), None
-    if rectified is not None:
-        shape = (2, column_blocks(folded.matrix), x.shape[0])
-        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    name, rows = "project_gradient" if gamma is None else "ista_gradient", len(x)
+    gradient = Gradient(
+        torch.empty_like(x),
+        sums.new_empty(1, row_blocks(folded.matrix, rows, name), x.shape[1]),
+        None if rectified is None else sums.new_empty(2, column_blocks(folded.matrix), rows),
+    )
     _launch_data_gradient(
-        "project_gradient" if gamma is None else "ista_gradient",
-        g, folded.matrix, dx, shrink=gamma is not None, x=x, gamma=gamma, statistics=statistics, sums=sums,
-        residual=residual, rectified=rectified, parts=parts,
+        name, g, folded.matrix, gradient.dx, shrink=gamma is not None, x=x, gamma=gamma, statistics=statistics, sums=sums,
+        residual=residual, rectified=rectified, parts=gradient.sums, totals=gradient.totals,
     )  # fmt: skip
-    return dx, parts
+    return gradient
 
 
 def column_blocks(weight: Tensor) -> int:
     """In how many blocks of columns the data gradient of a product with `weight` (in, out) is made."""
     return shapes.blocks(weight.shape[0], shapes.matrix("project_gradient", weight.dtype, *weight.shape, weight.device).block_n)
+
+
+def row_blocks(weight: Tensor, rows: int, name: str = "project_gradient") -> int:
+    """In how many blocks of rows the data gradient of a product with `weight` (in, out) is made."""
+    return shapes.blocks(rows, shapes.matrix(name, weight.dtype, *weight.shape, weight.device).block_m)
 
 
 def _pieces(head_width: int, block: int) -> int:
@@ -254,16 +288,17 @@ def _pieces(head_width: int, block: int) -> int:
 
 def _launch_data_gradient(
     name, g, weight, dx, *, shrink=False, x=None, gamma=None, statistics=None, sums=None, residual=None, rectified=None,
-    parts=None, head_width=0, pieces=1,
+    parts=None, totals=None, head_width=0, pieces=1,
 ) -> None:  # fmt: skip
     rows, (inputs, outputs) = g.shape[0], weight.shape
     config = shapes.matrix(name, weight.dtype, inputs, outputs, weight.device)
     programs = shapes.blocks(rows, config.block_m) * shapes.blocks(inputs, config.block_n)
     mean, rstd = statistics or (None, None)
-    gain, offset = rectified or (None, None)
+    gain, offset, scale = rectified or (None, None, None)
     launch(
-        _data_gradient_kernel, programs, g, weight, dx, gamma, x, mean, rstd, sums, residual, gain, offset, parts,
-        rows, inputs, outputs, 0 if sums is None else sums.shape[1], *g.stride(), *weight.stride(), NORM=sums is not None,
-        SHRINK=shrink, RESIDUAL=residual is not None, RECTIFIED=rectified is not None, HEAD_WIDTH=head_width, PIECES=pieces,
-        PRECISION=product_precision(weight.dtype), GROUP_M=GROUP, **shapes.constants(config),
+        _data_gradient_kernel, programs, g, weight, dx, gamma, x, mean, rstd, sums, residual, gain, offset, scale,
+        parts, totals, rows, inputs, outputs, 0 if sums is None else sums.shape[1], *g.stride(), *weight.stride(),
+        NORM=sums is not None, SHRINK=shrink, RESIDUAL=residual is not None, RECTIFIED=rectified is not None,
+        HEAD_WIDTH=head_width, PIECES=pieces, PRECISION=product_precision(weight.dtype), GROUP_M=GROUP,
+        **shapes.constants(config),
     )  # fmt: skip

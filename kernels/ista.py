@@ -35,7 +35,7 @@ def _fake_backward(dy, h, y, matrix):
 def ista_step_backward(dy: Tensor, h: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(dh, dM): (rows, dim) in h's dtype and (dim, dim) in float32."""
     h, g = readable(h), readable(torch.ops.aten.threshold_backward(dy, y, 0))  # 0 where y <= 0; what relu's own backward is
-    return data_gradient(g, matrix, h.dtype, shrink=True), weight_gradient(h, g, matrix.dtype)[0].sum(0)
+    return data_gradient(g, matrix, h.dtype, shrink=True), weight_gradient(h, g, matrix.dtype).product.sum(0)
 
 
 class ISTA(torch.autograd.Function):

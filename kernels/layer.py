@@ -1,4 +1,4 @@
-"""A whole CRATE layer by four kernels forward and seven backward.
+"""A whole CRATE layer by four kernels forward and eight backward.
 
     w  = LN(x) Uᵀ                       norm_linear        saved: x, w, o, z, y (the next layer's x), lse and the
     o  = softmax(w wᵀ · scale) w        mssa_forward       statistics of both norms: four activations a layer, nothing
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient
-from .linear import Folded, Statistics, linear, norm_linear
+from .attention import padded_tokens
+from .attention_gradient import padded_delta
+from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient, row_blocks
+from .linear import Folded, Statistics, empty_moments, linear, norm_linear
 from .mssa import mssa_backward, mssa_forward
 from .runtime import operator
 from .stack import Stream, fit_sums
 from .weight_gradients import weight_gradient
-from .weights import finish_norm_product, finish_product, prepare_weights
+from .weights import NormProduct, finish_layer, prepare_weights
 
 
 class LayerWeights(NamedTuple):
@@ -97,27 +99,29 @@ class Activations(NamedTuple):
     o: Tensor  # (batch, tokens, inner) operand
     z: Tensor  # (batch, tokens, dim) stream
     y: Tensor  # (batch, tokens, dim) stream
-    lse: Tensor  # (batch, heads, tokens) float32
+    lse: Tensor  # (batch, heads, tokens rounded up to a multiple of 16) float32
     statistics: Tensor  # (4, batch * tokens) float32: mean and 1/deviation of x, then of z
 
 
-def _forward_shapes(x, prepared, out_bias, norm2_weight, heads, scale, eps_mssa, eps_ista):
+def _forward_shapes(x, moments, prepared, out_bias, norm2_weight, heads, scale, eps_mssa, eps_ista):
     batch, tokens, _ = x.shape
     w = x.new_empty(batch, tokens, prepared[0].shape[0], dtype=prepared[0].dtype)
-    lse = x.new_empty(batch, heads, tokens, dtype=torch.float32)
+    lse = x.new_empty(batch, heads, padded_tokens(tokens), dtype=torch.float32)
     statistics = x.new_empty(4, batch * tokens, dtype=torch.float32)
-    return w, torch.empty_like(w), torch.empty_like(x), torch.empty_like(x), lse, statistics, _empty_sums(x, prepared)
+    handed_on = empty_moments("ista", prepared[4], batch * tokens), _empty_totals(x, prepared)
+    return w, torch.empty_like(w), torch.empty_like(x), torch.empty_like(x), lse, statistics, *handed_on
 
 
-def _empty_sums(x: Tensor, prepared: list[Tensor]) -> Tensor:
-    """A placeholder for the row sums of a gradient like x, (2, parts, batch * tokens) float32."""
-    parts = column_blocks(prepared[0].t())
-    return x.new_empty(2, parts, x.shape[0] * x.shape[1], dtype=torch.float32)
+def _empty_totals(x: Tensor, prepared: list[Tensor]) -> Tensor:
+    """Room for the column sums of a gradient like x, (1, parts, dim) float32."""
+    batch, tokens, dim = x.shape
+    return x.new_empty(1, row_blocks(prepared[0].t(), batch * tokens), dim, dtype=torch.float32)
 
 
 @operator(fake=_forward_shapes)
 def layer_forward(
     x: Tensor,
+    moments: Tensor,
     prepared: list[Tensor],
     out_bias: Tensor,
     norm2_weight: Tensor,
@@ -125,33 +129,41 @@ def layer_forward(
     scale: float,
     eps_mssa: float,
     eps_ista: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(w, o, z, y, lse, statistics), see `Activations`, and a placeholder; x: (batch, tokens, dim), contiguous."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(w, o, z, y, lse, statistics), see `Activations`, y's moments, and a placeholder for its gradient's column sums.
+
+    x: (batch, tokens, dim), contiguous; moments: of x, (2, parts, batch * tokens) float32, see linear.py.
+    """
     weights = PreparedWeights(*prepared)
     project, ista = weights.folded()
     batch, tokens, dim = x.shape
     rows = x.view(-1, dim)
     statistics = torch.empty(4, batch * tokens, dtype=torch.float32, device=x.device)
     mean1, rstd1, mean2, rstd2 = statistics.unbind()
-    w = norm_linear(rows, project, None, project.matrix.dtype, eps_mssa, Statistics(mean1, rstd1))
+    out = weights.out_weight.t()
+    z_moments, y_moments = empty_moments("out_project", out, len(rows)), empty_moments("ista", ista.matrix, len(rows))
+    w = norm_linear(rows, moments, project, None, project.matrix.dtype, eps_mssa, Statistics(mean1, rstd1))
     w = w.view(batch, tokens, -1)
     o, lse = mssa_forward(w, heads, scale)
-    z = linear(o.view(batch * tokens, -1), weights.out_weight.t(), x.dtype, offset=out_bias, residual=rows)
-    y = norm_linear(z, ista, norm2_weight, x.dtype, eps_ista, Statistics(mean2, rstd2))
-    return w, o, z.view(x.shape), y.view(x.shape), lse, statistics, _empty_sums(x, prepared)
+    z = linear(o.view(len(rows), -1), out, x.dtype, offset=out_bias, residual=rows, moments=z_moments)
+    y = norm_linear(z, z_moments, ista, norm2_weight, x.dtype, eps_ista, Statistics(mean2, rstd2), y_moments)
+    return w, o, z.view(x.shape), y.view(x.shape), lse, statistics, y_moments, _empty_totals(x, prepared)
 
 
-def _backward_shapes(dy, sums, gradient_scale, saved, prepared, weights, below, scale, wanted):
+def _backward_shapes(dy, sums, totals, gradient_scale, saved, prepared, weights, below, scale, wanted):
     groups = (wanted[0],) * 3 + (wanted[1],) * 2 + (wanted[2],) * 3
     gradients = [w.new_empty(w.shape if want else (0,), dtype=torch.float32) for w, want in zip(weights, groups, strict=True)]
-    dx_sums = _empty_sums(saved[0], prepared) if below else gradient_scale.new_empty(0)
-    return [torch.empty_like(saved[0]), dx_sums, *gradients]
+    x = saved[0]
+    sums = x.new_empty(2, column_blocks(prepared[0].t()), x.shape[0] * x.shape[1], dtype=torch.float32)
+    dx_sums = (sums, _empty_totals(x, prepared)) if below else _nothing(gradient_scale, 2)
+    return [torch.empty_like(x), *dx_sums, *gradients]
 
 
 @operator(fake=_backward_shapes)
 def layer_backward(
     dy: Tensor,
     sums: Tensor,
+    totals: Tensor,
     gradient_scale: Tensor,
     saved: list[Tensor],
     prepared: list[Tensor],
@@ -160,45 +172,40 @@ def layer_backward(
     scale: float,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """[dx, its row sums, then the gradients of `LayerWeights` in order, float32 and unscaled].
+    """[dx, its row sums and column sums, then the gradients of `LayerWeights` in order, float32 and unscaled].
 
-    dy is masked where y is 0, and `sums` (2, parts, rows) are its row sums. below: `Rectified` of the layer that wrote x, for
-    which dx is masked and summed; empty if none did. wanted: whether the weights of the projection, the projection back, the
-    ISTA step are wanted. Tensors are empty where something is not.
+    dy is masked where y is 0 and stored 1/deviation of z's rows times; `sums` (2, parts, rows) are its row sums, `totals`
+    (1, parts, dim) its column sums (gradients.py). below: `Rectified` of the layer that wrote x, for which dx is made the
+    same way; empty if none did. wanted: whether the weights of the projection, the projection back, the ISTA step are
+    wanted. Tensors are empty where something is not.
     """
     a, w = Activations(*saved), LayerWeights(*weights)
     project, ista = PreparedWeights(*prepared).folded()
-    out_weight = prepared[3]
     dim, inner, operand = a.x.shape[-1], a.w.shape[-1], a.w.dtype
     x, z, o = a.x.view(-1, dim), a.z.view(-1, dim), a.o.view(-1, inner)
     mean1, rstd1, mean2, rstd2 = a.statistics.unbind()
     stats1, stats2 = Statistics(mean1, rstd1), Statistics(mean2, rstd2)
+    of_project = of_out = of_ista = None
 
     dy = dy.reshape(-1, dim)
-    dz, _ = norm_data_gradient(dy, sums, z, ista, w.norm2_weight, stats2)
+    dz = norm_data_gradient(dy, sums, z, ista, w.norm2_weight, stats2)
     if wanted[2]:
-        product = weight_gradient(z, dy, operand, statistics=stats2)
-        step = (w.operator, w.norm2_weight, w.norm2_bias)
-        ista_gradients = finish_norm_product(*product, gradient_scale, *step, identity=True)
-    else:
-        ista_gradients = _nothing(x, 3)
-    do, delta = attention_gradient(dz, out_weight.t(), o, inner // a.lse.shape[1])
+        product = weight_gradient(z, dy, operand, mean=mean2, totals=totals)
+        of_ista = NormProduct(product, w.operator, w.norm2_weight, w.norm2_bias)
+    do, delta = attention_gradient(dz.dx, prepared[3].t(), o, inner // a.lse.shape[1])
     if wanted[1]:
-        out_gradients = finish_product(*weight_gradient(o, dz, operand, transposed=True), gradient_scale)
-    else:
-        out_gradients = _nothing(x, 2)
-    dw, dw_sums = mssa_backward(a.w, do.view(a.w.shape), a.lse, delta, scale, project)
+        of_out = weight_gradient(o, dz.dx, operand, totals=dz.totals, transposed=True)
+    delta = padded_delta(delta, len(a.w), scale)
+    dw, dw_sums, dw_totals = mssa_backward(a.w, do.view(a.w.shape), a.lse, delta, scale, project, rstd1)
     dw = dw.view(-1, inner)
     rectified = Rectified(*below) if below else None
-    dx, dx_sums = norm_data_gradient(dw, dw_sums, x, project, None, stats1, residual=dz, rectified=rectified)
+    dx = norm_data_gradient(dw, dw_sums, x, project, None, stats1, residual=dz.dx, rectified=rectified)
     if wanted[0]:
-        product = weight_gradient(x, dw, operand, statistics=stats1)
-        *norm_gradients, du = finish_norm_product(*product, gradient_scale, w.project.t(), w.norm1_weight, w.norm1_bias)
-        project_gradients = [*norm_gradients, du.t()]
-    else:
-        project_gradients = _nothing(x, 3)
-    dx_sums = x.new_empty(0, dtype=torch.float32) if dx_sums is None else dx_sums
-    return [dx.view(a.x.shape), dx_sums, *project_gradients, *out_gradients, *ista_gradients]
+        product = weight_gradient(x, dw, operand, mean=mean1, totals=dw_totals)
+        of_project = NormProduct(product, w.project.t(), w.norm1_weight, w.norm1_bias)
+    gradients = finish_layer(gradient_scale, of_project, of_out, of_ista)
+    dx_sums = (dx.sums, dx.totals) if below else _nothing(gradient_scale, 2)
+    return [dx.dx.view(a.x.shape), *dx_sums, *gradients]
 
 
 def _nothing(like: Tensor, count: int) -> list[Tensor]:
@@ -207,27 +214,31 @@ def _nothing(like: Tensor, count: int) -> list[Tensor]:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gradient_scale, sums, gain, offset, settings: LayerSettings, *weights_and_prepared: Tensor):
-        weights, prepared = weights_and_prepared[:8], weights_and_prepared[8:]
+    def forward(ctx, x, gradient_scale, moments, totals, gain, offset, rstd, settings: LayerSettings, *tensors: Tensor):
+        weights, prepared = tensors[:8], tensors[8:]
         w = LayerWeights(*weights)
         numbers = (settings.heads, settings.scale, settings.eps_mssa, settings.eps_ista)
-        *activations, y_sums = layer_forward(x, list(prepared), w.out_bias, w.norm2_weight, *numbers)
-        below = () if sums is None else (gain, offset)
+        *activations, y_moments, y_totals = layer_forward(x, moments, list(prepared), w.out_bias, w.norm2_weight, *numbers)
+        below = () if gain is None else (gain, offset, rstd)
         ctx.save_for_backward(x, *activations, *weights, *prepared, *below)
-        ctx.scale, ctx.sums_shape = settings.scale, None if sums is None else sums.shape
-        return activations[3], torch.empty_like(gradient_scale), y_sums
+        ctx.scale, ctx.shapes = settings.scale, (moments.shape, totals.shape) if below else None
+        y_rstd = activations[-1][3]
+        ctx.mark_non_differentiable(y_rstd)
+        ctx.set_materialize_grads(False)  # else y_rstd gets a gradient of zeros
+        return activations[3], torch.empty_like(gradient_scale), y_moments, y_totals, y_rstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor, gradient_scale: Tensor, sums: Tensor):
+    def backward(ctx, dy: Tensor, gradient_scale: Tensor, sums: Tensor, totals: Tensor, _):
         tensors = list(ctx.saved_tensors)
         saved, weights, prepared, below = tensors[:7], tensors[7:15], tensors[15:22], tensors[22:]
-        need = ctx.needs_input_grad[6:14]
+        need = ctx.needs_input_grad[8:16]
         wanted = [any(need[:3]), any(need[3:5]), any(need[5:])]
-        dx, dx_sums, *gradients = layer_backward(dy, sums, gradient_scale, saved, prepared, weights, below, ctx.scale, wanted)
-        gradients = [_in_dtype(g, w) if n else None for g, w, n in zip(gradients, weights, need, strict=True)]
-        dx_sums = fit_sums(dx_sums, ctx.sums_shape) if below else None
-        return dx, gradient_scale, dx_sums, None, None, None, *gradients, *[None] * len(prepared)
+        given = (dy, sums, totals, gradient_scale)
+        dx, *results = layer_backward(*given, saved, prepared, weights, below, ctx.scale, wanted)
+        dx_sums = map(fit_sums, results[:2], ctx.shapes) if below else (None, None)
+        gradients = [_in_dtype(g, w) if n else None for g, w, n in zip(results[2:], weights, need, strict=True)]
+        return dx, gradient_scale, *dx_sums, *[None] * 4, *gradients, *[None] * len(prepared)
 
 
 def _in_dtype(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -236,7 +247,6 @@ def _in_dtype(gradient: Tensor, weight: Tensor) -> Tensor:
 
 def fused_layer(stream: Stream, weights: LayerWeights, prepared: PreparedWeights, settings: LayerSettings) -> Stream:
     """One layer, between `enter_stack` and `leave_stack`; differentiable once. The result may go to one place only."""
-    x, gradient_scale, sums, writer = stream
-    gain, offset = writer or (None, None)
-    y, gradient_scale, sums = _Layer.apply(x, gradient_scale, sums, gain, offset, settings, *weights, *prepared)
-    return Stream(y, gradient_scale, sums, Rectified(prepared.ista_gain, prepared.ista_offset))
+    writer = stream.writer or (None, None, None)
+    *handed_on, rstd = _Layer.apply(*stream[:4], *writer, settings, *weights, *prepared)
+    return Stream(*handed_on, Rectified(prepared.ista_gain, prepared.ista_offset, rstd))

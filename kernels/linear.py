@@ -10,9 +10,11 @@ operands' dtype, LayerNorm(x) W = x̂ F + β W = rs·(x F − μ·colsum F) + β
 
 NORM "folded" multiplies the raw x and mends the result with v. It is exact where the operand is the stored x itself: the
 rounding of F cancels, because v sums the rounded F. Where x would be rounded for the product (a float32 stream) or the
-product rounds by itself (tf32), NORM "first" normalises on the way in. The statistics are two-pass within a block of
-columns and combined by Chan's formula, so a mean 50 times the deviation costs nothing beyond what the stream itself
-rounds (x in 16 bit is rounded with its mean).
+product rounds by itself (tf32), NORM "first" normalises on the way in.
+
+Who writes a row leaves its moments, mean and sum of squared deviations, in parts, one a block of columns: (2, parts, rows)
+float32, two-pass within a block, of the values as stored. Readers combine them by Chan's formula, so a mean 50 times the
+deviation costs nothing beyond what the stream itself rounds (x in 16 bit is rounded with its mean).
 
 Backward needs no full-width row of dx: with g the gradient of the result (masked where relu was zero) and s the result,
 LayerNorm's two row sums are c₂ = Σ g·v and c₁ = Σ g·(s − u), and dx = rs·(g Fᵀ [+ γ g] − (c₂ + x̂ c₁)/d).
@@ -63,21 +65,26 @@ def _swizzle(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 
 
 @triton.jit
-def _row_statistics(p_rows, m_row, size, stride, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(mean, 1/sqrt(variance + eps)) over `size` columns of the rows that p_rows points to."""
-    b_mean = tl.zeros([BLOCK_M], tl.float32)
-    b_square = tl.zeros([BLOCK_M], tl.float32)  # Σ (x − mean)²
-    for start in range(0, size, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        m_x = m_row[:, None] & (column < size)[None, :]
-        b_x = tl.load(p_rows[:, None] + column[None, :] * stride, mask=m_x, other=0.0).to(tl.float32)  # [M, K]
-        count = tl.minimum(size - start, BLOCK_K) * 1.0
-        seen = start * 1.0
-        b_block_mean = tl.sum(b_x, 1) / count
-        b_deviation = tl.where(m_x, b_x - b_block_mean[:, None], 0.0)
-        b_shift = b_block_mean - b_mean
-        b_mean += b_shift * (count / (seen + count))
-        b_square += tl.sum(b_deviation * b_deviation, 1) + b_shift * b_shift * (seen * count / (seen + count))
+def _merge(count, b_mean, b_square, more, b_more_mean, b_more_square):
+    """(mean, Σ (x − mean)²) of `count` and of `more` columns together, by Chan's formula; count + more is not 0."""
+    b_shift = b_more_mean - b_mean
+    share = more * 1.0 / (count + more)
+    return b_mean + b_shift * share, b_square + b_more_square + b_shift * b_shift * (count * share)
+
+
+@triton.jit
+def _statistics(p_moments, row, m_row, rows, size, parts, span, eps):
+    """(mean, 1/sqrt(variance + eps)) of rows of `size` columns whose moments come in parts of `span`."""
+    b_mean = tl.load(p_moments + row, mask=m_row, other=0.0)
+    p_square = p_moments + tl.cast(parts, tl.int64) * rows
+    b_square = tl.load(p_square + row, mask=m_row, other=0.0)
+    for part in range(1, parts):
+        p_moments += rows
+        p_square += rows
+        b_more_mean = tl.load(p_moments + row, mask=m_row, other=0.0)
+        b_more_square = tl.load(p_square + row, mask=m_row, other=0.0)
+        seen = part * span
+        b_mean, b_square = _merge(seen, b_mean, b_square, tl.minimum(size - seen, span), b_more_mean, b_more_square)
     return b_mean, 1.0 / tl.sqrt(b_square / size + eps)
 
 
@@ -90,11 +97,15 @@ def _linear_kernel(
     p_gain,  # (outputs,), NORM "folded"
     p_gamma,  # (inputs,), SHRINK after a LayerNorm
     p_residual,  # (rows, outputs), contiguous, RESIDUAL
+    p_moments,  # (2, parts, rows) float32, x's: NORM
     p_mean,  # (rows,) float32, written with NORM
     p_rstd,
+    p_parts,  # (2, column blocks, rows) float32, written: moments of the result; None: not wanted
     rows,
     inputs,
     outputs,
+    parts,
+    span,
     stride_xm,
     stride_xk,
     stride_wk,
@@ -117,12 +128,10 @@ def _linear_kernel(
     m_column = column < outputs
     row = row.to(tl.int64)
     p_rows = p_x + row * stride_xm
-    if NORM != "none":
-        b_mean, b_rstd = _row_statistics(p_rows, m_row, inputs, stride_xk, eps, BLOCK_M, BLOCK_K)
-        if block_n == 0:
-            tl.store(p_mean + row, b_mean, mask=m_row)
-            tl.store(p_rstd + row, b_rstd, mask=m_row)
-
+    b_mean = tl.zeros([BLOCK_M], tl.float32)
+    b_rstd = b_mean
+    if NORM == "first":
+        b_mean, b_rstd = _statistics(p_moments, row, m_row, rows, inputs, parts, span, eps)
     b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, inputs, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -135,34 +144,51 @@ def _linear_kernel(
             b_x = tl.where(m_k[None, :], b_x, 0.0)
         b_out = tl.dot(b_x.to(b_w.dtype), b_w, b_out, input_precision=PRECISION)
 
-    if NORM == "none":
-        b_mean = tl.zeros([BLOCK_M], tl.float32)  # not read
-        b_rstd = b_mean
+    if NORM == "folded":
+        b_mean, b_rstd = _statistics(p_moments, row, m_row, rows, inputs, parts, span, eps)
+    if NORM != "none" and block_n == 0:
+        tl.store(p_mean + row, b_mean, mask=m_row)
+        tl.store(p_rstd + row, b_rstd, mask=m_row)
+    MOMENTS: tl.constexpr = p_parts is not None
     if (SHRINK or RESIDUAL) and BLOCK_M * BLOCK_N >= 128 * 128:
+        QUARTER: tl.constexpr = BLOCK_N // 4
         b_left, b_right = _halves(b_out)
         b_0, b_1 = _halves(b_left)
         b_2, b_3 = _halves(b_right)
-        _finish_linear(
+        b_mean0, b_square0 = _finish_linear(
             b_0, block_n * 4, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
-            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS,
         )  # fmt: skip
-        _finish_linear(
+        b_mean1, b_square1 = _finish_linear(
             b_1, block_n * 4 + 1, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
-            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS,
         )  # fmt: skip
-        _finish_linear(
+        b_mean2, b_square2 = _finish_linear(
             b_2, block_n * 4 + 2, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
-            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS,
         )  # fmt: skip
-        _finish_linear(
+        b_mean3, b_square3 = _finish_linear(
             b_3, block_n * 4 + 3, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
-            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS,
         )  # fmt: skip
+        if MOMENTS:
+            left = outputs - block_n * BLOCK_N
+            first = tl.minimum(left, QUARTER)
+            second = tl.minimum(tl.maximum(left - QUARTER, 0), QUARTER)
+            third = tl.minimum(tl.maximum(left - 2 * QUARTER, 0), QUARTER)
+            fourth = tl.minimum(tl.maximum(left - 3 * QUARTER, 0), QUARTER)
+            b_mean0, b_square0 = _merge(first, b_mean0, b_square0, second, b_mean1, b_square1)
+            b_mean0, b_square0 = _merge(first + second, b_mean0, b_square0, third, b_mean2, b_square2)
+            b_mean0, b_square0 = _merge(first + second + third, b_mean0, b_square0, fourth, b_mean3, b_square3)
     else:
-        _finish_linear(
+        b_mean0, b_square0 = _finish_linear(
             b_out, block_n, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
-            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL,
+            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS,
         )  # fmt: skip
+    if MOMENTS:
+        all_rows = tl.cast(rows, tl.int64)  # an argument that is 1 has no .to: Triton makes it a constant
+        tl.store(p_parts + block_n * all_rows + row, b_mean0, mask=m_row)
+        tl.store(p_parts + (tl.cdiv(outputs, BLOCK_N) + block_n) * all_rows + row, b_square0, mask=m_row)
 
 
 @triton.jit
@@ -175,9 +201,9 @@ def _halves(b):
 @triton.jit
 def _finish_linear(
     b_out, block_n, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd, outputs, stride_xk,
-    NORM: tl.constexpr, SHRINK: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, SHRINK: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product, on block `block_n` of columns."""
+    """What follows the product, on block `block_n` of columns; returns, with MOMENTS, those of its columns."""
     column = block_n * b_out.shape[1] + tl.arange(0, b_out.shape[1])
     m_column = column < outputs
     m_out = m_row[:, None] & m_column[None, :]
@@ -199,7 +225,16 @@ def _finish_linear(
         b_out += tl.load(p_residual + row[:, None] * outputs + column[None, :], mask=m_out, other=0.0).to(tl.float32)
     if SHRINK:
         b_out = tl.where(b_out <= 0.0, 0.0, b_out)  # keeps NaN, which tl.maximum would swallow
-    tl.store(p_out + row[:, None] * outputs + column[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
+    b_out = b_out.to(p_out.dtype.element_ty)
+    tl.store(p_out + row[:, None] * outputs + column[None, :], b_out, mask=m_out)
+    b_block_mean = b_mean
+    b_square = b_mean
+    if MOMENTS:
+        b_out = b_out.to(tl.float32)  # as stored; 0 in columns that are not there
+        b_block_mean = tl.sum(b_out, 1) / tl.maximum(tl.minimum(outputs - block_n * b_out.shape[1], b_out.shape[1]), 1)
+        b_out = tl.where(m_column[None, :], b_out - b_block_mean[:, None], 0.0)
+        b_square = tl.sum(b_out * b_out, 1)
+    return b_block_mean, b_square
 
 
 def linear(
@@ -210,43 +245,61 @@ def linear(
     offset: Tensor | None = None,
     residual: Tensor | None = None,
     shrink: bool = False,
+    moments: Tensor | None = None,
 ) -> Tensor:
-    """x W [+ x] [+ offset] [+ residual], rectified if `shrink`: (rows, in) to (rows, out), without a LayerNorm."""
+    """x W [+ x] [+ offset] [+ residual], rectified if `shrink`: (rows, in) to (rows, out), without a LayerNorm.
+
+    Writes the result's `moments`, from `empty_moments`.
+    """
     result = x.new_empty(x.shape[0], weight.shape[1], dtype=out)
     name = "ista" if shrink else "out_project"
-    _launch_linear(name, x, weight, result, offset=offset, residual=residual, shrink=shrink)
+    _launch_linear(name, x, weight, result, offset=offset, residual=residual, shrink=shrink, moments_out=moments)
     return result
 
 
+def empty_moments(name: str, weight: Tensor, rows: int) -> Tensor:
+    """Room for the moments of a product `name` ("ista", "out_project") with `weight` (in, out): (2, parts, rows) float32."""
+    block = shapes.matrix(name, weight.dtype, *weight.shape, weight.device).block_n
+    return weight.new_empty(2, shapes.blocks(weight.shape[1], block), rows, dtype=torch.float32)
+
+
 def norm_linear(
-    x: Tensor, folded: Folded, gamma: Tensor | None, out: torch.dtype, eps: float, statistics: Statistics
+    x: Tensor,
+    moments: Tensor,
+    folded: Folded,
+    gamma: Tensor | None,
+    out: torch.dtype,
+    eps: float,
+    statistics: Statistics,
+    moments_out: Tensor | None = None,
 ) -> Tensor:
     """LN(x) W with the norm folded in W (weights.py) or, with `gamma` given, the ISTA step on LN(x); (rows, in) to (rows, out).
 
-    Writes x's `statistics`. The normalisation is folded into the product where that is exact: the stored x is the 16-bit
-    operand itself.
+    moments: of x, as its writer left them. Writes x's `statistics` and the result's `moments_out`. The normalisation is
+    folded into the product where that is exact: the stored x is the 16-bit operand itself.
     """
     result = x.new_empty(x.shape[0], folded.matrix.shape[1], dtype=out)
     exact = x.dtype == folded.matrix.dtype and x.dtype != torch.float32
     _launch_linear(
         "project" if gamma is None else "ista",
-        x, folded.matrix, result, norm="folded" if exact else "first", offset=folded.offset, gain=folded.gain,
-        gamma=gamma, shrink=gamma is not None, statistics=statistics, eps=eps,
+        x, folded.matrix, result, norm="folded" if exact else "first", offset=folded.offset, gain=folded.gain, gamma=gamma,
+        shrink=gamma is not None, moments=moments, statistics=statistics, moments_out=moments_out, eps=eps,
     )  # fmt: skip
     return result
 
 
 def _launch_linear(
     name, x, weight, result, *, norm="none", offset=None, gain=None, gamma=None, residual=None, shrink=False,
-    statistics=None, eps=0.0,
+    moments=None, statistics=None, moments_out=None, eps=0.0,
 ) -> None:  # fmt: skip
     (rows, inputs), outputs = x.shape, weight.shape[1]
     config = shapes.matrix(name, weight.dtype, inputs, outputs, weight.device)
     programs = shapes.blocks(rows, config.block_m) * shapes.blocks(outputs, config.block_n)
     mean, rstd = statistics or (None, None)
+    parts, span = (0, 0) if moments is None else (moments.shape[1], shapes.part_width(inputs, moments.shape[1]))
     launch(
-        _linear_kernel, programs, x, weight, result, offset, gain, gamma, residual, mean, rstd, rows, inputs, outputs,
-        *x.stride(), *weight.stride(), eps, NORM=norm, SHRINK=shrink, OFFSET=offset is not None,
-        RESIDUAL=residual is not None, PRECISION=product_precision(weight.dtype), GROUP_M=GROUP,
-        **shapes.constants(config),
+        _linear_kernel, programs, x, weight, result, offset, gain, gamma, residual, moments, mean, rstd, moments_out, rows,
+        inputs, outputs, parts, span, *x.stride(), *weight.stride(), eps, NORM=norm, SHRINK=shrink,
+        OFFSET=offset is not None, RESIDUAL=residual is not None, PRECISION=product_precision(weight.dtype),
+        GROUP_M=GROUP, **shapes.constants(config),
     )  # fmt: skip

@@ -43,3 +43,8 @@ def forget() -> None:
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`. Triton's own cdiv takes 20 times as long."""
     return -(-size // block)
+
+
+def part_width(size: int, parts: int) -> int:
+    """How wide blocks are, a power of two, of which `parts` cover `size`: no two widths give the same number, but for one."""
+    return 1 << (blocks(size, max(parts, 1)) - 1).bit_length()

@@ -18,7 +18,16 @@ import torch
 
 CACHE_VARIABLE = "CRATE_FAST_CACHE"
 ATTENTION = ("mssa_forward", "mssa_backward")
-MATRIX = ("project", "out_project", "ista", "ista_gradient", "out_gradient", "project_gradient", "weight_gradient")
+MATRIX = (
+    "project",
+    "out_project",
+    "ista",
+    "ista_gradient",
+    "out_gradient",
+    "project_gradient",
+    "weight_gradient",
+    "mixed_gradient",
+)
 
 
 class TuningError(OSError):
@@ -33,11 +42,13 @@ class Config(NamedTuple):
     block_k: int  # 0 in the attention
     warps: int
     stages: int
+    registers: int = 0  # at most so many a thread; 0: as many as the compiler likes
 
     def constants(self) -> dict[str, int]:
         """The arguments of a launch."""
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n} | ({"BLOCK_K": self.block_k} if self.block_k else {})
-        return blocks | {"num_warps": self.warps, "num_stages": self.stages}
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return blocks | limit | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class Line(NamedTuple):
@@ -50,40 +61,54 @@ class Line(NamedTuple):
     config: Config
     reason: str
     architecture: int | None = None  # one of `ARCHITECTURES`, None for all of them
+    columns: int = 1  # a product's number of columns is a multiple of it
 
 
 _PRODUCTS = ("project", "out_project", "ista")
+_WEIGHTS = ("weight_gradient", "mixed_gradient")
 _GRADIENTS = ("ista_gradient", "out_gradient", "project_gradient")
 
 TABLE = (
     Line(("mssa_forward",), 16, 32, True, Config(64, 32, 0, 4, 3), "64 columns spill 40 bytes on sm_100 at width 32"),
     Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3), "124 registers: 4 programs a multiprocessor"),
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 2), "162 registers, 3 programs; a third stage takes 16 KB"),
-    Line(("mssa_backward",), 16, 32, True, Config(64, 32, 0, 4, 2), "2 programs; 64 columns spill"),
-    Line(("mssa_backward",), 16, 48, True, Config(64, 16, 0, 4, 2), "in two parts, 32 + 16; triton 3.6 spills 8 bytes at 32"),
-    Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 2), "2 programs; 64 columns spill"),
-    Line(("mssa_backward",), 16, 80, True, Config(64, 16, 0, 4, 3), "168 registers; two stages spill 8 bytes at 80", 100),
-    Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 2), "152 to 178 registers, at width 80 and 96 3 programs"),
+    Line(("mssa_backward",), 16, 64, True, Config(64, 16, 0, 4, 2), "HMMA takes 166 to 220 registers; at 128 it spills", 80),
+    Line(("mssa_backward",), 16, 96, True, Config(64, 16, 0, 4, 2), "236 registers at width 80", 80),
+    Line(("mssa_backward",), 16, 128, True, Config(32, 16, 0, 4, 2), "64 rows spill 888 bytes, 32 columns 16", 80),
+    Line(("mssa_backward",), 16, 48, True, Config(64, 32, 0, 4, 3), "132 registers, 3 programs; at 128 triton 3.6 spills"),
+    Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3), "141 registers, 3 programs; at 128 triton 3.6 spills"),
+    Line(("mssa_backward",), 16, 80, True, Config(64, 32, 0, 4, 2, 168), "3 programs a multiprocessor"),
+    Line(("mssa_backward",), 16, 96, True, Config(64, 16, 0, 4, 2, 168), "145 registers; triton 3.6 spills 8 bytes at 32"),
+    Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 2), "228 registers, 2 programs; at 168 it spills"),
     Line(("mssa_forward",), 32, 64, True, Config(32, 32, 0, 4, 1), "80 registers; 64 rows spill 8 bytes at 20 and 64", 80),
     Line(("mssa_forward",), 32, 64, True, Config(64, 32, 0, 8, 2), "80 to 128 registers; 32 rows spill 8 bytes at 20"),
     Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 4, 2), "8 warps spill 16 to 24 bytes on sm_100 at width 80"),
     Line(("mssa_backward",), 32, 64, True, Config(32, 32, 0, 8, 2), "one stage spills 16 bytes in 80 registers", 80),
     Line(("mssa_backward",), 32, 64, True, Config(32, 32, 0, 8, 1), "two stages spill 8 to 32 bytes in 128 registers"),
-    Line(("mssa_backward",), 32, 128, True, Config(32, 32, 0, 8, 2), "107 to 176 registers; one stage spills at 80 and 96"),
+    Line(("mssa_backward",), 32, 128, True, Config(32, 16, 0, 8, 2), "32 columns spill 8 to 24 bytes at width 80 and 128"),
     Line(_PRODUCTS, 16, None, True, Config(128, 128, 64, 8, 3), "128 registers, 96 KB: 2 programs a multiprocessor"),
     Line(("project_gradient",), 16, None, True, Config(128, 128, 64, 8, 2), "4 stages of 32 spill 16 bytes: fp32 stream", 100),
     Line(_GRADIENTS, 16, None, True, Config(128, 128, 32, 8, 4), "128 registers but for a rectified end (165), 64 KB"),
-    Line(("weight_gradient",), 16, None, True, Config(128, 128, 32, 8, 2), "normalising on the way in takes 165 registers"),
+    Line(("weight_gradient",), 16, None, True, Config(128, 384, 64, 8, 3), "3 accumulators, 192 KB", 90, 384),
+    Line(("weight_gradient",), 16, None, True, Config(128, 256, 64, 8, 3), "144 KB", 90, 256),
+    Line(("weight_gradient",), 16, None, True, Config(128, 128, 64, 8, 3), "126 registers, 96 KB: 2 programs"),
+    Line(("mixed_gradient",), 16, None, True, Config(128, 128, 32, 8, 1), "161 registers; products of more are serialised"),
     Line(_GRADIENTS, 32, None, True, Config(64, 64, 16, 4, 2), "163 registers; blocks of 32 take 255 and spill on sm_80"),
     Line(MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
-    Line(("weight_gradient",), 16, None, False, Config(32, 64, 32, 4, 2), "64 wide spills 8 to 24 bytes", 80),
+    Line(_WEIGHTS, 16, None, False, Config(32, 64, 32, 4, 2), "64 wide spills 8 to 24 bytes", 80),
     Line(MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
     Line(MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
 )
 
 CANDIDATES = {
     ("mssa_forward", 16): [(64, 64, 0, 4, 2), (64, 64, 0, 4, 3), (64, 32, 0, 4, 3), (128, 64, 0, 8, 3), (64, 128, 0, 4, 2)],
-    ("mssa_backward", 16): [(64, 32, 0, 4, 1), (64, 32, 0, 4, 2), (64, 16, 0, 4, 2), (128, 32, 0, 8, 1), (128, 32, 0, 8, 2)],
+    ("mssa_backward", 16): [
+        (64, 32, 0, 4, 2),
+        (64, 32, 0, 4, 3),
+        (64, 32, 0, 4, 3, 128),
+        (64, 32, 0, 4, 4, 128),
+        (64, 16, 0, 4, 2),
+    ],
     ("product", 16): [
         (128, 128, 64, 8, 3),
         (128, 128, 32, 8, 4),
@@ -91,11 +116,13 @@ CANDIDATES = {
         (64, 128, 64, 4, 3),
         (64, 128, 32, 8, 3),
     ],
-    ("weight_gradient", 16): [(128, 128, 32, 8, 2), (128, 128, 64, 8, 2), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3)],
+    ("weight_gradient", 16): [(128, 384, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)],
+    ("mixed_gradient", 16): [(128, 128, 32, 8, 1), (128, 128, 32, 8, 2), (64, 128, 32, 4, 3)],
     ("mssa_forward", 32): [(32, 32, 0, 4, 2), (32, 32, 0, 8, 2), (64, 32, 0, 8, 2)],
-    ("mssa_backward", 32): [(32, 16, 0, 4, 2), (32, 32, 0, 8, 1), (32, 32, 0, 8, 2)],
+    ("mssa_backward", 32): [(32, 16, 0, 4, 2), (32, 16, 0, 8, 2), (32, 32, 0, 8, 1), (32, 32, 0, 8, 2)],
     ("product", 32): [(64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (32, 64, 32, 8, 2)],
     ("weight_gradient", 32): [(64, 64, 32, 4, 2), (32, 64, 32, 8, 2)],
+    ("mixed_gradient", 32): [(64, 64, 32, 4, 2)],  # never launched: float32 operands do not mix
 }
 """What `crate-fast tune` measures, by kernel ("product" stands for the six products over tokens) and bits."""
 
@@ -109,27 +136,29 @@ _measured: dict[Path, dict[str, Config]] = {}
 
 def attention(kernel: str, dtype: torch.dtype, head_width: int, device: torch.device) -> Config:
     """The shape of one of `ATTENTION` for tokens of `dtype` and heads of a width; ValueError if there is none so wide."""
-    return _lookup(kernel, dtype, head_width, True, key(kernel, dtype, head_width), device)
+    return _lookup(kernel, dtype, head_width, True, 0, key(kernel, dtype, head_width), device)
 
 
 def matrix(kernel: str, operand: torch.dtype, inputs: int, outputs: int, device: torch.device) -> Config:
     """The shape of one of `MATRIX` for operands of a dtype and a weight (in, out)."""
     aligned = inputs % 16 == 0 and outputs % 16 == 0
-    return _lookup(kernel, operand, None, aligned, key(kernel, operand, inputs, outputs), device)
+    return _lookup(kernel, operand, None, aligned, outputs, key(kernel, operand, inputs, outputs), device)
 
 
 def candidates(kernel: str, dtype: torch.dtype) -> list[Config]:
     """The shapes worth measuring for a kernel and the dtype of its operands."""
-    name = kernel if kernel in (*ATTENTION, "weight_gradient") else "product"
+    name = kernel if kernel in (*ATTENTION, *_WEIGHTS) else "product"
     return [Config(*shape) for shape in CANDIDATES[name, _bits(dtype)]]
 
 
-def splits(tiles: int, rows: int, block: int) -> int:
-    """Into how many parts the rows of a weight gradient of `tiles` tiles are cut: about two programs a multiprocessor.
+def splits(tiles: int, rows: int, config: Config) -> int:
+    """Into how many parts the rows of a weight gradient of `tiles` tiles are cut: as many programs as run at once, two a
+    multiprocessor of tiles of 128 × 128, one of larger ones.
 
     132 multiprocessors (H100, H200) are assumed on every device, so that results do not depend on it.
     """
-    return max(1, min(2 * 132 // tiles, rows // (4 * block)))
+    resident = 1 if config.block_m * config.block_n > 128 * 128 else 2
+    return max(1, min(resident * 132 // tiles, rows // (4 * config.block_k)))
 
 
 @contextmanager
@@ -199,7 +228,7 @@ def _read(path: Path) -> dict[str, dict[str, list[int]]]:
         contents = json.loads(path.read_text(encoding="utf-8"))
         for shapes in contents.values():
             for shape in shapes.values():
-                if len(shape) != len(Config._fields) or not all(isinstance(n, int) and 0 <= n <= 1024 for n in shape):
+                if len(shape) not in (5, 6) or not all(isinstance(n, int) and 0 <= n <= 1024 for n in shape):
                     raise ValueError(f"{shape} is no shape")
     except FileNotFoundError:
         return {}
@@ -208,7 +237,9 @@ def _read(path: Path) -> dict[str, dict[str, list[int]]]:
     return contents
 
 
-def _lookup(kernel: str, dtype: torch.dtype, width: int | None, aligned: bool, name: str, device: torch.device) -> Config:
+def _lookup(
+    kernel: str, dtype: torch.dtype, width: int | None, aligned: bool, columns: int, name: str, device: torch.device
+) -> Config:
     if kernel in _forced:
         return _forced[kernel]
     if device.type == "cuda":
@@ -218,7 +249,7 @@ def _lookup(kernel: str, dtype: torch.dtype, width: int | None, aligned: bool, n
     architecture = _family(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else _assumed[-1]
     for line in TABLE:
         fits = line.widest is None if width is None else line.widest is not None and width <= line.widest
-        fits = fits and line.architecture in (None, architecture)
+        fits = fits and line.architecture in (None, architecture) and columns % line.columns == 0
         if kernel in line.kernels and line.bits == _bits(dtype) and line.aligned == aligned and fits:
             return line.config
     raise ValueError(f"head width is {width}; the kernels take 16 to 128")

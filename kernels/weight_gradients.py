@@ -1,6 +1,17 @@
-"""Gradients of the matrix products in linear.py to their weights, in parts that weights.py sums up."""
+"""Gradients of the matrix products in linear.py to their weights, in parts that weights.py sums up.
+
+A pure product: nothing is in the loop but loads and products. Behind a LayerNorm the writer of the result's gradient g stored
+g' = rs ∘ g, and x̂ᵀ g = Σ (x − μ) g' over the rows, which is P = xᵀ g' less the mean of P over its rows, because μ is the mean
+of x over the same columns. So P is made of the stored x, and weights.py takes the mean away: what x was rounded to cancels.
+Where x would be rounded for the product, or its product rounds by itself, x − μ is what is multiplied, and the mean of P is
+rounding alone.
+
+Column sums of g come in parts from its writer, one a block of rows; here they are only brought together.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -8,22 +19,32 @@ import triton.language as tl
 from torch import Tensor
 
 from . import shapes, tuning
-from .linear import Statistics
 from .runtime import launch, product_precision
+
+
+class Parts(NamedTuple):
+    """A weight's gradient in parts that sum up to it, float32, one a split of the rows."""
+
+    product: Tensor  # (splits, in, out), or (splits, out, in)
+    total: Tensor | None = None  # (splits, out): column sums of g
+    sums: Tensor | None = None  # (splits, blocks of inputs, out): column sums of the product
 
 
 @triton.jit
 def _weight_gradient_kernel(
     p_x,  # (rows, inputs), any strides
     p_g,  # (rows, outputs), any strides
-    p_mean,  # (rows,), NORM
-    p_rstd,
-    p_product,  # (splits, inputs, outputs) float32, any strides: x̂ᵀ g over the rows of a split
-    p_total,  # (splits, outputs) float32: column sums of g
+    p_mean,  # (rows,) float32, taken from x; None: x as it is
+    p_totals,  # (parts, outputs) float32: parts of the column sums of g; None: not wanted
+    p_product,  # (splits, inputs, outputs) float32, any strides: xᵀ g over the rows of a split
+    p_total,  # (splits, outputs) float32: sums of p_totals
+    p_sums,  # (splits, blocks of inputs, outputs) float32: column sums of the product; None: not wanted
     rows,
     inputs,
     outputs,
     rows_per_split,
+    parts,
+    parts_per_split,
     stride_xm,
     stride_xk,
     stride_gm,
@@ -31,44 +52,85 @@ def _weight_gradient_kernel(
     stride_ps,
     stride_pi,
     stride_po,
-    NORM: tl.constexpr,
+    WHOLE: tl.constexpr,  # inputs and outputs are multiples of their blocks
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # a power of two, or 3 times one
     BLOCK_K: tl.constexpr,
 ):
-    pid = tl.program_id(0)
+    THIRD: tl.constexpr = BLOCK_N // 3 if BLOCK_N % 3 == 0 else BLOCK_N
     blocks_m = tl.cdiv(inputs, BLOCK_M)
     blocks_n = tl.cdiv(outputs, BLOCK_N)
-    split = pid // (blocks_m * blocks_n)
-    block_m = pid % (blocks_m * blocks_n) // blocks_n
+    split = tl.program_id(0) // (blocks_m * blocks_n)
+    block_m = tl.program_id(0) % (blocks_m * blocks_n) // blocks_n
     i = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, THIRD)
+    first = split.to(tl.int64) * rows_per_split
+    left = tl.minimum(rows - first, rows_per_split).to(tl.int32)
+
+    row = tl.arange(0, BLOCK_K)
+    p_tile_x = p_x + (first + row)[:, None] * stride_xm + i[None, :] * stride_xk  # [K, M]
+    p_tile_g = p_g + (first + row)[:, None] * stride_gm + j[None, :] * stride_gk  # [K, THIRD]
     m_i = i < inputs
     m_j = j < outputs
-    first = split.to(tl.int64) * rows_per_split
-    last = tl.minimum(first + rows_per_split, rows)
-
-    b_product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    b_total = tl.zeros([BLOCK_N], tl.float32)
+    m_j1 = j + THIRD < outputs
+    m_j2 = j + 2 * THIRD < outputs
+    b_0 = tl.zeros([BLOCK_M, THIRD], tl.float32)
+    b_1 = b_0
+    b_2 = b_0
     for start in range(0, rows_per_split, BLOCK_K):
-        row = first + start + tl.arange(0, BLOCK_K)
-        m_row = row < last
-        b_x = tl.load(p_x + row[:, None] * stride_xm + i[None, :] * stride_xk, mask=m_row[:, None] & m_i[None, :], other=0.0)
-        m_g = m_row[:, None] & m_j[None, :]
-        b_g = tl.load(p_g + row[:, None] * stride_gm + j[None, :] * stride_gk, mask=m_g, other=0.0)  # [K, N]
-        if NORM:
-            b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
-            b_rstd = tl.load(p_rstd + row, mask=m_row, other=0.0)
-            b_x = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]  # [K, M]
-        b_total += tl.sum(b_g.to(tl.float32), 0)
-        b_product = tl.dot(tl.trans(b_x.to(OPERAND)), b_g.to(OPERAND), b_product, input_precision=PRECISION)
+        m_row = row < left - start
+        b_x = tl.load(p_tile_x, mask=_mask(m_row, m_i, WHOLE), other=0.0)
+        if p_mean is not None:
+            b_x = b_x.to(tl.float32) - tl.load(p_mean + first + start + row, mask=m_row, other=0.0)[:, None]
+            b_x = tl.where(m_i[None, :], b_x, 0.0)
+        b_x = tl.trans(b_x.to(OPERAND))
+        b_g = tl.load(p_tile_g, mask=_mask(m_row, m_j, WHOLE), other=0.0)
+        b_0 = tl.dot(b_x, b_g.to(OPERAND), b_0, input_precision=PRECISION)
+        if THIRD < BLOCK_N:
+            b_g = tl.load(p_tile_g + THIRD * stride_gk, mask=_mask(m_row, m_j1, WHOLE), other=0.0)
+            b_1 = tl.dot(b_x, b_g.to(OPERAND), b_1, input_precision=PRECISION)
+            b_g = tl.load(p_tile_g + 2 * THIRD * stride_gk, mask=_mask(m_row, m_j2, WHOLE), other=0.0)
+            b_2 = tl.dot(b_x, b_g.to(OPERAND), b_2, input_precision=PRECISION)
+        p_tile_x += BLOCK_K * stride_xm
+        p_tile_g += BLOCK_K * stride_gm
 
-    p_tile = p_product + split.to(tl.int64) * stride_ps + i[:, None] * stride_pi + j[None, :] * stride_po
-    tl.store(p_tile, b_product, mask=m_i[:, None] & m_j[None, :])
-    if block_m == 0:
-        tl.store(p_total + split * outputs + j, b_total, mask=m_j)
+    p_product += split.to(tl.int64) * stride_ps
+    if p_sums is not None:
+        p_sums += (split * blocks_m + block_m) * outputs
+    _store_part(p_product, p_sums, b_0, i, j, inputs, outputs, stride_pi, stride_po)
+    if THIRD < BLOCK_N:
+        _store_part(p_product, p_sums, b_1, i, j + THIRD, inputs, outputs, stride_pi, stride_po)
+        _store_part(p_product, p_sums, b_2, i, j + 2 * THIRD, inputs, outputs, stride_pi, stride_po)
+    if p_totals is not None and block_m == 0:
+        for third in tl.static_range(0, BLOCK_N // THIRD):
+            _sum_totals(p_totals, p_total, split, j + third * THIRD, parts, parts_per_split, outputs)
+
+
+@triton.jit
+def _mask(m_row, m_column, WHOLE: tl.constexpr):
+    return m_row[:, None] if WHOLE else m_row[:, None] & m_column[None, :]
+
+
+@triton.jit
+def _store_part(p_product, p_sums, b_product, i, j, inputs, outputs, stride_pi, stride_po):
+    m_j = j < outputs
+    tl.store(p_product + i[:, None] * stride_pi + j[None, :] * stride_po, b_product, mask=(i < inputs)[:, None] & m_j[None, :])
+    if p_sums is not None:
+        tl.store(p_sums + j, tl.sum(b_product, 0), mask=m_j)
+
+
+@triton.jit
+def _sum_totals(p_totals, p_total, split, j, parts, parts_per_split, outputs):
+    """The sums of a split's parts, in one order."""
+    part = split * parts_per_split + tl.arange(0, 16)
+    last = tl.minimum((split + 1) * parts_per_split, parts)
+    b_total = tl.zeros([16, j.shape[0]], tl.float32)
+    for start in range(0, parts_per_split, 16):
+        m_part = (part + start < last)[:, None] & (j < outputs)[None, :]
+        b_total += tl.load(p_totals + (part + start).to(tl.int64)[:, None] * outputs + j[None, :], mask=m_part, other=0.0)
+    tl.store(p_total + split * outputs + j, tl.sum(b_total, 0), mask=j < outputs)
 
 
 def weight_gradient(
@@ -76,31 +138,38 @@ def weight_gradient(
     g: Tensor,
     operand: torch.dtype,
     *,
-    statistics: Statistics | None = None,
+    mean: Tensor | None = None,
+    totals: Tensor | None = None,
     transposed: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(x̂ᵀ g, Σ g) in parts that sum up to them, float32: (splits, in, out), with `transposed` (splits, out, in), and
-    (splits, out).
+) -> Parts:
+    """xᵀ g, or with the mean of x's rows, behind a LayerNorm, (x − mean)ᵀ g once the mean of the product is taken away.
 
-    x̂ is x, normalised on the way in when `statistics` are given. The rows are cut in splits that depend on the shape alone
-    and are summed in one order (weights.py): the same bits from run to run.
+    g: behind a LayerNorm rs times the gradient; totals: (1, parts, out) float32, parts of the gradient's column sums.
+    The rows are cut in splits that depend on the shape alone and are summed in one order (weights.py): the same bits from
+    run to run. With `transposed` a part is (out, in).
     """
     (rows, inputs), outputs = x.shape, g.shape[1]
-    config = shapes.matrix("weight_gradient", operand, inputs, outputs, x.device)
-    tiles = shapes.blocks(inputs, config.block_m) * shapes.blocks(outputs, config.block_n)
-    splits = tuning.splits(tiles, rows, config.block_k)
+    name = "weight_gradient" if x.dtype == g.dtype == operand else "mixed_gradient"  # where the kernel rounds what it loads
+    config = shapes.matrix(name, operand, inputs, outputs, x.device)
+    blocks_m = shapes.blocks(inputs, config.block_m)
+    tiles = blocks_m * shapes.blocks(outputs, config.block_n)
+    splits = tuning.splits(tiles, rows, config)
     rows_per_split = shapes.blocks(shapes.blocks(rows, splits), config.block_k) * config.block_k
-    shape = (splits, outputs, inputs) if transposed else (splits, inputs, outputs)
-    product = torch.empty(shape, dtype=torch.float32, device=x.device)
-    total = torch.empty(splits, outputs, dtype=torch.float32, device=x.device)
-    mean, rstd = statistics or (None, None)
-    strides = product.transpose(1, 2).stride() if transposed else product.stride()
+    parts = 0 if totals is None else totals.shape[1]
+    new = Parts(
+        x.new_empty((splits, outputs, inputs) if transposed else (splits, inputs, outputs), dtype=torch.float32),
+        None if totals is None else totals.new_empty(splits, outputs),
+        None if mean is None else mean.new_empty(splits, blocks_m, outputs),
+    )
+    centre = mean is not None and (x.dtype != operand or x.dtype == torch.float32)
+    strides = new.product.transpose(1, 2).stride() if transposed else new.product.stride()
     launch(
-        _weight_gradient_kernel, tiles * splits, x, g, mean, rstd, product, total, rows, inputs, outputs,
-        rows_per_split, *x.stride(), *g.stride(), *strides, NORM=statistics is not None,
-        OPERAND=_TRITON_DTYPE[operand], PRECISION=product_precision(operand), **shapes.constants(config),
+        _weight_gradient_kernel, tiles * splits, x, g, mean if centre else None, totals, *new, rows, inputs, outputs,
+        rows_per_split, parts, shapes.blocks(parts, splits), *x.stride(), *g.stride(), *strides,
+        WHOLE=inputs % config.block_m == 0 and outputs % config.block_n == 0, OPERAND=_TRITON_DTYPE[operand],
+        PRECISION=product_precision(operand), **shapes.constants(config),
     )  # fmt: skip
-    return product, total
+    return new
 
 
 _TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

@@ -1,5 +1,5 @@
 """What a step does to the weights alone, whatever the number of tokens: one launch for all layers before the forward pass,
-one launch a product after the backward pass.
+one a layer in the backward pass.
 
 Before, LayerNorm's γ and β are folded in: for LN(x) W [+ LN(x), the ISTA step's own residual] the products take
 
@@ -7,14 +7,18 @@ Before, LayerNorm's γ and β are folded in: for LN(x) W [+ LN(x), the ISTA step
 
 with F rounded to the operands' dtype and v summed over the rounded F, so that its rounding cancels (linear.py).
 
-After, a weight's gradient is taken out of G = x̂ᵀ g and t = Σ g, which come in parts, multiplied by one power of two:
+After, a weight's gradient is taken out of G = x̂ᵀ g and t = Σ g, multiplied by one power of two:
 
     dW = γ ∘ G + β ⊗ t,    dγ = rowsum(G ∘ W) [+ diag G],    dβ = W t [+ t]
+
+t comes in parts, and so does P, which is G but for the mean of its rows (weight_gradients.py).
 
 Names: `p_` pointers, `b_` blocks in registers, `m_` masks. K rows of a weight, N columns, S splits.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,6 +27,7 @@ from torch import Tensor
 
 from .runtime import launch, operator
 from .shapes import blocks
+from .weight_gradients import Parts
 
 BLOCK = 64
 
@@ -143,56 +148,75 @@ def prepare_weights(
 
 @triton.jit
 def _finish_kernel(
-    p_parts,  # (splits, rows, columns) float32, contiguous: G · scale. NORM: (inputs, outputs), else (outputs, inputs)
-    p_totals,  # (splits, outputs) float32: t · scale
-    p_scale,  # ()
-    p_weight,  # (rows, columns), any strides: NORM
-    p_gamma,  # (rows,), NORM
-    p_beta,
-    p_dweight,  # (rows, columns) float32, any strides
-    p_dgamma,  # (rows,) float32, NORM
-    p_dbeta,  # (rows,) float32; not NORM: t, the gradient of a bias
-    rows,
-    columns,
-    splits,
-    stride_wk,
-    stride_wn,
-    stride_dk,
-    stride_dn,
-    NORM: tl.constexpr,
-    IDENTITY: tl.constexpr,  # the product's own input is added to it: the ISTA step
+    p_scale,  # (): the factor on everything in parts
+    project,  # a NormProduct's tensors, see `_norm_arguments`; None: not wanted
+    ista,  # the same
+    out,  # a product's without a norm, see `_plain_arguments`
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    unscale = 1.0 / tl.load(p_scale)
+    block = tl.program_id(0)
+    if project is not None:
+        if block < tl.cdiv(project[0], BLOCK_K):
+            _finish_norm_product(project, block, unscale, False, BLOCK_K, BLOCK_N, BLOCK_S)
+        block -= tl.cdiv(project[0], BLOCK_K)
+    if ista is not None:
+        if (block >= 0) & (block < tl.cdiv(ista[0], BLOCK_K)):
+            _finish_norm_product(ista, block, unscale, True, BLOCK_K, BLOCK_N, BLOCK_S)
+        block -= tl.cdiv(ista[0], BLOCK_K)
+    if out is not None and block >= 0:
+        _finish_product(out, block, unscale, BLOCK_K, BLOCK_N, BLOCK_S)
+
+
+@triton.jit
+def _finish_norm_product(
+    arguments, block, unscale, IDENTITY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """BLOCK_K rows of a weight's gradient. IDENTITY: the product's own input is added to it, the ISTA step."""
+    rows, columns, splits, sums, stride_wk, stride_wn, stride_dk, stride_dn = arguments[:8]
+    p_product, p_total, p_sums, p_weight, p_gamma, p_beta, p_dgamma, p_dbeta, p_dweight = arguments[8:]
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = k < rows
     k = k.to(tl.int64)
-    unscale = 1.0 / tl.load(p_scale)
-    if NORM:
-        b_gamma = tl.load(p_gamma + k, mask=m_k, other=0.0).to(tl.float32)
-        b_beta = tl.load(p_beta + k, mask=m_k, other=0.0).to(tl.float32)
+    b_gamma = tl.load(p_gamma + k, mask=m_k, other=0.0).to(tl.float32)
+    b_beta = tl.load(p_beta + k, mask=m_k, other=0.0).to(tl.float32)
     b_dgamma = tl.zeros([BLOCK_K], tl.float32)
     b_dbeta = tl.zeros([BLOCK_K], tl.float32)
     for start in range(0, columns, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         m_n = n < columns
         m_tile = m_k[:, None] & m_n[None, :]
-        b_g = _sum_splits(p_parts + k[:, None] * columns + n[None, :], m_tile, rows * columns, splits, BLOCK_S) * unscale
-        if NORM:
-            b_t = _sum_splits((p_totals + n)[None, :], m_n[None, :], columns, splits, BLOCK_S) * unscale  # [1, N]
-            b_w = tl.load(p_weight + k[:, None] * stride_wk + n[None, :] * stride_wn, mask=m_tile, other=0.0).to(tl.float32)
-            if IDENTITY:
-                b_w += tl.where(k[:, None] == n[None, :], 1.0, 0.0)
-            b_dgamma += tl.sum(b_g * b_w, 1)
-            b_dbeta += tl.sum(b_t * b_w, 1)
-            b_g = b_gamma[:, None] * b_g + b_beta[:, None] * b_t
+        b_g = _sum_splits(p_product + k[:, None] * columns + n[None, :], m_tile, rows * columns, splits, BLOCK_S) * unscale
+        b_t = _sum_splits((p_total + n)[None, :], m_n[None, :], columns, splits, BLOCK_S) * unscale  # [1, N]
+        b_g -= _sum_splits((p_sums + n)[None, :], m_n[None, :], columns, sums, BLOCK_S) * unscale / rows
+        b_w = tl.load(p_weight + k[:, None] * stride_wk + n[None, :] * stride_wn, mask=m_tile, other=0.0).to(tl.float32)
+        if IDENTITY:
+            b_w += tl.where(k[:, None] == n[None, :], 1.0, 0.0)
+        b_dgamma += tl.sum(b_g * b_w, 1)
+        b_dbeta += tl.sum(b_t * b_w, 1)
+        b_g = b_gamma[:, None] * b_g + b_beta[:, None] * b_t
         tl.store(p_dweight + k[:, None] * stride_dk + n[None, :] * stride_dn, b_g, mask=m_tile)
-    if NORM:
-        tl.store(p_dgamma + k, b_dgamma, mask=m_k)
-    else:
-        b_dbeta = tl.sum(_sum_splits((p_totals + k)[:, None], m_k[:, None], rows, splits, BLOCK_S), 1) * unscale
+    tl.store(p_dgamma + k, b_dgamma, mask=m_k)
     tl.store(p_dbeta + k, b_dbeta, mask=m_k)
+
+
+@triton.jit
+def _finish_product(arguments, block, unscale, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """BLOCK_K rows of the gradient of a weight (out, in) and its bias."""
+    rows, columns, splits, p_product, p_total, p_dweight, p_dbias = arguments
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_k = k < rows
+    k = k.to(tl.int64)
+    for start in range(0, columns, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        m_tile = m_k[:, None] & (n < columns)[None, :]
+        tile = k[:, None] * columns + n[None, :]
+        b_g = _sum_splits(p_product + tile, m_tile, rows * columns, splits, BLOCK_S) * unscale
+        tl.store(p_dweight + tile, b_g, mask=m_tile)
+    b_t = _sum_splits((p_total + k)[:, None], m_k[:, None], rows, splits, BLOCK_S)
+    tl.store(p_dbias + k, tl.sum(b_t, 1) * unscale, mask=m_k)
 
 
 @triton.jit
@@ -205,34 +229,59 @@ def _sum_splits(p_tile, m_tile, stride, splits, BLOCK_S: tl.constexpr):
     return b_sum
 
 
-def finish_norm_product(
-    parts: Tensor, totals: Tensor, scale: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, *, identity: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dγ, dβ, dW) in float32 of LN(x) W, or with `identity` of LN(x) (1 + W); dW has the strides of `weight`.
+class NormProduct(NamedTuple):
+    """LN(x) W, whose gradients are wanted."""
 
-    parts: (splits, in, out), totals: (splits, out), what `weight_gradient` gives, `scale` times too large; weight: (in, out).
+    parts: Parts  # of x̂ᵀ g, but for the mean of its rows
+    weight: Tensor  # (in, out), any strides
+    gamma: Tensor  # (in,)
+    beta: Tensor  # (in,)
+
+
+def finish_layer(scale: Tensor, project: NormProduct | None, out: Parts | None, ista: NormProduct | None) -> list[Tensor]:
+    """The gradients of LN(x) W (dγ, dβ, dWᵀ), x Wᵀ + b (dW, db) and LN(x) (1 + W) (dγ, dβ, dW), float32; one launch.
+
+    Parts are `scale` times too large. dW has the strides of W. Empty tensors for a product that is None.
     """
-    dweight = torch.empty_like(weight, dtype=torch.float32)
-    dgamma, dbeta = (torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device) for _ in range(2))
-    _launch_finish(parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta, identity)
-    return dgamma, dbeta, dweight
+    results = [*_norm_results(project, scale), *_plain_results(out, scale), *_norm_results(ista, scale)]
+    rows = sum(len(results[index]) for index in (0, 4, 5))  # every product's own rows, one a number of a vector
+    if rows:
+        # Few rows a program where there are many, so that all programs at width 384 have 16 KB each in flight. Of fewer
+        # 8 × 32: 16 × 32 and 8 × 64 spill 8 bytes on sm_90.
+        block_k, block_n = (4, 64) if min(len(r) or rows for r in results) >= 256 else (8, 32)
+        programs = sum(blocks(len(results[index]), block_k) for index in (0, 4, 5))
+        launch(
+            _finish_kernel, programs, scale, _norm_arguments(project, results[:3]), _norm_arguments(ista, results[5:]),
+            _plain_arguments(out, results[3:5]), BLOCK_K=block_k, BLOCK_N=block_n, BLOCK_S=8, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    if project is not None:
+        results[2] = results[2].t()
+    return results
 
 
-def finish_product(parts: Tensor, totals: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(dW, db) in float32 of x Wᵀ + b; parts: (splits, out, in), totals: (splits, out), `scale` times too large."""
-    dweight = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
-    dbias = torch.empty(totals.shape[1], dtype=torch.float32, device=parts.device)
-    _launch_finish(parts, totals, scale, None, None, None, dweight, None, dbias, False)
-    return dweight, dbias
+def _norm_results(product: NormProduct | None, like: Tensor) -> list[Tensor]:
+    if product is None:
+        return [like.new_empty(0) for _ in range(3)]
+    vectors = [like.new_empty(len(product.weight)) for _ in range(2)]
+    return [*vectors, torch.empty_like(product.weight, dtype=torch.float32)]
 
 
-def _launch_finish(parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta, identity) -> None:
-    splits, rows, columns = parts.shape
-    # Few rows a program where there are many, so that 96 programs at width 384 have 16 KB each in flight. Of fewer 8 × 32:
-    # 16 × 32 and 8 × 64 spill 8 bytes on sm_90.
-    block_k, block_n = (4, 64) if rows >= 256 else (8, 32)
-    launch(
-        _finish_kernel, blocks(rows, block_k), parts, totals, scale, weight, gamma, beta, dweight, dgamma, dbeta,
-        rows, columns, splits, *(dweight if weight is None else weight).stride(), *dweight.stride(), NORM=gamma is not None,
-        IDENTITY=identity, BLOCK_K=block_k, BLOCK_N=block_n, BLOCK_S=8, num_warps=4, num_stages=1,
-    )  # fmt: skip
+def _plain_results(parts: Parts | None, like: Tensor) -> list[Tensor]:
+    return [like.new_empty(shape) for shape in ((parts.product.shape[1:], parts.total.shape[1]) if parts else (0, 0))]
+
+
+def _norm_arguments(product: NormProduct | None, results: list[Tensor]) -> tuple | None:
+    if product is None:
+        return None
+    splits, rows, columns = product.parts.product.shape
+    sums = splits * product.parts.sums.shape[1]
+    strides = (*product.weight.stride(), *results[2].stride())
+    (matrix, total, parts), (_, *weights) = product.parts, product
+    return rows, columns, splits, sums, *strides, matrix, total, parts, *weights, *results
+
+
+def _plain_arguments(parts: Parts | None, results: list[Tensor]) -> tuple | None:
+    if parts is None:
+        return None
+    splits, rows, columns = parts.product.shape
+    return rows, columns, splits, parts.product, parts.total, *results

@@ -9,8 +9,9 @@ from conftest import DTYPES, HALVES, on_gpu
 from crate_fast import functional, reference
 from crate_fast.kernels import MSSA, LayerWeights, prepare_layers, stack_weights
 from crate_fast.kernels.linear import Statistics, norm_linear
+from crate_fast.kernels.stack import enter_forward
 from crate_fast.kernels.weight_gradients import weight_gradient
-from crate_fast.kernels.weights import finish_norm_product, finish_product
+from crate_fast.kernels.weights import NormProduct, finish_layer
 from ties import resolved
 
 TOKENS = (1, 17, 65, 197, 257)
@@ -172,7 +173,8 @@ def test_norm_and_product_are_no_worse_than_plain_ones_at_any_mean(ratio, dtype)
     statistics = Statistics(torch.zeros(rows), torch.zeros(rows))
     weights = LayerWeights(gamma, beta, weight.t(), weight, None, gamma, beta, torch.zeros(dim, dim))
     (prepared,) = prepare_layers(stack_weights([weights]), 0.0, dtype)
-    ours = norm_linear(x, prepared.folded()[0], None, dtype, 1e-5, statistics)
+    _, moments = enter_forward(x[None], dtype)
+    ours = norm_linear(x, moments, prepared.folded()[0], None, dtype, 1e-5, statistics)
     assert relative(ours, exact) <= 2 * relative(plain, exact)
 
 
@@ -189,12 +191,17 @@ def test_weight_gradients_over_many_splits_are_right_and_repeat_themselves(input
     exact = torch.autograd.grad(h @ leaves[2] + (h if identity else 0), leaves, g.double())
 
     var, mean = torch.var_mean(x, 1, correction=0)
-    statistics, scale = Statistics(mean, (var + 1e-5).rsqrt()), torch.tensor(32.0)
+    g, scale = 32 * g, torch.tensor(32.0)
+    stored, totals = g * (var + 1e-5).rsqrt()[:, None], g.unflatten(0, (7, 100)).sum(1)[None]
 
     def run():
-        product = weight_gradient(x, 32 * g, torch.float32, statistics=statistics)
-        assert len(product[0]) > 1
-        return finish_norm_product(*product, scale, weight, gamma, beta, identity=identity)
+        parts = weight_gradient(x, stored, torch.float32, mean=mean, totals=totals)
+        assert len(parts.product) > 1
+        product = NormProduct(parts, weight, gamma, beta)
+        if identity:
+            return finish_layer(scale, None, None, product)[5:]
+        dgamma, dbeta, dweight, *_ = finish_layer(scale, product, None, None)
+        return dgamma, dbeta, dweight.t()
 
     for ours, again, right in zip(run(), run(), exact, strict=True):
         assert relative(ours, right) < 1e-5
@@ -204,7 +211,7 @@ def test_weight_gradients_over_many_splits_are_right_and_repeat_themselves(input
 def test_plain_weight_gradients_are_right():
     torch.manual_seed(0)
     x, g = torch.randn(700, 300), torch.randn(700, 48)
-    product = weight_gradient(x, g, torch.float32, transposed=True)
-    weight, bias = finish_product(*product, torch.tensor(0.25))
+    parts = weight_gradient(x, g, torch.float32, totals=g.unflatten(0, (20, 35)).sum(1)[None], transposed=True)
+    weight, bias = finish_layer(torch.tensor(0.25), None, parts, None)[3:5]
     assert relative(weight, 4 * g.double().t() @ x.double()) < 1e-6
     assert relative(bias, 4 * g.double().sum(0)) < 1e-6
