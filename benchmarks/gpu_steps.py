@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -33,7 +32,7 @@ PARITY_BATCH = 16
 """Images of a parity step: rows of a multiple of 16, as of every timed training step, so that it compiles the same kernels."""
 INFERENCE = (1, 8, 64, 1024)
 OPERATIONS = ("layer forward", "layer backward", "mssa forward", "mssa backward", "ista forward", "ista backward")
-PRECISION = dict(seeds=6, dim=384, depth=12, batch=16, checkpoint=None)
+PRECISION = ["--seeds=6", "--dim=384", "--depth=12", "--batch=16"]
 TUNED_BATCH = 256
 LOOP = {"arch": "CRATE_tiny", "image_size": 224, "patch_size": 16, "batch_size": 256, "workers": 14}
 PHOTOGRAPHS = (10_240, 256)
@@ -115,7 +114,7 @@ def precision(options: dict, place: Place) -> None:
     """The errors of 16 bit against float64, beside the published code's own."""
     import precision as measuring
 
-    rows = measuring.measure(argparse.Namespace(**PRECISION), place.device.type)
+    rows = measuring.measure(measuring.parse(PRECISION), place.device.type)
     place.save([{"suite": "precision", "what": name} | row for name, row in rows.items()])
 
 

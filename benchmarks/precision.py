@@ -1,7 +1,7 @@
 """How far from float64 CRATE ends under autocast: the published code, and the fused layers, for logits and gradients.
 
-    python benchmarks/precision.py [--seeds 6] [--dim 384] [--depth 12] [--batch 16] [--json FILE]
-    python benchmarks/precision.py --checkpoint FILE [--seeds 6] [--batch 1437] [--json FILE]
+    python benchmarks/precision.py [--seeds 6] [--dim 384] [--depth 12] [--batch 16] [--own-sides] [--json FILE]
+    python benchmarks/precision.py --checkpoint FILE [--seeds 6] [--batch 1437] [--own-sides] [--json FILE]
 
 A model with perturbed norms, random images and a random cotangent on its logits is run in float64, then as published under
 bf16 and fp16 autocast, then by the fused layers. Reported is the ratio of the relative errors, ours over the published: of
@@ -14,7 +14,9 @@ a factor of ten.
 
 Two computations that are equally exact do not give 1: which entries turn at the relu's threshold is chance, and a gradient's
 error follows it. The rows "published again" say what chance does: the published code against itself with the basis of every
-head rotated, which is the same function with the same number of roundings of other values.
+head rotated, which is the same function with the same number of roundings of other values. With `--own-sides` a gradient is
+judged by float64 on the sides of the thresholds that its own run took, so that no entry's turning counts, and these rows are
+left out.
 
 On a GPU the kernels themselves run. Without one, their launchers are replaced by PyTorch that rounds where they round
 (`EMULATED`): Triton's interpreter cannot multiply bfloat16 and takes minutes for one step of this model.
@@ -23,9 +25,7 @@ On a GPU the kernels themselves run. Without one, their launchers are replaced b
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import math
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -46,14 +46,7 @@ from crate_fast.kernels.weight_gradients import Parts
 from crate_fast.training.digits import Digits
 from crate_fast.training.plan import Plan
 from crate_fast.training.resolve import resolve
-
-# name of the row: (autocast dtype, stream of the fused layers)
-OURS = {
-    "bf16": (torch.bfloat16, "auto"),
-    "fp16": (torch.float16, "auto"),
-    "fp16, float16 stream": (torch.float16, "float16"),
-}
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+from ratios import compare, summarise
 
 
 def _prepare_weights(project, gamma1, beta1, out, operator, gamma2, beta2, operand: torch.dtype, shrinkage: float) -> tuple:
@@ -85,10 +78,10 @@ def _linear(x: Tensor, weight: Tensor, out: torch.dtype, *, offset: Tensor, resi
     return (x.float() @ weight.float() + offset.float() + residual.float()).to(out)
 
 
-def _attention_gradient(g: Tensor, weight: Tensor, o: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
-    do = (g.to(weight.dtype).float() @ weight.float().t()).to(o.dtype)
-    delta = (do.float() * o.float()).unflatten(-1, (-1, head_width)).sum(-1)
-    return do, delta.t()[:, None].contiguous()
+def _attention_gradient(g: Tensor, weight: Tensor, o: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    do = (g.to(weight.dtype).float() @ weight.float().t()).to(o.dtype).view_as(o)
+    delta = (do.float() * o.float()).unflatten(-1, (heads, -1)).sum(-1) * scale
+    return do, delta.permute(2, 0, 1)[:, None].contiguous()
 
 
 def _row_sums(g: Tensor, result: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
@@ -182,74 +175,6 @@ def perturbed(model: torch.nn.Module, amount: float = 0.2) -> torch.nn.Module:
     return model
 
 
-def rotated(model: reference.CRATE) -> reference.CRATE:
-    """The same function in other numbers: a random rotation of every head's basis, in the projection and the one back."""
-    model = copy.deepcopy(model)
-    for attention, _ in model.transformer.layers:
-        module = attention.fn
-        project, back = module.qkv.weight.data, module.to_out[0].weight.data
-        width = project.shape[0] // module.heads
-        for head in range(module.heads):
-            rows = slice(head * width, (head + 1) * width)
-            rotation = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q.to(project)
-            project[rows] = rotation.mT @ project[rows]
-            back[:, rows] = back[:, rows] @ rotation
-    return model
-
-
-def run(model, images: Tensor, cotangent: Tensor, autocast: torch.dtype | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and every parameter's gradient of ⟨cotangent, logits⟩."""
-    model.zero_grad()
-    with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
-        logits = model(images)
-    (logits.to(cotangent.dtype) * cotangent).sum().backward()
-    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def errors(result: tuple[Tensor, dict], exact: tuple[Tensor, dict]) -> list[float]:
-    """Relative errors in norm: of the logits, then of each gradient."""
-    pairs = [(result[0], exact[0]), *((result[1][name], exact[1][name]) for name in exact[1])]
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
-
-
-def compare(
-    published: reference.CRATE, ours: CRATE, images: Tensor, cotangent: Tensor, rows: dict[str, tuple] = OURS
-) -> dict[str, list[float]]:
-    """For each of `rows`, made as `OURS` is, and for the published code rotated, the ratio of errors (logits, then gradients)
-    to the published code's own autocast."""
-    exact = run(copy.deepcopy(published).double(), images.double(), cotangent.double(), None)
-    theirs, ratios = {}, {}
-    for row, (autocast, stream) in rows.items():
-        if autocast not in theirs:
-            theirs[autocast] = errors(run(published, images, cotangent, autocast), exact)
-        ours.transformer.stream = stream
-        mine = errors(run(ours, images, cotangent, autocast), exact)
-        ratios[row] = [a / b for a, b in zip(mine, theirs[autocast], strict=True)]
-    again = rotated(published)
-    exact = run(copy.deepcopy(again).double(), images.double(), cotangent.double(), None)
-    for autocast, errors_published in theirs.items():
-        mine = errors(run(again, images, cotangent, autocast), exact)
-        ratios[f"{_SHORT[autocast]}, published again"] = [a / b for a, b in zip(mine, errors_published, strict=True)]
-    return ratios
-
-
-def summarise(seeds: list[list[float]]) -> dict[str, float]:
-    """Geometric means over seeds: of the logits' ratio, of the median and 90th percentile over gradients ("median", "p90"), and
-    of each gradient's ratio, of which the 90th percentile and the largest ("p90_of_means", "largest").
-
-    "p90" is above 1 even between two equally precise computations, since one seed scatters; "p90_of_means" is not.
-    """
-    logs = torch.tensor(seeds).log()
-    gradients = logs[:, 1:]
-    return {
-        "logits": math.exp(logs[:, 0].mean()),
-        "median": math.exp(gradients.median(1).values.mean()),
-        "p90": math.exp(gradients.quantile(0.9, dim=1).mean()),
-        "p90_of_means": math.exp(gradients.mean(0).quantile(0.9)),
-        "largest": math.exp(gradients.mean(0).max()),
-    }
-
-
 def measure(options: argparse.Namespace, device: str) -> dict[str, dict[str, float]]:
     """The summary of every row over the seeds."""
     ratios: dict[str, list[list[float]]] = {}
@@ -263,7 +188,7 @@ def measure(options: argparse.Namespace, device: str) -> dict[str, dict[str, flo
             images = _images(options, ours)
             cotangent = torch.randn(len(images), ours.mlp_head[1].out_features)
             inputs = (x.to(device) for x in (published, ours, images, cotangent))
-            for row, values in compare(*inputs).items():
+            for row, values in compare(*inputs, own_sides=options.own_sides).items():
                 ratios.setdefault(row, []).append(values)
     return {row: summarise(values) for row, values in ratios.items()}
 
@@ -299,6 +224,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--batch", type=int, help="images (default: 16; of a checkpoint 1,437, an epoch)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a model of the digits run instead of a drawn one")
+    parser.add_argument("--own-sides", action="store_true", help="count no entry that rounding turns at a threshold")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there too")
     options = parser.parse_args(argv)
     options.batch = options.batch or (1437 if options.checkpoint else 16)

@@ -231,9 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.report:
         return update_readme(RESULTS)
     if options.suite == ["traffic"]:
-        from traffic import print_traffic
-
-        return print_traffic()
+        command = [sys.executable, Path(__file__).with_name("traffic.py")]  # triton is imported here, and not to interpret
+        return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
     if options.suite == ["host"]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
         command = [sys.executable, Path(__file__).with_name("host.py"), *([options.out] if options.out else [])]

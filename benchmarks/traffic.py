@@ -212,3 +212,7 @@ def print_traffic() -> int:
                 print(f"  {kernel.name:28} {kernel.activations / DIM:8.2f}·dim {kernel.statistics:9.1f} B {kernel.weights:15,}")
     print("\nscores of the published attention count as activations: they grow with the number of tokens, not with dim")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(print_traffic())

@@ -98,7 +98,7 @@ def _milliseconds(run: Callable) -> float:
 
 def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workload]:
     """Every kernel of a layer on `tokens` (batch, tokens, dim), of the operands' dtype, as forward and backward launch it."""
-    from .kernels import attention_gradient, gradients, layer, linear, mssa, weight_gradients
+    from .kernels import gradients, layer, linear, mssa, weight_gradients
 
     batch, count, dim = tokens.shape
     dtype, inner, scale = tokens.dtype, heads * head_width, head_width**-0.5
@@ -114,12 +114,10 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
     made = [linear.empty_moments(*of, len(x)) for of in (("out_project", out), ("ista", step.matrix))]
     w = linear.norm_linear(x, moments, project, None, dtype, 1e-5, statistics).view(batch, count, inner)
     o, lse = mssa.mssa_forward(w, heads, scale)
-    o = o.view(-1, inner)
-    do, delta = gradients.attention_gradient(x, out, o, head_width)
-    delta = attention_gradient.padded_delta(delta, batch, scale)
+    do, delta = gradients.attention_gradient(x, out, o, heads, scale)
 
     def mssa_backward() -> tuple:
-        return mssa.mssa_backward(w, do.view_as(w), lse, delta, scale, project, statistics.rstd)
+        return mssa.mssa_backward(w, do, lse, delta, scale, project, statistics.rstd)
 
     dw, sums, totals = mssa_backward()
     dw = dw.view(-1, inner)
@@ -130,12 +128,16 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
     jobs = [
         Workload("project", (dim, inner), lambda: linear.norm_linear(x, moments, project, None, dtype, 1e-5, statistics)),
         Workload("mssa_forward", (head_width,), lambda: mssa.mssa_forward(w, heads, scale)),
-        Workload("out_project", (inner, dim), lambda: linear.linear(o, out, dtype, offset=beta, residual=x, moments=made[0])),
+        Workload(
+            "out_project",
+            (inner, dim),
+            lambda: linear.linear(o.view(-1, inner), out, dtype, offset=beta, residual=x, moments=made[0]),
+        ),
         Workload("ista", (dim, dim), lambda: linear.norm_linear(x, moments, step, gamma, dtype, 1e-5, statistics, made[1])),
         Workload("ista_gradient", (dim, dim), lambda: gradients.norm_data_gradient(x, sums, x, step, gamma, statistics)),
         weight_gradient((dim, dim), x, x, mean=statistics.mean),
-        Workload("out_gradient", (inner, dim), lambda: gradients.attention_gradient(x, out, o, head_width)),
-        weight_gradient((inner, dim), o, x),
+        Workload("out_gradient", (inner, dim), lambda: gradients.attention_gradient(x, out, o, heads, scale)),
+        weight_gradient((inner, dim), o.view(-1, inner), x),
         weight_gradient((dim, dim), x.float(), x.float(), "mixed_gradient", mean=statistics.mean),
         Workload("mssa_backward", (head_width,), mssa_backward),
         Workload(

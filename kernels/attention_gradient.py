@@ -295,13 +295,6 @@ def _sums_kernel(
     tl.store(p_totals + part * width + column, tl.sum(b_totals, 0), mask=m_column)
 
 
-def padded_delta(delta: Tensor, batch: int, scale: float) -> Tensor:
-    """δ, (heads, pieces, batch × tokens), as `mssa_backward` takes it."""
-    delta = delta.unflatten(-1, (batch, -1))
-    tokens = delta.shape[-1]
-    return torch.nn.functional.pad(delta * scale, (0, padded_tokens(tokens) - tokens))
-
-
 def head_products(o: Tensor, do: Tensor, heads: int, scale: float) -> Tensor:
     """δ · scale = scale · Σ do·o of every head, (heads, 1, batch, padded tokens) float32, 0 past the last token.
 

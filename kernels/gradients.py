@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import shapes
+from .attention import padded_tokens
 from .linear import GROUP, Folded, Statistics, _halves, _swizzle
 from .runtime import launch, product_precision
 
@@ -53,12 +54,13 @@ def _data_gradient_kernel(
     p_gain,  # (inputs,) of the step that wrote x, RECTIFIED
     p_offset,
     p_scale,  # (rows,) float32, RECTIFIED: what dx is stored times
-    p_parts,  # float32, written. RECTIFIED: (2, column blocks, rows). HEAD_WIDTH: (heads · PIECES, rows)
+    p_parts,  # float32, written. RECTIFIED: (2, column blocks, rows). HEAD_WIDTH: (heads · PIECES, images, padded)
     p_totals,  # (row blocks, inputs) float32, written: column sums of dx; None: not wanted
     rows,
     inputs,
     outputs,
     parts,
+    images,  # HEAD_WIDTH: (tokens, scale) of what δ is made for
     stride_gm,
     stride_gk,
     stride_wi,
@@ -67,8 +69,9 @@ def _data_gradient_kernel(
     SHRINK: tl.constexpr,  # the step added its (normalised) input
     RESIDUAL: tl.constexpr,
     RECTIFIED: tl.constexpr,  # x is the result of an ISTA step: mask dx and make that step's row sums
-    HEAD_WIDTH: tl.constexpr,  # not 0: x is the attention's result; make its δ, Σ dx·x over every head
+    HEAD_WIDTH: tl.constexpr,  # not 0: x is the attention's result; make its δ, scale · Σ dx·x over every head
     PIECES: tl.constexpr,  # column blocks that a head can lie in
+    PADDING: tl.constexpr,  # numbers of δ past an image's last token, 0
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -91,6 +94,12 @@ def _data_gradient_kernel(
         b_w = tl.load(p_w, mask=m_k[:, None] & m_column[None, :], other=0.0)  # [K, N]
         b_dx = tl.dot(b_g.to(b_w.dtype), b_w, b_dx, input_precision=PRECISION)
 
+    first = (block_m * BLOCK_M).to(tl.int64) * inputs
+    p_dx += first
+    if NORM or HEAD_WIDTH > 0:
+        p_x += first
+    if RESIDUAL:
+        p_residual += first
     b_c1 = tl.zeros([BLOCK_M], tl.float32)
     b_c2 = b_c1
     b_mean = b_c1
@@ -104,32 +113,12 @@ def _data_gradient_kernel(
         p_totals += block_m.to(tl.int64) * inputs
     if RECTIFIED:
         b_scale = tl.load(p_scale + row, mask=m_row, other=0.0)
-    if NORM and BLOCK_M * BLOCK_N >= 128 * 128:
-        b_left, b_right = _halves(b_dx)
-        b_0, b_1 = _halves(b_left)
-        b_2, b_3 = _halves(b_right)
-        b_0c1, b_0c2 = _finish(
-            b_0, block_n * 4, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
-            p_totals, row, m_row, rows, inputs, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
-        )  # fmt: skip
-        b_1c1, b_1c2 = _finish(
-            b_1, block_n * 4 + 1, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
-            p_totals, row, m_row, rows, inputs, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
-        )  # fmt: skip
-        b_2c1, b_2c2 = _finish(
-            b_2, block_n * 4 + 2, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
-            p_totals, row, m_row, rows, inputs, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
-        )  # fmt: skip
-        b_3c1, b_3c2 = _finish(
-            b_3, block_n * 4 + 3, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
-            p_totals, row, m_row, rows, inputs, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
-        )  # fmt: skip
-        b_dx1, b_dx2 = b_0c1 + b_1c1 + b_2c1 + b_3c1, b_0c2 + b_1c2 + b_2c2 + b_3c2
-    else:
-        b_dx1, b_dx2 = _finish(
-            b_dx, block_n, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
-            p_totals, row, m_row, rows, inputs, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES,
-        )  # fmt: skip
+    PARTS: tl.constexpr = 4 if NORM and BLOCK_M * BLOCK_N >= 64 * 128 else 1
+    b_dx1, b_dx2 = _finish(
+        b_dx, block_n, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts, p_totals,
+        row, m_row, rows, inputs, images, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES, PADDING,
+        PARTS,
+    )  # fmt: skip
     if RECTIFIED:
         all_rows = tl.cast(rows, tl.int64)  # an argument that is 1 has no .to: Triton makes it a constant
         p_part = p_parts + block_n * all_rows + row
@@ -140,16 +129,30 @@ def _data_gradient_kernel(
 @triton.jit
 def _finish(
     b_dx, block_n, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts, p_totals, row,
-    m_row, rows, inputs, stride_gm, stride_gk, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
-    RECTIFIED: tl.constexpr, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr,
+    m_row, rows, inputs, images, stride_gm, stride_gk, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
+    RECTIFIED: tl.constexpr, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr, PADDING: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product, on block `block_n` of columns; returns, if RECTIFIED, the row sums of what was stored."""
+    """What follows the product, on block `block_n` of columns, in PARTS one after the other, so that only a part of what it
+    reads is in registers; returns, if RECTIFIED, the row sums of what was stored."""
+    if PARTS > 1:
+        b_left, b_right = _halves(b_dx)
+        b_left1, b_left2 = _finish(
+            b_left, block_n * 2, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
+            p_totals, row, m_row, rows, inputs, images, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH,
+            PIECES, PADDING, PARTS // 2,
+        )  # fmt: skip
+        b_right1, b_right2 = _finish(
+            b_right, block_n * 2 + 1, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset,
+            p_parts, p_totals, row, m_row, rows, inputs, images, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED,
+            HEAD_WIDTH, PIECES, PADDING, PARTS // 2,
+        )  # fmt: skip
+        return b_left1 + b_right1, b_left2 + b_right2
     BLOCK_M: tl.constexpr = b_dx.shape[0]
     BLOCK_N: tl.constexpr = b_dx.shape[1]
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = column < inputs
     m_dx = m_row[:, None] & m_column[None, :]
-    p_tile = row[:, None] * inputs + column[None, :]
+    p_tile = tl.arange(0, BLOCK_M)[:, None] * inputs + column[None, :]  # from the tile's first row: 32 bits
     if SHRINK:
         p_block = p_g + row[:, None] * stride_gm + column[None, :] * stride_gk
         b_g = tl.load(p_block, mask=m_dx, other=0.0).to(tl.float32)  # [M, N]
@@ -172,7 +175,7 @@ def _finish(
     tl.store(p_dx + p_tile, b_dx, mask=m_dx)
     b_dx = b_dx.to(tl.float32)  # sums of what was stored, since that is what the products are made of
     if HEAD_WIDTH > 0:
-        _store_head_sums(p_parts, b_dx * b_x, block_n, row, m_row, rows, inputs, HEAD_WIDTH, PIECES, BLOCK_N)
+        _store_head_sums(p_parts, b_dx * b_x, block_n, row, m_row, rows, inputs, images, HEAD_WIDTH, PIECES, PADDING)
     b_dx1 = tl.zeros([BLOCK_M], tl.float32)
     b_dx2 = b_dx1
     if RECTIFIED:
@@ -200,10 +203,17 @@ def _sum_parts(p_sums, row, m_row, parts, rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _store_head_sums(
-    p_parts, b_product, block_n, row, m_row, rows, inputs, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Row sums over every head that this block of columns touches. A head over several blocks is written in pieces, and
-    the block with its last column writes zeros for the pieces that it does not have."""
+    p_parts, b_product, block_n, row, m_row, rows, inputs, images, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr,
+    PADDING: tl.constexpr,
+):  # fmt: skip
+    """scale times the row sums over every head that this block of columns touches, and zeros after an image's last token. A
+    head over several blocks is written in pieces, and the block with its last column writes zeros for those that it lacks."""
+    BLOCK_N: tl.constexpr = b_product.shape[1]
+    tokens, scale = images
+    image = row // tokens
+    plane = tl.cast(rows // tokens, tl.int64) * (tokens + PADDING)
+    p_number = p_parts + row + image * PADDING
+    m_last = row - image * tokens == tokens - 1
     start = block_n * BLOCK_N
     head_of_column = (start + tl.arange(0, BLOCK_N)) // HEAD_WIDTH
     HEADS: tl.constexpr = BLOCK_N // HEAD_WIDTH if BLOCK_N % HEAD_WIDTH == 0 else (BLOCK_N - 2) // HEAD_WIDTH + 2
@@ -212,11 +222,22 @@ def _store_head_sums(
         first = head * HEAD_WIDTH
         piece = block_n - first // BLOCK_N
         m_head = m_row & (first < inputs) & (first < start + BLOCK_N)
-        p_piece = p_parts + (head * PIECES + piece).to(tl.int64) * rows + row
-        tl.store(p_piece, tl.sum(tl.where((head_of_column == head)[None, :], b_product, 0.0), 1), mask=m_head)
+        p_piece = p_number + (head * PIECES + piece).to(tl.int64) * plane
+        b_sum = tl.sum(tl.where((head_of_column == head)[None, :], b_product, 0.0), 1) * scale
+        _store_padded(p_piece, b_sum, m_head, m_last, PADDING)
         ends = first + HEAD_WIDTH <= start + BLOCK_N
         for missing in tl.static_range(1, PIECES):
-            tl.store(p_piece + missing * rows, 0.0, mask=m_head & ends & (piece + missing < PIECES))
+            _store_padded(
+                p_piece + missing * plane, tl.zeros_like(b_sum), m_head & ends & (piece + missing < PIECES), m_last, PADDING
+            )
+
+
+@triton.jit
+def _store_padded(p_piece, b_sum, m_head, m_last, PADDING: tl.constexpr):
+    """Row sums, and zeros behind those of an image's last token."""
+    tl.store(p_piece, b_sum, mask=m_head)
+    for past in tl.static_range(1, PADDING + 1):
+        tl.store(p_piece + past, 0.0, mask=m_head & m_last)
 
 
 def data_gradient(g: Tensor, weight: Tensor, out: torch.dtype, *, shrink: bool = False) -> Tensor:
@@ -226,12 +247,18 @@ def data_gradient(g: Tensor, weight: Tensor, out: torch.dtype, *, shrink: bool =
     return dx
 
 
-def attention_gradient(g: Tensor, weight: Tensor, o: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
-    """(do, δ) where g is the gradient of o W: do like o, and δ = Σ do·o of every head for `mssa_backward`."""
-    do = torch.empty_like(o)
-    pieces = _pieces(head_width, shapes.matrix("out_gradient", weight.dtype, *weight.shape, weight.device).block_n)
-    delta = torch.empty(o.shape[1] // head_width, pieces, o.shape[0], dtype=torch.float32, device=o.device)
-    _launch_data_gradient("out_gradient", g, weight, do, x=o, parts=delta, head_width=head_width, pieces=pieces)
+def attention_gradient(g: Tensor, weight: Tensor, o: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(do, δ) where g, (rows, out), is the gradient of o W: do like o, which is (batch, tokens, heads × width) contiguous.
+
+    δ = scale · Σ do·o of every head for `mssa_backward`: (heads, pieces, batch, padded tokens) float32, 0 past the last token.
+    """
+    do, (batch, tokens, width) = torch.empty_like(o), o.shape
+    pieces = _pieces(width // heads, shapes.matrix("out_gradient", weight.dtype, *weight.shape, weight.device).block_n)
+    delta = torch.empty(heads, pieces, batch, padded_tokens(tokens), dtype=torch.float32, device=o.device)
+    rows = o.view(-1, width), do.view(-1, width)
+    _launch_data_gradient(
+        "out_gradient", g, weight, rows[1], x=rows[0], parts=delta, head_width=width // heads, images=(tokens, scale)
+    )
     return do, delta
 
 
@@ -288,7 +315,7 @@ def _pieces(head_width: int, block: int) -> int:
 
 def _launch_data_gradient(
     name, g, weight, dx, *, shrink=False, x=None, gamma=None, statistics=None, sums=None, residual=None, rectified=None,
-    parts=None, totals=None, head_width=0, pieces=1,
+    parts=None, totals=None, head_width=0, images=(1, 1.0),
 ) -> None:  # fmt: skip
     rows, (inputs, outputs) = g.shape[0], weight.shape
     config = shapes.matrix(name, weight.dtype, inputs, outputs, weight.device)
@@ -297,8 +324,9 @@ def _launch_data_gradient(
     gain, offset, scale = rectified or (None, None, None)
     launch(
         _data_gradient_kernel, programs, g, weight, dx, gamma, x, mean, rstd, sums, residual, gain, offset, scale,
-        parts, totals, rows, inputs, outputs, 0 if sums is None else sums.shape[1], *g.stride(), *weight.stride(),
+        parts, totals, rows, inputs, outputs, 0 if sums is None else sums.shape[1], images, *g.stride(), *weight.stride(),
         NORM=sums is not None, SHRINK=shrink, RESIDUAL=residual is not None, RECTIFIED=rectified is not None,
-        HEAD_WIDTH=head_width, PIECES=pieces, PRECISION=product_precision(weight.dtype), GROUP_M=GROUP,
+        HEAD_WIDTH=head_width, PIECES=parts.shape[1] if head_width else 1,
+        PADDING=parts.shape[3] - images[0] if head_width else 0, PRECISION=product_precision(weight.dtype), GROUP_M=GROUP,
         **shapes.constants(config),
     )  # fmt: skip

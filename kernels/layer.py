@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention import padded_tokens
-from .attention_gradient import padded_delta
 from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient, row_blocks
 from .linear import Folded, Statistics, empty_moments, linear, norm_linear
 from .mssa import mssa_backward, mssa_forward
@@ -192,11 +191,10 @@ def layer_backward(
     if wanted[2]:
         product = weight_gradient(z, dy, operand, mean=mean2, totals=totals)
         of_ista = NormProduct(product, w.operator, w.norm2_weight, w.norm2_bias)
-    do, delta = attention_gradient(dz.dx, prepared[3].t(), o, inner // a.lse.shape[1])
+    do, delta = attention_gradient(dz.dx, prepared[3].t(), a.o, a.lse.shape[1], scale)
     if wanted[1]:
         of_out = weight_gradient(o, dz.dx, operand, totals=dz.totals, transposed=True)
-    delta = padded_delta(delta, len(a.w), scale)
-    dw, dw_sums, dw_totals = mssa_backward(a.w, do.view(a.w.shape), a.lse, delta, scale, project, rstd1)
+    dw, dw_sums, dw_totals = mssa_backward(a.w, do, a.lse, delta, scale, project, rstd1)
     dw = dw.view(-1, inner)
     rectified = Rectified(*below) if below else None
     dx = norm_data_gradient(dw, dw_sums, x, project, None, stats1, residual=dz.dx, rectified=rectified)

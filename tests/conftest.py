@@ -126,9 +126,16 @@ def threads(request):
     torch.set_num_threads(request.config.getoption("threads"))
 
 
-@pytest.fixture(autouse=True)
-def seeded(request, monkeypatch):
-    """Every test draws the same numbers, whatever the one before has drawn, and others with another `--seed`."""
+@pytest.fixture(scope="session", autouse=True)
+def other_numbers(request):
+    """Fixtures of any scope draw those that `--seed` asks for."""
     shift, seed = 1000 * request.config.getoption("seed"), torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda value: seed(value + shift))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "manual_seed", lambda value: seed(value + shift))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever the one before has drawn, and others with another `--seed`."""
     torch.manual_seed(0)

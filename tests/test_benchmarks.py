@@ -37,8 +37,8 @@ def test_a_layer_moves_and_launches_what_was_promised():
     forward, backward = ([kernel for kernel in ours[part] if kernel.activations] for part in ("forward", "backward"))
     assert len(forward) <= 4
     assert sum(kernel.activations for kernel in forward) <= 18 * traffic.DIM
-    assert len(backward) <= 7
-    assert sum(kernel.activations for kernel in backward) <= 38 * traffic.DIM
+    assert len(backward) <= 8  # one that reads dw again, since its row sums would cost attention a program a multiprocessor
+    assert sum(kernel.activations for kernel in backward) <= 42 * traffic.DIM
     weights_alone = [kernel.name for part in ours.values() for kernel in part if not kernel.activations]
     assert set(weights_alone) == {"prepare", "finish"}
     for part in ("forward", "backward"):

@@ -3,7 +3,6 @@
 `make gpu` runs these; operations and layers by themselves are tested on both devices, in the files beside.
 """
 
-import argparse
 import copy
 from functools import partial
 
@@ -18,6 +17,7 @@ from crate_fast.training.resolve import resolve
 from judge import Judge
 from peers import all_peers
 from peers import graphed as make_graph
+from ratios import compare, errors, run, summarise
 from workloads import Workload, prepare
 
 pytestmark = pytest.mark.gpu
@@ -66,8 +66,8 @@ def test_16_bit_gradients_are_as_exact_as_the_published_code(gpu, precision, siz
         published = reference.CRATE(image_size=224, patch_size=16, num_classes=100, **SIZES[size]).to(gpu)
         published.load_state_dict(ours.state_dict())
         images, cotangent = torch.randn(BATCH, 3, 224, 224, device=gpu), torch.randn(BATCH, 100, device=gpu)
-        ratios.append(precision.compare(published, ours, images, cotangent, {row: ROWS[row]})[row])
-    summary = precision.summarise(ratios)
+        ratios.append(compare(published, ours, images, cotangent, {row: ROWS[row]})[row])
+    summary = summarise(ratios)
     assert max(summary["logits"], summary["median"]) <= (4 if "stream" in row else 1.5), summary
 
 
@@ -101,16 +101,16 @@ def test_models_of_16_bit_parameters_are_as_exact_as_the_published_code(gpu, pre
         published = reference.CRATE(image_size=224, patch_size=16, num_classes=100, **SIZES["tiny"]).to(gpu, dtype)
         published.load_state_dict(ours.state_dict())
         images, cotangent = torch.randn(BATCH, 3, 224, 224, device=gpu).to(dtype), torch.randn(BATCH, 100, device=gpu)
-        exact = precision.run(copy.deepcopy(published).double(), images.double(), cotangent.double(), None)
-        mine, theirs = (precision.errors(precision.run(m, images, cotangent, None), exact) for m in (ours, published))
+        exact = run(copy.deepcopy(published).double(), images.double(), cotangent.double(), None)
+        mine, theirs = (errors(run(m, images, cotangent, None), exact) for m in (ours, published))
         ratios.append([a / b for a, b in zip(mine, theirs, strict=True)])
-    summary = precision.summarise(ratios)
+    summary = summarise(ratios)
     assert max(summary["logits"], summary["median"]) <= 1.5, summary
 
 
 def test_16_bit_layers_are_no_less_precise_than_the_published_code(gpu, precision):
     """`benchmarks/precision.py` with the kernels themselves; without a GPU it emulates them."""
-    rows = precision.measure(argparse.Namespace(seeds=6, dim=384, depth=12, batch=16, checkpoint=None), gpu.type)
+    rows = precision.measure(precision.parse([]), gpu.type)
     assert max(rows["bf16"][value] for value in ("logits", "median")) <= 1, rows
     assert max(rows["fp16"][value] for value in ("logits", "median")) <= 1, rows
 
@@ -217,10 +217,10 @@ def test_models_compile_whole(gpu, training):
     model = CRATE_tiny(100).to(gpu).train(training)
     images, labels = batch(BATCH, gpu)
     found = []
-    for run in (model, torch.compile(model, fullgraph=True, dynamic=False)):
+    for compute in (model, torch.compile(model, fullgraph=True, dynamic=False)):
         model.zero_grad()
         with torch.set_grad_enabled(training), torch.autocast(gpu.type, dtype=torch.bfloat16):
-            logits = run(images)
+            logits = compute(images)
         if training:
             F.cross_entropy(logits.float(), labels).backward()
         found.append([logits.float(), *(p.grad for p in model.parameters() if training)])

@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 from conftest import DTYPES, HALVES, on_gpu
-from ties import resolved
 
 from crate_fast import functional, reference
 from crate_fast.kernels import MSSA, LayerWeights, prepare_layers, stack_weights
@@ -13,6 +12,7 @@ from crate_fast.kernels.linear import Statistics, norm_linear
 from crate_fast.kernels.stack import enter_forward
 from crate_fast.kernels.weight_gradients import weight_gradient
 from crate_fast.kernels.weights import NormProduct, finish_layer
+from ties import resolved
 
 TOKENS = (1, 17, 65, 197, 257)
 WIDTHS = (16, 48, 64, 80, 128)
