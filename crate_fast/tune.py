@@ -135,6 +135,9 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
         ),
         Workload("ista", (dim, dim), lambda: linear.norm_linear(x, moments, step, gamma, dtype, 1e-5, statistics, made[1])),
         Workload("ista_gradient", (dim, dim), lambda: gradients.norm_data_gradient(x, sums, x, step, gamma, statistics)),
+        Workload(
+            "mixed_product", (dim, dim), lambda: gradients.data_gradient(x.float(), step.matrix, torch.float32, shrink=True)
+        ),
         weight_gradient((dim, dim), x, x, mean=statistics.mean),
         Workload("out_gradient", (inner, dim), lambda: gradients.attention_gradient(x, out, o, heads, scale)),
         weight_gradient((inner, dim), o.view(-1, inner), x),

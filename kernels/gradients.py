@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import shapes
 from .attention import padded_tokens
-from .linear import GROUP, Folded, Statistics, _halves, _swizzle
+from .linear import GROUP, Folded, Statistics, _halves, _swizzle, unmixed
 from .runtime import launch, product_precision
 
 
@@ -243,7 +243,7 @@ def _store_padded(p_piece, b_sum, m_head, m_last, PADDING: tl.constexpr):
 def data_gradient(g: Tensor, weight: Tensor, out: torch.dtype, *, shrink: bool = False) -> Tensor:
     """Gradient of `linear` to its x, (rows, out) to (rows, in); with `shrink`, of the ISTA step, g being masked."""
     dx = g.new_empty(g.shape[0], weight.shape[0], dtype=out)
-    _launch_data_gradient("ista_gradient", g, weight, dx, shrink=shrink)
+    _launch_data_gradient(unmixed("ista_gradient", g, weight), g, weight, dx, shrink=shrink)
     return dx
 
 
@@ -253,12 +253,11 @@ def attention_gradient(g: Tensor, weight: Tensor, o: Tensor, heads: int, scale: 
     δ = scale · Σ do·o of every head for `mssa_backward`: (heads, pieces, batch, padded tokens) float32, 0 past the last token.
     """
     do, (batch, tokens, width) = torch.empty_like(o), o.shape
-    pieces = _pieces(width // heads, shapes.matrix("out_gradient", weight.dtype, *weight.shape, weight.device).block_n)
+    name = unmixed("out_gradient", g, weight)
+    pieces = _pieces(width // heads, shapes.matrix(name, weight.dtype, *weight.shape, weight.device).block_n)
     delta = torch.empty(heads, pieces, batch, padded_tokens(tokens), dtype=torch.float32, device=o.device)
     rows = o.view(-1, width), do.view(-1, width)
-    _launch_data_gradient(
-        "out_gradient", g, weight, rows[1], x=rows[0], parts=delta, head_width=width // heads, images=(tokens, scale)
-    )
+    _launch_data_gradient(name, g, weight, rows[1], x=rows[0], parts=delta, head_width=width // heads, images=(tokens, scale))
     return do, delta
 
 

@@ -253,8 +253,15 @@ def linear(
     """
     result = x.new_empty(x.shape[0], weight.shape[1], dtype=out)
     name = "ista" if shrink else "out_project"
+    if moments is None:
+        name = unmixed(name, x, weight)
     _launch_linear(name, x, weight, result, offset=offset, residual=residual, shrink=shrink, moments_out=moments)
     return result
+
+
+def unmixed(name: str, x: Tensor, weight: Tensor) -> str:
+    """`name` of a product, or "mixed_product" where the kernel rounds x to the weight's dtype as it loads it."""
+    return name if x.dtype == weight.dtype else "mixed_product"
 
 
 def empty_moments(name: str, weight: Tensor, rows: int) -> Tensor:
