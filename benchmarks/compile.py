@@ -50,8 +50,9 @@ MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
 BARRIERS = 5
 """How many barriers a turn of the loop that makes most of a kernel's 16-bit products may have. A pipelined loop needs two,
-with tensor descriptors four, attention's backward, which makes five products of each other, five; on sm_100 each product waits for its result in tensor memory, two or three a product. A sum over
-rows in it costs nine. Loops over the last few tokens, 16 rows for four warps, need more and do little."""
+with tensor descriptors four, attention's backward, which makes five products of each other, five; on sm_100 each product waits
+for its result in tensor memory, two or three a product. A sum over rows in it costs nine. Loops over the last few tokens, 16
+rows for four warps, need more and do little."""
 
 # parameters, stream, operands
 DTYPES = {

@@ -247,7 +247,7 @@ def test_the_digest_covers_what_launches_kernels():
             node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
         }
         open_ |= {module for module in modules if (ROOT / "crate_fast" / f"{module}.py").exists()} - found
-    assert set(gpu_state.LAUNCHERS) == found - {"checkpoint", "extras", "hub", "reading"}
+    assert set(gpu_state.LAUNCHERS) == found - {"checkpoint", "extras", "files", "hub", "reading", "transform"}
 
 
 def test_the_queue_keeps_its_limits_and_begins_with_parity_and_speed_of_tiny():
