@@ -37,7 +37,7 @@ def checkout(tmp_path_factory):
     """A bare copy of what is committed of the project; nothing of it is installed."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("benchmarks", "crate_fast", "kernels", "tests"):
-        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 
