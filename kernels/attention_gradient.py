@@ -31,7 +31,7 @@ from .attention import (
 from .linear import Folded
 from .runtime import launch
 
-SUM_ROWS, SUM_COLUMNS, SUM_PARTS = 32, 128, 256
+SUM_ROWS, SUM_COLUMNS, SUM_PARTS = 16, 128, 256
 
 
 def mssa_backward(
