@@ -53,7 +53,7 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or _is_in_functorch()
 
 
-# Constant to torch.compile, which takes what peek gives for an object also where that is None, and guards the transforms itself.
+# Constant to torch.compile, which takes what peek gives for an object even where that is None, and guards transforms itself.
 @torch.compiler.assume_constant_result
 def _is_in_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None

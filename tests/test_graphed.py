@@ -1,6 +1,6 @@
 """Inference as a CUDA graph, as far as it goes without a GPU: what is recorded, when again, what goes through the model itself.
 
-`emulated` stands for `torch.cuda.make_graphed_callables`: a replay computes with the memory that the weights had at the recording.
+`emulated` stands for `torch.cuda.make_graphed_callables`: a replay computes with the memory of the recording.
 """
 
 import copy
