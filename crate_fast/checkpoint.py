@@ -132,9 +132,19 @@ def load_checkpoint(
         CheckpointError: the file is missing or damaged, asks for code to be run, or holds no model, or one of other names or
             shapes.
         MissingPackageError: safetensors, or for the Hub huggingface-hub, is not installed.
-        TypeError: `overrides` has a keyword that CRATE does not take.
+        TypeError: `overrides` has a keyword that CRATE does not take, or `source` is no path.
+        ValueError: `device` is none that PyTorch has here.
     """
-    return load_file(model_file(source), device, overrides, weights)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"source is a {type(source).__name__}; it must be a path or a name, as a str or os.PathLike")
+    return load_file(model_file(source), _check_device(device), overrides, weights)
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # RuntimeError, AssertionError or TypeError, as the kind of device has it
+        raise ValueError(f"device is {device!r}, which PyTorch does not have here ({first_line(error)})") from error
 
 
 def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: str | None = None) -> CRATE:

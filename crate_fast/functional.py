@@ -89,8 +89,8 @@ def attend(w: Tensor, heads: int, scale: float) -> Tensor:
     else:
         out = F.scaled_dot_product_attention(turned, turned, turned, scale=scale).transpose(1, 2)
     if w.device.type == "cpu" and not _seen_finite(out):
-        # The sum in float32, where no finite float16 overflows. Of w itself: of the tensor turned twice, code that torch.compile
-        # 2.14 makes for CPUs writes past its memory ("malloc(): unaligned tcache chunk detected").
+        # The sum in float32, where no finite float16 overflows. Of w itself: of the tensor turned twice, code that
+        # torch.compile 2.14 makes for CPUs writes past its memory ("malloc(): unaligned tcache chunk detected").
         total = w.unflatten(-1, (heads, -1)).sum(-1, keepdim=True, dtype=torch.promote_types(w.dtype, torch.float32))
         out = out + (0 * total).to(out.dtype)
     return out.flatten(2)

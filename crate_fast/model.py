@@ -53,8 +53,8 @@ class CRATE(nn.Module):
             the median over gradients.
 
     Raises:
-        TypeError: a size that is no integer, a step size or threshold that is no number.
-        ValueError: a size that does not divide or is too small, an unknown pool, backend or stream.
+        TypeError: a size that is no integer, a step size, threshold or dropout that is no number.
+        ValueError: a size that does not divide or is too small, a dropout that is no share, an unknown pool, backend or stream.
     """
 
     transform: Transform | None = None  # how its images are evaluated, where its file or its run says so
@@ -90,6 +90,9 @@ class CRATE(nn.Module):
                 raise TypeError(f"{name} is {value!r}; it must be an integer")
             if value < (name in sizes):
                 raise ValueError(f"{name} is {value}; it must be at least {int(name in sizes)}")
+        for name, share in (("dropout", dropout), ("emb_dropout", emb_dropout)):
+            if not 0 <= check_number(name, share) <= 1:
+                raise ValueError(f"{name} is {share}; it must be from 0 to 1")
         check_number("ista", ista)
         check_number("lambd", lambd)
         self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from crate_fast import CRATE, BackendError, CRATE_tiny, choose_backend, functional
+from crate_fast import CRATE, BackendError, CRATE_tiny, choose_backend, freeze, functional, inspection, load_checkpoint
 from crate_fast.model import build
 
 SMALL = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=1, heads=2, dim_head=16)
@@ -58,6 +58,37 @@ REFUSED = {
     "depth below zero": (lambda: CRATE(**SMALL | {"depth": -1}), ValueError, "depth is -1.*at least 0"),
     "step size of a word": (lambda: CRATE(**SMALL, ista="big"), TypeError, "ista is 'big'"),
     "threshold without end": (lambda: CRATE(**SMALL, lambd=float("inf")), ValueError, "lambd is inf"),
+    "dropout of NaN": (lambda: CRATE(**SMALL, dropout=float("nan")), ValueError, "dropout is nan"),
+    "dropout above all": (lambda: CRATE(**SMALL, emb_dropout=1.5), ValueError, "emb_dropout is 1.5.*from 0 to 1"),
+    "checkpoint of nothing": (lambda: load_checkpoint(None), TypeError, "source is a NoneType"),
+    "checkpoint of bytes": (lambda: load_checkpoint(b"model.pt"), TypeError, "source is a bytes"),
+    "device of a word": (lambda: load_checkpoint("model.pt", device="gpu"), ValueError, "device is 'gpu'"),
+    "device that is not there": (lambda: load_checkpoint("model.pt", device="cuda:99"), ValueError, "device is 'cuda:99'"),
+    "device of a fraction": (lambda: load_checkpoint("model.pt", device=0.5), ValueError, "device is 0.5"),
+    "coding rate up to nothing": (lambda: inspection.coding_rate(W, 0), ValueError, "precision is 0.*above 0"),
+    "coding rate up to NaN": (lambda: inspection.coding_rate(W, float("nan")), ValueError, "precision is nan"),
+    "coding rate of one token": (lambda: inspection.coding_rate(W[0, 0]), ValueError, r"shape \(32,\)"),
+    "row of heads that do not fit": (lambda: inspection.attention_row(W, 5), ValueError, "width 32, which 5 heads"),
+    "row of no token": (lambda: inspection.attention_row(W, 2, token=5), ValueError, "no token 5.* has 5"),
+    "row of a matrix": (lambda: inspection.attention_row(W[0], 2), ValueError, r"\(5, 32\)"),
+    "colours of two widths": (
+        lambda: inspection.principal_colours([torch.ones(2, 2, 4), torch.ones(2, 2, 6)]),
+        ValueError,
+        r"\(2, 2, 6\).*one width",
+    ),
+    "colours of a matrix": (lambda: inspection.principal_colours([torch.ones(2, 4)]), ValueError, r"\(2, 4\)"),
+    "kernels under a transform": (
+        lambda: torch.func.vmap(lambda w: functional.mssa(w[None], 2, backend="triton"))(W),
+        BackendError,
+        "vmap.*PyTorch's operators alone",
+    ),
+    "frozen in training": (lambda: freeze(CRATE(**SMALL)), ValueError, r"training mode; call model\.eval\(\)"),
+    "frozen weights": (lambda: freeze(torch.nn.Linear(2, 2)), TypeError, "a CRATE.*not a Linear"),
+    "frozen, then trained": (lambda: freeze(CRATE(**SMALL).eval()).train(), RuntimeError, "frozen.*does not train"),
+    "frozen, then learning": (lambda: freeze(CRATE(**SMALL).eval()).requires_grad_(), RuntimeError, "frozen.*does not train"),
+    "frozen, then optimized": (lambda: torch.optim.SGD(freeze(CRATE(**SMALL).eval()).parameters()), ValueError, "empty"),
+    "frozen, then loaded": (lambda: freeze(CRATE(**SMALL).eval()).load_state_dict({}), RuntimeError, "loads no other weights"),
+    "frozen, then moved": (lambda: freeze(CRATE(**SMALL).eval()).half(), RuntimeError, "frozen.*in its dtype"),
     "no tokens but a list": (lambda: functional.mssa([1.0], 2), TypeError, "w is a list"),
     "heads of a fraction": (lambda: functional.mssa(W, 2.0), TypeError, "heads is 2.0"),
     "heads of a truth value": (lambda: functional.mssa(W, True), TypeError, "heads is True"),

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backend import check_tensor
+from ..functional import check_number
 from ..model import CRATE
 from .views import InspectionError, layer_views, patch_grid
 
@@ -24,9 +26,24 @@ def attention_row(projection: Tensor, heads: int, scale: float | None = None, to
 
     Returns:
         (batch, heads, tokens), in float32 or w's dtype if that is wider; every row sums to 1.
+
+    Raises:
+        InspectionError: the shape is another, heads do not divide the width, or there is no such token.
+        TypeError: the projection is no tensor of floating point, or heads or token are no integers.
     """
+    check_tensor("projection", projection)
+    if projection.dim() != 3:
+        raise InspectionError(f"projection has shape {tuple(projection.shape)}; it must be (batch, tokens, heads × head width)")
+    for name, value in (("heads", heads), ("token", token)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; it must be an integer")
+    _, tokens, width = projection.shape
+    if heads < 1 or width % heads or width == 0:
+        raise InspectionError(f"the projection has width {width}, which {heads} heads do not divide")
+    if not -tokens <= token < tokens:
+        raise InspectionError(f"there is no token {token}; the projection has {tokens}, from 0")
     w = projection.to(torch.promote_types(projection.dtype, torch.float32)).unflatten(-1, (heads, -1))
-    scale = w.shape[-1] ** -0.5 if scale is None else scale
+    scale = w.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
     return torch.softmax(torch.einsum("bhp,bnhp->bhn", w[:, token], w) * scale, dim=-1)
 
 
@@ -120,10 +137,14 @@ def principal_colours(projections: Sequence[Tensor]) -> list[Tensor]:
         Of each image (rows, columns, 3), float64 on the CPU, 0 to 1.
 
     Raises:
-        InspectionError: there are no images, or values are not finite.
+        InspectionError: there are no images, one has another shape or no patches, they differ in width, or values are not
+            finite.
     """
-    if not projections:
+    if not len(projections):
         raise InspectionError("there are no images to colour")
+    for shape in [tuple(p.shape) for p in projections]:
+        if len(shape) != 3 or 0 in shape or shape[2] != projections[0].shape[2]:
+            raise InspectionError(f"a projection has shape {shape}; all must be (rows, columns, one width), not empty")
     flat = torch.cat([p.detach().flatten(0, 1).cpu().double() for p in projections])
     if not flat.isfinite().all():
         raise InspectionError("the projections are not finite, so they have no principal components")

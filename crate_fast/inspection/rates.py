@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backend import check_tensor
+from ..functional import check_number
 from ..model import CRATE
 from .views import InspectionError, layer_views, project
 
@@ -57,8 +59,14 @@ def coding_rate(tokens: Tensor, precision: float = PRECISION) -> Tensor:
         (...), float64, at least 0; on the tokens' device, or on the CPU where that has no float64.
 
     Raises:
-        InspectionError: a token is not finite.
+        InspectionError: a token is not finite, or the precision not above 0.
+        TypeError: the tokens are no tensor of floating point, or the precision is no number.
     """
+    check_tensor("tokens", tokens)
+    if tokens.dim() < 2:
+        raise InspectionError(f"tokens have shape {tuple(tokens.shape)}; they must be (..., tokens, dimensions)")
+    if not check_number("precision", precision) > 0:
+        raise InspectionError(f"precision is {precision}; it must be above 0")
     m, p = tokens.shape[-2:]
     if tokens.numel() == 0:
         return tokens.new_zeros(tokens.shape[:-2], dtype=torch.float64)
