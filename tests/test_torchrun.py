@@ -221,6 +221,8 @@ def test_published_checkpoints_are_evaluated(tmp_path, trained, folder):
     ],
 )
 def test_processes_that_cannot_meet_say_so_in_a_line(tmp_path, capsys, monkeypatch, settings, words):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # other tests' processes may have left them
+        monkeypatch.delenv(name, raising=False)
     with socket.create_server(("localhost", 0)) as taken:
         for name, value in settings.items():
             monkeypatch.setenv(name, value.format(taken=taken.getsockname()[1]))
