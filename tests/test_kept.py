@@ -144,16 +144,17 @@ READERS = {
 records = test_graphed.records  # the stand-in for CUDA graphs, in place in every test here
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('group') / 'meet'}", rank=0, world_size=1)
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one, for as long as one test: others may run in this process between those of this file."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("reader", READERS)
-def test_whoever_wrote_is_seen(backend, reader):
+def test_whoever_wrote_is_seen(alone, backend, reader):
     model = build(backend=backend)
     weights = copy.deepcopy(model.state_dict())
     call, mode = READERS[reader](model)

@@ -221,8 +221,6 @@ def test_published_checkpoints_are_evaluated(tmp_path, trained, folder):
     ],
 )
 def test_processes_that_cannot_meet_say_so_in_a_line(tmp_path, capsys, monkeypatch, settings, words):
-    if dist.is_initialized():  # of a test before, in this process: nobody would have to meet
-        dist.destroy_process_group()
     for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("localhost", 0)) as taken:
