@@ -11,6 +11,7 @@ import importlib
 import os
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,6 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -27,13 +27,13 @@ from crate_fast.kernels import tuning
 from crate_fast.model import SIZES, build
 from crate_fast.tune import find_winners, workloads
 from gpu_cache import kernels, pack, unpack
+from gpu_speed import BATCHES
+from gpu_steps import INFERENCE, TUNED_BATCH
 from host import launched_to_nowhere
 
 TARGET = GPUTarget("cuda", 90, 32)
-MODELS = {"tiny": (1, 8, 64), "base": (), "small": (), "large": ()}
-"""Size to the batches of inference; training and parity take 16 images, the rows of which are a multiple of 16 as of 1,024."""
-TUNED = ("tiny", "small")
-"""Sizes whose candidate shapes are compiled; the others' heads are as wide as tiny's."""
+TRAINED = (16, *BATCHES)
+"""Images of a training step. How a weight gradient is cut in parts follows from them, and so do a few kernels."""
 
 
 class Compilation(NamedTuple):
@@ -61,17 +61,26 @@ def launched(run) -> list[Compilation]:
 
 
 def run_models() -> None:
-    """A training step in bfloat16 of every size, inference where it is timed, every candidate shape."""
-    for size, batches in MODELS.items():
+    """Training steps and inference in bfloat16 of every size, and every candidate shape."""
+    for size in SIZES:
         model = build(size, backend="triton")
-        _step(model.train(), 16)
-        for batch in (*batches, 16):
+        for batch in INFERENCE[:-1]:
             with torch.inference_mode():
-                _forward(model.eval(), batch)
-    for size in TUNED:
-        tokens = torch.zeros(16, 197, SIZES[size]["dim"], dtype=torch.float16)
-        jobs = workloads(tokens, SIZES[size]["heads"], SIZES[size]["dim_head"])
-        find_winners(jobs, tokens.dtype, _launch)
+                _autocast(model.eval(), torch.zeros(batch, 3, 224, 224))
+        layers = model.train().transformer
+        layers.layers = layers.layers[:3]  # the first, the last, and one like all others
+        for batch in TRAINED:
+            tokens = torch.empty(batch, 197, SIZES[size]["dim"])  # never read, so it takes next to no memory
+            with torch.inference_mode():
+                _autocast(partial(layers.eval().run, pool="cls"), tokens)
+            out = _autocast(partial(layers.train().run, pool="cls"), tokens)
+            out.backward(torch.empty_like(out))
+        jobs = workloads(torch.zeros(TUNED_BATCH, 197, SIZES[size]["dim"], dtype=torch.float16), *_heads(size))
+        find_winners(jobs, torch.float16, _launch)
+
+
+def _heads(size: str) -> tuple[int, int]:
+    return SIZES[size]["heads"], SIZES[size]["dim_head"]
 
 
 def _launch(run) -> float:
@@ -79,13 +88,9 @@ def _launch(run) -> float:
     return 0.0
 
 
-def _forward(model, batch: int) -> torch.Tensor:
+def _autocast(run, x: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return model(torch.zeros(batch, 3, 224, 224))
-
-
-def _step(model, batch: int) -> None:
-    F.cross_entropy(_forward(model, batch).float(), torch.zeros(batch, dtype=torch.long)).backward()
+        return run(x)
 
 
 def compile_one(made: Compilation) -> str:

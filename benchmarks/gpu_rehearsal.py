@@ -28,7 +28,7 @@ REPLACED = (
     (workloads, dict(IMAGE=8, PATCH=4, TOKENS=5, CLASSES=4, SIZES=dict.fromkeys(workloads.SIZES, TOY))),
     (gpu_speed, dict(BATCHES=(16, 8), SECONDS=0.01, ROUNDS=2, memory_gib=lambda device: 78.0)),
     (gpu_speed, dict(ceilings=lambda device, dtype: {"bytes_per_second": 4.3e12, "flops_per_second": 7.9e14})),
-    (gpu_steps, dict(INFERENCE=(1, 9), TUNED_BATCH=1, PHOTOGRAPHS=(80, 8))),
+    (gpu_steps, dict(PARITY_BATCH=16, INFERENCE=(1, 9), TUNED_BATCH=1, PHOTOGRAPHS=(80, 8))),
     (gpu_steps, dict(PRECISION=["--seeds=1", "--dim=128", "--depth=1", "--batch=1"])),
     (gpu_steps, dict(LOOP=dict(dim=32, depth=1, heads=1, image_size=16, patch_size=8, batch_size=16, workers=1))),
     (judge, dict(check_graphs=lambda device: None, graphed=lambda step: step)),
