@@ -8,11 +8,11 @@ offset, LayerNorm's two row sums are c₁ = Σ g·(s − u) and c₂ = Σ g·v, 
 What is stored is g' = rs ∘ g, rounded once, and c₁ and c₂ are made of g', so that rs is out of the formula and of the
 weight's gradient (weight_gradients.py). g' is of the size of the dx that follows from it.
 
-Mask, both sums and the column sums of g of an ISTA step are made where g is written, by the data gradient of the layer above,
-whose x is s and in registers (RECTIFIED below), so that nothing reads s again. Those of a projection are made by a kernel behind
-the attention's backward kernel (attention_gradient.py), which they would cost a program a multiprocessor. They travel as parts, float32: row sums (2, parts, rows), one part a
-block of columns, and column sums (1, parts, columns), one a block of rows. They are summed where they are used, in one order:
-no atomics, the same bits from run to run.
+Mask, both sums and the column sums of g of an ISTA step are made where g is written, by the data gradient of the layer
+above, whose x is s and in registers (RECTIFIED below), so that nothing reads s again. Those of a projection are made by a
+kernel behind attention's backward (attention_gradient.py), which they would cost a program a multiprocessor. They travel as
+parts, float32: row sums (2, parts, rows), one part a block of columns, and column sums (1, parts, columns), one a block of
+rows. They are summed where they are used, in one order: no atomics, the same bits from run to run.
 
 Names: `p_` pointers, `b_` blocks in registers, `m_` masks. M tokens, N columns of dx, K columns of g.
 """
