@@ -94,6 +94,16 @@ def call(capsys, *argv):
     return status, *capsys.readouterr()
 
 
+@pytest.fixture(autouse=True)
+def no_group_stays():
+    """A process group that a test leaves would be taken by the next one that is run in this process."""
+    yield
+    left = torch.distributed.is_initialized()
+    if left:
+        torch.distributed.destroy_process_group()
+    assert not left, "this test, or what it tests, leaves a process group"
+
+
 @pytest.fixture
 def gpu():
     """The GPU, on which the kernels themselves run."""

@@ -60,18 +60,17 @@ GRADIENTS = """
 import sys, torch
 from test_loop import make_trainer, step
 from crate_fast.training.plan import make_plan
-from crate_fast.training.ranks import join, leave, read_ranks
+from crate_fast.training.ranks import process_group, read_ranks
 from crate_fast.training.parallel import replicate
 
 ranks = read_ranks()
-join(ranks, torch.device("cpu"))
-trainer = make_trainer(last_batch="keep", accumulate=2)
-trainer.plan = make_plan(trainer.config, trainer.data.train_count, ranks)
-trainer.ranks, trainer.net = ranks, replicate(trainer.model, trainer.compute)
-step(trainer, 0)
-step(trainer, 22)
-torch.save([trainer.flat.gradients, trainer.flat.weights, trainer.meter.sums], sys.argv[1] + str(ranks.rank))
-leave(ranks)
+with process_group(ranks, torch.device("cpu")):
+    trainer = make_trainer(last_batch="keep", accumulate=2)
+    trainer.plan = make_plan(trainer.config, trainer.data.train_count, ranks)
+    trainer.ranks, trainer.net = ranks, replicate(trainer.model, trainer.compute)
+    step(trainer, 0)
+    step(trainer, 22)
+    torch.save([trainer.flat.gradients, trainer.flat.weights, trainer.meter.sums], sys.argv[1] + str(ranks.rank))
 """
 
 

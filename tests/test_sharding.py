@@ -22,7 +22,7 @@ from crate_fast.reading import CheckpointError
 from crate_fast.training import ConfigError, TrainConfig, evaluate_run, train
 from crate_fast.training.compute import Compute
 from crate_fast.training.parallel import check_strategy
-from crate_fast.training.ranks import ALONE, join
+from crate_fast.training.ranks import ALONE, process_group
 
 SIZES = dict(image_size=16, patch_size=8, num_classes=10, dim=32, depth=2, heads=2, dim_head=16)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -94,9 +94,11 @@ def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
     """As `--device cuda` or auto names it; PyTorch's set_device, here up to where it asks the driver, refuses it."""
     made, chosen = [], []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: made.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.cuda._utils._get_device_index(device)))
     for name in ("cuda", "cuda:1"):
-        join(ALONE, torch.device(name), alone=True)
+        with process_group(ALONE, torch.device(name), alone=True):
+            pass
     assert (made, chosen) == (["nccl", "nccl"], [1])
 
 
@@ -106,7 +108,7 @@ from dataclasses import replace
 from crate_fast import CRATE
 from crate_fast.training import TrainConfig, train
 from crate_fast.training.compute import choose_compute
-from crate_fast.training.ranks import join, leave, read_ranks
+from crate_fast.training.ranks import process_group, read_ranks
 from crate_fast.training.sharding import shard
 from test_sharding import SIZES, kernels_of
 
@@ -122,17 +124,16 @@ for name, changes in cases.items():
         train(replace(config, strategy=strategy, out=f"{sys.argv[1]}/{name}-{strategy}", **changes))
 
 ranks, compute = read_ranks(), choose_compute("cpu", "float16")
-join(ranks, compute.device)
-torch.manual_seed(0)
-whole = CRATE(**SIZES, backend="triton")
-parts = copy.deepcopy(whole)
-shard(parts, compute, 2)
-(logits, kernels), (logits_of_parts, kernels_of_parts) = kernels_of(whole, torch.float16), kernels_of(parts, torch.float16)
-gradients = [(a.grad.full_tensor(), b.grad) for a, b in zip(parts.parameters(), whole.parameters())]
-same = torch.equal(logits, logits_of_parts) and all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in gradients)
-if ranks.first and same and kernels == kernels_of_parts:
-    print(f"as one: {len(kernels)} kernels")
-leave(ranks)
+with process_group(ranks, compute.device):
+    torch.manual_seed(0)
+    whole = CRATE(**SIZES, backend="triton")
+    parts = copy.deepcopy(whole)
+    shard(parts, compute, 2)
+    (logits, kernels), (logits_of_parts, kernels_of_parts) = kernels_of(whole, torch.float16), kernels_of(parts, torch.float16)
+    gradients = [(a.grad.full_tensor(), b.grad) for a, b in zip(parts.parameters(), whole.parameters())]
+    same = torch.equal(logits, logits_of_parts) and all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in gradients)
+    if ranks.first and same and kernels == kernels_of_parts:
+        print(f"as one: {len(kernels)} kernels")
 """
 
 

@@ -13,7 +13,7 @@ from .compute import check_kernels, choose_compute
 from .config import ConfigError, TrainConfig
 from .data import Data, open_data
 from .metrics import Score, evaluate
-from .ranks import join, leave, read_ranks
+from .ranks import process_group, read_ranks
 from .resolve import resolve
 from .rundir import CLASS_NAMES, RunDirectory
 
@@ -62,19 +62,17 @@ def evaluate_run(
     file = model_file(path)
     compute = choose_compute(device, settings.precision, ranks)
     check_kernels(settings.backend, device, compute)
-    join(ranks, compute.device)
-    model, run = _load(file, settings, arch, weights), _run_of(path)
-    if eval_crop is None:
-        settings = replace(settings, eval_crop=_crop_of(model, file, settings, known=run is not None, tell=ranks.first))
-    sizes = {"image_size": model.image_size[0], "patch_size": model.patch_size[0]}
-    images = open_data(replace(settings, **sizes), compute.device, ranks, model.image_size)
-    _check_fits(model, images, file)
-    if run is not None:
-        run.check_same_data(images.describe(), CLASS_NAMES)
-    batches = images.test_batches(max(1, settings.batch_size // ranks.count), ranks)
-    score = evaluate(model.to(compute.device), batches, compute, ranks)
-    leave(ranks)
-    return score
+    with process_group(ranks, compute.device):
+        model, run = _load(file, settings, arch, weights), _run_of(path)
+        if eval_crop is None:
+            settings = replace(settings, eval_crop=_crop_of(model, file, settings, known=run is not None, tell=ranks.first))
+        sizes = {"image_size": model.image_size[0], "patch_size": model.patch_size[0]}
+        images = open_data(replace(settings, **sizes), compute.device, ranks, model.image_size)
+        _check_fits(model, images, file)
+        if run is not None:
+            run.check_same_data(images.describe(), CLASS_NAMES)
+        batches = images.test_batches(max(1, settings.batch_size // ranks.count), ranks)
+        return evaluate(model.to(compute.device), batches, compute, ranks)
 
 
 def is_first() -> bool:

@@ -7,7 +7,8 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -85,14 +86,30 @@ def read_ranks() -> Ranks:
     return ranks
 
 
-def join(ranks: Ranks, device: torch.device, alone: bool = False) -> None:
-    """Makes the process group of a run of several processes, or of one `alone`: nccl between GPUs, gloo elsewhere.
+@contextmanager
+def process_group(ranks: Ranks, device: torch.device, alone: bool = False) -> Iterator[None]:
+    """The process group of a run of several processes, or of one `alone`: nccl between GPUs, gloo elsewhere.
+
+    One that is there already serves, and stays. One process gives its own back however it ends, so that the next run in it
+    starts anew; of several, whose others may be waiting in a sum, a failed one leaves that to the end of the process.
 
     Raises:
         ConfigError: the processes cannot meet.
     """
     if (ranks.count == 1 and not alone) or dist.is_initialized():
+        yield
         return
+    _join(ranks, device)
+    try:
+        yield
+    except BaseException:
+        if ranks.count == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _join(ranks: Ranks, device: torch.device) -> None:
     if device.type == "cuda" and device.index is not None:  # without an index it is the current one, which PyTorch refuses
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -144,9 +161,3 @@ def meet(store: dist.Store, ranks: Ranks, seconds: float = MEETING) -> str:
                 return name
         time.sleep(0.05)
     raise RuntimeError(f"{ranks.count} processes did not meet within {seconds:.0f} seconds")
-
-
-def leave(ranks: Ranks, alone: bool = False) -> None:
-    """Ends the process group that `join` made, if any."""
-    if (ranks.count > 1 or alone) and dist.is_initialized():
-        dist.destroy_process_group()

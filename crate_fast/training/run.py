@@ -15,7 +15,7 @@ from ..checkpoint import constructor_arguments, save_model
 from ..extras import TRAIN, require
 from ..model import CRATE
 from ..transform import transform_of
-from .compute import check_kernels, choose_compute
+from .compute import Compute, check_kernels, choose_compute
 from .config import ConfigError, TrainConfig
 from .data import Data, open_data
 from .graphs import check_graphs
@@ -25,7 +25,7 @@ from .optimizer import warmup_steps
 from .parallel import check_strategy, parallel_kind
 from .plan import check_parts, make_plan
 from .plots import plot_curves
-from .ranks import Ranks, join, leave, read_ranks
+from .ranks import Ranks, process_group, read_ranks
 from .resolve import check_unchanged, check_written, describe
 from .rundir import RunDirectory, check_free, find_run, unlock
 from .saving import circumstances, warn_of_changes
@@ -67,15 +67,8 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
     _check_out(config, ranks, resume)
     with Signals(tell=ranks.first) as signals:
         try:
-            join(ranks, choose_compute(config.device, config.precision, ranks).device)
-            resume = ranks.share(lambda: _implied(config, ranks)) if resume is None else resume
-            run = find_run(resume, config.out) if resume else None
-            if run is not None:
-                own = run.read_config()
-                config = replace(own, **check_unchanged(own, given or {}, run.path), out=str(run.path))
-            elif config.out is not None:
-                ranks.share(lambda: check_free(config.out))
-            return _train(config, run, resume, ranks, signals)
+            with process_group(ranks, choose_compute(config.device, config.precision, ranks).device):
+                return _start(config, given or {}, resume, ranks, signals)
         except RuntimeError as error:
             if isinstance(error, TrainingError):
                 raise
@@ -89,9 +82,28 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
             unlock()
 
 
-def _train(
-    config: TrainConfig, run: RunDirectory | None, resume: str | None, ranks: Ranks, signals: Signals
+def _start(
+    config: TrainConfig, given: dict, resume: str | None, ranks: Ranks, signals: Signals
 ) -> tuple[RunDirectory | None, Score]:
+    """Settles what is asked for: a new run, or an older one with its own settings."""
+    resume = ranks.share(lambda: _implied(config, ranks)) if resume is None else resume
+    run = find_run(resume, config.out) if resume else None
+    if run is not None:
+        own = run.read_config()
+        config = replace(own, **check_unchanged(own, given, run.path), out=str(run.path))
+    elif config.out is not None:
+        ranks.share(lambda: check_free(config.out))
+    compute = _check(config, ranks)
+    with process_group(ranks, compute.device, alone=config.strategy == "fsdp"):
+        return _train(config, compute, run, resume, ranks, signals)
+
+
+def _check(config: TrainConfig, ranks: Ranks) -> Compute:
+    """Where and how the run computes.
+
+    Raises:
+        ConfigError, BackendError, MissingPackageError: the settings do not fit each other or the machine.
+    """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     compute = choose_compute(config.device, config.precision, ranks)
@@ -101,7 +113,12 @@ def _train(
     if config.tensorboard == "yes":
         require("tensorboard")
     check_parts(config, ranks)
-    join(ranks, compute.device, alone=config.strategy == "fsdp")
+    return compute
+
+
+def _train(
+    config: TrainConfig, compute: Compute, run: RunDirectory | None, resume: str | None, ranks: Ranks, signals: Signals
+) -> tuple[RunDirectory | None, Score]:
     checkpoint = _find_checkpoint(run, resume, config, ranks) if run is not None else None
     # Weights before data, which may have to be downloaded or listed for minutes.
     weights = read_weights(config.init) if config.init and checkpoint is None else None
@@ -125,7 +142,6 @@ def _train(
     if ranks.first:
         save_model(model, run.model)
         plot_curves(run.read_metrics(), run.curves, f"CRATE on {data.name}: test {score}")
-    leave(ranks, alone=config.strategy == "fsdp")
     return (run if ranks.first else None), score
 
 
