@@ -224,7 +224,9 @@ def conditions(device: torch.device) -> dict:
     """The state of the device while it measures: clocks and temperature of a GPU, the load of a CPU."""
     if device.type == "cuda":
         query = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
-        values = (_output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") or "").splitlines()
+        # By its name of its own: CUDA_VISIBLE_DEVICES numbers GPUs anew, for PyTorch but not for the driver's tool.
+        gpu = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+        values = (_output("nvidia-smi", gpu, f"--query-gpu={query}", "--format=csv,noheader") or "").splitlines()
         return {query: values[0] if values else None}
     return {"load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
 

@@ -97,14 +97,16 @@ def test_on_a_gpu_the_devices_own_pauses_count(monkeypatch):
         def __init__(self, enable_timing):
             assert enable_timing
 
-        def record(self):
+        def record(self, stream):
+            assert stream == "the stream of cuda:1"
             self.at = next(reached)
 
         def elapsed_time(self, end):
             return end.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    times = waiting.Waiting(torch.device("cuda"), "patience")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    times = waiting.Waiting(torch.device("cuda:1"), "patience")
     for _ in range(2):
         with times:
             pass

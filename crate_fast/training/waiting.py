@@ -24,7 +24,7 @@ class Waiting:
 
     def __init__(self, device: torch.device, advice: str | None) -> None:
         self._advice, self._pauses, self._seconds = advice, [], 0.0
-        self._is_gpu = device.type == "cuda"
+        self._device, self._is_gpu = device, device.type == "cuda"
         self._begun, self._watched, self._late = False, 0.0, 0.0
 
     def __enter__(self) -> None:
@@ -61,7 +61,7 @@ class Waiting:
         if not self._is_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))  # the current device may be another
         return event
 
 
