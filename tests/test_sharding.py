@@ -15,6 +15,7 @@ from conftest import call
 from test_loop import torchrun
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from crate_fast import CRATE, load_checkpoint
 from crate_fast.kernels import runtime
@@ -100,6 +101,23 @@ def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
         with process_group(ALONE, torch.device(name), alone=True):
             pass
     assert (made, chosen) == (["nccl", "nccl"], [1])
+
+
+def test_an_optimizer_that_cannot_move_parts_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    """As under PyTorch 2.11, which has no rule for the sign of tensors in parts."""
+    signs = torch._foreach_sign_
+
+    def of_whole_tensors(tensors):
+        if isinstance(tensors[0], DTensor):
+            raise NotImplementedError("Operator aten._foreach_sign_.default does not have a sharding strategy registered.")
+        return signs(tensors)
+
+    monkeypatch.setattr(torch, "_foreach_sign_", of_whole_tensors)
+    line = ("train", "--strategy", "fsdp", "--optimizer", "Lion", "--device", "cpu", "--out", tmp_path / "run")
+    status, _, err = call(capsys, *line)
+    assert status == 2
+    assert re.fullmatch(r"crate-fast: error: --optimizer is 'Lion' and --strategy is 'fsdp', .*AdamW, Adam and SGD can\n", err)
+    assert not (tmp_path / "run").exists() and not dist.is_initialized()
 
 
 LOSSES = """

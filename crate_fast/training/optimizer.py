@@ -9,23 +9,40 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..extras import require
-from .config import TrainConfig
+from .config import ConfigError, TrainConfig
 
 MAIN_WARMUP = 20  # epochs, in the published main.py
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimizer that `config` asks for, on all parameters; every step moves all tensors together."""
+    """The optimizer that `config` asks for, on all parameters; every step moves all tensors together.
+
+    Raises:
+        ConfigError: it cannot move parameters in parts, with --strategy fsdp, in this version of PyTorch.
+        MissingPackageError: lion-pytorch is not installed.
+    """
     groups = _groups(model, config)
     if config.optimizer == "Lion":
         require("lion_pytorch")
         from lion_pytorch.foreach import Lion
 
+        _check_signs(next(model.parameters()))
         return Lion(groups, lr=config.lr, weight_decay=config.weight_decay)
     options = {"lr": config.lr, "weight_decay": config.weight_decay, "foreach": True}
     if config.optimizer == "SGD":
         return torch.optim.SGD(groups, momentum=config.momentum, **options)
     return {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.optimizer](groups, betas=(0.9, 0.999), **options)
+
+
+def _check_signs(parameter: nn.Parameter) -> None:
+    """Whether Lion's step is there for parameters like this one: of those in parts PyTorch 2.11 takes no signs, 2.14 does."""
+    try:
+        torch._foreach_sign_([torch.zeros_like(parameter.detach())])
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"--optimizer is 'Lion' and --strategy is 'fsdp', which PyTorch {torch.__version__} cannot run together; "
+            "a newer one can, and here AdamW, Adam and SGD can"
+        ) from error
 
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict]:
