@@ -24,7 +24,6 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from pipes import LOCAL, SHARED_MEMORY
 from typing import NamedTuple
 
 import torch
@@ -40,8 +39,9 @@ from crate_fast.kernels import (
     stack,
     tuning,
 )
-from launches import Launch, compiled, specialise
-from machine_code import Code, Instruction, disassemble, inner_loops, tools
+from prediction.launches import Launch, compiled, specialise
+from prediction.machine_code import Code, Instruction, disassemble, inner_loops, tools
+from prediction.pipes import LOCAL, SHARED_MEMORY
 
 MATRIX = {"HMMA": 1, "HGMMA": 32, "UTCHMMA": 512}
 """Matrix instructions, and roughly how much each multiplies for a warp."""

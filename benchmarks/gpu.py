@@ -12,10 +12,10 @@ The first GPU that is seen is measured (CUDA_VISIBLE_DEVICES chooses). It needs 
 tqdm; nothing is installed, the package neither. Wheels in wheels/ beside the checkout (`make wheels` fetches lion-pytorch and
 simplejpeg) are unpacked and used where the machine lacks them.
 
-The queue (gpu_queue.py) is made of small steps, the most valuable first, each in a process of its own: what fails, hangs or
-runs out of memory is recorded with its last lines, and the queue goes on. Nothing is timed whose own kernels have not passed
-parity on this architecture, and every peer is judged again before it is timed. Steps that failed are tried again once all
-others are done. The state, three files of at most 16 MiB, is all that has to be carried (gpu_state.py).
+The queue (gpu_queue/queue.py) is made of small steps, the most valuable first, each in a process of its own: what fails,
+hangs or runs out of memory is recorded with its last lines, and the queue goes on. Nothing is timed whose own kernels have
+not passed parity on this architecture, and every peer is judged again before it is timed. Steps that failed are tried again
+once all others are done. The state, three files of at most 16 MiB, is all that has to be carried (gpu_queue/state.py).
 
 Exit status: 0; 1 where a step failed; 2 for wrong arguments, or without a GPU.
 """
@@ -34,10 +34,10 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # behind this folder
 os.environ.setdefault("TRITON_INTERPRET", "0")  # read when Triton is imported
 
-import gpu_cache
-from gpu_process import machine_facts, run_step
-from gpu_queue import SHARDS, Step, queue
-from gpu_state import DONE, State, publish
+from gpu_queue import cache
+from gpu_queue.process import machine_facts, run_step
+from gpu_queue.queue import SHARDS, Step, queue
+from gpu_queue.state import DONE, State, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / "runs" / "gpu"
@@ -74,12 +74,12 @@ def run_queue(steps: list[Step], state: State, place: dict, end: float, again: b
 
 
 def _run_one(step: Step, state: State, place: dict, left: float) -> bool:
-    before = gpu_cache.kernels(state.cache)
+    before = cache.kernels(state.cache)
     record = run_step(step, place, min(step.seconds, left))
     if record["outcome"] == "cut off" and left < step.seconds:
         print(f"{step.name}: cut off by the budget; the next call starts it again", flush=True)
         return True
-    record["compiled"] = len(gpu_cache.kernels(state.cache) - before)
+    record["compiled"] = len(cache.kernels(state.cache) - before)
     state.add(step, record)
     print(f"{step.name}: {record['outcome']}, {record['seconds']:.0f} s, {record['compiled']} compiled", flush=True)
     for row in record["rows"]:
@@ -145,9 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="crate-fast-gpu-") as scratch:
         use_wheels(ROOT / "wheels", Path(scratch) / "packages")
         paths = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "benchmarks"), *sys.path[-1:]))}
-        os.environ |= gpu_cache.environment(Path(scratch) / "triton") | paths
+        os.environ |= cache.environment(Path(scratch) / "triton") | paths
         if options.precompile:
-            from gpu_ahead import compile_ahead
+            from gpu_queue.ahead import compile_ahead
 
             return compile_ahead(options.state, Path(scratch))
         facts = machine_facts(options.rehearse)

@@ -20,7 +20,6 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from pipes import Kernel, kernel_of, least_times, resident, work
 from typing import NamedTuple
 
 import torch
@@ -28,15 +27,16 @@ import triton
 from tqdm import tqdm
 
 import floors
-from constants import described, values
-from control_flow import paths
-from copies import read
 from crate_fast.model import SIZES
-from intermediate import UnknownControlError
-from launches import Launch, code_of, compiled, integers
-from machine_code import walk
-from replay import clocks_of_program
-from step import PASSES, TOKENS, WIDTHS, Call, Operation, Recorded, inner_of, record, record_attention
+from prediction.constants import described, values
+from prediction.control_flow import paths
+from prediction.copies import read
+from prediction.intermediate import UnknownControlError
+from prediction.launches import Launch, code_of, compiled, integers
+from prediction.machine_code import walk
+from prediction.pipes import Kernel, kernel_of, least_times, resident, work
+from prediction.replay import clocks_of_program
+from prediction.step import PASSES, TOKENS, WIDTHS, Call, Operation, Recorded, inner_of, record, record_attention
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = {"tiny": 1024, "small": 1024, "base": 1024, "large": 512}
@@ -277,7 +277,7 @@ def main() -> int:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="predict nothing: two results")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="predict nothing: set constants from a GPU's results")
     options = parser.parse_args()
-    from predicted_report import calibrate, compare, print_tables
+    from prediction.report import calibrate, compare, print_tables
 
     if options.compare:
         return compare(*options.compare)

@@ -122,14 +122,11 @@ def launches() -> dict[str, tuple]:
 
 def count(kernel, arguments: tuple, constants: dict, programs: int) -> dict:
     """What the model makes of one launch."""
-    import pipes
-
     import compile
-    import control_flow
-    import copies
-    from intermediate import UnknownControlError
-    from launches import code_of, compiled, integers, specialise
-    from machine_code import walk
+    from prediction import control_flow, copies, pipes
+    from prediction.intermediate import UnknownControlError
+    from prediction.launches import code_of, compiled, integers, specialise
+    from prediction.machine_code import walk
 
     launch = specialise(kernel, "", arguments, constants, 16)
     result = compiled(launch, "sm_90")

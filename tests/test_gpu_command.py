@@ -16,12 +16,9 @@ import torch
 from conftest import BENCHMARKS
 
 import gpu
-import gpu_cache
-import gpu_shard
-import gpu_speed
-import gpu_state
-import gpu_steps
-from gpu_queue import SHARDS, Step, queue
+from gpu_queue import cache, kinds, shard, speed
+from gpu_queue import state as states
+from gpu_queue.queue import SHARDS, Step, queue
 
 ROOT = BENCHMARKS.parent
 FACTS = {"device": "some GPU", "architecture": "sm_90", "torch": "2", "triton": "3", "driver": None}
@@ -64,7 +61,7 @@ def test_the_queue_is_rehearsed_from_a_bare_checkout(checkout, tmp_path):
     assert [(row["batch"], row["peer"], row.get("reason")) for row in found["train base"]["rows"]] == [
         (16, "published", "out of memory"), (8, "published", None), (8, "sdpa", None), (8, "crate_fast", None),
     ]  # fmt: skip
-    assert {row["peer"] for row in found["graph tiny"]["rows"] if row["samples"] == 2} == set(gpu_steps.SIDE_BY_SIDE)
+    assert {row["peer"] for row in found["graph tiny"]["rows"] if row["samples"] == 2} == set(kinds.SIDE_BY_SIDE)
     assert 0 <= found["photographs"]["rows"][0]["waiting"] <= 1
     assert {path.name for path in (tmp_path / "state").iterdir()} == {"results.json", "shapes.json"}
     assert len(json.loads((tmp_path / "state" / "shapes.json").read_text())["rehearsal"]) >= 9
@@ -95,7 +92,7 @@ from pathlib import Path
 from unittest import mock
 import torch
 import triton
-import gpu_ahead, gpu_cache
+from gpu_queue import ahead, cache
 from crate_fast import kernels, functional
 from triton.compiler.compiler import CompiledKernel
 
@@ -105,12 +102,12 @@ def run():
 
 scratch = Path(sys.argv[2])
 if __name__ == "__main__" and sys.argv[1] == "ahead":
-    gpu_ahead.compile_ahead(Path(sys.argv[3]), scratch, run)
+    ahead.compile_ahead(Path(sys.argv[3]), scratch, run)
 elif __name__ == "__main__":
-    gpu_cache.unpack(Path(sys.argv[3]) / "kernels.tar.xz", scratch / "triton")
+    cache.unpack(Path(sys.argv[3]) / "kernels.tar.xz", scratch / "triton")
     hits = []
     triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-    driver = mock.Mock(**{"get_current_target.return_value": gpu_ahead.TARGET, "get_current_device.return_value": 0})
+    driver = mock.Mock(**{"get_current_target.return_value": ahead.TARGET, "get_current_device.return_value": 0})
     with mock.patch.object(triton.runtime.driver, "_active", driver), mock.patch.object(kernels, "INTERPRETED", True), \\
          mock.patch.object(CompiledKernel, "run", lambda *_: None), \\
          mock.patch.object(CompiledKernel, "launch_metadata", lambda *_: None):
@@ -124,7 +121,7 @@ def test_a_kernel_compiled_ahead_is_not_compiled_again_in_another_folder(tmp_pat
     (tmp_path / "script.py").write_text(COMPILED_AHEAD)
 
     def start(what: str, scratch: Path) -> str:
-        environment = os.environ | gpu_cache.environment(scratch / "triton") | {"TRITON_INTERPRET": "0"}
+        environment = os.environ | cache.environment(scratch / "triton") | {"TRITON_INTERPRET": "0"}
         environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{BENCHMARKS}"
         scratch.mkdir()
         arguments = [sys.executable, tmp_path / "script.py", what, scratch, tmp_path / "state"]
@@ -134,19 +131,19 @@ def test_a_kernel_compiled_ahead_is_not_compiled_again_in_another_folder(tmp_pat
     shutil.rmtree(tmp_path / "here")
     assert start("launch", tmp_path / "there") == "[True]\n"
     files = [path for path in (tmp_path / "there" / "triton").rglob("*") if path.is_file()]
-    assert {path.suffix for path in files if path.name != "lock"} <= set(gpu_cache.KEPT)
+    assert {path.suffix for path in files if path.name != "lock"} <= set(cache.KEPT)
 
 
 def test_a_second_process_waits_for_the_first_to_compile(tmp_path):
     script = (
-        "import sys, time, gpu_cache\n"
-        "cache = gpu_cache.SharedCache('key')\n"
+        "import sys, time; from gpu_queue import cache as shared\n"
+        "cache = shared.SharedCache('key')\n"
         "if cache.get_group('kernel.json') is None:\n"
         "    print('compiles', flush=True)\n"
         "    time.sleep(0.5)\n"
         "    cache.put_group('kernel.json', {'kernel.json': cache.put('{}', 'kernel.json', binary=False)})\n"
     )
-    environment = os.environ | gpu_cache.environment(tmp_path) | {"PYTHONPATH": str(BENCHMARKS)}
+    environment = os.environ | cache.environment(tmp_path) | {"PYTHONPATH": str(BENCHMARKS)}
     processes = [
         subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
@@ -156,13 +153,13 @@ def test_a_second_process_waits_for_the_first_to_compile(tmp_path):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """Runs steps made of Python functions; (whether none failed, the state)."""
-    monkeypatch.setattr("gpu_process.GPU", torch.device("cpu"))
+    monkeypatch.setattr("gpu_queue.process.GPU", torch.device("cpu"))
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
 
     def start(budget: float = 60.0, **steps):
-        kinds = {name: function for name, (function, _) in steps.items()}
-        monkeypatch.setattr(gpu_steps, "KINDS", kinds)
-        state = gpu_state.State(tmp_path / "state", tmp_path / "scratch", FACTS)
+        functions = {name: function for name, (function, _) in steps.items()}
+        monkeypatch.setattr(kinds, "KINDS", functions)
+        state = states.State(tmp_path / "state", tmp_path / "scratch", FACTS)
         rows = [Step(name, name, {}, needs, work=0.1, seconds=3) for name, (_, needs) in steps.items()]
         where = {"scratch": tmp_path / "scratch", "workers": 1, "rehearse": False, "name": "some GPU"}
         return gpu.run_queue(rows, state, where, time.monotonic() + gpu.MARGIN + budget, False), state
@@ -213,18 +210,18 @@ def test_nothing_is_timed_before_these_kernels_have_passed_and_failures_come_las
     assert [record["step"] for record in state.records] == ["other", "parity"] and not good
     good, state = place(parity=(fails, ()), other=(fails, ()), timed=(passes, ("parity",)))
     assert good and state.outcome("timed") == "passed"
-    monkeypatch.setattr(gpu_state, "digest", lambda: "other kernels")
+    monkeypatch.setattr(states, "digest", lambda: "other kernels")
     good, state = place(timed=(passes, ("parity",)))
     assert good and state.outcome("parity") == state.outcome("timed") == ""
 
 
 def test_parity_holds_for_an_architecture_and_times_for_a_device(tmp_path):
-    state = gpu_state.State(tmp_path, tmp_path / "scratch", FACTS)
+    state = states.State(tmp_path, tmp_path / "scratch", FACTS)
     for kind in ("parity", "train"):
         state.add(Step(kind, kind, {}), {"outcome": "passed", "rows": []})
-    other = gpu_state.State(tmp_path, tmp_path / "scratch", FACTS | {"device": "another GPU"})
+    other = states.State(tmp_path, tmp_path / "scratch", FACTS | {"device": "another GPU"})
     assert (other.outcome("parity"), other.outcome("train")) == ("passed", "")
-    newer = gpu_state.State(tmp_path, tmp_path / "scratch", FACTS | {"architecture": "sm_100"})
+    newer = states.State(tmp_path, tmp_path / "scratch", FACTS | {"architecture": "sm_100"})
     assert newer.outcome("parity") == ""
 
 
@@ -247,7 +244,7 @@ def test_the_digest_covers_what_launches_kernels():
             node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
         }
         open_ |= {module for module in modules if (ROOT / "crate_fast" / f"{module}.py").exists()} - found
-    assert set(gpu_state.LAUNCHERS) == found - {"checkpoint", "extras", "files", "hub", "reading", "transform"}
+    assert set(states.LAUNCHERS) == found - {"checkpoint", "extras", "files", "hub", "reading", "transform"}
 
 
 def test_the_queue_keeps_its_limits_and_begins_with_parity_and_speed_of_tiny():
@@ -257,7 +254,7 @@ def test_the_queue_keeps_its_limits_and_begins_with_parity_and_speed_of_tiny():
     for place_, step in enumerate(steps):
         assert step.seconds <= (240 if step.name.startswith("compiled") else 120)
         assert set(step.needs) <= set(names[:place_])
-        assert step.kind in gpu_steps.KINDS
+        assert step.kind in kinds.KINDS
         assert step.kind in ("parity", "tests") or any(need.split()[0] in ("parity", "tests", "tune") for need in step.needs)
     home, spent = set(), 0.0
     for step in steps:
@@ -272,17 +269,17 @@ def test_every_gpu_test_is_in_one_part():
     found = []
     for part in range(SHARDS):
         config.getoption, own = lambda name, part=part: f"{part}/{SHARDS}", list(items)
-        gpu_shard.pytest_collection_modifyitems(config, own)
+        shard.pytest_collection_modifyitems(config, own)
         found += own
     assert found == items
 
 
 def test_batches_are_planned_for_the_largest_peer(monkeypatch):
-    monkeypatch.setattr(gpu_speed, "memory_gib", lambda device: 78.0)
-    first = {size: gpu_speed.planned(size, "published", None)[0] for size in ("tiny", "small", "base", "large")}
+    monkeypatch.setattr(speed, "memory_gib", lambda device: 78.0)
+    first = {size: speed.planned(size, "published", None)[0] for size in ("tiny", "small", "base", "large")}
     assert first == {"tiny": 1024, "small": 1024, "base": 512, "large": 256}
-    assert all(gpu_speed.planned(size, "crate_fast", None)[0] == 1024 for size in first)
-    assert gpu_speed.own_most("base", "published", None)[:2] == [976, 928]
+    assert all(speed.planned(size, "crate_fast", None)[0] == 1024 for size in first)
+    assert speed.own_most("base", "published", None)[:2] == [976, 928]
 
 
 def test_wheels_are_unpacked_only_where_something_is_missing(tmp_path, monkeypatch):

@@ -5,17 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from pipes import Kernel, kernel_of, resident, work
 
 import pytest
 import triton
 from conftest import BENCHMARKS
 
-import constants
-import predicted_report
-from copies import Copy, Moved
-from machine_code import Code, Instruction, Step
-from replay import clocks_of_program
+from prediction import constants, report
+from prediction.copies import Copy, Moved
+from prediction.machine_code import Code, Instruction, Step
+from prediction.pipes import Kernel, kernel_of, resident, work
+from prediction.replay import clocks_of_program
 
 COMMITTED = json.loads((BENCHMARKS / "results" / "predicted.json").read_text())
 
@@ -189,16 +188,16 @@ def changed(factor: float) -> dict:
 def test_comparing_says_what_got_slower(tmp_path, capsys, factor, status):
     for name, result in (("old", COMMITTED), ("new", changed(factor))):
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    assert predicted_report.compare(tmp_path / "old.json", tmp_path / "new.json") == status
+    assert report.compare(tmp_path / "old.json", tmp_path / "new.json") == status
     assert ("tiny training mssa_forward" in capsys.readouterr().out) == (factor != 1.0)
-    assert predicted_report.compare(tmp_path / "absent.json", tmp_path / "new.json") == 2
+    assert report.compare(tmp_path / "absent.json", tmp_path / "new.json") == 2
 
 
 def test_calibration_takes_rates_clock_and_factors_from_a_gpu(tmp_path, monkeypatch, capsys):
     """A made-up GPU on which attention takes twice as long as predicted."""
     path = tmp_path / "calibration.json"
     monkeypatch.setattr(constants, "CALIBRATION", path)
-    monkeypatch.setattr(predicted_report, "CALIBRATION", path)
+    monkeypatch.setattr(report, "CALIBRATION", path)
     row = next(r for r in COMMITTED["rows"] if (r["size"], r["pass"], r["kernel"]) == ("tiny", "training", "mssa_forward"))
     conditions = [{"clocks.sm,clocks.mem": "1500 MHz, 2619 MHz"}]
     made_up = {
@@ -210,11 +209,11 @@ def test_calibration_takes_rates_clock_and_factors_from_a_gpu(tmp_path, monkeypa
         ],
     }  # fmt: skip
     (tmp_path / "gpu.json").write_text(json.dumps(made_up))
-    assert predicted_report.calibrate(tmp_path / "gpu.json", BENCHMARKS / "results" / "predicted.json") == 0
+    assert report.calibrate(tmp_path / "gpu.json", BENCHMARKS / "results" / "predicted.json") == 0
     assert "measured" in capsys.readouterr().out
     values = constants.values()
     assert (values["DRAM"], values["product rate"], values["clock"]) == (4e12, 7e14, 1.5e9)
     assert values["factor, attention forward"] == pytest.approx(2.0)
     assert values["factor, product"] == 1.0
     assert constants.described()["DRAM"]["standing"] == "measured"
-    assert predicted_report.calibrate(tmp_path / "absent.json", BENCHMARKS / "results" / "predicted.json") == 2
+    assert report.calibrate(tmp_path / "absent.json", BENCHMARKS / "results" / "predicted.json") == 2

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from intermediate import Operation, Source, UnknownControlError, named, operations, parse
-from scalars import Scalars
+from .intermediate import Operation, Source, UnknownControlError, named, operations, parse
+from .scalars import Scalars
 
 
 class Path(NamedTuple):

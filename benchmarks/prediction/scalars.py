@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from intermediate import Operation, UnknownControlError, named
+from .intermediate import Operation, UnknownControlError, named
 
 
 def _divide(a, b):

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-import gpu_steps
 from crate_fast.checkpoint import write_atomically
 from crate_fast.extras import MissingPackageError
-from gpu_queue import Step
 from peers import Unavailable
 from timing import machine
+
+from . import kinds
+from .queue import Step
 
 FORK = get_context("fork")
 GPU = torch.device("cuda", 0)
@@ -102,12 +103,12 @@ def _child(step: Step, place: dict, path: Path, log: Path) -> None:
 
 def _outcome(step: Step, place: dict, save) -> str:
     device = torch.device("cpu") if place["rehearse"] else GPU
-    where = gpu_steps.Place(device, place["name"], place["scratch"], place["workers"], place["rehearse"], save)
+    where = kinds.Place(device, place["name"], place["scratch"], place["workers"], place["rehearse"], save)
     try:
         if place["rehearse"]:
-            from gpu_rehearsal import rehearsed
+            from .rehearsal import rehearsed
         with rehearsed() if place["rehearse"] else nullcontext():
-            gpu_steps.KINDS[step.kind](step.options, where)
+            kinds.KINDS[step.kind](step.options, where)
     except Exception as error:
         traceback.print_exc()
         return next((outcome for kind, outcome in OUTCOMES.items() if isinstance(error, kind)), "failed")

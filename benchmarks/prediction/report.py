@@ -9,7 +9,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from constants import CALIBRATION, values
+from .constants import CALIBRATION, values
 
 NOISE = 1.01
 """Predictions within 1% are the same: the assembler schedules alike code differently."""

@@ -1,9 +1,9 @@
 """Triton's cache where a machine is bare at every call: one small file, any folder, no kernel compiled twice.
 
-Set TRITON_CACHE_MANAGER to gpu_cache:SharedCache (`environment` does) and every process that shares the folder waits for the
-one that compiles a kernel instead of compiling it too, and finds files by where they are, not by the absolute paths that
-Triton notes down. `pack` keeps what a launch needs, the machine code, its description and the launcher that triton 3.6 has gcc
-make, so that some hundred kernels fit in a few MB.
+Set TRITON_CACHE_MANAGER to gpu_queue.cache:SharedCache (`environment` does) and every process that shares the folder waits
+for the one that compiles a kernel instead of compiling it too, and finds files by where they are, not by the absolute paths
+that Triton notes down. `pack` keeps what a launch needs, the machine code, its description and the launcher that triton 3.6
+has gcc make, so that some hundred kernels fit in a few MB.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class SharedCache(FileCacheManager):
 
 def environment(folder: Path) -> dict[str, str]:
     """What processes need in their environment to share the cache in `folder`; this module must be on their path."""
-    return {"TRITON_CACHE_DIR": str(folder), "TRITON_CACHE_MANAGER": "gpu_cache:SharedCache"}
+    return {"TRITON_CACHE_DIR": str(folder), "TRITON_CACHE_MANAGER": "gpu_queue.cache:SharedCache"}
 
 
 def kernels(folder: Path) -> set[str]:

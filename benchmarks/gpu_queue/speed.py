@@ -15,12 +15,13 @@ from functools import partial
 import torch
 
 import floors
-from gpu_queue import USABLE, kept_gib
 from judge import Judge, make_ready
 from peers import Peer, all_peers
 from run import result
 from timing import Timing, ceilings, conditions, interleave, quartiles
 from workloads import DTYPES, Workload
+
+from .queue import USABLE, kept_gib
 
 BATCHES = (1024, 512, 256, 128)
 SECONDS = 1.5

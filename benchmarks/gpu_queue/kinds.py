@@ -20,11 +20,12 @@ from crate_fast.extras import require
 from crate_fast.kernels import shapes, tuning
 from crate_fast.training import train as train_model
 from crate_fast.training.resolve import resolve
-from gpu_speed import Measurement, own_most, planned
 from judge import Judge
 from peers import all_peers
 from timing import interleave
 from workloads import Workload, prepare
+
+from .speed import Measurement, own_most, planned
 
 DTYPE = "bfloat16"
 SIDE_BY_SIDE = ("published", "sdpa", "crate_fast")
@@ -37,7 +38,7 @@ TUNED_BATCH = 256
 LOOP = {"arch": "CRATE_tiny", "image_size": 224, "patch_size": 16, "batch_size": 256, "workers": 14}
 PHOTOGRAPHS = (10_240, 256)
 """Images of the synthetic folders that the training loop reads: train, val."""
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class NoParity(RuntimeError):
@@ -103,7 +104,7 @@ def operations(options: dict, place: Place) -> None:
 
 def tests(options: dict, place: Place) -> None:
     """A part of the tests marked "gpu"; a new one is in one of the parts by itself."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "gpu_shard"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "gpu_queue.shard"]
     command += ["--shard", options["shard"], "--dist=worksteal", "tests"]
     command += ["--collect-only", "--numprocesses=0"] if place.collect_only else [f"--numprocesses={place.workers}"]
     if subprocess.run(command, cwd=ROOT, check=False).returncode:

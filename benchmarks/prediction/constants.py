@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-CALIBRATION = Path(__file__).parent / "results" / "calibration.json"
+CALIBRATION = Path(__file__).parents[1] / "results" / "calibration.json"
 
 
 class Constant(NamedTuple):

@@ -29,7 +29,7 @@ def kept_gib(size: str, peer: str, batch: int) -> float:
 class Step(NamedTuple):
     """One entry of the results.
 
-    kind: what runs it (`gpu_steps.KINDS`); options: its arguments; needs: names of steps that must have passed before, with
+    kind: what runs it (`kinds.KINDS`); options: its arguments; needs: names of steps that must have passed before, with
     these kernels on this architecture; kernels: how many it is the first to compile; work: seconds beside that.
     """
 

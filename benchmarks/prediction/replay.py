@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from functools import cache
-from pipes import ENGINE, Kernel, costs
 from typing import NamedTuple
 
-from constants import LATENCIES, values
-from machine_code import Instruction
+from .constants import LATENCIES, values
+from .machine_code import Instruction
+from .pipes import ENGINE, Kernel, costs
 
 LONG = 30_000  # steps of a way that is not replayed whole
 SLACK = 64  # clocks of shared memory's work that may queue

@@ -26,10 +26,11 @@ from triton.backends.compiler import GPUTarget
 from crate_fast.kernels import tuning
 from crate_fast.model import SIZES, build
 from crate_fast.tune import find_winners, workloads
-from gpu_cache import kernels, pack, unpack
-from gpu_speed import BATCHES
-from gpu_steps import INFERENCE, TUNED_BATCH
 from host import launched_to_nowhere
+
+from .cache import kernels, pack, unpack
+from .kinds import INFERENCE, TUNED_BATCH
+from .speed import BATCHES
 
 TARGET = GPUTarget("cuda", 90, 32)
 TRAINED = (16, *BATCHES)
@@ -116,7 +117,7 @@ def stand_in_driver(folder: Path) -> None:
 
 
 def compile_ahead(state: Path, scratch: Path, run=run_models) -> int:
-    """Adds to the cache of the folder `state`; the exit status. Needs `gpu_cache.environment` for a cache in `scratch`."""
+    """Adds to the cache of the folder `state`; the exit status. Needs `cache.environment` for a cache in `scratch`."""
     state.mkdir(parents=True, exist_ok=True)
     archive, cache = state / "kernels.tar.xz", scratch / "triton"
     unpack(archive, cache)

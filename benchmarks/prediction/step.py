@@ -25,7 +25,8 @@ import crate_fast.functional
 from crate_fast import kernels, plainness
 from crate_fast.kernels import runtime, shapes, tuning
 from crate_fast.model import SIZES
-from launches import Launch, flat, specialise
+
+from .launches import Launch, flat, specialise
 
 IMAGE, PATCH, TOKENS, CLASSES = 224, 16, 197, 1000
 PASSES = ("training", "inference")

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from machine_code import Code, disassemble
+from .machine_code import Code, disassemble
 
 
 class Launch(NamedTuple):

@@ -13,10 +13,10 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from constants import values
-from copies import Moved
-from intermediate import Source, UnknownControlError, named
-from machine_code import Code, Instruction, Step
+from .constants import values
+from .copies import Moved
+from .intermediate import Source, UnknownControlError, named
+from .machine_code import Code, Instruction, Step
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 """KiB of shared memory that one program can have."""

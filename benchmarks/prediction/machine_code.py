@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import triton
 
-from control_flow import Path as Way
-from copies import Copy
-from intermediate import Source, UnknownControlError, named
+from .control_flow import Path as Way
+from .copies import Copy
+from .intermediate import Source, UnknownControlError, named
 
 LONGEST = 3_000_000  # instructions of a walk
 COPIES = ("LDGSTS", "UTMALDG")  # from global to shared memory, without a register between

@@ -12,12 +12,13 @@ import shutil
 from pathlib import Path
 
 from crate_fast.checkpoint import write_atomically
-from gpu_cache import kernels, pack, unpack
-from gpu_queue import Step
 from report import SCHEMA
 from run import file_name, merge
 
-ROOT = Path(__file__).parent.parent
+from .cache import kernels, pack, unpack
+from .queue import Step
+
+ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("backend", "evaluated", "fresh", "functional", "inferred", "model", "modules", "plainness", "reference", "replay",
              "transformer")  # fmt: skip
 """The modules of crate_fast that decide which kernels are launched, and how, and the mathematics they are held to."""

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from intermediate import Operation, Source, operations, parse
+from .intermediate import Operation, Source, operations, parse
 
 NAMES = re.compile(
     r"ttg\.async_copy_global_to_local|ttng\.async_tma_(copy_global_to_local|copy_local_to_global|reduce|gather|scatter)"
