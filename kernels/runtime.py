@@ -33,13 +33,14 @@ def observed(observer: Callable) -> Iterator[None]:
 
 
 def launch(kernel, programs: int, *arguments, **constants) -> None:
-    """Runs `programs` programs of `kernel` on the device of the first argument, whichever is current.
+    """Runs `programs` programs of `kernel` on the device of the first argument, or first of a tuple, whichever is current.
 
     `constants` are the kernel's compile-time arguments and its num_warps and num_stages. On meta tensors nothing runs.
     """
     for observer in _observers:
         observer(kernel, programs, arguments, constants)
-    device = arguments[0].device
+    first = arguments[0]
+    device = (first[0] if isinstance(first, tuple) else first).device
     if programs == 0 or device.type == "meta":
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -108,24 +108,18 @@ def enter_forward(x: Tensor, stream: torch.dtype) -> tuple[Tensor, Tensor]:
 def _leave_kernel(
     p_dy,  # (batch, tokens, dim), any strides
     p_scale,  # ()
-    p_y,  # (batch * tokens, dim), contiguous
-    p_gain,  # (dim,) float32, of the ISTA step that wrote y
-    p_offset,
-    p_rstd,  # (batch * tokens,) float32, of the step's input
-    p_g,  # (batch * tokens, dim), contiguous
-    p_sums,  # (2, 1, batch * tokens) float32
-    p_totals,  # (row blocks, dim) float32
-    rows,
-    tokens,
-    dim,
-    stride_b,
-    stride_n,
-    stride_d,
+    writer,  # y, (batch * tokens, dim), contiguous, and of the ISTA step that wrote it, float32: its gain and offset, (dim,),
+    # and the rstd of its input, (batch * tokens,)
+    results,  # g like y; float32: its row sums, (2, 1, batch * tokens), and column sums, (row blocks, dim)
+    layout,  # rows, tokens, dim and dy's strides
     factor,
     FIRST: tl.constexpr,  # only the first token of an image has a gradient
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    p_y, p_gain, p_offset, p_rstd = writer
+    p_g, p_sums, p_totals = results
+    rows, tokens, dim, stride_b, stride_n, stride_d = layout
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = row < rows
     m_taken = m_row
@@ -173,8 +167,9 @@ def leave_backward(
     results = _leave_shapes(dy, scale, y, gain, offset, rstd, factor, first)
     batch, tokens, dim = y.shape
     launch(
-        _leave_kernel, blocks(batch * tokens, LEAVE_BLOCK), dy, scale, y, gain, offset, rstd, *results, batch * tokens, tokens,
-        dim, *dy.stride(), factor, FIRST=first, BLOCK_M=LEAVE_BLOCK, BLOCK_D=32, num_warps=8, num_stages=1,
+        _leave_kernel, blocks(batch * tokens, LEAVE_BLOCK), dy, scale, (y, gain, offset, rstd), results,
+        (batch * tokens, tokens, dim, *dy.stride()), factor, FIRST=first, BLOCK_M=LEAVE_BLOCK, BLOCK_D=32, num_warps=8,
+        num_stages=1,
     )  # fmt: skip
     return results
 

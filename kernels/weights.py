@@ -34,25 +34,15 @@ BLOCK = 64
 
 @triton.jit
 def _prepare_kernel(
-    p_project,  # (layers, inner, dim), like all contiguous
-    p_gamma1,  # (layers, dim)
-    p_beta1,
-    p_out,  # (layers, dim, inner)
-    p_operator,  # (layers, dim, dim) float32, M
-    p_gamma2,
-    p_beta2,
-    p_project_matrix,  # the same shapes in the operands' dtype
-    p_project_gain,  # (layers, inner) float32
-    p_project_offset,
-    p_out_matrix,
-    p_ista_matrix,
-    p_ista_gain,  # (layers, dim) float32
-    p_ista_offset,
+    weights,  # the tensors that `prepare_weights` takes, in its order
+    prepared,  # its results
     dim,
     inner,
     shrinkage,
     BLOCK: tl.constexpr,
 ):
+    p_project, p_gamma1, p_beta1, p_out, p_operator, p_gamma2, p_beta2 = weights
+    p_project_matrix, p_project_gain, p_project_offset, p_out_matrix, p_ista_matrix, p_ista_gain, p_ista_offset = prepared
     projects = tl.cdiv(inner, BLOCK)
     steps = tl.cdiv(dim, BLOCK)
     layer = (tl.program_id(0) // (projects + 2 * steps)).to(tl.int64)
@@ -60,24 +50,26 @@ def _prepare_kernel(
     weight = layer * inner * dim
     if block < projects:
         _fold_columns(
-            p_project + weight, p_gamma1 + layer * dim, p_beta1 + layer * dim, p_project_matrix + weight,
-            p_project_gain + layer * inner, p_project_offset + layer * inner, block, dim, inner, 1, dim, 0.0, False, BLOCK,
+            (p_project + weight, p_gamma1 + layer * dim, p_beta1 + layer * dim),
+            (p_project_matrix + weight, p_project_gain + layer * inner, p_project_offset + layer * inner),
+            (dim, inner, 1, dim), block, 0.0, False, BLOCK,
         )  # fmt: skip
     elif block < projects + steps:
         _fold_columns(
-            p_operator + layer * dim * dim, p_gamma2 + layer * dim, p_beta2 + layer * dim, p_ista_matrix + layer * dim * dim,
-            p_ista_gain + layer * dim, p_ista_offset + layer * dim, block - projects, dim, dim, dim, 1, shrinkage, True, BLOCK,
+            (p_operator + layer * dim * dim, p_gamma2 + layer * dim, p_beta2 + layer * dim),
+            (p_ista_matrix + layer * dim * dim, p_ista_gain + layer * dim, p_ista_offset + layer * dim),
+            (dim, dim, dim, 1), block - projects, shrinkage, True, BLOCK,
         )  # fmt: skip
     else:
         _round_rows(p_out + weight, p_out_matrix + weight, block - projects - steps, dim, inner, BLOCK)
 
 
 @triton.jit
-def _fold_columns(
-    p_weight, p_gamma, p_beta, p_matrix, p_gain, p_offset, block, inputs, outputs, stride_k, stride_n, shrinkage,
-    SHRINK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """F, v and u of one block of columns."""
+def _fold_columns(weights, folded, layout, block, shrinkage, SHRINK: tl.constexpr, BLOCK: tl.constexpr):
+    """F, v and u, `folded`, of one block of columns of a weight, γ and β; layout: inputs, outputs and their strides."""
+    p_weight, p_gamma, p_beta = weights
+    p_matrix, p_gain, p_offset = folded
+    inputs, outputs, stride_k, stride_n = layout
     column = block * BLOCK + tl.arange(0, BLOCK)
     m_column = column < outputs
     b_gain = tl.zeros([BLOCK], tl.float32)
@@ -139,10 +131,8 @@ def prepare_weights(
     results = _prepared_shapes(project, gamma1, beta1, out, operator, gamma2, beta2, operand, shrinkage)
     layers, inner, dim = project.shape
     programs = layers * (blocks(inner, BLOCK) + 2 * blocks(dim, BLOCK))
-    launch(
-        _prepare_kernel, programs, project, gamma1, beta1, out, operator, gamma2, beta2, *results, dim, inner, shrinkage,
-        BLOCK=BLOCK, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    weights = (project, gamma1, beta1, out, operator, gamma2, beta2)
+    launch(_prepare_kernel, programs, weights, results, dim, inner, shrinkage, BLOCK=BLOCK, num_warps=4, num_stages=2)
     return results
 
 
