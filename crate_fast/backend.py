@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .reference import has_autocast
+from .reference import constant_to_compile, has_autocast
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 HEAD_WIDTHS = (16, 128)  # the narrowest and the widest head that the Triton kernels take
@@ -56,7 +56,7 @@ def is_transformed() -> bool:
 
 
 # Constant to torch.compile, which takes what peek gives for an object even where that is None, and guards transforms itself.
-@torch.compiler.assume_constant_result
+@constant_to_compile
 def _is_in_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 

@@ -13,6 +13,7 @@ from . import functional, reference
 from .backend import autocasts, choose_backend, is_transformed
 from .evaluated import evaluated_layer, kept_operator
 from .plainness import has_global_hooks, is_exported, is_plain, is_sharded, norm_is_plain, same_place
+from .reference import constant_to_compile
 
 
 class PreNorm(nn.Module):
@@ -182,7 +183,7 @@ class Layer(nn.Sequential):
 
     # Constant to torch.compile, as hooks are to it anyway, and it guards classes itself: else it guards 500 facts, 0.27 ms
     # before each call of a layer.
-    @torch.compiler.assume_constant_result
+    @constant_to_compile
     def _is_plain(self) -> bool:
         sharded = self.is_sharded()
         if len(self) != 2 or not (sharded or is_plain(self, Layer)):

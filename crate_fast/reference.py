@@ -40,7 +40,13 @@ def attention_probabilities(w: Tensor, scale: float | None = None) -> Tensor:
     return torch.softmax(scores, dim=-1, dtype=torch.float32 if autocast else None)
 
 
-@torch.compiler.assume_constant_result
+def constant_to_compile(function):
+    """`torch.compiler.assume_constant_result`, without its import of all of the compiler, which takes as long as torch's."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_to_compile
 def has_autocast(device: str) -> bool:
     """Whether a type of device has autocast at all; "meta" has none. A constant, since torch.compile of 2.11 cannot ask."""
     return torch.amp.is_autocast_available(device)
