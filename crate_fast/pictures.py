@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,6 +17,9 @@ SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".
 READER = 2  # of `find_pictures` and `read_picture`: what a run or pack was made with, where they changed what is read
 ORIENTATION = 0x0112  # of EXIF: how a camera was held
 SIXTEEN_BITS = 65535
+MOST_PIXELS = 89_478_485  # of an image: from there on Pillow warns of a bomb; a quarter of a GiB of colours
+KINDS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")  # none starts a program
+TILE = (322, 323)  # of TIFF: width and height of the parts that are unpacked at a time
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
@@ -22,10 +27,10 @@ def read_picture(source: str | Path | BinaryIO) -> Image:
     """The image in `source` as RGB, turned as its camera says, transparent parts on white; of an animation the first.
 
     Grey of 16 bits is white at 65535; of 32 bits at 255 if its values fit in 8, at 65535 if they fit in 16; of floating point,
-    0 to 1, at 1.
+    0 to 1, at 1. What its header says of its size is looked at before anything is decoded.
 
     Raises:
-        ValueError: its numbers have no known white.
+        ValueError: it has more than `MOST_PIXELS`, or its numbers have no known white.
         Exception: whatever Pillow makes of a damaged file.
     """
     with warnings.catch_warnings():
@@ -33,10 +38,36 @@ def read_picture(source: str | Path | BinaryIO) -> Image:
         return _read(source)
 
 
+def check_pixels(*sides: int) -> None:
+    """Raises ValueError where an image of these sides is larger than any that is read."""
+    pixels = math.prod(sides)
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"it has {pixels:,} pixels; at most {MOST_PIXELS:,} are read")
+
+
+def _open(source: str | Path | BinaryIO) -> Image:
+    """The image, its header read and nothing decoded."""
+    from PIL import Image
+
+    Image.init()
+    try:
+        file = Image.open(source, formats=[kind for kind in KINDS if kind in Image.OPEN])
+    except Image.DecompressionBombError as error:  # Pillow's own bound, twice ours
+        check_pixels(int(re.search(r"\d+", str(error)).group()))
+        raise
+    try:
+        check_pixels(*file.size)
+        check_pixels(*(int(getattr(file, "tag_v2", {}).get(tag, 1)) for tag in TILE))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
 def _read(source: str | Path | BinaryIO) -> Image:
     from PIL import Image
 
-    with Image.open(source) as file:
+    with _open(source) as file:
         file.load()
         image = _turned(_in_bytes(file), _orientation(file))
         if image.mode in PREMULTIPLIED:
@@ -82,7 +113,9 @@ def _in_bytes(image: Image) -> Image:
     white = 1 if image.mode == "F" else 255 if eight else SIXTEEN_BITS
     if not (values.min() >= 0 and values.max() <= white):  # not: NaN is neither
         raise ValueError(f"its grey is {values.min()} to {values.max()}; what is white is known of 0 to {white}")
-    grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    scaled = values.astype(np.float32)  # exact enough: scaled, no value of 16 bits is near the middle between two of 8
+    scaled *= 255 / white
+    grey = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))

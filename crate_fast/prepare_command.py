@@ -18,7 +18,7 @@ def add_prepare(subcommands) -> None:
         "prepare",
         help="pack a folder of photographs, for input that keeps up",
         description="Packs SRC, a folder with train/ and val/ and in each a folder per class, into a few large files in DST, "
-        "which `crate-fast train --data DST` reads by memory map. A command that was stopped or killed goes on where it was. "
+        "which `crate-fast train --data DST` reads quickly. A command that was stopped or killed goes on where it was. "
         "Images that cannot be read are left out, listed in DST/unreadable.txt and on stderr.",
     )
     parser.add_argument("layout", choices=("imagenet",), metavar="imagenet", help="how SRC is laid out: as ImageNet usually is")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files import parse_json
 from ..model import CRATE
-from ..pictures import SUFFIXES, find_pictures, read_picture, tell_left_out
+from ..pictures import SUFFIXES, check_pixels, find_pictures, read_picture, tell_left_out
 from ..transform import MAIN
 from .views import InspectionError
 
@@ -119,14 +119,21 @@ def photo_batches(
 
     `crop`, see `Transform`, is that stored with the weights where it is None, else main.py's.
     """
-    from ..training.augment import central_crop
-
     crop = (model.transform or MAIN).crop if crop is None else crop
     device = model.pos_embedding.device
     for start in range(0, len(paths), batch_size):
-        images = (read_photo(path) for path in paths[start : start + batch_size])
-        fitted = [normalise(central_crop(image, model.image_size, crop)) for image in images]
+        fitted = [normalise(_fitted(path, model.image_size, crop)) for path in paths[start : start + batch_size]]
         yield torch.cat(fitted).to(device)
+
+
+def _fitted(path: Path, size: tuple[int, int], crop: float) -> Image:
+    from ..training.augment import central_crop
+
+    image = read_photo(path)
+    try:
+        return central_crop(image, size, crop)
+    except ValueError as error:
+        raise PhotoError(f"{path}: {error}") from error
 
 
 def cut_to_patches(image: Image, patch_size: tuple[int, int], short_side: int | None = None) -> Image:
@@ -134,12 +141,15 @@ def cut_to_patches(image: Image, patch_size: tuple[int, int], short_side: int | 
 
     Raises:
         InspectionError: it is smaller than a patch.
+        ValueError: scaled, it would be larger than any image that is read.
     """
     from PIL import Image
 
     if short_side is not None:
         scale = short_side / min(image.size)
-        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        sides = [max(1, round(side * scale)) for side in image.size]
+        check_pixels(*sides)
+        image = image.resize(sides, Image.Resampling.BICUBIC)
     height, width = (side // patch * patch for side, patch in zip(reversed(image.size), patch_size, strict=True))
     if not height or not width:
         raise InspectionError(

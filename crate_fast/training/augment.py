@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
+from ..pictures import MOST_PIXELS
+
 CROP_TRIES = 10
 ASPECTS = (3 / 4, 4 / 3)  # of a random crop
 ERASED_AREAS, ERASED_ASPECTS = (0.02, 0.33), (0.3, 3.3)
@@ -56,10 +58,16 @@ def central_crop(image: Image.Image, size: tuple[int, int], part: float) -> Imag
 
 
 def cover(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The image as small as it covers (height, width) pixels, one side of it equal, bilinearly with antialiasing."""
+    """The image as small as it covers (height, width) pixels, one side of it equal, bilinearly with antialiasing.
+
+    Raises:
+        ValueError: it is so long that it would have more than `MOST_PIXELS`.
+    """
     own_width, own_height = image.size
     narrow = own_width * height <= own_height * width
     new = (width, int(width * own_height / own_width)) if narrow else (int(height * own_width / own_height), height)
+    if math.prod(new) > MOST_PIXELS:
+        raise ValueError(f"it is {own_height}×{own_width}, too long to be scaled to {new[1]}×{new[0]}")
     return image.resize(new, Image.Resampling.BILINEAR)
 
 

@@ -69,6 +69,6 @@ def _encode(content: bytes, name: str, label: int, lossless: bool, settings: Set
 def _decodes_to(content: bytes, pixels: np.ndarray) -> bool:
     """Whether the loader's decoder makes these pixels of a JPEG; not where its colours are CMYK, for one."""
     try:
-        return np.array_equal(decode_jpeg(content), pixels)
+        return np.array_equal(decode_jpeg(content, pixels.shape[:2]), pixels)
     except ValueError:
         return False

@@ -124,7 +124,11 @@ class Reader(Dataset):
         size, part = out.shape[1:3], self._config.eval_crop
         self._packs.val.want(indices)
         for place, index in enumerate(indices.tolist()):
-            out[place] = np.asarray(central_crop(Image.fromarray(self._packs.val.pixels(index)), size, part))
+            image = Image.fromarray(self._packs.val.pixels(index))
+            try:
+                out[place] = np.asarray(central_crop(image, size, part))
+            except ValueError as error:
+                raise self._packs.val.damaged_image(index, str(error)) from error
 
 
 def read_crop(split: Split, index: int, box: list[int], out: np.ndarray) -> None:
@@ -137,7 +141,7 @@ def read_crop(split: Split, index: int, box: list[int], out: np.ndarray) -> None
 
     size, (top, left, height, width) = len(out), box
     if min(height, width) < 2 * size:
-        pixels = split.pixels(index)
+        pixels, top = split.pixels(index, rows=(top, top + height)), 0
     else:
         full = int(split.heights[index]), int(split.widths[index])
         pixels = split.pixels(index, (math.ceil(full[0] * size / height), math.ceil(full[1] * size / width)))

@@ -1,4 +1,4 @@
-"""Packs: many images in one file, read by memory map, every byte under a checksum.
+"""Packs: many images in one file, every byte under a checksum.
 
     header   64 bytes: magic, version, how many images, where index and notes lie, how large the file is, checksums
     images   one behind the other, as RGB bytes or as JPEG
@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
+import stat
 import struct
+import weakref
 import zlib
 from collections.abc import Iterable
 from functools import cached_property
@@ -24,8 +27,14 @@ import numpy as np
 
 from ..checkpoint import write_atomically
 from ..files import parse_json
+from ..pictures import MOST_PIXELS
 from ..reading import first_line
 from .config import ConfigError
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 MANIFEST, SETTINGS = "packs.json", "prepare.json"
 MAGIC, VERSION = b"CRATEPK\n", 1
@@ -35,6 +44,7 @@ INDEX = np.dtype(
     [("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("height", "<u4"), ("width", "<u4"), ("label", "<u4"), ("kind", "<u4")]
 )
 RAW, JPEG = 0, 1
+SPARE_FILES = 512  # that a run has open besides its packs
 
 
 class PackError(ConfigError):
@@ -86,8 +96,10 @@ def _write(file, images: Iterable[Encoded | Unreadable]) -> None:
 
 
 class Pack:
-    """A pack, mapped as `bytes`; `index` has a row of `INDEX` for each image. `checksum` is of the
-    header, which has those of index and notes, which have those of the images.
+    """A pack, open to be read; `index` has a row of `INDEX` for each image. `checksum` is of the header, which has those of
+    index and notes, which have those of the images.
+
+    It is read and not mapped: of a mapped file that is cut, or on a disk that fails, the system ends the process with SIGBUS.
 
     Raises:
         PackError: the file is missing, no pack, or damaged; the message says at which byte.
@@ -96,23 +108,33 @@ class Pack:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with open(path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in a pack's place is not waited for
+            weakref.finalize(self, os.close, self._file)
+            status = os.fstat(self._file)
         except OSError as error:
             raise PackError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
-            raise self._damaged(0, "it is empty") from error
-        self.bytes = np.frombuffer(self._map, np.uint8)
-        count, index_at, notes_at, *checksums = self._read_header()
-        for place, end, crc, part in ((index_at, notes_at, checksums[0], "index"), (notes_at, None, checksums[1], "notes")):
-            if zlib.crc32(self.bytes[place:end]) != crc:
-                raise self._damaged(place, f"its {part} is not what was written")
-        self.index = np.frombuffer(self._map, INDEX, count, index_at)
-        self._notes_at = notes_at
+        if not stat.S_ISREG(status.st_mode):
+            raise PackError(f"{path}: it is no file of its own but a folder, pipe or device")
+        self._size = status.st_size
+        count, index_at, self._notes_at, *checksums = self._read_header()
+        index = self.read(index_at, self._notes_at - index_at)
+        self._check(index, checksums[0], index_at, "index")
+        self._check(self.read(self._notes_at, self._size - self._notes_at), checksums[1], self._notes_at, "notes")
+        self.index = index.view(INDEX)
+        self._check_index(count, index_at)
 
     @cached_property
     def _notes(self) -> dict:
-        return parse_json(self._map[self._notes_at :])
+        try:
+            notes = parse_json(self.read(self._notes_at, self._size - self._notes_at).tobytes())
+            names, unreadable = notes["names"], notes["unreadable"]
+            if len(names) != len(self.index) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"they have not one name for each of {len(self.index)} images")
+            if not all(isinstance(entry, list) and list(map(type, entry)) == [str, str] for entry in unreadable):
+                raise ValueError("what could not be read is no list of names and reasons")
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(self._notes_at, f"its notes cannot be read ({first_line(error)})") from error
+        return notes
 
     @property
     def names(self) -> list[str]:
@@ -127,15 +149,32 @@ class Pack:
     def __len__(self) -> int:
         return len(self.index)
 
+    def read(self, place: int, size: int) -> np.ndarray:
+        """`size` bytes from `place` on, (size,) uint8.
+
+        Raises:
+            PackError: the file ends before, as one that was cut after it was opened does, or cannot be read.
+        """
+        content = np.empty(size, np.uint8)
+        got = 0
+        while got < size:
+            try:
+                more = os.preadv(self._file, [content[got:]], place + got)
+            except OSError as error:
+                raise PackError(f"{self.path}: {error.strerror}") from error
+            if not more:
+                raise self._damaged(place + got, f"it ends there, and had {self._size} bytes when it was opened")
+            got += more
+        return content
+
     def content(self, number: int) -> np.ndarray:
-        """The bytes of an image, (size,) uint8, nothing copied, compared with their checksum.
+        """The bytes of an image, (size,) uint8, compared with their checksum.
 
         Raises:
             PackError: they are not what was written.
         """
         row = self.index[number]
-        place, size = int(row["offset"]), int(row["size"])
-        content = self.bytes[place : place + size]
+        content = self.read(int(row["offset"]), int(row["size"]))
         if zlib.crc32(content) != row["crc"]:
             raise self.damaged_image(number, "is not what was written")
         return content
@@ -148,25 +187,54 @@ class Pack:
 
     def want(self, start: int, size: int) -> None:
         """Has the system read some bytes ahead from the disk, if they are not in memory."""
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, first, start + size - first)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file, start, size, os.POSIX_FADV_WILLNEED)
 
     def _read_header(self) -> tuple[int, ...]:
         """(images, index at, notes at, checksum of the index, of the notes)."""
-        if len(self.bytes) < HEADER_SIZE:
-            raise self._damaged(0, f"it has {len(self.bytes)} bytes, fewer than a header")
-        header = self._map[: HEADER.size]
+        if self._size < HEADER_SIZE:
+            what = f"it has {self._size} bytes, fewer than a header" if self._size else "it is empty"
+            raise self._damaged(0, what)
+        header, own = np.split(self.read(0, HEADER_SIZE), [HEADER.size])
         magic, version, count, index_at, notes_at, size, *checksums = HEADER.unpack(header)
         if magic != MAGIC:
             raise self._damaged(0, "it is no pack")
-        if zlib.crc32(header).to_bytes(4, "little") != self._map[HEADER.size : HEADER_SIZE]:
-            raise self._damaged(0, "its header is not what was written")
         self.checksum = zlib.crc32(header)
+        if self.checksum.to_bytes(4, "little") != own.tobytes():
+            raise self._damaged(0, "its header is not what was written")
         if version != VERSION:
             raise PackError(f"{self.path}: a pack of version {version}; this reads version {VERSION}")
-        if size != len(self.bytes):
-            raise self._damaged(min(size, len(self.bytes)), f"it has {len(self.bytes)} bytes and was written with {size}")
+        if size != self._size:
+            raise self._damaged(min(size, self._size), f"it has {self._size} bytes and was written with {size}")
+        if not HEADER_SIZE <= index_at <= notes_at <= size or notes_at - index_at != count * INDEX.itemsize:
+            raise self._damaged(0, f"its header says that {count} images have their index from byte {index_at} to {notes_at}")
         return count, index_at, notes_at, *checksums
+
+    def _check(self, content: np.ndarray, checksum: int, place: int, part: str) -> None:
+        if zlib.crc32(content) != checksum:
+            raise self._damaged(place, f"its {part} is not what was written")
+
+    def _check_index(self, count: int, index_at: int) -> None:
+        """Raises PackError unless images lie one behind the other up to the index, as they are written, each as large as it is."""
+        index = self.index
+        ends = HEADER_SIZE + np.cumsum(index["size"], dtype=np.uint64)
+        starts = np.concatenate([[HEADER_SIZE], ends]).astype(np.uint64)
+        pixels = index["height"].astype(np.uint64) * index["width"].astype(np.uint64)
+        raw = index["kind"] == RAW
+        wrong = {
+            "does not lie behind the one before": index["offset"] != starts[:-1],
+            f"is of kind {{kind}}; there are {RAW} and {JPEG}": ~raw & (index["kind"] != JPEG),
+            f"is {{height}}×{{width}}; it must have 1 to {MOST_PIXELS:,} pixels": (pixels == 0) | (pixels > MOST_PIXELS),
+            "is {height}×{width}, which its {size} bytes are not": raw & (3 * pixels != index["size"]),
+        }
+        for words, found in wrong.items():
+            if found.any():
+                number = int(found.argmax())
+                row = {name: int(index[number][name]) for name in INDEX.names}
+                place = index_at + number * INDEX.itemsize
+                raise self._damaged(place, f"its index says that image {number} {words.format(**row)}")
+        if int(starts[-1]) != index_at:
+            raise self._damaged(index_at, f"its {count} images end at byte {int(starts[-1])} and not where the index begins")
 
     def _damaged(self, place: int, what: str) -> PackError:
         return PackError(f"{self.path}: damaged at byte {place}: {what}")
@@ -203,36 +271,48 @@ class Split:
         for pack, offset, size in zip(*columns, strict=True):
             self._packs[pack].want(offset, size)
 
-    def pixels(self, index: int, least: tuple[int, int] = (0, 0)) -> np.ndarray:
-        """An image, (height, width, 3) uint8, read-only where it lies raw; a JPEG may be decoded smaller, to no less than
-        `least` (height, width).
+    def pixels(self, index: int, least: tuple[int, int] = (0, 0), rows: tuple[int, int] | None = None) -> np.ndarray:
+        """An image, (height, width, 3) uint8; a JPEG may be decoded smaller, to no less than `least` (height, width).
+
+        rows: from the first of them up to the last but one is all that is wanted of it, where it is not decoded smaller.
 
         Raises:
             PackError: it is not what was written, or cannot be decoded.
         """
-        pack = self._packs[self._pack[index]]
-        if self._checked[index]:
-            offset = int(self._offsets[index])
-            content = pack.bytes[offset : offset + int(self._sizes[index])]
-        else:
-            content = pack.content(int(self._number[index]))
+        pack, number = self._packs[self._pack[index]], int(self._number[index])
+        height, width = int(self.heights[index]), int(self.widths[index])
+        raw, (first, last) = self._kinds[index] == RAW, rows or (0, height)
+        if not self._checked[index]:
+            content = pack.content(number)
             self._checked[index] = 1
-        if self._kinds[index] == RAW:
-            return content.reshape(self.heights[index], self.widths[index], 3)
+        elif raw:
+            return pack.read(int(self._offsets[index]) + 3 * width * first, 3 * width * (last - first)).reshape(-1, width, 3)
+        else:
+            content = pack.read(int(self._offsets[index]), int(self._sizes[index]))
+        if raw:
+            return content.reshape(height, width, 3)[first:last]
         try:
-            return decode_jpeg(content, least)
+            pixels = decode_jpeg(content, (height, width), least)
         except ValueError as error:
-            raise pack.damaged_image(int(self._number[index]), f"cannot be decoded ({first_line(error)})") from error
+            raise pack.damaged_image(number, f"cannot be decoded ({first_line(error)})") from error
+        return pixels if rows is None else pixels[first:last]
+
+    def damaged_image(self, index: int, why: str) -> PackError:
+        """The error that an image is damaged, to be raised."""
+        return self._packs[self._pack[index]].damaged_image(int(self._number[index]), why)
 
 
-def decode_jpeg(content: bytes | np.ndarray, least: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """A JPEG as (height, width, 3) uint8, RGB; decoded smaller, to no less than `least` (height, width), if that is not 0.
+def decode_jpeg(content: bytes | np.ndarray, size: tuple[int, int], least: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """A JPEG of `size` as (height, width, 3) uint8, RGB; decoded smaller, to no less than `least`, if that is not 0.
 
     Raises:
-        ValueError: it is damaged, or in another colour space than RGB or grey may have.
+        ValueError: it is damaged, of another size, or in another colour space than RGB or grey may have.
     """
     import simplejpeg
 
+    height, width, *_ = simplejpeg.decode_jpeg_header(content)
+    if (height, width) != size:  # before memory is taken for it
+        raise ValueError(f"it is {height}×{width}; {size[0]}×{size[1]} was written of it")
     return simplejpeg.decode_jpeg(content, "RGB", min_height=least[0], min_width=least[1])
 
 
@@ -271,14 +351,40 @@ def open_packs(path: str | Path) -> Packs:
     if not (path / MANIFEST).is_file():
         raise PackError(f"{path}: `crate-fast prepare` has not come to its end there; the same command goes on with it")
     try:
-        manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
-        classes = manifest["classes"]
-        names = {split: list(manifest[split]["packs"].items()) for split in ("train", "val")}
-        counts = {split: int(manifest[split]["images"]) for split in names}
+        classes, counts, names = _listed(parse_json((path / MANIFEST).read_text(encoding="utf-8")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PackError(f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})") from error
-    splits = [Split([open_listed(path / name, checksum) for name, checksum in names[split]]) for split in names]
+    _allow_open_files(sum(map(len, names.values())))
+    splits = [Split([open_listed(path / name, checksum) for name, checksum in names[split].items()]) for split in names]
     for split, name in zip(splits, names, strict=True):
         if len(split) != counts[name] or not len(split) or split.labels.max() >= len(classes):
             raise PackError(f"{path / MANIFEST}: its {name} packs do not hold what it says")
     return Packs(*splits, classes)
+
+
+def _listed(manifest: dict) -> tuple[list[str], dict[str, int], dict[str, dict[str, int]]]:
+    """The classes, and by their split how many images there are and the packs' checksums by name.
+
+    Raises:
+        ValueError, or another that a list in a number's place makes: it is not what is written.
+    """
+    classes = manifest["classes"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are no list of names")
+    names = {split: manifest[split]["packs"] for split in ("train", "val")}
+    counts = {split: manifest[split]["images"] for split in names}
+    for split, packs in names.items():
+        odd = [name for name in packs if Path(name).name != name or type(packs[name]) is not int]
+        if odd or type(counts[split]) is not int:
+            raise ValueError(f"of {split}: {odd[0]!r} is no name of a pack with a number" if odd else f"{split} has no count")
+    return classes, counts, names
+
+
+def _allow_open_files(packs: int) -> None:
+    """Raises the number of files that a process may have open, where the system lets it, to what so many packs need."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = packs + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard))
