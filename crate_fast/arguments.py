@@ -21,7 +21,7 @@ def number(text: str) -> float:
 
 def _read(kind: type, text: str, words: str):
     try:
-        if not text.isascii():  # Python reads full-width and other digits too
+        if not text.isascii() or "_" in text:  # Python reads full-width and other digits too, and 1_0 as 10
             raise ValueError
         return kind(text)
     except ValueError:

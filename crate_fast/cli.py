@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: an error that the caller can mend, told in one line on stderr. 128 + N: ended by signal N (143 SIGTERM, 138
     SIGUSR1, 130 Ctrl-C), a training run after it was saved.
     """
+    _print_any_name()
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -121,6 +122,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     score = evaluate_run(arguments.path, **{name: getattr(arguments, name) for name in names})
     if is_first():
         print(f"test {score}")
+
+
+def _print_any_name() -> None:
+    """Has stdout write what its encoding has not as stderr does: names of files that are no UTF-8, in escapes."""
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, status: int) -> int:

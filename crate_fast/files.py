@@ -24,6 +24,22 @@ def parse_json(text: str | bytes):
         raise ValueError("it is nested too deeply") from error
 
 
+def as_bytes(text: str) -> bytes:
+    """UTF-8 of text with names of files in it, which may be no UTF-8 themselves: their bytes as they are on the disk.
+
+    Half a surrogate pair, which JSON can hold and no name of a file, is written as if it were a character.
+    """
+    try:
+        return text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode(errors="surrogatepass")
+
+
+def is_text(name: str) -> bool:
+    """Whether the name of a file is UTF-8."""
+    return as_bytes(name) == name.encode(errors="replace")
+
+
 def open_own(path: Path, mode: str) -> IO:
     """Opens a file of a run's own directory, which may come from elsewhere: no link out of it is followed.
 
@@ -41,6 +57,6 @@ def digest_of(values: dict, tensors: dict[str, Tensor]) -> str:
     """SHA-256 of plain values and of tensors, by their names, dtypes, shapes and bytes, whatever their order."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(as_bytes(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n"))
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

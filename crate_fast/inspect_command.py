@@ -11,6 +11,7 @@ from pathlib import Path
 from .arguments import add_crop, add_weights, as_path, place
 from .checkpoint import load_checkpoint, write_atomically
 from .extras import require
+from .files import as_bytes
 from .inspection.figures import plot_rates, plot_sparsity
 from .inspection.photos import Normalisation, PhotoError, find_photos, photo_batches
 from .inspection.rates import PRECISION, measure_layers
@@ -122,7 +123,7 @@ def _write(results: list[dict], out: Path) -> None:
     writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(out / "layers.csv", lambda file: file.write(table.getvalue().encode()))
+    write_atomically(out / "layers.csv", lambda file: file.write(as_bytes(table.getvalue())))
     measured = {result["label"]: result["layers"] for result in results}
     plot_rates(measured, out / "coding-rate.png")
     plot_sparsity(measured, out / "sparsity.png")

@@ -14,8 +14,9 @@ from PIL import Image
 from crate_fast.training import TrainConfig, packed, resolve, train
 from crate_fast.training.data import open_data
 from crate_fast.training.encoding import Settings
+from crate_fast.training.packfile import Pack, PackError
 from crate_fast.training.packing import prepare
-from crate_fast.training.packs import Pack, PackError, open_packs
+from crate_fast.training.packs import open_packs
 from crate_fast.training.plan import Plan
 from crate_fast.training.ranks import ALONE, Ranks
 

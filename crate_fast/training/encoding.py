@@ -14,7 +14,8 @@ from PIL import UnidentifiedImageError
 from ..pictures import read_picture
 from ..reading import first_line
 from .augment import cover
-from .packs import JPEG, RAW, Encoded, Unreadable, decode_jpeg
+from .packfile import JPEG, RAW, Encoded, Unreadable
+from .packs import decode_jpeg
 
 JPEG_START = b"\xff\xd8\xff"
 

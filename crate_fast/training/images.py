@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..files import as_bytes
 from ..pictures import READER
 from . import rundir
 from .augment import central_crop, erase, flip, randaugment, random_crop, trivialaugment
@@ -228,7 +229,7 @@ def describe(data) -> dict:
 
 def digest(class_names: list[str]) -> str:
     """What tells the classes of folders apart, names and order: the start of a SHA-256 of their names by lines."""
-    return hashlib.sha256("\n".join(class_names).encode()).hexdigest()[:16]
+    return hashlib.sha256(as_bytes("\n".join(class_names))).hexdigest()[:16]
 
 
 class Synthetic:

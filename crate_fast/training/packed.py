@@ -22,7 +22,8 @@ from .changes import Changes
 from .config import TrainConfig
 from .draws import CROP, CROP_DRAWS, crop_boxes, uniforms
 from .images import COLOUR, PREFETCH, Normalise, ahead, describe, start_worker
-from .packs import PackError, Packs, Split
+from .packfile import PackError
+from .packs import Packs, Split
 from .plan import Plan, epoch_order, share_of
 from .ranks import Ranks
 from .waiting import more_workers

@@ -26,12 +26,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checkpoint import write_atomically
-from ..files import parse_json
+from ..files import as_bytes, parse_json
 from ..pictures import READER
 from .config import ConfigError
 from .encoding import Settings, encode
 from .folder import Photographs, open_folder
-from .packs import MANIFEST, SETTINGS, Encoded, Pack, PackError, Unreadable, open_listed, open_packs, write_pack
+from .packfile import Encoded, Pack, PackError, Unreadable, write_pack
+from .packs import MANIFEST, SETTINGS, open_listed, open_packs
 from .rundir import RunDirectory, unlock
 
 UNREADABLE = "unreadable.txt"
@@ -103,7 +104,7 @@ def _prepare(source: Path, target: Path, splits: dict, classes: list[str], setti
 
 def count_warnings(classes: list[str], counts: dict[str, int]) -> list[str]:
     """A line for each split whose images are not as many as ImageNet has, where the classes are ImageNet's 1,000."""
-    if hashlib.sha256("\n".join(classes).encode()).hexdigest() != IMAGENET_CLASSES:
+    if hashlib.sha256(as_bytes("\n".join(classes))).hexdigest() != IMAGENET_CLASSES:
         return []
     return [
         f"the classes are ImageNet's, and {split} has {counts[split]:,} images; ImageNet has {count:,}"
@@ -142,7 +143,7 @@ def _take(target: Path, source: Path, settings: Settings, splits: dict[str, Phot
             path.unlink()
     names = hashlib.sha256()
     for split, store in splits.items():
-        names.update("".join(f"{split} {_name(store, i, source)}\n" for i in range(len(store))).encode())
+        names.update(as_bytes("".join(f"{split} {_name(store, i, source)}\n" for i in range(len(store)))))
     ours = asdict(settings) | {"files": names.hexdigest(), "reader": READER}
     if not (target / SETTINGS).is_file():
         text = json.dumps(ours, indent=2) + "\n"
@@ -302,7 +303,7 @@ def _finish(target: Path, jobs: dict[str, list[Job]], classes: list[str], settin
         if not count:
             raise ConfigError(f"SRC: not one image of {split} can be read; the first: {': '.join(unreadable[0])}")
     text = "".join(f"{entry.name}\t{entry.reason}\n" for entry in unreadable)
-    write_atomically(target / UNREADABLE, lambda file: file.write(text.encode()))
+    write_atomically(target / UNREADABLE, lambda file: file.write(as_bytes(text)))
     checksums = {split: {pack.path.name: pack.checksum for pack in packs[split]} for split in packs}
     content = {split: {"images": images[split], "packs": checksums[split]} for split in packs}
     manifest = json.dumps({"settings": asdict(settings), "classes": classes, **content}, indent=1) + "\n"

@@ -13,6 +13,7 @@ import torch
 from ..backend import choose_backend
 from ..checkpoint import constructor_arguments, save_model
 from ..extras import TRAIN, require
+from ..files import is_text
 from ..model import CRATE
 from ..transform import transform_of
 from .compute import Compute, check_kernels, choose_compute
@@ -112,6 +113,8 @@ def _check(config: TrainConfig, ranks: Ranks) -> Compute:
     check_strategy(config, compute)
     if config.tensorboard == "yes":
         require("tensorboard")
+        if not is_text(config.out or ""):
+            raise ConfigError(f"--tensorboard is yes and --out is {config.out}; TensorBoard takes names in UTF-8 alone")
     check_parts(config, ranks)
     return compute
 

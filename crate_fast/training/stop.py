@@ -8,6 +8,8 @@ import threading
 import time
 from types import FrameType
 
+from ..files import as_bytes
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 AGAIN = 1.0  # seconds between Ctrl-C and one that is meant as another: torchrun passes on what a terminal has sent to all
 LONGEST_STEP = 600.0  # seconds that a process which reads images stays after SIGTERM, for the step that wants them
@@ -82,7 +84,7 @@ class Signals:
 
     def _say(self, text: str) -> None:
         if self._tell and self.training:
-            os.write(2, f"crate-fast: {text}\n".encode())
+            os.write(2, as_bytes(f"crate-fast: {text}\n"))
 
 
 def leave_signals_to_the_run() -> None:
