@@ -40,6 +40,11 @@ def is_text(name: str) -> bool:
     return as_bytes(name) == name.encode(errors="replace")
 
 
+def drawable(name: str) -> str:
+    """The name of a file as a figure can show it: what is no UTF-8 in escapes, dollars as themselves and not as formulas."""
+    return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
 def open_own(path: Path, mode: str) -> IO:
     """Opens a file of a run's own directory, which may come from elsewhere: no link out of it is followed.
 

@@ -93,8 +93,9 @@ class CRATE(nn.Module):
         for name, share in (("dropout", dropout), ("emb_dropout", emb_dropout)):
             if not 0 <= check_number(name, share) <= 1:
                 raise ValueError(f"{name} is {share}; it must be from 0 to 1")
-        check_number("ista", ista)
-        check_number("lambd", lambd)
+        for name, number in (("ista", ista), ("lambd", lambd)):
+            if check_number(name, number) < 0:
+                raise ValueError(f"{name} is {number}; it must be at least 0")
         self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
         rows, columns = (_divide(i, p) for i, p in zip(self.image_size, self.patch_size, strict=True))
         patch_height, patch_width = self.patch_size

@@ -8,6 +8,8 @@ import re
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from . import sharded
 from .extras import MissingPackageError, require
-from .files import digest_of, parse_json
+from .files import digest_of, is_text, parse_json
 from .inferred import Found, choose, find_weights
 from .transform import FINETUNE, MAIN, Transform, read_transform
 
@@ -236,12 +238,22 @@ def _signature(path: Path) -> bytes:
         raise _unread(path, error) from error
 
 
+@contextmanager
+def _named_in_text(path: Path) -> Iterator[str | Path]:
+    """A name of the file in UTF-8, which is all that safetensors takes: where it has none, that of an open file."""
+    if is_text(str(path)):
+        yield path
+        return
+    with open(path, "rb") as file:
+        yield f"/dev/fd/{file.fileno()}"
+
+
 def _read_safetensors(path: Path, wanted: str | None) -> Model:
     require("safetensors")
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with _named_in_text(path) as name, safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             # Copies, since what safetensors gives may lie in the file's own pages, at any alignment.
             weights = {key: file.get_tensor(key).clone() for key in file.offset_keys()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import write_atomically
+from ..files import drawable
 
 DPI = 120
 LETTERS = 11  # of a title, in an inch
@@ -61,7 +62,7 @@ def _coloured(measured: dict[str, list[dict]]):
 
     for index, (label, rows) in enumerate(measured.items()):
         yield (
-            label,
+            drawable(label),
             rows,
             colormaps["tab10"](index % 10) if len(measured) <= 10 else colormaps["viridis"](index / len(measured)),
         )
@@ -112,7 +113,7 @@ def plot_heads(image: Tensor, maps: Tensor, numbers: list[int], title: str, path
     for axes, (name, draw) in zip(places, panels, strict=False):
         draw(axes)
         axes.set_title(name, fontsize="small")
-    figure.suptitle(textwrap.fill(title, int(LETTERS * size[0])), fontsize="medium")
+    figure.suptitle(textwrap.fill(drawable(title), int(LETTERS * size[0])), fontsize="medium")
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..checkpoint import write_atomically
 from ..extras import require
+from ..files import drawable
 
 
 def plot_curves(rows: list[dict], path: Path, title: str) -> None:
@@ -30,5 +31,5 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
     for axes in (loss_axes, top1_axes):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(title)
+    figure.suptitle(drawable(title))
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
