@@ -281,6 +281,8 @@ def check_number(name: str, value: float) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; it must be a number") from None
+    except OverflowError:
+        raise ValueError(f"{name} is larger than any float; it must be finite") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}; it must be finite")
     return number

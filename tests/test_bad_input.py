@@ -60,6 +60,7 @@ REFUSED = {
     "threshold without end": (lambda: CRATE(**SMALL, lambd=float("inf")), ValueError, "lambd is inf"),
     "threshold below zero": (lambda: CRATE(**SMALL, lambd=-1), ValueError, "lambd is -1.*at least 0"),
     "step size below zero": (lambda: CRATE(**SMALL, ista=-0.1), ValueError, "ista is -0.1.*at least 0"),
+    "threshold beyond all floats": (lambda: CRATE(**SMALL, lambd=10**400), ValueError, "lambd is larger.*finite"),
     "dropout of NaN": (lambda: CRATE(**SMALL, dropout=float("nan")), ValueError, "dropout is nan"),
     "dropout above all": (lambda: CRATE(**SMALL, emb_dropout=1.5), ValueError, "emb_dropout is 1.5.*from 0 to 1"),
     "checkpoint of nothing": (lambda: load_checkpoint(None), TypeError, "source is a NoneType"),

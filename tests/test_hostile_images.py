@@ -139,6 +139,26 @@ def test_a_jpeg_of_another_size_than_the_index_says_is_not_decoded(tmp_path):
         Split([Pack(tmp_path / "a.pack")]).pixels(0)
 
 
+def test_an_image_too_long_to_be_scaled_is_refused_from_folders_and_packs(tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "a").mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / "data" / split / "a" / "1.png")
+    Image.new("RGB", (1, 1_000_000)).save(tmp_path / "data" / "val" / "a" / "2.png")
+    prepare(tmp_path / "data", tmp_path / "packs", Settings(raw=True), workers=1)
+    flags = [*QUICK[:-2], "--workers", "0", "--image-size", "16", "--batch-size", "1"]
+    status, _, err = call(capsys, "train", "--data", tmp_path / "data", "--out", tmp_path / "run", *flags)
+    assert (status, "2.png: it is 1000000×1, too long to be scaled to" in err) == (0, True)
+    status, _, err = call(capsys, "train", "--data", tmp_path / "packs", "--out", tmp_path / "other", *flags)
+    assert (status, "2.png, its 3000000 bytes from there on, it is 1000000×1, too long" in err) == (2, True)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["１０", "1_0", "1e1", ""])
+def test_whole_numbers_are_ascii_digits(capsys, word):
+    status, _, err = call(capsys, "train", "--epochs", word)
+    assert (status, "it must be a whole number" in err) == (2, True)
+
+
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory):
     """A folder of packs."""
