@@ -1,6 +1,7 @@
 """Packs and images from strangers: right checksums over wrong contents, headers that ask for memory, odd names."""
 
 import io
+import json
 import os
 import struct
 import subprocess
@@ -19,6 +20,8 @@ from crate_fast.training.folder import open_folder
 from crate_fast.training.packfile import HEADER, INDEX, JPEG, RAW, Encoded, Pack, PackError, write_pack
 from crate_fast.training.packing import prepare
 from crate_fast.training.packs import Split, open_packs
+from crate_fast.training.plots import plot_curves
+from crate_fast.training.rundir import RunDirectory
 
 SMALL = ["--image-size", "16", "--patch-size", "8", "--dim", "16", "--depth", "1", "--heads", "1", "--dim-head", "16"]
 QUICK = [*SMALL, "--device", "cpu", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
@@ -151,6 +154,16 @@ def test_an_image_too_long_to_be_scaled_is_refused_from_folders_and_packs(tmp_pa
     status, _, err = call(capsys, "train", "--data", tmp_path / "packs", "--out", tmp_path / "other", *flags)
     assert (status, "2.png, its 3000000 bytes from there on, it is 1000000×1, too long" in err) == (2, True)
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "1e400", "9" * 5000, '"x"', "[1]", "null", "-1", "0"])
+@pytest.mark.parametrize("name", ["step", "epoch", "loss", "top1"])
+def test_curves_are_drawn_past_numbers_that_are_none(tmp_path, capsys, name, value):
+    run, row = RunDirectory(tmp_path), {"step": 1, "epoch": 1, "split": "train", "loss": 1.0, "top1": 0.5}
+    changed = json.dumps(row | {name: "@"}).replace('"@"', value)
+    run.metrics.write_text(f"{json.dumps(row)}\n{changed}\n")
+    plot_curves(run.read_metrics(), run.curves, "x")
+    assert run.curves.is_file()
 
 
 @pytest.mark.parametrize("word", ["１０", "1_0", "1e1", ""])

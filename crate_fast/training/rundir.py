@@ -24,6 +24,7 @@ except ImportError:  # not on Windows, where runs are not kept apart
     fcntl = None
 
 RUNS = Path("runs")
+MOST_STEPS = 2**53  # of a run: what is more is no number of its metrics
 TEMPORARY = ".*.tmp"  # what is written aside, see `write_atomically`
 CLASS_NAMES = {"class_names": "the classes have other names, or another order"}
 READER = "reader"  # of folders' images, see `pictures.READER`
@@ -190,8 +191,12 @@ class RunDirectory:
         for number, line in enumerate(lines, start=1):
             try:
                 row = parse_json(line)
-                rows.append({name: row[name] for name in ("step", "epoch", "split", "loss", "top1")} | row)
-            except (ValueError, KeyError, TypeError):
+                if not all(0 < row[name] < MOST_STEPS for name in ("step", "epoch")):
+                    raise ValueError
+                if not (row["loss"] is None or math.isfinite(row["loss"])) or not math.isfinite(row["top1"]):
+                    raise ValueError
+                rows.append({"split": row["split"]} | row)
+            except (ValueError, KeyError, TypeError, OverflowError):
                 damaged.append(number)
         if damaged:
             told = f"{len(damaged):,} lines are damaged, line {damaged[0]} first; they are passed over"
