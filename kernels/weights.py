@@ -236,13 +236,13 @@ def finish_layer(scale: Tensor, project: NormProduct | None, out: Parts | None, 
     results = [*_norm_results(project, scale), *_plain_results(out, scale), *_norm_results(ista, scale)]
     rows = sum(len(results[index]) for index in (0, 4, 5))  # every product's own rows, one a number of a vector
     if rows:
-        # Few rows a program where there are many, so that all programs at width 384 have 16 KB each in flight. Of fewer
+        # Few rows a program where there are many, so that each program at width 384 has 16 KB in flight. Of fewer
         # 8 × 32: 16 × 32 and 8 × 64 spill 8 bytes on sm_90.
-        block_k, block_n = (4, 64) if min(len(r) or rows for r in results) >= 256 else (8, 32)
+        block_k, block_n = (4, 128) if min(len(r) or rows for r in results) >= 256 else (8, 32)
         programs = sum(blocks(len(results[index]), block_k) for index in (0, 4, 5))
         launch(
             _finish_kernel, programs, scale, _norm_arguments(project, results[:3]), _norm_arguments(ista, results[5:]),
-            _plain_arguments(out, results[3:5]), BLOCK_K=block_k, BLOCK_N=block_n, BLOCK_S=8, num_warps=4, num_stages=1,
+            _plain_arguments(out, results[3:5]), BLOCK_K=block_k, BLOCK_N=block_n, BLOCK_S=8, num_warps=4, num_stages=1, maxnreg=128,
         )  # fmt: skip
     if project is not None:
         results[2] = results[2].t()
