@@ -194,16 +194,19 @@ def _forward_rows(
     first, tokens, padded = sizes
     b_q = _load_tokens(w_head, first, tokens, WIDTH, ROWS, D0, D1, True)
     full = tokens // BLOCK_N * BLOCK_N if BLOCK_N > TAIL else 0
-    last = (tokens - 1) // TAIL * TAIL
-    b_last = _load_tokens(w_head, tl.maximum(last, full), tokens, WIDTH, TAIL, D0, D1, True)  # now: no wait for it later
+    HOLD: tl.constexpr = D1 == 0 and D0 <= 64
+    last = tokens
+    if HOLD:
+        last = (tokens - 1) // TAIL * TAIL
+        b_last = _load_tokens(w_head, tl.maximum(last, full), tokens, WIDTH, TAIL, D0, D1, True)  # now: no wait for it later
     state = _no_keys(ROWS, D0, D1)
     for start in range(0, full, BLOCK_N):
         b_k = _load_tokens(w_head, start, tokens, WIDTH, BLOCK_N, D0, D1, False)
         state = _attend_to(w_head, first, b_q, state, b_k, scale_log2, start, tokens, WIDTH, D1, False, PRECISION)
-    for start in tl.range(full, last, TAIL, num_stages=1):
+    for start in tl.range(full, last, TAIL, num_stages=1 if HOLD else 3):
         b_k = _load_tokens(w_head, start, tokens, WIDTH, TAIL, D0, D1, True)
         state = _attend_to(w_head, first, b_q, state, b_k, scale_log2, start, tokens, WIDTH, D1, True, PRECISION)
-    if full <= last:
+    if HOLD and full <= last:
         state = _attend_to(w_head, first, b_q, state, b_last, scale_log2, last, tokens, WIDTH, D1, True, PRECISION)
     _store_rows(results, state, first, tokens, padded, WIDTH, D0, D1)
 

@@ -70,6 +70,12 @@ _WEIGHTS = ("weight_gradient", "mixed_gradient")
 _GRADIENTS = ("ista_gradient", "out_gradient", "project_gradient")
 
 TABLE = (
+    Line(("mssa_forward",), 16, 32, True, Config(64, 64, 0, 4, 3, 80), "6 programs a multiprocessor", 90),
+    Line(("mssa_forward",), 16, 48, True, Config(64, 32, 0, 4, 3), "81 registers, 5 programs; of 64 columns 135, 3", 90),
+    Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3, 96), "5 programs a multiprocessor", 90),
+    Line(("mssa_forward",), 16, 80, True, Config(64, 64, 0, 4, 3), "167 registers, 3 programs; at 128 it spills", 90),
+    Line(("mssa_forward",), 16, 96, True, Config(64, 64, 0, 4, 3, 128), "4 programs a multiprocessor", 90),
+    Line(("mssa_forward",), 16, 128, True, Config(64, 32, 0, 4, 3), "125 registers, 4 programs", 90),
     Line(("mssa_forward",), 16, 32, True, Config(64, 32, 0, 4, 3), "64 columns spill 40 bytes on sm_100 at width 32"),
     Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3), "124 registers: 4 programs a multiprocessor"),
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 2), "162 registers, 3 programs; a third stage takes 16 KB"),
