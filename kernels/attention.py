@@ -126,11 +126,22 @@ def _load_tokens(
 
 
 @triton.jit
-def _store_part(p_head, b, first, tokens, stride_n, START: tl.constexpr, WIDTH: tl.constexpr):
+def _store_part(
+    p_head, b, first, tokens, stride_n, START: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr = True,
+    LOCAL: tl.constexpr = False,
+):  # fmt: skip
+    """Columns START .. of rows first .., LAST where some may lie past the end. LOCAL: rows are counted anew from `first`, so
+    that the loads' row numbers are not kept for this."""
     row = first + tl.arange(0, b.shape[0])
     column = START + tl.arange(0, b.shape[1])
     p_rows = p_head + row[:, None] * stride_n + column[None, :]
-    tl.store(p_rows, b.to(p_head.dtype.element_ty), mask=(row < tokens)[:, None] & (column < WIDTH)[None, :])
+    if LAST or START + b.shape[1] > WIDTH:
+        tl.store(p_rows, b.to(p_head.dtype.element_ty), mask=(row < tokens)[:, None] & (column < WIDTH)[None, :])
+    elif LOCAL:
+        p_rows = p_head + first * stride_n + tl.arange(0, b.shape[0])[:, None] * stride_n + column[None, :]
+        tl.store(p_rows, b.to(p_head.dtype.element_ty))
+    else:
+        tl.store(p_rows, b.to(p_head.dtype.element_ty))
 
 
 @triton.jit
@@ -194,7 +205,7 @@ def _forward_rows(
     first, tokens, padded = sizes
     b_q = _load_tokens(w_head, first, tokens, WIDTH, ROWS, D0, D1, True)
     full = tokens // BLOCK_N * BLOCK_N if BLOCK_N > TAIL else 0
-    HOLD: tl.constexpr = D1 == 0 and D0 <= 64
+    HOLD: tl.constexpr = D1 == 0 and D0 <= 64 and w_head[0].dtype.element_ty != tl.float32
     last = tokens
     if HOLD:
         last = (tokens - 1) // TAIL * TAIL
