@@ -63,7 +63,8 @@ from crate_fast.training.plan import make_plan
 from crate_fast.training.ranks import process_group, read_ranks
 from crate_fast.training.parallel import replicate
 
-ranks = read_ranks()
+ranks, seed = read_ranks(), torch.manual_seed
+torch.manual_seed = lambda value: seed(value + int(sys.argv[2]))  # as conftest.py does for --seed
 with process_group(ranks, torch.device("cpu")):
     trainer = make_trainer(last_batch="keep", accumulate=2)
     trainer.plan = make_plan(trainer.config, trainer.data.train_count, ranks)
@@ -80,10 +81,9 @@ def torchrun(ranks: int, *words, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False, **options)
 
 
-def test_two_processes_give_the_gradient_of_one(tmp_path, monkeypatch):
-    monkeypatch.undo()  # the processes have their seeds as they are, whatever --seed is here
+def test_two_processes_give_the_gradient_of_one(tmp_path, pytestconfig):
     (tmp_path / "gradients.py").write_text(GRADIENTS)
-    done = torchrun(2, tmp_path / "gradients.py", tmp_path / "rank")
+    done = torchrun(2, tmp_path / "gradients.py", tmp_path / "rank", 1000 * pytestconfig.getoption("seed"))
     assert done.returncode == 0, done.stderr
     whole = make_trainer(last_batch="keep")
     step(whole, 0)
