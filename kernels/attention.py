@@ -126,11 +126,22 @@ def _load_tokens(
 
 
 @triton.jit
-def _store_part(p_head, b, first, tokens, stride_n, START: tl.constexpr, WIDTH: tl.constexpr):
+def _store_part(
+    p_head, b, first, tokens, stride_n, START: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr = True,
+    LOCAL: tl.constexpr = False,
+):  # fmt: skip
+    """Columns START .. of rows first .., LAST where some may lie past the end. LOCAL: rows are counted anew from `first`, so
+    that the loads' row numbers are not kept for this."""
     row = first + tl.arange(0, b.shape[0])
     column = START + tl.arange(0, b.shape[1])
     p_rows = p_head + row[:, None] * stride_n + column[None, :]
-    tl.store(p_rows, b.to(p_head.dtype.element_ty), mask=(row < tokens)[:, None] & (column < WIDTH)[None, :])
+    if LAST or START + b.shape[1] > WIDTH:
+        tl.store(p_rows, b.to(p_head.dtype.element_ty), mask=(row < tokens)[:, None] & (column < WIDTH)[None, :])
+    elif LOCAL:
+        p_rows = p_head + first * stride_n + tl.arange(0, b.shape[0])[:, None] * stride_n + column[None, :]
+        tl.store(p_rows, b.to(p_head.dtype.element_ty))
+    else:
+        tl.store(p_rows, b.to(p_head.dtype.element_ty))
 
 
 @triton.jit
@@ -191,37 +202,54 @@ def _forward_rows(
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o and lse of ROWS rows of one head."""
-    p_o, p_lse, stride_o = results
     first, tokens, padded = sizes
-    b_q0, b_q1 = _load_tokens(w_head, first, tokens, WIDTH, ROWS, D0, D1, True)
+    b_q = _load_tokens(w_head, first, tokens, WIDTH, ROWS, D0, D1, True)
+    full = tokens // BLOCK_N * BLOCK_N if BLOCK_N > TAIL else 0
+    HOLD: tl.constexpr = D1 == 0 and D0 <= 64 and w_head[0].dtype.element_ty != tl.float32
+    last = tokens
+    if HOLD:
+        last = (tokens - 1) // TAIL * TAIL
+        b_last = _load_tokens(w_head, tl.maximum(last, full), tokens, WIDTH, TAIL, D0, D1, True)  # now: no wait for it later
+    state = _no_keys(ROWS, D0, D1)
+    for start in range(0, full, BLOCK_N):
+        b_k = _load_tokens(w_head, start, tokens, WIDTH, BLOCK_N, D0, D1, False)
+        state = _attend_to(w_head, first, b_q, state, b_k, scale_log2, start, tokens, WIDTH, D1, False, PRECISION)
+    for start in tl.range(full, last, TAIL, num_stages=1 if HOLD else 3):
+        b_k = _load_tokens(w_head, start, tokens, WIDTH, TAIL, D0, D1, True)
+        state = _attend_to(w_head, first, b_q, state, b_k, scale_log2, start, tokens, WIDTH, D1, True, PRECISION)
+    if HOLD and full <= last:
+        state = _attend_to(w_head, first, b_q, state, b_last, scale_log2, last, tokens, WIDTH, D1, True, PRECISION)
+    _store_rows(results, state, first, tokens, padded, WIDTH, D0, D1)
+
+
+@triton.jit
+def _no_keys(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     b_max = tl.full([ROWS], -3.0e38, tl.float32)  # finite: where all scores so far overflowed, −∞ − (−∞) would be NaN
     b_sum = tl.zeros([ROWS], tl.float32)
-    b_o0 = tl.zeros([ROWS, D0], tl.float32)
-    b_o1 = tl.zeros([ROWS, D1 if D1 > 0 else D0], tl.float32)
-    full = tokens // BLOCK_N * BLOCK_N if BLOCK_N > TAIL else 0
-    for start in range(0, full, BLOCK_N):
-        b_max, b_sum, b_o0, b_o1 = _attend_to(
-            w_head, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, WIDTH, D0, D1, BLOCK_N, False,
-            PRECISION,
-        )  # fmt: skip
-    for start in range(full, tokens, TAIL):
-        b_max, b_sum, b_o0, b_o1 = _attend_to(
-            w_head, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, WIDTH, D0, D1, TAIL, True, PRECISION
-        )
+    return b_max, b_sum, tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1 if D1 > 0 else D0], tl.float32)
+
+
+@triton.jit
+def _store_rows(results, state, first, tokens, padded, WIDTH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    p_o, p_lse, stride_o = results
+    b_max, b_sum, b_o0, b_o1 = state
     _store_part(p_o, b_o0 / b_sum[:, None], first, tokens, stride_o, 0, WIDTH)
     if D1 > 0:
         _store_part(p_o, b_o1 / b_sum[:, None], first, tokens, stride_o, D0, WIDTH)
-    row = first + tl.arange(0, ROWS)
+    row = first + tl.arange(0, b_sum.shape[0])
     tl.store(p_lse + row, tl.where(row < tokens, b_max + tl.log2(b_sum), float("inf")), mask=row < padded)
 
 
 @triton.jit
 def _attend_to(
-    w_head, first, b_q0, b_q1, b_max, b_sum, b_o0, b_o1, scale_log2, start, tokens, WIDTH: tl.constexpr, D0: tl.constexpr,
-    D1: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
+    w_head, first, b_q, state, b_k, scale_log2, start, tokens, WIDTH: tl.constexpr, D1: tl.constexpr, LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The running maximum, sum and result of rows after a tile of keys; with LAST keys may lie past the end."""
-    b_k0, b_k1 = _load_tokens(w_head, start, tokens, WIDTH, COLUMNS, D0, D1, LAST)
+    b_q0, b_q1 = b_q
+    b_max, b_sum, b_o0, b_o1 = state
+    b_k0, b_k1 = b_k
+    COLUMNS: tl.constexpr = b_k0.shape[0]
     if b_k0.dtype == tl.float32:
         b_s = _scores_in_steps(w_head, first, w_head, start, tokens, WIDTH, b_q0.shape[0], COLUMNS, PRECISION)
     else:

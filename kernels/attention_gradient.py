@@ -100,10 +100,19 @@ def _mssa_backward_kernel(
     else:
         REACH: tl.constexpr = TAIL if TAILED else 0
         LAST: tl.constexpr = TOKENS % BLOCK_M > REACH
+        if p_row_scale is not None:
+            token = first + tl.arange(0, BLOCK_M)
+            b_scale = tl.load(p_row_scale + (image + token), mask=token < TOKENS if LAST else None, other=0.0 if LAST else None)
         b_dw0, b_dw1 = _rows_gradient(
             w_head, g_head, numbers, first, TOKENS, scales, PIECES, WIDTH, D0, D1, BLOCK_M, BLOCK_N, LAST, PRECISION
         )
-        _store_rows(p_dwh, b_dw0, b_dw1, p_row_scale, image, first, TOKENS, heads * WIDTH, WIDTH, D0, D1)
+        if p_row_scale is not None:
+            b_dw0 *= b_scale[:, None]
+            b_dw1 *= b_scale[:, None]
+        SCALED: tl.constexpr = p_row_scale is not None
+        _store_part(p_dwh, b_dw0, first, TOKENS, heads * WIDTH, 0, WIDTH, LAST, SCALED)
+        if D1 > 0:
+            _store_part(p_dwh, b_dw1, first, TOKENS, heads * WIDTH, D0, WIDTH, LAST, SCALED)
 
 
 @triton.jit
@@ -122,6 +131,9 @@ def _rows_gradient(
     # float32: one loop, or the compiler fetches the operands of the last tile's products all at once, and spills
     FULL: tl.constexpr = TOKENS // BLOCK_N * BLOCK_N if b_w0.dtype != tl.float32 else TOKENS
     REST: tl.constexpr = TAIL if TOKENS - FULL <= TAIL else BLOCK_N
+    HELD: tl.constexpr = FULL < TOKENS and REST == TAIL and D1 == 0
+    if HELD:
+        rest = _load_columns(w_head, g_head, FULL, TOKENS, WIDTH, REST, D0, D1, True)  # now: no wait for them later
     for start in range(0, FULL, BLOCK_N):
         columns = _load_columns(w_head, g_head, start, TOKENS, WIDTH, BLOCK_N, D0, D1, FULL % BLOCK_N > 0)
         b_dw0, b_dw1 = _gradient_from(
@@ -129,9 +141,10 @@ def _rows_gradient(
             BLOCK_N, FULL % BLOCK_N > 0, PRECISION,
         )  # fmt: skip
     if FULL < TOKENS:
-        columns = _load_columns(w_head, g_head, FULL, TOKENS, WIDTH, REST, D0, D1, True)
+        if not HELD:
+            rest = _load_columns(w_head, g_head, FULL, TOKENS, WIDTH, REST, D0, D1, True)
         b_dw0, b_dw1 = _gradient_from(
-            b_dw0, b_dw1, rows, columns, w_head, g_head, numbers, first, FULL, TOKENS, scales, PIECES, WIDTH, D1, REST, True,
+            b_dw0, b_dw1, rows, rest, w_head, g_head, numbers, first, FULL, TOKENS, scales, PIECES, WIDTH, D1, REST, True,
             PRECISION,
         )  # fmt: skip
     return b_dw0, b_dw1
@@ -207,7 +220,7 @@ def _tail_gradient(
     b_wj, b_wj1, b_gj, b_gj1 = columns
     b_lse_j, b_delta_j = _load_numbers(numbers, first, tokens, PIECES, TAIL, False)
     b_dw = tl.zeros([D, TAIL], tl.float32)
-    for start in tl.range(0, first, ROWS, num_stages=1):
+    for start in tl.range(0, first, ROWS, num_stages=2):
         b_wi, _, b_gi, _ = _load_columns(w_head, g_head, start, tokens, WIDTH, ROWS, D, 0, False)
         b_lse_i, b_delta_i = _load_numbers(numbers, start, tokens, PIECES, ROWS, False)
         b_s = tl.dot(b_wi, tl.trans(b_wj))  # [M, TAIL]

@@ -90,26 +90,13 @@ def _statistics(p_moments, row, m_row, rows, size, parts, span, eps):
 
 @triton.jit
 def _linear_kernel(
-    p_x,  # (rows, inputs), any strides
-    p_weight,  # (inputs, outputs), any strides
-    p_out,  # (rows, outputs), contiguous
-    p_offset,  # (outputs,)
-    p_gain,  # (outputs,), NORM "folded"
-    p_gamma,  # (inputs,), SHRINK after a LayerNorm
-    p_residual,  # (rows, outputs), contiguous, RESIDUAL
-    p_moments,  # (2, parts, rows) float32, x's: NORM
-    p_mean,  # (rows,) float32, written with NORM
-    p_rstd,
+    x,  # (rows, inputs), and its strides, any
+    weight,  # (inputs, outputs), and its strides, any
+    ends,  # the result, (rows, outputs); OFFSET: (outputs,); NORM "folded": gain, (outputs,); SHRINK after a LayerNorm: gamma,
+    # (inputs,); RESIDUAL: (rows, outputs); all contiguous
+    norm,  # NORM: x's moments, (2, parts, rows) float32, parts, columns of each; written: mean and 1/deviation, (rows,)
     p_parts,  # (2, column blocks, rows) float32, written: moments of the result; None: not wanted
-    rows,
-    inputs,
-    outputs,
-    parts,
-    span,
-    stride_xm,
-    stride_xk,
-    stride_wk,
-    stride_wn,
+    sizes,  # rows, inputs, outputs
     eps,
     NORM: tl.constexpr,  # "none", "first", "folded"
     SHRINK: tl.constexpr,  # add the (normalised) input itself, then rectify: the ISTA step
@@ -121,6 +108,10 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    rows, inputs, outputs = sizes
+    p_x, stride_xm, stride_xk = x
+    p_weight, stride_wk, stride_wn = weight
+    p_moments, parts, span, p_mean, p_rstd = norm
     block_m, block_n = _swizzle(rows, outputs, BLOCK_M, BLOCK_N, GROUP_M)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -150,61 +141,59 @@ def _linear_kernel(
         tl.store(p_mean + row, b_mean, mask=m_row)
         tl.store(p_rstd + row, b_rstd, mask=m_row)
     MOMENTS: tl.constexpr = p_parts is not None
+    per_row = (row, m_row, p_rows, b_mean, b_rstd)
     if (SHRINK or RESIDUAL) and BLOCK_M * BLOCK_N >= 128 * 128:
-        QUARTER: tl.constexpr = BLOCK_N // 4
         b_left, b_right = _halves(b_out)
         b_0, b_1 = _halves(b_left)
         b_2, b_3 = _halves(b_right)
-        b_mean0, b_square0 = _finish_linear(
-            b_0, block_n * 4, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
-            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS,
-        )  # fmt: skip
-        b_mean1, b_square1 = _finish_linear(
-            b_1, block_n * 4 + 1, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
-            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS,
-        )  # fmt: skip
-        b_mean2, b_square2 = _finish_linear(
-            b_2, block_n * 4 + 2, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
-            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS,
-        )  # fmt: skip
-        b_mean3, b_square3 = _finish_linear(
-            b_3, block_n * 4 + 3, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
-            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS,
-        )  # fmt: skip
+        first = block_n * 4
+        part0 = _finish_linear(b_0, first, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS)
+        part1 = _finish_linear(b_1, first + 1, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS)
+        part2 = _finish_linear(b_2, first + 2, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS)
+        part3 = _finish_linear(b_3, first + 3, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS)
+        b_mean, b_square = part0
         if MOMENTS:
+            QUARTER: tl.constexpr = BLOCK_N // 4
             left = outputs - block_n * BLOCK_N
-            first = tl.minimum(left, QUARTER)
-            second = tl.minimum(tl.maximum(left - QUARTER, 0), QUARTER)
-            third = tl.minimum(tl.maximum(left - 2 * QUARTER, 0), QUARTER)
-            fourth = tl.minimum(tl.maximum(left - 3 * QUARTER, 0), QUARTER)
-            b_mean0, b_square0 = _merge(first, b_mean0, b_square0, second, b_mean1, b_square1)
-            b_mean0, b_square0 = _merge(first + second, b_mean0, b_square0, third, b_mean2, b_square2)
-            b_mean0, b_square0 = _merge(first + second + third, b_mean0, b_square0, fourth, b_mean3, b_square3)
+            b_mean, b_square = _merge_next(1, left, QUARTER, b_mean, b_square, part1)
+            b_mean, b_square = _merge_next(2, left, QUARTER, b_mean, b_square, part2)
+            b_mean, b_square = _merge_next(3, left, QUARTER, b_mean, b_square, part3)
     else:
-        b_mean0, b_square0 = _finish_linear(
-            b_out, block_n, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd,
-            outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS,
-        )  # fmt: skip
+        b_mean, b_square = _finish_linear(
+            b_out, block_n, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS
+        )
     if MOMENTS:
         all_rows = tl.cast(rows, tl.int64)  # an argument that is 1 has no .to: Triton makes it a constant
-        tl.store(p_parts + block_n * all_rows + row, b_mean0, mask=m_row)
-        tl.store(p_parts + (tl.cdiv(outputs, BLOCK_N) + block_n) * all_rows + row, b_square0, mask=m_row)
+        tl.store(p_parts + block_n * all_rows + row, b_mean, mask=m_row)
+        tl.store(p_parts + (tl.cdiv(outputs, BLOCK_N) + block_n) * all_rows + row, b_square, mask=m_row)
+
+
+@triton.jit
+def _merge_next(piece, left, WIDTH: tl.constexpr, b_mean, b_square, part):
+    """The moments of `piece` pieces of WIDTH columns, of which `left` are there, together with those of the next."""
+    b_more_mean, b_more_square = part
+    more = tl.minimum(tl.maximum(left - piece * WIDTH, 0), WIDTH)
+    return _merge(tl.minimum(left, piece * WIDTH), b_mean, b_square, more, b_more_mean, b_more_square)
 
 
 @triton.jit
 def _halves(b):
-    """The left and the right half of a tile's columns. What follows a large product works on a quarter of the columns at a
-    time, so that only a quarter of its other operands is in registers."""
+    """The left and the right half of a tile's columns. What follows a large product works on a part of the columns at a
+    time, so that only a part of its other operands is in registers."""
     return tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _finish_linear(
-    b_out, block_n, p_rows, p_out, p_offset, p_gain, p_gamma, p_residual, row, m_row, b_mean, b_rstd, outputs, stride_xk,
-    NORM: tl.constexpr, SHRINK: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr, MOMENTS: tl.constexpr,
+    b_out, block_n, ends, per_row, outputs, stride_xk, NORM: tl.constexpr, SHRINK: tl.constexpr, OFFSET: tl.constexpr,
+    RESIDUAL: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """What follows the product, on block `block_n` of columns; returns, with MOMENTS, those of its columns."""
-    column = block_n * b_out.shape[1] + tl.arange(0, b_out.shape[1])
+    row, m_row, p_rows, b_mean, b_rstd = per_row
+    p_out, p_offset, p_gain, p_gamma, p_residual = ends
+    WIDTH: tl.constexpr = b_out.shape[1]
+    left = outputs - block_n * WIDTH  # columns that are there
+    column = block_n * WIDTH + tl.arange(0, WIDTH)
     m_column = column < outputs
     m_out = m_row[:, None] & m_column[None, :]
     if NORM == "folded":
@@ -231,7 +220,7 @@ def _finish_linear(
     b_square = b_mean
     if MOMENTS:
         b_out = b_out.to(tl.float32)  # as stored; 0 in columns that are not there
-        b_block_mean = tl.sum(b_out, 1) / tl.maximum(tl.minimum(outputs - block_n * b_out.shape[1], b_out.shape[1]), 1)
+        b_block_mean = tl.sum(b_out, 1) / tl.maximum(tl.minimum(left, WIDTH), 1)
         b_out = tl.where(m_column[None, :], b_out - b_block_mean[:, None], 0.0)
         b_square = tl.sum(b_out * b_out, 1)
     return b_block_mean, b_square
@@ -302,11 +291,10 @@ def _launch_linear(
     (rows, inputs), outputs = x.shape, weight.shape[1]
     config = shapes.matrix(name, weight.dtype, inputs, outputs, weight.device)
     programs = shapes.blocks(rows, config.block_m) * shapes.blocks(outputs, config.block_n)
-    mean, rstd = statistics or (None, None)
     parts, span = (0, 0) if moments is None else (moments.shape[1], shapes.part_width(inputs, moments.shape[1]))
     launch(
-        _linear_kernel, programs, x, weight, result, offset, gain, gamma, residual, moments, mean, rstd, moments_out, rows,
-        inputs, outputs, parts, span, *x.stride(), *weight.stride(), eps, NORM=norm, SHRINK=shrink,
-        OFFSET=offset is not None, RESIDUAL=residual is not None, PRECISION=product_precision(weight.dtype),
+        _linear_kernel, programs, (x, *x.stride()), (weight, *weight.stride()), (result, offset, gain, gamma, residual),
+        (moments, parts, span, *(statistics or (None, None))), moments_out, (rows, inputs, outputs), eps, NORM=norm,
+        SHRINK=shrink, OFFSET=offset is not None, RESIDUAL=residual is not None, PRECISION=product_precision(weight.dtype),
         GROUP_M=GROUP, **shapes.constants(config),
     )  # fmt: skip

@@ -167,6 +167,7 @@ def _finish_norm_product(
     """BLOCK_K rows of a weight's gradient. IDENTITY: the product's own input is added to it, the ISTA step."""
     rows, columns, splits, sums, stride_wk, stride_wn, stride_dk, stride_dn = arguments[:8]
     p_product, p_total, p_sums, p_weight, p_gamma, p_beta, p_dgamma, p_dbeta, p_dweight = arguments[8:]
+    ROWS: tl.constexpr = BLOCK_S * BLOCK_K  # of a part that is a row: as much in flight as of a tile
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = k < rows
     k = k.to(tl.int64)
@@ -179,8 +180,8 @@ def _finish_norm_product(
         m_n = n < columns
         m_tile = m_k[:, None] & m_n[None, :]
         b_g = _sum_splits(p_product + k[:, None] * columns + n[None, :], m_tile, rows * columns, splits, BLOCK_S) * unscale
-        b_t = _sum_splits((p_total + n)[None, :], m_n[None, :], columns, splits, BLOCK_S) * unscale  # [1, N]
-        b_g -= _sum_splits((p_sums + n)[None, :], m_n[None, :], columns, sums, BLOCK_S) * unscale / rows
+        b_t = _sum_splits((p_total + n)[None, :], m_n[None, :], columns, splits, ROWS) * unscale  # [1, N]
+        b_g -= _sum_splits((p_sums + n)[None, :], m_n[None, :], columns, sums, ROWS) * unscale / rows
         b_w = tl.load(p_weight + k[:, None] * stride_wk + n[None, :] * stride_wn, mask=m_tile, other=0.0).to(tl.float32)
         if IDENTITY:
             b_w += tl.where(k[:, None] == n[None, :], 1.0, 0.0)
@@ -212,11 +213,11 @@ def _finish_product(arguments, block, unscale, BLOCK_K: tl.constexpr, BLOCK_N: t
 @triton.jit
 def _sum_splits(p_tile, m_tile, stride, splits, BLOCK_S: tl.constexpr):
     """Sum of a tile over the splits, BLOCK_S of them in flight at a time, always in the same order."""
-    b_sum = tl.zeros([p_tile.shape[0], p_tile.shape[1]], tl.float32)
+    b_sum = tl.zeros([BLOCK_S, p_tile.shape[0], p_tile.shape[1]], tl.float32)  # warps share a sum: once, not every turn
     for start in range(0, splits, BLOCK_S):
         split = (start + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None, None]
-        b_sum += tl.sum(tl.load(p_tile[None, :, :] + split * stride, mask=(split < splits) & m_tile[None, :, :], other=0.0), 0)
-    return b_sum
+        b_sum += tl.load(p_tile[None, :, :] + split * stride, mask=(split < splits) & m_tile[None, :, :], other=0.0)
+    return tl.sum(b_sum, 0)
 
 
 class NormProduct(NamedTuple):
@@ -236,13 +237,14 @@ def finish_layer(scale: Tensor, project: NormProduct | None, out: Parts | None, 
     results = [*_norm_results(project, scale), *_plain_results(out, scale), *_norm_results(ista, scale)]
     rows = sum(len(results[index]) for index in (0, 4, 5))  # every product's own rows, one a number of a vector
     if rows:
-        # Few rows a program where there are many, so that all programs at width 384 have 16 KB each in flight. Of fewer
-        # 8 × 32: 16 × 32 and 8 × 64 spill 8 bytes on sm_90.
-        block_k, block_n = (4, 64) if min(len(r) or rows for r in results) >= 256 else (8, 32)
+        # Few rows a program where there are many, and 16 KB a program in flight at width 384. Without a limit of registers
+        # some of these shapes take 56 and spill 8 or 16 bytes, on sm_100, and on sm_80 under triton 3.6.
+        block_k, block_n = (4, 128) if min(len(r) or rows for r in results) >= 256 else (8, 32)
         programs = sum(blocks(len(results[index]), block_k) for index in (0, 4, 5))
         launch(
             _finish_kernel, programs, scale, _norm_arguments(project, results[:3]), _norm_arguments(ista, results[5:]),
             _plain_arguments(out, results[3:5]), BLOCK_K=block_k, BLOCK_N=block_n, BLOCK_S=8, num_warps=4, num_stages=1,
+            maxnreg=128,
         )  # fmt: skip
     if project is not None:
         results[2] = results[2].t()
