@@ -78,6 +78,7 @@ TABLE = (
     Line(("mssa_forward",), 16, 128, True, Config(64, 32, 0, 4, 3), "125 registers, 4 programs", 90),
     Line(("mssa_forward",), 16, 32, True, Config(64, 32, 0, 4, 3), "64 columns spill 40 bytes on sm_100 at width 32"),
     Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3), "124 registers: 4 programs a multiprocessor"),
+    Line(("mssa_forward",), 16, 80, True, Config(64, 32, 0, 4, 3), "64 columns spill 16 bytes at width 80", 100),
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 2), "162 registers, 3 programs; a third stage takes 16 KB"),
     Line(("mssa_backward",), 16, 64, True, Config(64, 16, 0, 4, 2), "HMMA takes 166 to 220 registers; at 128 it spills", 80),
     Line(("mssa_backward",), 16, 96, True, Config(64, 16, 0, 4, 2), "236 registers at width 80", 80),
