@@ -166,16 +166,23 @@ class _Command:
         return os.system, (f"touch {os.environ['FUZZ_CANARY']}",)
 
 
+def change_table(data: bytes, draw) -> bytes:
+    """A pickle by itself: changed, or another."""
+    return draw.choice(hostile_pickles()) if draw.random() < 0.4 else change_pickle(data, draw)
+
+
 def hostile_pickles() -> list[bytes]:
     """That would run code, take memory, nest deeply or never end."""
-    call = f"cos\nsystem\n(S'touch {os.environ['FUZZ_CANARY']}'\ntR.".encode()
+    canary = os.environ["FUZZ_CANARY"].encode()
+    call = b"cos\nsystem\n(S'touch " + canary + b"'\ntR."
+    word = b"X" + len(canary).to_bytes(4, "little") + canary
     return [
-        pickle.dumps(_Command()), call, b"\x80\x02" + call, b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",
+        pickle.dumps(_Command()), call, b"\x80\x02" + call, b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93" + word + b"\x85R.",
         b"\x80\x02r\xff\xff\xff\x7f.", b"\x80\x02Nr\xff\xff\xff\x7f.", b"(" * 500_000 + b".",
         b"]" * 100_000 + b"a" * 99_999 + b".",
         b"\x80\x02X\xff\xff\xff\x7fabc.", b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.", b"I" + b"9" * 200_000 + b"\n.",
         b"\x80\x02cnumpy\nndarray\n(K\x01tR.", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00(tt)tR.", b"", b".",
-        b"\x80\x02c__builtin__\neval\nX\x03\x00\x00\x001+1\x85R.", b"\x80\x02ccollections\nOrderedDict\n)R}q\x00h\x00s.",
+        b"\x80\x02cposix\nmkdir\n" + word + b"\x85R.", b"\x80\x02ccollections\nOrderedDict\n)R}q\x00h\x00s.",
     ]  # fmt: skip
 
 

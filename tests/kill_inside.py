@@ -25,11 +25,11 @@ FILES = [
     *((name, moment) for name in ("config.json", "model.safetensors", "curves.png") for moment in NAMED),
     *((".step-*.tmp", moment) for moment in WRITTEN),
     *(("step-*.pt", moment) for moment in (*NAMED, "remove")),
-    *(("last.pt", moment) for moment in NAMED),
+    *((name, moment) for name in ("last.pt", "best.pt") for moment in NAMED),
     *(("metrics.jsonl", moment) for moment in ("open", "torn", "whole", "flushed")),
 ]
 """(pattern of a file's name, moment) of everything that a run writes."""
-ONCE = re.compile("config|model|curves")  # in a run; others come again and again
+ONCE = re.compile("config|model|curves|best")  # in a run; others come again and again
 
 
 def files_of(out: Path) -> list[str]:
@@ -52,14 +52,17 @@ def compare(folder: Path, ranks: int, kills: int) -> None:
         out, ended = folder / f"killed-{ranks}-{runs}", False
         while not ended:
             turn = (again.pop() if again else next(turns)) if sum(killed.values()) < kills else None
+            before = log_of(out).stat().st_size if log_of(out).exists() else 0
             attempt = Attempt(data, out, ranks, 0, kill=place(*turn, draw) if turn else "")
             ended = attempt.process.wait(timeout=900) == 0
             if not ended:
-                if not turn or not was_killed(attempt, ranks):
+                if not turn or not was_killed(attempt, ranks, before):
                     raise SystemExit(f"the run failed, {turn}: {attempt.log()}")
                 killed[turn] += 1
             elif turn:
                 missed += 1
+                if missed > 2 * len(FILES):
+                    raise SystemExit(f"{ranks} processes: {turn} never comes")
                 again.append(turn)  # the next run comes to it: settings are written once, at its start
         if outcome(out) != right or files_of(out) != files:
             raise SystemExit(f"{out.name}: another outcome, or other files: {sorted(set(files_of(out)) ^ set(files))}")
@@ -74,8 +77,15 @@ def compare(folder: Path, ranks: int, kills: int) -> None:
     )
 
 
-def was_killed(attempt: Attempt, ranks: int) -> bool:
-    return attempt.process.returncode == -signal.SIGKILL if ranks == 1 else "Signal 9 (SIGKILL)" in attempt.log()
+def was_killed(attempt: Attempt, ranks: int, before: int) -> bool:
+    """Whether it ended by the signal; its log had `before` bytes when it began."""
+    if ranks == 1:
+        return attempt.process.returncode == -signal.SIGKILL
+    return b"Signal 9 (SIGKILL)" in log_of(attempt.out).read_bytes()[before:]
+
+
+def log_of(out: Path) -> Path:
+    return out.parent / f"{out.name}.log"
 
 
 if __name__ == "__main__":
