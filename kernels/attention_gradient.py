@@ -58,7 +58,8 @@ def mssa_backward(
     sizes = (batch, heads)
     launch(
         _mssa_backward_kernel, programs, dw, (w, do), w.stride(), (lse, delta), row_scale, sizes,
-        (scale, scale * LOG2_E), PIECES=pieces, TOKENS=w.shape[1], PADDED=padded, **constants,
+        (scale, scale * LOG2_E), PIECES=pieces, TAIL_STAGES=max(1, constants["num_stages"] - 1), TOKENS=w.shape[1],
+        PADDED=padded, **constants,
     )  # fmt: skip
     return dw, *(_sums(dw, w, folded, row_scale) if folded else (None, None))
 
@@ -75,6 +76,7 @@ def _mssa_backward_kernel(
     TOKENS: tl.constexpr,
     PADDED: tl.constexpr,
     PIECES: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,  # of the tail's loop
     WIDTH: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -95,7 +97,9 @@ def _mssa_backward_kernel(
     image = batch.to(tl.int32) * TOKENS
     TAILED: tl.constexpr = p_dw.dtype.element_ty != tl.float32 and D0 >= 64 and D1 == 0  # else no 64 rows for a wgmma
     if TAILED and TOKENS - first <= TAIL:
-        b_tail = _tail_gradient(w_head, g_head, numbers, first, TOKENS, scales, PIECES, WIDTH, D0, BLOCK_M, PRECISION)
+        b_tail = _tail_gradient(
+            w_head, g_head, numbers, first, TOKENS, scales, PIECES, TAIL_STAGES, WIDTH, D0, BLOCK_M, PRECISION
+        )
         _store_rows(p_dwh, b_tail, b_tail, p_row_scale, image, first, TOKENS, heads * WIDTH, WIDTH, D0, D1)
     else:
         REACH: tl.constexpr = TAIL if TAILED else 0
@@ -210,8 +214,8 @@ def _load_numbers(numbers, first, tokens, PIECES: tl.constexpr, LENGTH: tl.const
 
 @triton.jit
 def _tail_gradient(
-    w_head, g_head, numbers, first, tokens, scales, PIECES: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    w_head, g_head, numbers, first, tokens, scales, PIECES: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dw of the tokens from `first` on, at most TAIL, [TAIL, D]. The tokens before them, of which there is a multiple of
     ROWS, are rows i, they are columns j; E_ij is E_ji, and their gradient is made transposed."""
@@ -220,7 +224,7 @@ def _tail_gradient(
     b_wj, b_wj1, b_gj, b_gj1 = columns
     b_lse_j, b_delta_j = _load_numbers(numbers, first, tokens, PIECES, TAIL, False)
     b_dw = tl.zeros([D, TAIL], tl.float32)
-    for start in tl.range(0, first, ROWS, num_stages=2):
+    for start in tl.range(0, first, ROWS, num_stages=STAGES):
         b_wi, _, b_gi, _ = _load_columns(w_head, g_head, start, tokens, WIDTH, ROWS, D, 0, False)
         b_lse_i, b_delta_i = _load_numbers(numbers, start, tokens, PIECES, ROWS, False)
         b_s = tl.dot(b_wi, tl.trans(b_wj))  # [M, TAIL]

@@ -169,7 +169,7 @@ def leave_backward(
     launch(
         _leave_kernel, blocks(batch * tokens, LEAVE_BLOCK), dy, scale, (y, gain, offset, rstd), results,
         (batch * tokens, tokens, dim, *dy.stride()), factor, FIRST=first, BLOCK_M=LEAVE_BLOCK, BLOCK_D=32, num_warps=8,
-        num_stages=1,
+        num_stages=1, maxnreg=248,
     )  # fmt: skip
     return results
 

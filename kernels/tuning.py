@@ -70,9 +70,16 @@ _WEIGHTS = ("weight_gradient", "mixed_gradient")
 _GRADIENTS = ("ista_gradient", "out_gradient", "project_gradient")
 
 TABLE = (
-    Line(("mssa_forward",), 16, 32, True, Config(64, 64, 0, 4, 3, 80), "6 programs a multiprocessor", 90),
     Line(("mssa_forward",), 16, 48, True, Config(64, 32, 0, 4, 3), "81 registers, 5 programs; of 64 columns 135, 3", 90),
-    Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3, 96), "5 programs a multiprocessor", 90),
+    Line(
+        ("mssa_forward",),
+        16,
+        64,
+        True,
+        Config(64, 64, 0, 4, 3),
+        "116 registers, 4 programs; held to 96, products are serialised",
+        90,
+    ),
     Line(("mssa_forward",), 16, 80, True, Config(64, 64, 0, 4, 3), "167 registers, 3 programs; at 128 it spills", 90),
     Line(("mssa_forward",), 16, 96, True, Config(64, 64, 0, 4, 3, 128), "4 programs a multiprocessor", 90),
     Line(("mssa_forward",), 16, 128, True, Config(64, 32, 0, 4, 3), "125 registers, 4 programs", 90),
@@ -92,10 +99,10 @@ TABLE = (
     Line(("mssa_forward",), 32, 64, True, Config(32, 32, 0, 4, 1), "80 registers; 64 rows spill 8 bytes at 20 and 64", 80),
     Line(("mssa_forward",), 32, 64, True, Config(32, 32, 0, 8, 2), "64 rows spill 16 bytes at width 32"),
     Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 8, 2), "4 warps spill 8 bytes at width 80 and 96", 90),
-    Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 4, 2), "8 warps spill 16 to 24 bytes on sm_100 at width 80"),
+    Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 4, 2, 128), "8 warps spill 16 to 24 bytes on sm_100 at width 80"),
     Line(("mssa_backward",), 32, 64, True, Config(32, 32, 0, 8, 2), "one stage spills 16 bytes in 80 registers", 80),
-    Line(("mssa_backward",), 32, 48, True, Config(32, 32, 0, 8, 1), "16 columns spill 32 bytes at width 48"),
-    Line(("mssa_backward",), 32, 64, True, Config(32, 16, 0, 8, 2), "32 columns spill 16 to 40 bytes"),
+    Line(("mssa_backward",), 32, 48, True, Config(32, 32, 0, 8, 1, 168), "16 columns spill 32 bytes at width 48"),
+    Line(("mssa_backward",), 32, 64, True, Config(32, 16, 0, 8, 2, 128), "32 columns spill 16 to 40 bytes"),
     Line(("mssa_backward",), 32, 128, True, Config(32, 16, 0, 8, 2), "32 columns spill 8 to 24 bytes at width 80 and 128"),
     Line(("ista",), 16, None, True, Config(128, 128, 32, 4, 3), "228 registers: 2 programs, as 8 warps held to 128", 90),
     Line(("project", "out_project"), 16, None, True, Config(128, 128, 32, 8, 4), "112 to 128 registers: 2 programs", 90),
@@ -112,8 +119,9 @@ TABLE = (
     Line(("mixed_gradient",), 16, None, True, Config(128, 128, 32, 8, 1), "161 registers; products of more are serialised"),
     Line(("mixed_product",), 16, None, True, Config(128, 128, 32, 8, 1), "two stages and more are serialised"),
     Line((*_GRADIENTS, "ista"), 32, None, True, Config(64, 64, 16, 4, 2), "163 registers; 32 take 255 and spill on sm_80"),
+    Line(_WEIGHTS, 32, None, True, Config(64, 64, 16, 4, 2), "32 take 255 registers and spill 8 bytes", 80),
     Line(MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
-    Line(_WEIGHTS, 16, None, False, Config(32, 64, 32, 4, 2), "64 wide spills 8 to 24 bytes", 80),
+    Line(_WEIGHTS, 16, None, False, Config(32, 64, 32, 4, 2, 128), "64 wide spills 8 to 24 bytes", 80),
     Line(MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
     Line(MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
 )
