@@ -12,7 +12,7 @@ OLDEST_VERSIONS := torch==2.11.* triton==3.6.* 'numpy<2.4' pytest pytest-xdist
 # What depends on them: the compiler and export, kernels, FSDP and DDP, streams and graphs, training on the digits.
 OLDEST_TESTS := $(patsubst %,tests/test_%.py,export gpu_training graphed kernels layer model odd_tensors)
 
-.PHONY: train test test-oldest test-rounding bench gpu wheels lint
+.PHONY: train test test-oldest test-rounding fuzz bench gpu wheels lint
 
 train: $(VENV)/installed-train
 	$(BIN)/crate-fast train $(ARGS)
@@ -40,6 +40,11 @@ test-rounding: $(VENV)/installed-test
 	$(call rounded,ONEDNN_MAX_CPU_ISA=AVX512_CORE,--seed=2 --threads=2) \
 	$(call rounded,ATEN_CPU_CAPABILITY=default $(AVX2),--seed=2 --threads=1) \
 	exit $$failed
+
+# Changed files in every command, other ones each time, for FUZZ_SECONDS; what was found is printed with its seed.
+FUZZ_SECONDS ?= 3600
+fuzz: $(VENV)/installed-test
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest --capture=tee-sys tests/test_fuzz.py -k as_long_as_asked $(ARGS)
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/run.py $(ARGS)

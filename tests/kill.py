@@ -37,14 +37,20 @@ SETTINGS = [
 
 
 class Attempt:
-    """A process, or torchrun with its processes, that trains in `out` with `workers`, going on with what is there."""
+    """A process, or torchrun with its processes, that trains in `out` with `workers`, going on with what is there.
 
-    def __init__(self, data: Path, out: Path, ranks: int, workers: int, more: tuple[str, ...] = ()) -> None:
+    kill: where it kills itself, see killed/sitecustomize.py.
+    """
+
+    def __init__(self, data: Path, out: Path, ranks: int, workers: int, more: tuple[str, ...] = (), kill: str = "") -> None:
         launcher = [sys.executable, "-m"]
         if ranks > 1:
             launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
         words = ["train", "--data", data, *SETTINGS, *more, "--workers", workers * ranks, "--out", out, "--resume", "auto"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if kill:
+            paths = [str(Path(__file__).with_name("killed")), os.environ.get("PYTHONPATH", "")]
+            environment |= {"KILL_INSIDE": kill, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self.out = out
         with open(out.parent / f"{out.name}.log", "ab") as log:
             command = [*launcher, "crate_fast", *map(str, words)]

@@ -135,6 +135,9 @@ def open_packs(path: str | Path) -> Packs:
         classes, counts, names = _listed(parse_json((path / MANIFEST).read_text(encoding="utf-8")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PackError(f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})") from error
+    empty = next((split for split in names if not names[split]), None)
+    if empty is not None:
+        raise PackError(f"{path / MANIFEST}: it lists no packs of {empty}")
     _allow_open_files(sum(map(len, names.values())))
     splits = [Split([open_listed(path / name, checksum) for name, checksum in names[split].items()]) for split in names]
     for split, name in zip(splits, names, strict=True):
