@@ -47,22 +47,26 @@ def compare(folder: Path, ranks: int, kills: int) -> None:
     Attempt(data, straight, ranks, 0).finish()
     right, files = outcome(straight), files_of(straight)
     killed, runs, missed = dict.fromkeys(FILES, 0), 0, 0
-    turns = itertools.cycle(FILES)
+    turns, again = itertools.cycle(FILES), []
     while sum(killed.values()) < kills:
         out, ended = folder / f"killed-{ranks}-{runs}", False
         while not ended:
-            turn = next(turns) if sum(killed.values()) < kills else None
+            turn = (again.pop() if again else next(turns)) if sum(killed.values()) < kills else None
             attempt = Attempt(data, out, ranks, 0, kill=place(*turn, draw) if turn else "")
             ended = attempt.process.wait(timeout=900) == 0
-            if ended:
-                missed += turn is not None
-            elif turn is None or not was_killed(attempt, ranks):
-                raise SystemExit(f"the run failed, {turn}: {attempt.log()}")
-            else:
+            if not ended:
+                if not turn or not was_killed(attempt, ranks):
+                    raise SystemExit(f"the run failed, {turn}: {attempt.log()}")
                 killed[turn] += 1
+            elif turn:
+                missed += 1
+                again.append(turn)  # the next run comes to it: settings are written once, at its start
         if outcome(out) != right or files_of(out) != files:
             raise SystemExit(f"{out.name}: another outcome, or other files: {sorted(set(files_of(out)) ^ set(files))}")
         runs += 1
+    never = [f"{pattern} {moment}" for (pattern, moment), count in killed.items() if not count]
+    if never and kills >= 2 * len(FILES):
+        raise SystemExit(f"{ranks} processes: never killed at {', '.join(never)}")
     print(
         f"{ranks} processes: killed {sum(killed.values())} times at {sum(map(bool, killed.values()))} of {len(FILES)} moments "
         f"({missed} came to an end before), {runs} runs: the same weights, the same {len(right[1])} lines of metrics, the same "
