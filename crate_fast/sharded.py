@@ -106,12 +106,26 @@ def load_parts(path: Path, parts: dict[str, dict], **options) -> dict[str, dict]
     try:
         with warnings.catch_warnings():  # that one process reads is what is wanted
             warnings.simplefilter("ignore")
-            checkpoint.load(parts, checkpoint_id=path, **options)
+            checkpoint.load(parts, storage_reader=_reader(path, table), **options)
     except CheckpointException as error:  # no Exception, in PyTorch
         reasons = [failure[0] for failure in error.failures.values()]
         passing = next((reason for reason in reasons if isinstance(reason, OSError | MemoryError)), None)
         raise passing or DamagedError(f"{', '.join(parts)} cannot be read ({_reason(reasons[0])})") from error
     return parts
+
+
+def _reader(path: Path, table):
+    """PyTorch's reader of a checkpoint, which takes `table` for its table and reads none itself: its unpickler runs what is in
+    a pickle, and may find in the same bytes something else than was checked."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            table.storage_meta = StorageMeta(checkpoint_id=str(path), load_id=self.load_id)
+            return table
+
+    return Reader(path)
 
 
 def _reason(error: BaseException) -> str:
@@ -150,7 +164,7 @@ def read_table(file: Path):
     Raises:
         DamagedError: as `read_tensors`.
     """
-    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+    from torch.distributed.checkpoint.metadata import Metadata
 
     try:
         with open(file, "rb") as content:
@@ -164,8 +178,6 @@ def read_table(file: Path):
     told = vars(table)
     if not all(isinstance(told.get(name), dict) for name in ("state_dict_metadata", "storage_data")):
         raise DamagedError(f"{file.name} has no tables of tensors and of files")
-    if not isinstance(told.get("storage_meta"), StorageMeta | None):
-        raise DamagedError(f"{file.name} tells of its own place what is none")
     odd = [(name, entry) for name, entry in table.state_dict_metadata.items() if not _is_entry(name, entry)]
     if odd:
         raise DamagedError(f"{file.name} tells of {str(odd[0][0])[:200]!r}, which is no tensor")

@@ -15,7 +15,7 @@ def corpus(tmp_path_factory):
     return fuzz.make_corpus(tmp_path_factory.mktemp("mutated") / "corpus")
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 @pytest.mark.parametrize("kind", fuzz.KINDS)
 def test_a_changed_file_is_used_or_refused_in_a_line(corpus, kind, seed):
