@@ -411,11 +411,11 @@ def _judge(kind: Kind, status: int, usage, text: str) -> str | None:
     return None
 
 
-def fuzz(seconds: float, seed: int, kinds: list[str], corpus: Path, folder: Path) -> int:
-    """Cases of all `kinds` in turn for so long; prints what is wrong, and counts; how many were wrong."""
+def fuzz(seconds: float, rounds: int | None, seed: int, kinds: list[str], corpus: Path, folder: Path) -> int:
+    """Cases of all `kinds` in turn, for so long or so many; prints what is wrong, and counts; how many were wrong."""
     counts: dict[str, Counter] = {name: Counter() for name in kinds}
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    end, first = time.monotonic() + seconds, seed
+    while time.monotonic() < end and seed - first != rounds:
         for name in kinds:
             here = folder / "case"
             how, wrong = attempt(name, Random(f"{name} {seed}"), corpus, here)
@@ -432,6 +432,7 @@ def fuzz(seconds: float, seed: int, kinds: list[str], corpus: Path, folder: Path
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--rounds", type=int, help="a case of each kind in one; no more than these, if given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--case", nargs=2, metavar=("KIND", "SEED"))
@@ -444,4 +445,5 @@ if __name__ == "__main__":
             print(*attempt(kind, Random(f"{kind} {seed}"), corpus, Path(name) / "case"))
             print((Path(name) / "case" / ".out").read_text(errors="replace"))
             sys.exit()
-        sys.exit(fuzz(60 * arguments.minutes, arguments.seed, arguments.kinds, corpus, Path(name)) > 0)
+        wrong = fuzz(60 * arguments.minutes, arguments.rounds, arguments.seed, arguments.kinds, corpus, Path(name))
+        sys.exit(wrong > 0)
