@@ -41,10 +41,12 @@ test-rounding: $(VENV)/installed-test
 	$(call rounded,ATEN_CPU_CAPABILITY=default $(AVX2),--seed=2 --threads=1) \
 	exit $$failed
 
-# Changed files in every command, other ones each time, for FUZZ_SECONDS; what was found is printed with its seed.
+# Changed files in every command for FUZZ_SECONDS: other bytes first, other ones each time, then other contents by each format's
+# own grammar. What was found is printed with its seed.
 FUZZ_SECONDS ?= 3600
 fuzz: $(VENV)/installed-test
-	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest --capture=tee-sys tests/test_fuzz.py -k as_long_as_asked $(ARGS)
+	FUZZ_SECONDS=$$(($(FUZZ_SECONDS) / 2)) $(BIN)/python -m pytest --capture=tee-sys tests/test_fuzz.py -k as_long_as_asked
+	$(BIN)/python tests/fuzz.py --minutes $$(($(FUZZ_SECONDS) / 120)) --seed $$(date +%s) $(ARGS)
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/run.py $(ARGS)

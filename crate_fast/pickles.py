@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
 
 class AdmittingUnpickler(pickle._Unpickler):
@@ -14,6 +15,10 @@ class AdmittingUnpickler(pickle._Unpickler):
 
     admitted: ClassVar[dict[tuple[str, str], object]] = {}
     contents = "plain values"  # what such a pickle holds, for errors
+
+    def __init__(self, file: BinaryIO, **options) -> None:
+        # A file makes room for as many bytes as it is asked for; a copy of it in memory for as many as there are.
+        super().__init__(io.BytesIO(file.read()), **options)
 
     def find_class(self, module: str, name: str):
         if (module, name) in self.admitted:
@@ -26,4 +31,8 @@ class AdmittingUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it changes something else than {self.contents}")
         super().load_build()
 
-    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
+    def load_bytearray8(self) -> None:
+        """Refuses what makes room before it reads."""
+        raise pickle.UnpicklingError(f"it holds a bytearray, and only {self.contents} are read")
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8}

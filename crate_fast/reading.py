@@ -111,11 +111,31 @@ def _read_file(path: Path, wanted: str | None) -> Model:
 
 
 def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The `weights`; raises CheckpointError where one has more bytes than were read for it, as an expanded tensor has."""
+    """The `weights`; raises CheckpointError where one is no plain tensor, or has more bytes than were read for it."""
     for name, value in weights.items():
-        if isinstance(value, Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name!r} says it has {value.numel()} values, and fewer are stored")
+        _check_plain(path, name, value)
     return weights
+
+
+def _check_plain(path: Path, name: object, value: object) -> None:
+    """Raises CheckpointError where `value` is a tensor that is sparse, quantized or nowhere, or an expanded one."""
+    if not isinstance(value, Tensor):
+        return
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        raise CheckpointError(f"{path}: {str(name)[:200]!r} is no plain tensor: it is sparse, quantized or without values")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(f"{path}: {str(name)[:200]!r} says it has {value.numel()} values, and fewer are stored")
+
+
+def _check_all_plain(path: Path, content: dict) -> None:
+    """Raises CheckpointError as `_check_plain` for anything in nested `content`, which may lead back to itself."""
+    left, seen = [("it", content)], set()
+    while left:
+        name, value = left.pop()
+        _check_plain(path, name, value)
+        if isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.items() if isinstance(value, dict) else ((name, inner) for inner in value)
 
 
 def _transform_of(content: dict) -> Transform | None:
@@ -153,6 +173,7 @@ def read_state(path: Path, whole: bool = True) -> dict:
     content = _read_archive(file, "damaged, or no checkpoint of crate-fast")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "parts")):
         raise CheckpointError(f"{path}: no checkpoint of crate-fast: its {sharded.STATE} has no 'arguments' and 'parts'")
+    _check_all_plain(path, content)
     try:
         sharded.read_table(path / sharded.TABLE)  # before PyTorch does, which runs what a table asks for
         if whole:
@@ -174,6 +195,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     content = _read_archive(path, "damaged, or no checkpoint of crate-fast")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "model")):
         raise CheckpointError(f"{path}: no checkpoint of crate-fast: it has no 'arguments' and 'model'")
+    _check_all_plain(path, content)
     return content
 
 

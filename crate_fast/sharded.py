@@ -76,26 +76,63 @@ def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
         DamagedError: the table is damaged, asks for something else, or tells of something else than tensors.
         OSError, MemoryError: it cannot be read now.
     """
+    own = {n: e for n, e in read_table(path / TABLE).state_dict_metadata.items() if n.startswith(f"{part}.")}
+    try:
+        tensors = {n.partition(".")[2]: torch.empty(e.size, dtype=e.properties.dtype, device="meta") for n, e in own.items()}
+    except (RuntimeError, TypeError) as error:
+        raise DamagedError(f"{TABLE} tells of something else than tensors ({_reason(error)})") from error
+    return load_parts(path, {part: tensors}, no_dist=True)[part] if tensors else {}
+
+
+def load_parts(path: Path, parts: dict[str, dict], **options) -> dict[str, dict]:
+    """`parts`, whose tensors are filled with those of a checkpoint; those without memory are made, on the CPU.
+
+    Nothing is read before the table's word on every tensor of these parts was compared with the files that there are.
+
+    Raises: as `read_tensors`.
+    """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
     table = read_table(path / TABLE)
-    own = {name: entry for name, entry in table.state_dict_metadata.items() if name.startswith(f"{part}.")}
     try:
-        for name, entry in own.items():
-            _check_chunks(path, name, entry, table.storage_data)
+        for name, entry in table.state_dict_metadata.items():
+            if name.partition(".")[0] in parts:
+                _check_chunks(path, name, entry, table.storage_data)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise DamagedError(f"{TABLE} tells of something else than tensors ({str(error) or type(error).__name__})") from error
-    tensors = {n.partition(".")[2]: torch.empty(entry.size, dtype=entry.properties.dtype) for n, entry in own.items()}
-    if tensors:
-        try:
-            with warnings.catch_warnings():  # that one process reads is what is wanted
-                warnings.simplefilter("ignore")
-                checkpoint.load({part: tensors}, checkpoint_id=path, no_dist=True)
-        except CheckpointException as error:
-            reason = str(next(iter(error.failures.values()))[0]).strip().partition("\n")[0]
-            raise DamagedError(f"{part} cannot be read ({reason})") from error
-    return tensors
+        raise DamagedError(f"{TABLE} tells of something else than tensors ({_reason(error)})") from error
+    for tensors in parts.values():
+        tensors |= {n: torch.empty_like(t, device="cpu") for n, t in tensors.items() if isinstance(t, Tensor) and t.is_meta}
+    try:
+        with warnings.catch_warnings():  # that one process reads is what is wanted
+            warnings.simplefilter("ignore")
+            checkpoint.load(parts, storage_reader=_reader(path, table), **options)
+    except CheckpointException as error:  # no Exception, in PyTorch
+        reasons = [failure[0] for failure in error.failures.values()]
+        passing = next((reason for reason in reasons if isinstance(reason, OSError | MemoryError)), None)
+        raise passing or DamagedError(f"{', '.join(parts)} cannot be read ({_reason(reasons[0])})") from error
+    return parts
+
+
+def _reader(path: Path, table):
+    """PyTorch's reader of a checkpoint, which takes `table` for its table and reads none itself: its unpickler runs what is in
+    a pickle, and may find in the same bytes something else than was checked."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            table.storage_meta = StorageMeta(checkpoint_id=str(path), load_id=self.load_id)
+            return table
+
+    return Reader(path)
+
+
+def _reason(error: BaseException) -> str:
+    """An error in a line; of a part that is no tensor without PyTorch's advice to read it all the same."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "a part of it holds something else than a tensor"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _check_chunks(path: Path, name: str, entry, places: dict) -> None:
@@ -104,8 +141,8 @@ def _check_chunks(path: Path, name: str, entry, places: dict) -> None:
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
     size = torch.tensor(entry.size, dtype=torch.int64)
-    first = torch.tensor([tuple(chunk.offsets) for chunk in entry.chunks], dtype=torch.int64).view(len(entry.chunks), -1)
-    last = first + torch.tensor([tuple(chunk.sizes) for chunk in entry.chunks], dtype=torch.int64).view(len(first), -1)
+    first = torch.tensor([tuple(chunk.offsets) for chunk in entry.chunks], dtype=torch.int64).view(len(entry.chunks), len(size))
+    last = first + torch.tensor([tuple(chunk.sizes) for chunk in entry.chunks], dtype=torch.int64).view(first.shape)
     volumes = [math.prod(chunk.sizes) for chunk in entry.chunks]
     inside = (first >= 0).all() and (last <= size).all() and (last >= first).all()
     meet = (torch.maximum(first[:, None], first) < torch.minimum(last[:, None], last)).all(2)
@@ -138,7 +175,22 @@ def read_table(file: Path):
         raise DamagedError(f"{file.name} cannot be read ({str(error).strip() or type(error).__name__})") from error
     if not isinstance(table, Metadata):
         raise DamagedError(f"{file.name} holds a {type(table).__name__}")
+    told = vars(table)
+    if not all(isinstance(told.get(name), dict) for name in ("state_dict_metadata", "storage_data")):
+        raise DamagedError(f"{file.name} has no tables of tensors and of files")
+    odd = [(name, entry) for name, entry in table.state_dict_metadata.items() if not _is_entry(name, entry)]
+    if odd:
+        raise DamagedError(f"{file.name} tells of {str(odd[0][0])[:200]!r}, which is no tensor")
     return table
+
+
+def _is_entry(name: object, entry: object) -> bool:
+    """Whether the table's `entry` is of a tensor, so far as `read_tensors` needs it to tell the tensor's size."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    sized = isinstance(entry, TensorStorageMetadata) and isinstance(entry.__dict__.get("size"), torch.Size)
+    typed = sized and isinstance(getattr(entry.__dict__.get("properties"), "dtype", None), torch.dtype)
+    return isinstance(name, str) and typed and all(length >= 0 for length in entry.size)
 
 
 class _Unpickler(AdmittingUnpickler):

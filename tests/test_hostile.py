@@ -126,3 +126,47 @@ def test_metrics_that_are_a_link_are_not_written_through(tmp_path, run, capsys, 
     assert "metrics.jsonl" in err
     assert len(err.splitlines()) == 1
     assert victim.read_text() == "precious\n" * 1000
+
+
+def _other(*keys, value):
+    """A change of what lies at `keys` in nested dictionaries: to what `value` makes of it, or away with None."""
+
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        if value is None:
+            del content[keys[-1]]
+        else:
+            content[keys[-1]] = value(content[keys[-1]])
+
+    return change
+
+
+CONTENTS = {
+    "no step": _other("step", value=None),
+    "a step of another run": _other("step", value=lambda step: step + 1),
+    "a meter of words": _other("meter", value=lambda _: ["x"] * 4),
+    "settings that are none": _other("settings", value=lambda _: "x"),
+    "an optimizer that is none": _other("optimizer", value=lambda _: "x"),
+    "an optimizer of fewer weights": _other("optimizer", "state", 0, value=None),
+    "moments of another shape": _other("optimizer", "state", 0, "exp_avg", value=lambda moment: moment[..., None]),
+    "moments of whole numbers": _other("optimizer", "state", 0, "exp_avg", value=lambda moment: moment.long()),
+    "moments of another optimizer": _other("optimizer", "state", 0, value=lambda _: {"momentum_buffer": torch.zeros(1)}),
+    "sparse weights": _other("model", "mlp_head.1.weight", value=lambda weight: weight.to_sparse()),
+    "weights that are nowhere": _other("model", "mlp_head.1.weight", value=lambda weight: weight.to("meta")),
+    "weights of a larger head": _other("model", "mlp_head.1.weight", value=lambda weight: torch.cat([weight, weight])),
+}
+
+
+@pytest.mark.parametrize("what", CONTENTS)
+def test_no_run_goes_on_from_wrong_contents_under_right_checksums(tmp_path, run, capsys, what):
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
+    (newest,) = copy.checkpoints.glob("step-*.pt")
+    content = torch.load(newest)
+    CONTENTS[what](content)
+    torch.save(content, newest)
+    before, metrics = newest.read_bytes(), copy.metrics.read_bytes()
+    status, _, err = call(capsys, "train", "--resume", copy.path)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "crate-fast: error: " in err and "checkpoint" in err
+    assert (newest.read_bytes(), copy.metrics.read_bytes()) == (before, metrics)

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..model import CRATE
 from .compute import Compute
 from .config import TrainConfig
+from .contents import check_place
 from .data import Data
 from .metrics import Meter, Score, evaluate, measure
 from .mixing import mix
@@ -99,7 +101,12 @@ class Trainer:
         }
 
     def load(self, checkpoint: dict) -> None:
-        """Takes up where `checkpoint` was saved."""
+        """Takes up where `checkpoint` was saved.
+
+        Raises:
+            CheckpointError: it is of another run, whatever its checksums say.
+        """
+        check_place(self, checkpoint, Path(checkpoint["path"]))
         self.parallel.load(checkpoint, self.optimizer)
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.evaluated, self.best = checkpoint["step"], checkpoint["epoch"], checkpoint["best"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..model import CRATE
 from .compute import Compute
 from .config import ConfigError, TrainConfig
+from .contents import check_whole
 from .flat import Flat
 from .graphs import Graphed
 from .plan import Plan
@@ -25,7 +27,7 @@ class Replicated(Together):
 
     def __init__(self, model: CRATE, average: CRATE | None, config: TrainConfig, plan: Plan, compute: Compute) -> None:
         super().__init__(plan.ranks)
-        self._model, self._average = model, average
+        self._model, self._average, self._optimizer = model, average, config.optimizer
         self.flat = Flat(model)
         self.flat_average = None if average is None else Flat(average, gradients=False)
         if config.compile == "yes":
@@ -51,8 +53,11 @@ class Replicated(Together):
 
     def load(self, checkpoint: dict, optimizer: torch.optim.Optimizer) -> None:
         """Takes model, optimizer and mean from a checkpoint."""
+        kind, mean = self._optimizer, self._average is not None
+        check_whole(self._model, checkpoint, kind, mean, Path(checkpoint["path"]))
         self._model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        # The groups are of this run's settings, which the checkpoint's were found to be.
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
         if self._average is not None:
             self._average.load_state_dict(checkpoint["ema"])
 

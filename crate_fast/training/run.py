@@ -228,11 +228,12 @@ def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks:
 
 def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> str:
     """Loads `checkpoint` and cuts the metrics back to it; a line that says where the run goes on."""
+    if checkpoint is not None:
+        trainer.load(checkpoint)  # which may refuse it, and then nothing is to have been touched
     if trainer.ranks.first:
         run.cut_log(checkpoint["logged"] if checkpoint else 0)
     if checkpoint is None:
         return "no checkpoint yet: from the start"
-    trainer.load(checkpoint)
     if trainer.ranks.first:
         warn_of_changes(checkpoint["circumstances"], circumstances(trainer.compute, trainer.ranks))
     return f"going on after step {trainer.step} of {trainer.steps}"

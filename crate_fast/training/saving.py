@@ -19,6 +19,7 @@ from ..checkpoint import save_checkpoint
 from ..model import CRATE
 from ..reading import CheckpointError, DamagedError, read_checkpoint
 from .compute import Compute
+from .contents import check_values
 from .ranks import Ranks
 
 NAME = "step-{:08d}"
@@ -84,12 +85,12 @@ class Checkpoints:
             self._remove(old)
 
     def read(self, path: Path) -> dict:
-        """The checkpoint `path`, looked at whole; raises CheckpointError where it is damaged."""
-        return read_checkpoint(path)
+        """The checkpoint `path`, looked at whole; raises CheckpointError where it is damaged, or no run can go on from it."""
+        return check_values(path, read_checkpoint(path))
 
     def read_checked(self, path: Path) -> dict:
-        """The checkpoint `path`, which another process has looked at."""
-        return read_checkpoint(path)
+        """The checkpoint `path`, which another process has looked at; its "path" is there too."""
+        return check_values(path, read_checkpoint(path)) | {"path": str(path)}
 
     def load_newest(self) -> tuple[Path, dict] | None:
         """The newest checkpoint that is whole, or None in a folder that has had none.

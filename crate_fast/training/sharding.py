@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,8 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import get_total_norm
 
+from .. import sharded
 from ..checkpoint import constructor_arguments
 from ..model import CRATE
+from ..reading import CheckpointError
 from .compute import Compute
 from .config import TrainConfig
 from .plan import Plan
@@ -94,7 +96,10 @@ class Sharded(Together):
     def load(self, checkpoint: dict, optimizer: torch.optim.Optimizer) -> None:
         """Takes model, optimizer and mean from a checkpoint of any number of processes."""
         parts = self.tensors(optimizer)["tensors"]
-        dcp.load(parts, checkpoint_id=checkpoint["path"])
+        try:
+            sharded.load_parts(Path(checkpoint["path"]), parts)
+        except sharded.DamagedError as error:
+            raise CheckpointError(f"{checkpoint['path']}: damaged, or of another run: {error}") from error
         set_model_state_dict(self._model, parts["model"])
         groups = get_optimizer_state_dict(self._model, optimizer)["param_groups"]
         state = {"state": parts.get("optimizer", {}), "param_groups": groups}

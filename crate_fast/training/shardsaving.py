@@ -14,6 +14,7 @@ from ..checkpoint import constructor_arguments, flush_folder, transform_entry, w
 from ..model import CRATE
 from ..reading import read_state
 from ..sharded import STATE, SUFFIX, TABLE, checksum
+from .contents import check_values
 from .ranks import read_ranks
 from .saving import NAME, Checkpoints, remove
 
@@ -45,10 +46,10 @@ class ShardedCheckpoints(Checkpoints):
         return path
 
     def read(self, path: Path) -> dict:
-        return read_state(path) | {"path": str(path)}
+        return check_values(path, read_state(path)) | {"path": str(path)}
 
     def read_checked(self, path: Path) -> dict:
-        return read_state(path, whole=False) | {"path": str(path)}
+        return check_values(path, read_state(path, whole=False)) | {"path": str(path)}
 
     def _place(self, step: int) -> Path:
         """Where the checkpoint of `step` goes: after an evaluation there may be one of the same step before it."""
