@@ -304,6 +304,8 @@ def in_a_process(action) -> int:
     """The exit status, negative for a signal, of a process that is this one and does `action`."""
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process ignores,
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
         action()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

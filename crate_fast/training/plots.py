@@ -17,7 +17,7 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    steps_per_epoch = rows[-1]["step"] / rows[-1]["epoch"]
+    steps_per_epoch = rows[-1]["step"] / rows[-1]["epoch"] if rows else 1  # all of its lines may be damaged
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     loss_axes, top1_axes = figure.subplots(1, 2)
     for split, label, colour in (("train", "training (augmented)", "tab:blue"), ("test", "test", "tab:orange")):
