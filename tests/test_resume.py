@@ -304,10 +304,14 @@ def in_a_process(action) -> int:
     """The exit status, negative for a signal, of a process that is this one and does `action`."""
     pid = os.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process ignores,
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
-        action()
-        os._exit(0)
+        status = 70
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process ignores,
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
+            action()
+            status = 0
+        finally:
+            os._exit(status)  # whatever happens: it must not go on as a second pytest
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
