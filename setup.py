@@ -6,11 +6,11 @@ from setuptools import setup
 
 TRAIN = [
     *("lion-pytorch", "matplotlib", "numpy", "opencv-python-headless", "pillow", "safetensors", "scikit-learn", "scipy"),
-    *("simplejpeg", "tqdm"),
+    *("simplejpeg", "torchvision>=0.26", "tqdm"),
 ]
 HUB = ["huggingface-hub"]
 TENSORBOARD = ["tensorboard"]
-TEST = ["hypothesis", "ipykernel", "nbclient", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "torchvision"]
+TEST = ["hypothesis", "ipykernel", "nbclient", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"]
 
 setup(
     name="crate-fast",

@@ -16,10 +16,11 @@ DISTRIBUTIONS = {
     "simplejpeg": "simplejpeg",
     "sklearn": "scikit-learn",
     "tensorboard": "tensorboard",
+    "torchvision": "torchvision",
     "tqdm": "tqdm",
 }
 """Import name to package name, for all that the extras bring."""
-OTHERS = dict.fromkeys(("cv2", "lion_pytorch", "simplejpeg"), "train") | {
+OTHERS = dict.fromkeys(("cv2", "lion_pytorch", "simplejpeg", "torchvision"), "train") | {
     "huggingface_hub": "hub",
     "tensorboard": "tensorboard",
 }

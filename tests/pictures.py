@@ -1,6 +1,8 @@
 """Data sets in the two formats that the published scripts read, cut out of photographs that packages carry."""
 
+import hashlib
 import pickle
+import tarfile
 from pathlib import Path
 
 import matplotlib
@@ -49,8 +51,13 @@ def make_cifar10(path: Path, train: int, test: int) -> Path:
     for name, count in [*((f"data_batch_{part}", train // 5) for part in range(1, 6)), ("test_batch", test)]:
         labels = [int(draw.integers(10)) for _ in range(count)]
         pixels = [np.asarray(cut(sources[label % 3], 32, draw)).transpose(2, 0, 1).ravel() for label in labels]
-        (folder / name).write_bytes(pickle.dumps({b"data": np.stack(pixels), b"labels": labels}, protocol=2))
+        (folder / name).write_bytes(as_python_2(pickle.dumps({"data": np.stack(pixels), "labels": labels}, protocol=2)))
     return path
+
+
+def as_python_2(pickled: bytes) -> bytes:
+    """A pickle of an array with NumPy's names of that time, and whole numbers for what are booleans now."""
+    return pickled.replace(b"numpy._core", b"numpy.core").replace(b"\x89\x88\x87", b"K\x00K\x01\x87", 1)
 
 
 def make_flowers(path: Path) -> Path:
@@ -80,6 +87,48 @@ def make_pets(path: Path) -> Path:
             kind = "png" if name == "beagle_1" else "jpeg"
             cut(photographs()["hopper"], SIDE, draw).save(folder / "images" / f"{name}.jpg", format=kind)
     return path
+
+
+def make_archives(path: Path) -> Path:
+    """`path` with the published files of the data sets that are made there, beside them."""
+    archives = {
+        "cifar-10-python.tar.gz": "cifar-10-batches-py",
+        "102flowers.tgz": "flowers-102/jpg",
+        "images.tar.gz": "oxford-iiit-pet/images",
+        "annotations.tar.gz": "oxford-iiit-pet/annotations",
+    }
+    for name, folder in archives.items():
+        if not (path / folder).is_dir():
+            continue
+        with tarfile.open(path / name, "w:gz", compresslevel=1) as archive:
+            archive.add(path / folder, Path(folder).name)
+    for file in path.glob("flowers-102/*.mat"):
+        (path / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+def trust(patch, path: Path, url: str = "http://127.0.0.1:9") -> None:
+    """Has torchvision take the made data sets and archives in `path` for the published ones, to be had at `url`.
+
+    patch: a pytest.MonkeyPatch, which undoes it.
+    """
+    from torchvision.datasets import CIFAR10, Flowers102, OxfordIIITPet
+
+    for table in ("train_list", "test_list"):
+        files = [file for file, _ in getattr(CIFAR10, table)]
+        patch.setattr(CIFAR10, table, [[file, _md5(path / CIFAR10.base_folder / file)] for file in files])
+    patch.setattr(CIFAR10, "url", f"{url}/{CIFAR10.filename}")
+    patch.setattr(CIFAR10, "tgz_md5", _md5(path / CIFAR10.filename))
+    patch.setattr(Flowers102, "_download_url_prefix", f"{url}/")
+    named = {key: file for key, (file, _) in Flowers102._file_dict.items()}
+    places = {key: path / file if key == "image" else path / "flowers-102" / file for key, file in named.items()}
+    patch.setattr(Flowers102, "_file_dict", {key: (file, _md5(places[key])) for key, file in named.items()})
+    archives = [address.rsplit("/", 1)[-1] for address, _ in OxfordIIITPet._RESOURCES]
+    patch.setattr(OxfordIIITPet, "_RESOURCES", tuple((f"{url}/{file}", _md5(path / file)) for file in archives))
+
+
+def _md5(file: Path) -> str:
+    return hashlib.md5(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 if __name__ == "__main__":

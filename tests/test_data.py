@@ -1,22 +1,16 @@
-"""Photographs and CIFAR: what is read, what is refused, what augmentation draws from."""
+"""Photographs: what is read, what is refused, what augmentation draws from."""
 
-import hashlib
-import io
-import os
-import pickle
 import re
-import signal
-import tarfile
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from pictures import make_cifar10, make_folder
+from pictures import make_folder
 from PIL import Image
 
-from crate_fast.training import ConfigError, UnreadableError, cifar, resolve, train
+from crate_fast.training import ConfigError, UnreadableError, resolve, train
 from crate_fast.training.augment import (
     OPERATIONS,
     SIGNED,
@@ -28,9 +22,7 @@ from crate_fast.training.augment import (
     random_crop,
     strength,
 )
-from crate_fast.training.cifar import open_cifar, read_batch
 from crate_fast.training.data import open_data
-from crate_fast.training.download import unpack
 from crate_fast.training.folder import open_folder
 from crate_fast.training.images import MEAN, STD
 from crate_fast.training.plan import Plan
@@ -45,11 +37,6 @@ SMALL = dict(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("folder"), train=30, val=13)
-
-
-@pytest.fixture(scope="module")
-def cifar10(tmp_path_factory):
-    return make_cifar10(tmp_path_factory.mktemp("cifar"), train=50, test=20)
 
 
 def config_for(data, **changes):
@@ -151,90 +138,6 @@ def test_unreadable_images_are_named_counted_and_skipped(tmp_path, capsys):
         train(replace(config, max_unreadable=1, out=str(tmp_path / "other")))
 
 
-def test_cifar_is_read_as_published(cifar10):
-    train_images, test, classes = open_cifar("cifar10", cifar10)
-    assert (len(train_images), len(test), classes) == (50, 20, 10)
-    with open(cifar10 / "cifar-10-batches-py" / "data_batch_2", "rb") as file:
-        raw = pickle.load(file, encoding="bytes")
-    assert [train_images.label(10 + index) for index in range(10)] == raw[b"labels"]
-    pixels = np.asarray(train_images.read(13)).transpose(2, 0, 1).ravel()
-    assert np.array_equal(pixels, raw[b"data"][3])
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_cifar_written_by_any_python(tmp_path, protocol):
-    pixels, labels = np.arange(2 * 3072, dtype=np.uint32).astype(np.uint8).reshape(2, 3072), [3, 99]
-    for number, names in enumerate((("data", "fine_labels"), (b"data", b"fine_labels"))):
-        file = tmp_path / f"{protocol}-{number}"
-        file.write_bytes(pickle.dumps(dict(zip(names, (pixels, labels), strict=True)), protocol=protocol))
-        read, known = read_batch(file, "fine_labels", 100)
-        assert known == labels
-        assert np.array_equal(read.transpose(0, 3, 1, 2).reshape(2, 3072), pixels)
-
-
-class Calls:
-    """Calls a function when it is unpickled."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-GOOD = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (pickle.dumps(GOOD | {"more": Calls(print, "executed")}), "asks for builtins.print"),
-        (pickle.dumps(GOOD | {"more": Calls(eval, "1")}), "asks for builtins.eval"),
-        (pickle.dumps(GOOD | {"more": Calls(np.load, "file")}), "asks for numpy"),
-        (pickle.dumps(GOOD | {"data": np.array([[print]])}), "only"),
-        (pickle.dumps(GOOD | {"data": np.zeros((2, 3072), object)}), "only"),
-        (pickle.dumps(GOOD | {"data": np.zeros((2, 3071), np.uint8)}), "rows of 3072"),
-        (pickle.dumps(GOOD | {"data": np.zeros((2, 3072), np.int64)}), "rows of 3072"),
-        (pickle.dumps(GOOD | {"labels": [0]}), "are not 2 whole numbers below 10"),
-        (pickle.dumps(GOOD | {"labels": [0, 10]}), "are not 2 whole numbers below 10"),
-        (pickle.dumps(GOOD | {"labels": [0, "1"]}), "are not 2 whole numbers below 10"),
-        (pickle.dumps(GOOD | {"labels": Calls(np.ndarray, (1,), "O", b"A" * 8)}), "something else than an array"),
-        (b"\x80\x02cnumpy\ndtype\n(X\x02\x00\x00\x00u1t(K\x01t\x86b.", "damaged"),
-        (b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "changes something else than arrays"),
-        (b"\x80\x02]r\xff\xff\xff\x7f.", "it holds a list"),  # a memo of 2^31 places
-        (b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x00.", "damaged"),  # 2^56 bytes
-        (pickle.dumps([1, 2]), "it holds a list"),
-        (pickle.dumps(GOOD)[:-40], "damaged"),
-        (b"", "damaged"),
-        (b"no pickle", "damaged"),
-    ],
-)
-def test_pickles_of_anything_else_are_refused_unexecuted(tmp_path, capsys, content, words):
-    (tmp_path / "file").write_bytes(content)
-    with pytest.raises(ConfigError, match=words):
-        read_batch(tmp_path / "file", "labels", 10)
-    assert "executed" not in capsys.readouterr().out
-
-
-def test_cifar_is_downloaded_and_checked(cifar10, tmp_path, monkeypatch):
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:gz") as content:
-        content.add(cifar10 / "cifar-10-batches-py", "cifar-10-batches-py")
-    (tmp_path / "away").mkdir()
-    source = tmp_path / "away" / "cifar-10-python.tar.gz"
-    source.write_bytes(archive.getvalue())
-    digest = hashlib.md5(source.read_bytes()).hexdigest()
-    entry = cifar.SETS["cifar10"]._replace(url=source.as_uri(), md5=digest)
-    monkeypatch.setitem(cifar.SETS, "cifar10", entry)
-    assert len(open_cifar("cifar10", tmp_path / "data")[0]) == 50
-    monkeypatch.setitem(cifar.SETS, "cifar10", entry._replace(md5="0" * 32))
-    with pytest.raises(ConfigError, match="not the published archive"):
-        open_cifar("cifar10", tmp_path / "other")
-    monkeypatch.setitem(cifar.SETS, "cifar10", entry._replace(url=(tmp_path / "nowhere").as_uri()))
-    with pytest.raises(ConfigError, match=r"no cifar-10-batches-py, and file:.* cannot be downloaded \("):
-        open_cifar("cifar10", tmp_path / "third")
-
-
 # Strengths of torchvision 0.29.1, for images of 331 by 200 pixels: RandAugment's and TrivialAugmentWide's at levels 9 and 15.
 STRENGTHS = {
     "shear_x": ((0.09, 0.15), (0.297, 0.495)),
@@ -301,29 +204,3 @@ def test_synthetic_batches_time_the_loop_alone():
     assert images.shape == (3, 3, 16, 16)
     assert (labels < 7).all()
     assert sum(len(labels) for _, labels in data.test_batches(4096, Ranks(2, 3))) == 50_000 - 2 * 50_000 // 3
-
-
-@pytest.mark.parametrize("moment", [1, 2, 3])
-def test_an_archive_whose_unpacking_was_killed_is_unpacked_again(tmp_path, monkeypatch, moment):
-    (tmp_path / "source").mkdir()
-    for name in "abc":
-        (tmp_path / "source" / name).write_text(name * 1000)
-    with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as archive:
-        archive.add(tmp_path / "source", "set")
-    pid = os.fork()
-    if pid == 0:
-        seen, take = [], tarfile.TarFile.makefile
-
-        def take_until(self, entry, target):
-            seen.append(entry)
-            take(self, entry, target)
-            if len(seen) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        monkeypatch.setattr(tarfile.TarFile, "makefile", take_until)
-        unpack(tmp_path / "set.tar.gz", tmp_path)
-    os.waitpid(pid, 0)
-    assert not (tmp_path / "set").exists()
-    unpack(tmp_path / "set.tar.gz", tmp_path)
-    assert sorted(file.name for file in (tmp_path / "set").iterdir()) == ["a", "b", "c"]
-    assert not list(tmp_path.glob(".*"))

@@ -25,13 +25,12 @@ from crate_fast.training.augment import (
     strength,
 )
 from crate_fast.training.changes import ERASING, Changes, change_each, erased_boxes, fill, mirror
-from crate_fast.training.cifar import Pictures
 from crate_fast.training.config import TrainConfig
 from crate_fast.training.draws import CHANGES, CROP, CROP_DRAWS, crop_boxes, philox, uniforms
 from crate_fast.training.images import COLOUR, MEAN, STD
 from crate_fast.training.plan import Plan
 from crate_fast.training.ranks import ALONE, Ranks
-from crate_fast.training.resident import Resident, resample
+from crate_fast.training.resident import Pictures, Resident, resample
 
 CPU = torch.device("cpu")
 SETTINGS = dict(data="cifar10", rotate=0.0, zoom=0.0, shift=0.0)

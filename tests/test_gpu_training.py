@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crate_fast.checkpoint import load_checkpoint
 from crate_fast.training import TrainConfig, resolve, train
 from crate_fast.training.changes import Changes
-from crate_fast.training.cifar import Pictures
 from crate_fast.training.data import Data, open_data
 from crate_fast.training.encoding import Settings
 from crate_fast.training.graphs import Graphed
@@ -31,7 +30,7 @@ from crate_fast.training.packs import open_packs
 from crate_fast.training.parallel import replicate
 from crate_fast.training.plan import Plan
 from crate_fast.training.ranks import ALONE
-from crate_fast.training.resident import Resident
+from crate_fast.training.resident import Pictures, Resident
 
 CPU = torch.device("cpu")
 DIGITS = dict(image_size=8, dim=16, depth=2, heads=1, dim_head=16, epochs=1, num_threads=1, optimizer="AdamW", lr=1e-3)

@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import call
-from pictures import make_cifar10, make_folder
+from pictures import make_archives, make_cifar10, make_folder, trust
+from serving import served
 
 from crate_fast import CRATE_tiny
 from crate_fast.checkpoint import load_checkpoint
@@ -37,9 +38,9 @@ PUBLISHED_TRAINING = (
 PUBLISHED_FINETUNING = "--bs 256 --net CRATE_tiny --opt adamW --lr 5e-5 --n_epochs 1 --randomaug 1 --data cifar10"
 
 
-def launch(ranks: int, *words, standalone=("--standalone",)) -> subprocess.Popen:
-    """torchrun with `crate-fast words` in `ranks` processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", *standalone, f"--nproc_per_node={ranks}", "-m", "crate_fast"]
+def launch(ranks: int, *words, standalone=("--standalone",), program=("-m", "crate_fast")) -> subprocess.Popen:
+    """torchrun with `crate-fast words`, or another program, in `ranks` processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", *standalone, f"--nproc_per_node={ranks}", *program]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*launcher, *map(str, words)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -110,8 +111,20 @@ def save_as_published(model: torch.nn.Module, path: Path) -> Path:
     return path
 
 
-def test_the_published_finetuning_line(tmp_path, capsys):
-    make_cifar10(tmp_path / "cifar", train=50, test=20)
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """Makes the images that are published, of these counts."""
+
+    def make(train: int, test: int) -> Path:
+        folder = make_cifar10(tmp_path / "cifar", train, test)
+        trust(monkeypatch, folder)
+        return folder
+
+    return make
+
+
+def test_the_published_finetuning_line(tmp_path, capsys, cifar):
+    cifar(train=50, test=20)
     torch.manual_seed(3)
     published = CRATE_tiny(image_size=64, patch_size=16)  # another image size: position embeddings are resampled
     file, run = save_as_published(published, tmp_path / "main.pth"), tmp_path / "run"
@@ -128,12 +141,18 @@ def test_the_published_finetuning_line(tmp_path, capsys):
     assert 0 < moved < 1e-3  # a few steps of 5e-5 from where it started
 
 
-def test_finetuning_on_two_processes(tmp_path, capsys):
-    make_cifar10(tmp_path / "cifar", train=50, test=21)
+def test_finetuning_on_two_processes(tmp_path, capsys, cifar, monkeypatch):
+    """The first downloads, the other waits for it."""
+    source, data = make_archives(cifar(train=50, test=21)), tmp_path / "data"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     file, run = save_as_published(CRATE_tiny(image_size=32, patch_size=16), tmp_path / "main.pth"), tmp_path / "run"
     line = PUBLISHED_FINETUNING.replace("256", "16")
-    paths = ["--ckpt_dir", file, "--data_dir", tmp_path / "cifar", "--out", run, "--workers", 2]
-    printed = output(launch(2, "finetune", *line.split(), *paths, *TINY))
+    paths = ["--ckpt_dir", file, "--data_dir", data, "--out", run, "--workers", 2]
+    with served(source) as server:
+        program = (Path(__file__).with_name("trusting.py"), source, server.url)
+        printed = output(launch(2, "finetune", *line.split(), *paths, *TINY, program=program))
+        assert server.asked == {"cifar-10-python.tar.gz": 1}
+    assert printed.count("downloading") == 1
     assert printed.count("main.pth: 104 weights loaded; new: the head (4)") == 1
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(row["split"], row["step"], row["count"]) for row in rows] == [("train", 4, 50), ("test", 4, 21)]
@@ -141,14 +160,14 @@ def test_finetuning_on_two_processes(tmp_path, capsys):
     assert f"({rows[-1]['correct']} of 21)" in capsys.readouterr().out
 
 
-def test_the_published_lines_with_nothing_changed_but_epochs_paths_and_workers(tmp_path, capsys):
+def test_the_published_lines_with_nothing_changed_but_epochs_paths_and_workers(tmp_path, capsys, cifar):
     """At 224 pixels, on few images: a step of each, incomplete as it is, and the score of each read back."""
-    folder, cifar = make_folder(tmp_path / "folder", train=6, val=3), make_cifar10(tmp_path / "cifar", train=5, test=4)
+    folder, data = make_folder(tmp_path / "folder", train=6, val=3), cifar(train=5, test=4)
     main_run, finetune_run = tmp_path / "main", tmp_path / "finetune"
     paths = ["--data", folder, "-j", 0, "--out", main_run]
     assert main(["train", *PUBLISHED_TRAINING.split(), *map(str, paths)]) == 0
     file = save_as_published(load_checkpoint(main_run / "checkpoints" / "last.pt"), tmp_path / "main.pth")
-    paths = ["--ckpt_dir", file, "--data_dir", cifar, "--workers", 0, "--out", finetune_run]
+    paths = ["--ckpt_dir", file, "--data_dir", data, "--workers", 0, "--out", finetune_run]
     assert main(["finetune", *PUBLISHED_FINETUNING.split(), *map(str, paths)]) == 0
     assert "main.pth: 104 weights loaded; new: the head (4)" in capsys.readouterr().out
     recipes = {main_run: "imagenet-readme", finetune_run: "cifar10-finetune"}
@@ -174,19 +193,19 @@ def test_the_published_lines_with_nothing_changed_but_epochs_paths_and_workers(t
         (lambda weights: weights | {"extra": torch.zeros(1)}, "not of this model, and left out: extra"),
     ],
 )
-def test_checkpoints_of_every_shape(tmp_path, capsys, wrap, words):
+def test_checkpoints_of_every_shape(tmp_path, capsys, cifar, wrap, words):
     torch.save(wrap(CRATE_tiny(image_size=32, patch_size=16).state_dict()), tmp_path / "file.pth")
-    make_cifar10(tmp_path / "cifar", train=10, test=5)
+    cifar(train=10, test=5)
     given = ["--ckpt_dir", tmp_path / "file.pth", "--data_dir", tmp_path / "cifar", "--out", tmp_path / "run", *TINY]
     assert main(["finetune", *map(str, given), "--epochs", "1", "--workers", "0"]) == 0
     assert words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {"fc.weight": torch.zeros(2)}}, [1], {"model": 3}, CRATE_tiny])
-def test_weights_of_something_else_are_refused(tmp_path, content):
+def test_weights_of_something_else_are_refused(tmp_path, cifar, content):
     made = content(dim=64, image_size=32).state_dict() if callable(content) else content
     torch.save(made, tmp_path / "file.pth")
-    make_cifar10(tmp_path / "cifar", train=10, test=5)
+    cifar(train=10, test=5)
     settings = {"init": str(tmp_path / "file.pth"), "data_dir": str(tmp_path / "cifar"), "image_size": 32, "workers": 0}
     with pytest.raises(ValueError, match=r"file\.pth: .*(no weights of a CRATE|another size)"):
         train(resolve(settings | {"out": str(tmp_path / "run")}, "cifar10-finetune"))

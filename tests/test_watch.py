@@ -1,4 +1,4 @@
-"""What a run shows beside its metrics, and the two Oxford data sets."""
+"""What a run shows beside its metrics."""
 
 import json
 import re
@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import call
-from pictures import make_flowers, make_folder, make_pets
+from pictures import make_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import CRATE
-from crate_fast.training import ConfigError, TrainConfig, waiting
+from crate_fast.training import TrainConfig, waiting
 from crate_fast.training.compute import Compute
-from crate_fast.training.oxford import open_oxford
 from crate_fast.training.watch import peak_flops, training_flops
 
 SMALL = ["--epochs", "2", "--num-threads", "1", "--device", "cpu", "--dim", "16", "--depth", "1", "--heads", "1"]
@@ -131,49 +130,3 @@ def test_only_known_peaks_are_taken():
     assert peak_flops(TrainConfig(), compute) is None
     assert peak_flops(TrainConfig(peak_tflops=2.0), compute) == 2e12
     assert peak_flops(TrainConfig(), Compute(torch.device("cpu"), "float32")) is None
-
-
-def test_flowers_and_pets_are_split_and_labelled_as_published(tmp_path):
-    make_flowers(tmp_path)
-    make_pets(tmp_path)
-    train, test, classes = open_oxford("flowers102", tmp_path)
-    assert classes == 102
-    assert [train.label(i) for i in range(4)] == [0, 101, 100, 76]
-    numbers = [int(re.search(r"image_(\d+)", test.place(index))[1]) for index in range(6)]
-    assert numbers == [5, 6, 11, 8, 10, 9]
-    train, test, classes = open_oxford("pets", tmp_path)
-    assert (classes, len(train), len(test)) == (37, 5, 4)
-    assert [train.label(i) for i in range(5)] == [0, 4, 6, 25, 7]
-    assert train.read(1).mode == "RGB"  # a PNG by the name of a JPEG
-    assert [test.label(i) for i in range(4)] == [0, 36, 33, 4]
-
-
-@pytest.mark.parametrize(("name", "count"), [("flower", 6), ("pets", 4)])
-def test_the_published_finetuning_of_flowers_and_pets(tmp_path, capsys, name, count):
-    make_flowers(tmp_path)
-    make_pets(tmp_path)
-    words = ["finetune", "--data", name, "--data_dir", tmp_path, "--n_epochs", "1", "--bs", "4", "--workers", "0", "--out"]
-    status, out, err = call(capsys, *words, tmp_path / "run", "--image-size", "32", "--device", "cpu")
-    assert status == 0, err
-    assert f"of {count})" in out
-
-
-def test_damaged_files_are_named(tmp_path):
-    make_flowers(tmp_path)
-    make_pets(tmp_path)
-    cases = {
-        "flowers-102/setid.mat": (b"MATLAB", r"setid\.mat: damaged, or without 'trnid'"),
-        "flowers-102/jpg/image_00011.jpg": (None, r"image_00011\.jpg of flowers102 is missing"),
-        "oxford-iiit-pet/annotations/trainval.txt": (
-            b"Abyssinian_100 one 1 1\n",
-            r"trainval\.txt: line 1 is 'Abyssinian_100 one",
-        ),
-        "oxford-iiit-pet/annotations/test.txt": (b"Abyssinian_201 38 1 1\n", r"has the label 38; pets has 1 to 37"),
-    }
-    for place, (content, words) in cases.items():
-        file = tmp_path / place
-        before = file.read_bytes()
-        file.write_bytes(content) if content is not None else file.unlink()
-        with pytest.raises(ConfigError, match=words):
-            open_oxford("flowers102" if place.startswith("flowers") else "pets", tmp_path)
-        file.write_bytes(before)

@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from ..extras import require
-from .cifar import SETS, open_cifar
 from .config import ConfigError, TrainConfig
 from .digits import Digits
 from .folder import open_folder
 from .images import Photos, Synthetic
-from .oxford import SETS as OXFORD
-from .oxford import open_oxford
 from .packed import Packed
 from .packs import is_packed, open_packs
 from .plan import Plan
+from .published_sets import SETS, open_published
 from .ranks import Ranks
-from .resident import Resident
+from .resident import Pictures, Resident
 
 
 class Data(Protocol):
@@ -57,17 +55,22 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks, size: tuple[i
     if config.data == "synthetic":
         return Synthetic(config, size, device)
     require("PIL")
-    if config.data in SETS or config.data in OXFORD:
-        opener = open_cifar if config.data in SETS else open_oxford
-        ranks.share(lambda: opener(config.data, config.data_dir) and None)  # one process downloads
-        found = opener(config.data, config.data_dir)
-        if config.data in OXFORD:
-            return Photos(config.data, *found, config, device, ranks, "a smaller --image-size", evaluated_size=size)
+    if config.data in SETS:
+        train, test, classes = _open_published(config, ranks)
+        if not isinstance(train, Pictures):
+            return Photos(config.data, train, test, classes, config, device, ranks, "a smaller --image-size", None, size)
         require("cv2")
-        return Resident(config.data, *found, config, device, size)
+        return Resident(config.data, train, test, classes, config, device, size)
     if is_packed(config.data):
         require("cv2", "simplejpeg")
         return Packed(open_packs(config.data), config, device, ranks, size)
     train, test, names = open_folder(config.data)
     packs = f"packs: crate-fast prepare imagenet {shlex.quote(config.data)} DST, then train --data DST"
     return Photos("folder", train, test, len(names), config, device, ranks, packs, names, size)
+
+
+def _open_published(config: TrainConfig, ranks: Ranks) -> tuple:
+    """The data set, opened by the first process before all others, so that it alone downloads, and says what is wrong."""
+    opened: list = []
+    ranks.share(lambda: opened.append(open_published(config.data, config.data_dir)))
+    return opened[0] if opened else open_published(config.data, config.data_dir)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .changes import Changes, send
-from .cifar import Pictures
 from .config import TrainConfig
 from .draws import CROP, CROP_DRAWS, crop_boxes, uniforms
 from .images import COLOUR, Normalise, describe
@@ -17,6 +17,22 @@ from .plan import Plan, epoch_order, share_of
 from .ranks import Ranks
 
 BITS, HALF = 22, 11  # of Pillow's weights
+
+
+class Pictures:
+    """Images in memory: `pixels` (n, height, width, 3) uint8 and n `labels`; `read(i)` gives the i-th, `label(i)` its class."""
+
+    def __init__(self, pixels: np.ndarray, labels: list[int]) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def label(self, index: int) -> int:
+        return self.labels[index]
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
 
 
 class Resident:
