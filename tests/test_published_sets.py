@@ -20,6 +20,7 @@ from crate_fast.training import ConfigError, download, resolve
 from crate_fast.training.data import open_data
 from crate_fast.training.published_sets import SETS, open_published
 from crate_fast.training.ranks import ALONE
+from crate_fast.training.saving import remove
 
 COUNTS = {"cifar10": (50, 20, 10), "flowers102": (4, 6, 102), "pets": (5, 4, 37)}
 BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -123,7 +124,8 @@ def test_nothing_is_unpickled_whose_checksum_is_another(copy, tmp_path, file, wh
     folder = copy / BATCHES_FOLDER
     (folder / file).write_bytes(pickle.dumps(Calls(tmp_path / "executed")))
     words = refusal("cifar10", folder if whole_folder else copy)
-    assert words.startswith(f"{folder / file}: not the published file of cifar10 (its MD5 is another); remove {folder}")
+    again = "" if whole_folder else f"; remove {folder} to have it made anew"
+    assert words == f"{folder / file}: not the published file of cifar10 (its MD5 is another){again}"
     assert not (tmp_path / "executed").exists()
 
 
@@ -178,6 +180,17 @@ def test_a_set_is_downloaded_once_and_then_read_where_it_lies(server, source, tm
     assert contents(name, tmp_path / "data") == first
     assert not server.asked
     assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "place", ["cifar-10-batches-py/data_batch_2", "flowers-102/setid.mat", "flowers-102/jpg/image_00011.jpg"]
+)
+def test_what_a_refusal_says_to_remove_is_made_anew(server, source, tmp_path, place):
+    name = "flowers102" if "flower" in place else "cifar10"
+    open_published(name, tmp_path)
+    (tmp_path / place).unlink() if "jpg" in place else (tmp_path / place).write_bytes(b"other")
+    remove(Path(re.search(r"; remove (.+) to have it made anew$", refusal(name, tmp_path))[1]))
+    assert contents(name, tmp_path) == contents(name, source)
 
 
 def test_archives_that_lie_there_are_not_downloaded(server, source, tmp_path):

@@ -63,10 +63,10 @@ def _bring_and_open(name: str, data: PublishedSet, kind: type, directory: Path) 
             bring(source, directory)
     try:
         return data.open(kind, directory)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged list can raise anything, and torchvision does not tell which file it refuses
-        _name_refused(name, checked)
+        _name_refused(name, checked, directory, {directory / source.made for source in data.sources(kind)})
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"{directory}: the files of {name} are damaged, or others ({reason})") from error
 
@@ -81,14 +81,15 @@ def _find_kind(name: str) -> type:
     return getattr(datasets, name)
 
 
-def _name_refused(name: str, checked: Files) -> None:
-    """Raises ConfigError if one of the files is missing, or has another MD5."""
+def _name_refused(name: str, checked: Files, directory: Path, made: set[Path]) -> None:
+    """Raises ConfigError if a file is missing or has another MD5, saying which of `made` is to be removed, to be made anew."""
     for path, md5 in checked:
-        again = f"remove {path.parent} to have it made anew"
+        removed = path if path in made else path.parent
+        again = f"; remove {removed} to have it made anew" if removed != directory else ""  # which is the user's
         if not path.is_file():
-            raise ConfigError(f"{path.parent}: {path.name} of {name} is missing; {again}")
+            raise ConfigError(f"{path.parent}: {path.name} of {name} is missing{again}")
         if not is_published(path, md5):
-            raise ConfigError(f"{path}: not the published file of {name} (its MD5 is another); {again}")
+            raise ConfigError(f"{path}: not the published file of {name} (its MD5 is another){again}")
 
 
 def _check_labels(name: str, part: Pictures | Photographs, classes: int) -> None:
