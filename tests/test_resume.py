@@ -398,10 +398,21 @@ def test_a_killed_reader_of_images_ends_the_run_in_a_line(tmp_path, capsys):
 
     attempt = Killed(kill.make_data(tmp_path, "folder"), tmp_path / "run", 1, 2)
     attempt.wait_for("step")
-    os.kill(attempt.reader(), signal.SIGKILL)
+    reader = attempt.reader()
+    while True:  # while it has nothing to do: killed inside a pipe's lock it would take that with it, and PyTorch waits for ever
+        before = cpu_time(reader)
+        time.sleep(0.05)
+        if cpu_time(reader) == before:
+            break
+    os.kill(reader, signal.SIGKILL)
     assert attempt.process.wait(timeout=100) == 2
-    last = attempt.log().splitlines()[-1]
-    assert re.fullmatch("crate-fast: error: a process that reads images was ended from outside.*--resume goes on.*", last)
+    told = "crate-fast: error: a process that reads images was ended from outside.*--resume goes on.*"
+    # Not the last line always: a thread of PyTorch's may print that its pipe to the reader is broken.
+    assert sum(bool(re.fullmatch(told, line)) for line in attempt.log().splitlines()) == 1
+
+
+def cpu_time(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
 
 
 def test_metrics_shorter_than_the_checkpoint_are_refused(finished, tmp_path):
