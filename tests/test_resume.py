@@ -13,6 +13,7 @@ import threading
 import time
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import kill
 import pytest
@@ -399,11 +400,9 @@ def test_a_killed_reader_of_images_ends_the_run_in_a_line(tmp_path, capsys):
     attempt = Killed(kill.make_data(tmp_path, "folder"), tmp_path / "run", 1, 2)
     attempt.wait_for("step")
     reader = attempt.reader()
-    while True:  # while it has nothing to do: killed inside a pipe's lock it would take that with it, and PyTorch waits for ever
-        before = cpu_time(reader)
+    spent = None
+    while spent != (spent := cpu_time(reader)):  # it waits: killed inside a pipe's lock it would keep that, and PyTorch wait
         time.sleep(0.05)
-        if cpu_time(reader) == before:
-            break
     os.kill(reader, signal.SIGKILL)
     assert attempt.process.wait(timeout=100) == 2
     told = "crate-fast: error: a process that reads images was ended from outside.*--resume goes on.*"
