@@ -1,6 +1,6 @@
 """Mutates every kind of file that a command reads and runs the command on it: a line or a result, and nothing else.
 
-    python tests/fuzz.py                 # an hour, each case its own seed; `make fuzz` does it too, for half of that
+    python tests/fuzz.py                 # an hour, each case its own seed; `make fuzz` does it too
     python tests/fuzz.py --minutes 5     # or so long; --seed N begins elsewhere, --kinds image pack takes only these
     python tests/fuzz.py --case image 17 # one case again, with what it printed
 

@@ -182,14 +182,25 @@ def test_what_is_set_aside_does_not_grow_without_end(finished, tmp_path):
     assert len(list(run.checkpoints.glob("step-*.left-*"))) == 3
 
 
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+from crate_fast.training import train
+from test_resume import SMALL
+
+rename = os.replace
+os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if str(b).endswith(sys.argv[1]) else rename(a, b)
+train(replace(SMALL, out=sys.argv[2]))
+"""
+
+
 @pytest.mark.parametrize("moment", ["config.json", "step-00000006.pt", "model.safetensors"])
 def test_a_run_killed_while_it_writes_a_file_goes_on_and_leaves_nothing_over(finished, tmp_path, moment):
+    """In a new process, and none forked from this one, where a run in parts may have started the threads of a backward pass."""
     arguments = replace(SMALL, out=str(tmp_path / "run"))
-    if os.fork() == 0:
-        rename = os.replace
-        os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if str(b).endswith(moment) else rename(a, b)
-        train(arguments)
-    assert os.WIFSIGNALED(os.wait()[1])
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    command = [sys.executable, "-c", KILLED, moment, arguments.out]
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
     assert list((tmp_path / "run").rglob(".*.tmp"))
     run, _ = train(arguments, resume="auto")
     assert same_end(run, finished)
