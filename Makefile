@@ -41,8 +41,7 @@ test-rounding: $(VENV)/installed-test
 	$(call rounded,ATEN_CPU_CAPABILITY=default $(AVX2),--seed=2 --threads=1) \
 	exit $$failed
 
-# Changed files in every command for FUZZ_SECONDS: other bytes first, other ones each time, then other contents by each format's
-# own grammar. What was found is printed with its seed.
+# Changed files in every command for FUZZ_SECONDS, other ones each time; what is found is printed with its seed.
 FUZZ_SECONDS ?= 3600
 fuzz: $(VENV)/installed-test
 	$(BIN)/python tests/fuzz.py --minutes $$(($(FUZZ_SECONDS) / 60)) --seed $$(date +%s) $(ARGS)
