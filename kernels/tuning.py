@@ -70,7 +70,7 @@ _WEIGHTS = ("weight_gradient", "mixed_gradient")
 _GRADIENTS = ("ista_gradient", "out_gradient", "project_gradient")
 
 TABLE = (
-    Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 3), "80 to 189 registers", 80),
+    Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 3), "80 to 201 registers, 2 to 6 programs", 80),
     Line(("mssa_forward",), 16, 32, True, Config(64, 32, 0, 4, 3), "64 columns spill 40 bytes on sm_100 at width 32"),
     Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3), "4 programs; held to 96, products are serialised"),
     Line(("mssa_forward",), 16, 80, True, Config(64, 64, 0, 4, 3), "167 registers, 3 programs; at 128 it spills", 90),
@@ -78,9 +78,8 @@ TABLE = (
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 3), "147 registers, 3 programs", 90),
     Line(("mssa_forward",), 16, 80, True, Config(64, 32, 0, 4, 3), "64 columns spill 16 bytes at width 80", 100),
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 2), "162 registers, 3 programs; a third stage takes 16 KB"),
-    Line(("mssa_backward",), 16, 16, True, Config(64, 16, 0, 4, 2), "72 registers, 7 programs", 80),
-    Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3), "168 to 227 registers, 2 or 3 programs", 80),
-    Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 3), "218 to 245 registers; 32 columns spill", 80),
+    Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3), "128 to 229 registers, 2 to 4 programs", 80),
+    Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 3), "160 to 255 registers, 2 or 3 programs; 32 columns spill", 80),
     Line(("mssa_backward",), 16, 48, True, Config(64, 32, 0, 4, 3), "132 registers, 3 programs; at 128 triton 3.6 spills"),
     Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3, 128), "4 programs a multiprocessor", 90),
     Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3), "141 registers"),
