@@ -1,9 +1,10 @@
 """Tied attention, forward: what both directions share, the kernel, its launcher; mssa.py has the mathematics.
 
 A head of width p is held in one or two parts of D0 and D1 columns, each a power of two up to 64 (80 = 64 + 16), so that
-hardly any product works on padding; without a second part D1 is 0 and its tiles stand for nothing. Tokens of one head are cut in row tiles of
-BLOCK_M, one program each, whose last may be TAIL high, against column tiles of BLOCK_N, then of TAIL: 197 tokens cost
-208 × 208. Numbers of a token (lse, δ) are kept in rows of a multiple of TAIL, so that column tiles read them without a mask.
+hardly any product works on padding; without a second part D1 is 0 and its tiles stand for nothing. Tokens of one head are cut
+in row tiles of BLOCK_M, one program each, whose last may be TAIL high, against column tiles of BLOCK_N, then of TAIL: 197
+tokens cost 208 × 208. Numbers of a token (lse, δ) are kept in rows of a multiple of TAIL, so that column tiles read them
+without a mask.
 
 Names: `p_` pointers, `b_` tiles in registers, `m_` masks. M rows, N columns, D head width; i rows, j columns. What
 travels together goes as a tuple: a head as (pointer, stride of a token, stride of a column).
@@ -73,8 +74,8 @@ def _parts(name: str, head_width: int, dtype: torch.dtype) -> tuple[int, int]:
     rest = triton.next_power_of_2(max(head_width - first, 16))
     if whole > 64:
         return first, rest
-    if name == "mssa_forward" and dtype != torch.float32:  # its time is the exponentials: a second chain costs more than padding
-        return whole, 0
+    if name == "mssa_forward" and dtype != torch.float32:
+        return whole, 0  # its time is the exponentials: a second chain of products costs more than padding
     return (first, rest) if 16 <= rest < first else (whole, 0)
 
 

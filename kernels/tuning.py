@@ -79,7 +79,7 @@ TABLE = (
     Line(("mssa_forward",), 16, 80, True, Config(64, 32, 0, 4, 3), "64 columns spill 16 bytes at width 80", 100),
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 2), "162 registers, 3 programs; a third stage takes 16 KB"),
     Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3), "128 to 229 registers, 2 to 4 programs", 80),
-    Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 3), "160 to 255 registers, 2 or 3 programs; 32 columns spill", 80),
+    Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 3), "160 to 255 registers; 32 columns spill", 80),
     Line(("mssa_backward",), 16, 48, True, Config(64, 32, 0, 4, 3), "132 registers, 3 programs; at 128 triton 3.6 spills"),
     Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3, 128), "4 programs a multiprocessor", 90),
     Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3), "141 registers"),
