@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention import empty_results, mssa_forward
-from .attention_gradient import head_products, mssa_backward
+from .attention_gradient import mssa_backward
+from .attention_sums import head_products
 from .runtime import operator, readable
 
 
