@@ -123,6 +123,9 @@ def _check_plain(path: Path, name: object, value: object) -> None:
         return
     if value.layout is not torch.strided or value.is_quantized or value.is_meta:
         raise CheckpointError(f"{path}: {str(name)[:200]!r} is no plain tensor: it is sparse, quantized or without values")
+    hooks = value._backward_hooks
+    if hooks is not None and (not isinstance(hooks, dict) or hooks):
+        raise CheckpointError(f"{path}: {str(name)[:200]!r} is no plain tensor: something hangs on its gradient")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise CheckpointError(f"{path}: {str(name)[:200]!r} says it has {value.numel()} values, and fewer are stored")
 
