@@ -10,7 +10,10 @@ TRAIN = [
 ]
 HUB = ["huggingface-hub"]
 TENSORBOARD = ["tensorboard"]
-TEST = ["hypothesis", "ipykernel", "nbclient", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "torchvision"]
+TEST = [
+    *("hypothesis", "ipykernel", "nbclient", "ninja", "pyright[nodejs]", "pytest", "pytest-benchmark", "pytest-xdist"),
+    *("ruff", "torchvision"),
+]
 
 setup(
     name="crate-fast",

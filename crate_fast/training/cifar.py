@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -125,7 +125,7 @@ def _is_label(value: object, classes: int) -> bool:
 class _Dtype:
     """A dtype's code; what a pickle adds to it (byte order, alignment) is that of the code."""
 
-    def __init__(self, code: object, *_: object) -> None:
+    def __init__(self, code: Any, *_: object) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
         if self.code not in ("u1", "i1", "i2", "i4", "i8", "|u1"):
             raise pickle.UnpicklingError(f"it asks for an array of {code!r}, and only whole numbers are read")
@@ -163,7 +163,7 @@ def _frombuffer(content: bytes, dtype: _Dtype, shape: tuple, order: str) -> _Arr
     return found
 
 
-def _shaped(content: bytes, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
+def _shaped(content: bytes, dtype: _Dtype, shape: tuple, order: Any) -> np.ndarray:
     if not isinstance(content, bytes | bytearray) or not isinstance(dtype, _Dtype):
         raise pickle.UnpicklingError("it has an array that is no bytes of whole numbers")
     return np.frombuffer(content, dtype.code).reshape(shape, order=order)

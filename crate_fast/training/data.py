@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,9 +30,13 @@ class Data(Protocol):
     name: str
     classes: int
     channels: int
-    train_count: int
-    test_count: int
-    advice: str | None  # where it is late
+
+    @property
+    def train_count(self) -> int: ...
+    @property
+    def test_count(self) -> int: ...
+    @property
+    def advice(self) -> str | None: ...  # where it is late
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
     def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -60,7 +64,7 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks, size: tuple[i
     if config.data in SETS or config.data in OXFORD:
         opener = open_cifar if config.data in SETS else open_oxford
         ranks.share(lambda: opener(config.data, config.data_dir) and None)  # one process downloads
-        found = opener(config.data, config.data_dir)
+        found: tuple[Any, Any, int] = opener(config.data, config.data_dir)
         if config.data in OXFORD:
             return Photos(config.data, *found, config, device, ranks, "a smaller --image-size", evaluated_size=size)
         require("cv2")
