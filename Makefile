@@ -12,7 +12,7 @@ OLDEST_VERSIONS := torch==2.11.* triton==3.6.* 'numpy<2.4' pytest pytest-xdist
 # What depends on them: the compiler and export, kernels, FSDP and DDP, streams and graphs, training on the digits.
 OLDEST_TESTS := $(patsubst %,tests/test_%.py,export gpu_training graphed kernels layer model odd_tensors)
 
-.PHONY: train test test-oldest test-rounding fuzz bench gpu wheels lint
+.PHONY: train test test-oldest test-rounding fuzz bench gpu wheels lint types
 
 train: $(VENV)/installed-train
 	$(BIN)/crate-fast train $(ARGS)
@@ -61,6 +61,9 @@ wheels: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types: $(VENV)/installed-test
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The stamp is written last, so an installation that was cut off is taken up again; an environment without a working pip
 # is made anew.

@@ -10,7 +10,7 @@ TRAIN = [
 ]
 HUB = ["huggingface-hub"]
 TENSORBOARD = ["tensorboard"]
-TEST = ["hypothesis", "ipykernel", "nbclient", "ninja", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"]
+TEST = ["hypothesis", "ipykernel", "nbclient", "ninja", "pyright[nodejs]", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"]
 
 setup(
     name="crate-fast",

@@ -60,7 +60,7 @@ class TrainSamples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        size = (self._config.image_size,) * 2
+        size = (self._config.image_size, self._config.image_size)
         return _read(self._store, index, size, lambda image: self._change(image, epoch, index))
 
     def _change(self, image: Image.Image, epoch: int, index: int) -> np.ndarray:
@@ -200,7 +200,7 @@ def start_worker(_: int) -> None:
     rundir.unlock()  # a worker outlives a killed run for seconds, and must not keep its lock
 
 
-def ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+def ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, on a GPU each copied on a stream of its own while the one before it is computed with."""
     if device.type != "cuda":
         yield from batches
