@@ -21,6 +21,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_collected_from_a_checkout_that_is_not_installed(tmp_path):
     for name in ("benchmarks", "crate_fast", "kernels", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))

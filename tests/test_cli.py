@@ -228,6 +228,7 @@ def test_other_errors_are_not_hidden(run, monkeypatch):
         main(["evaluate", str(run)])
 
 
+@pytest.mark.slow
 def test_as_a_process(run):
     done = process("evaluate", run)
     assert (done.returncode, done.stderr) == (0, "")

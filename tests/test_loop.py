@@ -81,6 +81,7 @@ def torchrun(ranks: int, *words, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False, **options)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradient_of_one(tmp_path, pytestconfig):
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     done = torchrun(2, tmp_path / "gradients.py", tmp_path / "rank", 1000 * pytestconfig.getoption("seed"))

@@ -380,6 +380,7 @@ def test_torch_compile_takes_the_published_model_whole(published_class, autocast
     got.sum().backward()
 
 
+@pytest.mark.slow
 def test_compiled_layers_notice_what_changes_afterwards():
     torch._dynamo.reset()
     model = build(backend="triton").train()

@@ -251,6 +251,7 @@ def open_until_killed(name: str, directory: Path, moment: int) -> bool:
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "flowers102"])
 def test_a_set_is_whole_whenever_its_making_was_killed(server, source, tmp_path, name):
     expected, moment = contents(name, source), 1

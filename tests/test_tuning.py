@@ -50,6 +50,7 @@ def pair(device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, tor
     return layers, published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize(("device", "dtype"), DTYPES, indirect=["device"])
 def test_every_shape_gives_right_values(device, dtype, index):
