@@ -192,6 +192,7 @@ class Hostile:
         return os.mkdir, (str(self.marker),)
 
 
+@pytest.mark.slow
 def test_hostile_pickle_is_not_executed(tmp_path):
     pickled = pickle.dumps({"arguments": {}, "model": Hostile(tmp_path / "marker")}, protocol=4)
     with zipfile.ZipFile(tmp_path / "file", "w") as archive:

@@ -32,6 +32,7 @@ def built(tmp_path_factory):
     return [copy / "out" / name for name in done.stdout.splitlines()[-2:]]
 
 
+@pytest.mark.slow
 def test_a_checkout_has_its_kernels_without_being_installed():
     command = [sys.executable, "-c", "import crate_fast.kernels; print(crate_fast.kernels.__file__)"]
     found = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=True).stdout.strip()

@@ -285,6 +285,7 @@ def test_torchvision_is_asked_for_where_a_published_set_is(tmp_path, monkeypatch
     assert set(SETS) == {"cifar10", "cifar100", "flowers102", "pets"}
 
 
+@pytest.mark.slow
 def test_nothing_else_needs_torchvision():
     line = "import sys; sys.modules['torchvision'] = None; import crate_fast.cli, crate_fast.train_command, crate_fast.training"
     subprocess.run([sys.executable, "-c", f"{line}; import crate_fast.training.run"], check=True)

@@ -132,6 +132,7 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, monkeypatch, text):
     assert (tmp_path / "tuning.json").read_text() == text
 
 
+@pytest.mark.slow
 def test_tune_without_a_gpu_is_one_line():
     command = [sys.executable, "-m", "crate_fast", "tune"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # a real search takes minutes
