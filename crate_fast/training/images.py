@@ -36,7 +36,7 @@ class UnreadableError(RuntimeError):
 
 
 class Store(Protocol):
-    """Stored images, as `folder.Photographs` and `cifar.Pictures` are."""
+    """Stored images, as `folder.Photographs` and `resident.Pictures` are."""
 
     def __len__(self) -> int: ...
     def label(self, index: int) -> int: ...
