@@ -21,7 +21,7 @@ from .augment import central_crop
 from .changes import Changes
 from .config import TrainConfig
 from .draws import CROP, CROP_DRAWS, crop_boxes, uniforms
-from .images import COLOUR, PREFETCH, Normalise, ahead, describe, start_worker
+from .images import COLOUR, PREFETCH, Normalise, ahead, describe, from_workers, start_worker
 from .packfile import PackError
 from .packs import Packs, Split
 from .plan import Plan, epoch_order, share_of
@@ -232,7 +232,7 @@ class Packed:
         chunks = [chunk for cut in cuts for chunk in cut]
         self._tasks.tasks = [Task(number % len(self._slots), train, epoch, chunk) for number, chunk in enumerate(chunks)]
         self._slots.free(*range(len(self._slots)))
-        arriving, number = iter(self._loader), 0
+        arriving, number = from_workers(self._loader), 0
         self._slots.pin()
         for part, cut in zip(parts, cuts, strict=True):
             labels = torch.from_numpy(split.labels[part])

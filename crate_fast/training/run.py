@@ -34,8 +34,8 @@ from .stop import Signals, Stopped
 from .weights import read_weights, start_from
 
 LOST = {
-    r"DataLoader worker .* (is killed|exited)": "a process that reads images was ended from outside, for want of memory "
-    "perhaps; fewer --workers need less",
+    r"DataLoader worker .*(is killed|exited)|Pin memory thread exited": "a process that reads images was ended from outside, "
+    "for want of memory perhaps; fewer --workers need less",
     r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote process exited": "another process of the run is gone",
 }
 """What PyTorch's errors say where a part of the run was lost, and how it is told."""
