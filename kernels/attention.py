@@ -1,3 +1,5 @@
+# A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 """Tied attention, forward: what both directions share, the kernel, its launcher; mssa.py has the mathematics.
 
 A head of width p is held in one or two parts of D0 and D1 columns, each a power of two up to 64 (80 = 64 + 16), so that

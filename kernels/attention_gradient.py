@@ -1,3 +1,8 @@
+# A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
+# pyright: reportArgumentType=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# Types tell neither how long a shape or a list of tensors is, nor which of them are there.
+# pyright: reportReturnType=false
 """Tied attention, backward: the launcher, then the kernel downward; mssa.py has the mathematics, attention.py the names and
 what both directions share.
 

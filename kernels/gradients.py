@@ -1,3 +1,7 @@
+# A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# Types tell neither how long a shape or a list of tensors is, nor which of them are there.
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 """Gradients of the matrix products in linear.py to their input.
 
 No full-width row is needed. With g the gradient of a result s, masked where s was rectified to zero, and v, u its gain and
@@ -339,7 +343,7 @@ def _launch_data_gradient(
     rows, (inputs, outputs) = g.shape[0], weight.shape
     config = shapes.matrix(name, weight.dtype, inputs, outputs, weight.device)
     programs = shapes.blocks(rows, config.block_m) * shapes.blocks(inputs, config.block_n)
-    norm = (None, None, None, 0) if sums is None else (*statistics, sums, sums.shape[1])
+    norm = (None, None, None, 0) if sums is None else (*(statistics or (None, None)), sums, sums.shape[1])
     launch(
         _data_gradient_kernel, programs, (g, *g.stride()), (weight, *weight.stride()), (dx, totals, x, gamma, residual), norm,
         rectified or (None, None, None), parts, (rows, inputs, outputs), images, 0, NORM=sums is not None, SHRINK=shrink,

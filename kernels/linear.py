@@ -1,3 +1,7 @@
+# A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
+# pyright: reportAssignmentType=false
+# Types tell neither how long a shape or a list of tensors is, nor which of them are there.
+# pyright: reportCallIssue=false
 """Matrix products over tokens, with LayerNorm in front and everything elementwise behind, and their gradients.
 
 A layer's three products are one kernel with different ends. With x̂ = (x − μ)/σ of a row and F = diag(γ) W rounded to the

@@ -1,3 +1,5 @@
+# PyTorch's own `backward` takes any gradients, one's own those of its results.
+# pyright: reportIncompatibleMethodOverride=false
 """Tied attention: multi-head subspace self-attention with one tensor as query, key and value.
 
 For one head, w of shape (N, p), S = w wᵀ · scale, which is symmetric:

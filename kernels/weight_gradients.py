@@ -1,3 +1,5 @@
+# A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
+# pyright: reportGeneralTypeIssues=false
 """Gradients of the matrix products in linear.py to their weights, in parts that weights.py sums up.
 
 A pure product: nothing is in the loop but loads and products. Behind a LayerNorm the writer of the result's gradient g stored

@@ -91,6 +91,7 @@ def test_mssa_takes_any_scale(scale):
     check_mssa(1, 33, 2, 24, "contiguous", scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "dtype"), DTYPES, indirect=["device"])
 def test_mssa_repeats_itself_to_the_bit(dtype):
     w = torch.randn(2, 65, 96, dtype=dtype, requires_grad=True)

@@ -124,6 +124,7 @@ def test_gradients_pass_through_any_mixture_of_fused_composed_and_frozen_layers(
         assert parameter.grad is None or relative(parameter.grad, exact[name].grad) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_layers_of_different_sizes_follow_one_another():
     """Their row sums come in different numbers of parts."""
     torch.manual_seed(0)
@@ -186,6 +187,7 @@ def test_training_follows_the_published_class(published_class, backend, steps):
     assert max(ties) <= 20, ties  # of 120,394 weights
 
 
+@pytest.mark.slow
 def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
     """What judges 16-bit precision without a GPU errs from float64 as the float16 kernels do, by less than they err."""
     torch.manual_seed(0)
@@ -207,6 +209,7 @@ def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
     assert max(ratios) < 2
 
 
+@pytest.mark.slow
 def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
     """The full measure, `python benchmarks/precision.py`, at a third of its width; with so few tokens single entries at the
     threshold would decide, so each gradient is judged on its own sides of it."""
@@ -217,6 +220,7 @@ def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
     assert max(rows["fp16, float16 stream"][value] for value in ("logits", "median")) <= 2.5, rows
 
 
+@pytest.mark.slow
 def test_16_bit_layers_are_no_less_precise_on_a_model_trained_on_the_digits(precision, tmp_path, monkeypatch):
     """On few images, so each gradient is judged on its own sides of the threshold; `benchmarks/results/precision-digits.json`
     has the measure with those that turn, on 1,437 images and 12 seeds."""

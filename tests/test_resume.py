@@ -89,6 +89,7 @@ def test_a_finished_run_goes_on_to_itself(finished, tmp_path):
     assert kill.outcome(run.path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "packed"])
 def test_three_kills_leave_no_trace(tmp_path, kind):
     kill.compare(tmp_path, 1, (0, 3), ("writing", "SIGTERM", "step"), kind=kind)
@@ -193,6 +194,7 @@ train(replace(SMALL, out=sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["config.json", "step-00000006.pt", "model.safetensors"])
 def test_a_run_killed_while_it_writes_a_file_goes_on_and_leaves_nothing_over(finished, tmp_path, moment):
     """In a new process, and none forked from this one, where a run in parts may have started the threads of a backward pass."""
@@ -257,6 +259,7 @@ def test_a_resumed_run_keeps_its_settings(finished, given, words):
         train(replace(SMALL, **given), given=given, resume=str(finished.path))
 
 
+@pytest.mark.slow
 def test_a_run_in_use_is_refused(finished, tmp_path):
     holder = RunDirectory(finished.path)
     holder.lock()
@@ -287,6 +290,7 @@ def test_resume_names_what_it_needs(finished, tmp_path, monkeypatch):
         train(SMALL)
 
 
+@pytest.mark.slow
 def test_signals_end_a_process_with_their_status(tmp_path):
     statuses = {}
     for name in ("SIGUSR1", "SIGINT"):
@@ -402,6 +406,7 @@ def test_a_changed_configuration_is_refused(finished, tmp_path, before, after, w
     assert contents(run) == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["folder", "packed"])
 def test_a_killed_reader_of_images_ends_the_run_in_a_line(tmp_path, data):
     class Killed(kill.Attempt):

@@ -36,7 +36,7 @@ class UnreadableError(RuntimeError):
 
 
 class Store(Protocol):
-    """Stored images, as `folder.Photographs` and `cifar.Pictures` are."""
+    """Stored images, as `folder.Photographs` and `resident.Pictures` are."""
 
     def __len__(self) -> int: ...
     def label(self, index: int) -> int: ...
@@ -60,7 +60,7 @@ class TrainSamples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        size = (self._config.image_size,) * 2
+        size = (self._config.image_size, self._config.image_size)
         return _read(self._store, index, size, lambda image: self._change(image, epoch, index))
 
     def _change(self, image: Image.Image, epoch: int, index: int) -> np.ndarray:
@@ -225,7 +225,7 @@ def _received(batches: Iterator) -> Iterator:
         yield batch
 
 
-def ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+def ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, on a GPU each copied on a stream of its own while the one before it is computed with."""
     if device.type != "cuda":
         yield from batches

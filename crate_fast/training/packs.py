@@ -144,7 +144,8 @@ def open_packs(path: str | Path) -> Packs:
     for split, name in zip(splits, names, strict=True):
         if len(split) != counts[name] or not len(split) or split.labels.max() >= len(classes):
             raise PackError(f"{path / MANIFEST}: its {name} packs do not hold what it says")
-    return Packs(*splits, classes)
+    train, val = splits
+    return Packs(train, val, classes)
 
 
 def _listed(manifest: dict) -> tuple[list[str], dict[str, int], dict[str, dict[str, int]]]:

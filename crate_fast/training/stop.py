@@ -11,7 +11,6 @@ from types import FrameType
 from ..files import as_bytes
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-_CHILD = signal.SIGCHLD
 AGAIN = 1.0  # seconds between Ctrl-C and one that is meant as another: torchrun passes on what a terminal has sent to all
 LONGEST_STEP = 600.0  # seconds that a process which reads images stays after SIGTERM, for the step that wants them
 
@@ -51,8 +50,8 @@ class Signals:
             os.set_blocking(self._pipe, False)
             self._wakeup = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
             self._before = {number: signal.signal(number, self._receive) for number in heard}
-            if (handler := signal.getsignal(_CHILD)) is not None:
-                self._before[_CHILD] = handler
+            if hasattr(signal, "SIGCHLD") and (handler := signal.getsignal(signal.SIGCHLD)) is not None:
+                self._before[signal.SIGCHLD] = handler
             self._listener = threading.Thread(target=self._listen, args=(reader,), daemon=True)
             self._listener.start()
         return self
@@ -92,8 +91,8 @@ class Signals:
 
 def hear_of_no_process() -> None:
     """Nothing is interrupted any more because a process that was started has ended. `Signals` undoes it."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(_CHILD, signal.SIG_DFL)
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def leave_signals_to_the_run() -> None:
