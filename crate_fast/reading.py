@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -212,7 +213,10 @@ def _read_archive(path: Path, otherwise: str) -> object:
     try:
         with warnings.catch_warnings():  # what is refused is refused in one line, without PyTorch's advice on it
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            if checked:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            with _Bounded(io.FileIO(path)) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError) as error:
         raise _unread(path, error) from error
     except Exception as error:  # a damaged archive can raise anything; nothing in it has been executed
@@ -223,6 +227,17 @@ def _read_archive(path: Path, otherwise: str) -> object:
             reason = "it is no file of torch.save" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         kind = CheckpointError if checked else DamagedError  # what has its checksums is what was written
         raise kind(f"{path}: {otherwise} ({reason})") from error
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which no more is read than there is. Python makes room for all that is asked for, which a file of ten bytes
+    can say is 4 GB."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= io.DEFAULT_BUFFER_SIZE:
+            left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+            size = left if size is None or size < 0 else min(size, left)
+        return super().read(size)
 
 
 def _check_sums(path: Path) -> None:

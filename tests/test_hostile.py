@@ -4,6 +4,7 @@ import random
 import resource
 import shutil
 import struct
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 
@@ -45,6 +46,18 @@ def test_compressed_archives_are_not_unpacked(tmp_path, compression):
     with pytest.raises(CheckpointError, match=r"data\.pkl is compressed, which torch\.save never does"):
         load_checkpoint(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 24 << 10  # KiB
+
+
+@pytest.mark.parametrize("start", [b"X", b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02X"])
+def test_no_room_is_made_for_what_is_not_there(tmp_path, start):
+    (tmp_path / "short.pth").write_bytes(b"\x80\x02" + start + struct.pack("<I", 2**32 - 1) + b"abc")
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"short\.pth: damaged"):
+            load_checkpoint(tmp_path / "short.pth")
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_parts_that_lie_over_each_other_are_refused(tmp_path):
