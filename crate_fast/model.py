@@ -12,7 +12,16 @@ from .backend import autocasts, check_backend, check_tensor, is_transformed
 from .evaluated import evaluated_embedding
 from .extras import require
 from .functional import check_number
-from .plainness import drops_nothing, has_global_hooks, is_exported, is_plain, norm_is_plain, same_place
+from .plainness import (
+    drops_nothing,
+    has_global_hooks,
+    is_exported,
+    is_plain,
+    keeps_forwards,
+    linear_is_plain,
+    norm_is_plain,
+    same_place,
+)
 from .transform import Transform
 from .transformer import STREAMS, Transformer, pool_tokens
 
@@ -127,7 +136,7 @@ class CRATE(nn.Module):
         """
         self._check_image(image)
         x = self._embed(image)
-        if has_global_hooks() or not is_plain(self.transformer, Transformer):
+        if has_global_hooks() or not (is_plain(self.transformer, Transformer) and keeps_forwards(self.transformer)):
             x = pool_tokens(self.transformer(x), self.pool)
         else:
             x = self.transformer.run(x, self.pool)
@@ -157,8 +166,9 @@ class CRATE(nn.Module):
         if not is_plain(modules, nn.Sequential) or len(modules) != 4 or not is_plain(modules[0], Rearrange):
             return False
         linear = modules[2]
-        plain = is_plain(linear, nn.Linear) and linear.bias is not None and drops_nothing(self.dropout)
-        return plain and norm_is_plain(modules[1]) and norm_is_plain(modules[3])
+        plain = linear_is_plain(linear) and linear.bias is not None and drops_nothing(self.dropout)
+        plain = plain and norm_is_plain(modules[1]) and norm_is_plain(modules[3])
+        return plain and keeps_forwards(modules, *modules, self.dropout)
 
     def _check_image(self, image: Tensor) -> None:
         check_tensor("the image", image)
