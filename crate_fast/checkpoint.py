@@ -27,6 +27,8 @@ from .reading import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, first_lin
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
 ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd")
+FREE = ("training", "backend", "stream", "transform", "frozen")  # settings that a model and what its file builds need not share
+CHANGED = "the model was changed after it was built"
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,6 +38,13 @@ def constructor_arguments(model: CRATE) -> dict:
     Raises:
         ValueError: no arguments do, since the model was changed after it was built.
     """
+    try:
+        return _arguments_of(model)
+    except (AttributeError, TypeError, IndexError) as error:  # a module in the place of another
+        raise ValueError(f"{CHANGED}: {first_line(error)}") from error
+
+
+def _arguments_of(model: CRATE) -> dict:
     transformer = model.transformer
     arguments = {
         "image_size": list(model.image_size),
@@ -75,12 +84,25 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
     from safetensors.torch import save
 
     arguments, weights = _describe(model)
-    tensors = {key: value.detach().contiguous() for key, value in weights.items()}
+    tensors = _apart(weights)
     values = arguments | transform_entry(model)
     values |= {DIGEST: digest_of(values, {key: value.cpu() for key, value in tensors.items()})}
     # One entry: safetensors does not keep the order of several, and equal models should be equal files.
     data = save(tensors, metadata={METADATA_KEY: json.dumps(values)})
     write_atomically(path, lambda file: file.write(data))
+
+
+def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, contiguous and each in memory of its own, as safetensors wants them; layers may share theirs."""
+    apart, places = {}, set()
+    for key, value in weights.items():
+        value = value.detach().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in places or storage.nbytes() != value.nbytes:
+            value = value.clone()
+        places.add(storage.data_ptr())
+        apart[key] = value
+    return apart
 
 
 def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
@@ -103,10 +125,31 @@ def _describe(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
     if not isinstance(model, CRATE):
         raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE")
     arguments, weights = constructor_arguments(model), model.state_dict()
-    difference = _difference(_skeleton(arguments), weights)
+    built = _skeleton(arguments)
+    difference = _difference(built, weights) or _change(built, model)
     if difference:
-        raise ValueError(f"the model was changed after it was built: {difference}")
+        raise ValueError(f"{CHANGED}: {difference}")
     return arguments, weights
+
+
+def _change(built: CRATE, model: CRATE) -> str | None:
+    """The first thing beside the weights in which `model` computes otherwise than it was `built`, in words; None if nothing."""
+    own, expected = (dict(each.named_modules(remove_duplicate=False)) for each in (model, built))
+    odd = sorted(own.keys() ^ expected.keys())
+    if odd:
+        return f"its module {odd[0]!r} is {'new' if odd[0] in own else 'missing'}"
+    if type(model).forward is not CRATE.forward:
+        return f"{type(model).__name__} has a forward of its own"
+    for name, module in own.items():
+        other, settings = expected[name], vars(module)
+        if name and type(module) is not type(other):
+            return f"{name!r} is a {type(module).__name__}, not a {type(other).__name__}"
+        if "forward" in settings:
+            return f"{name or 'the model'!r} has another forward"
+        for setting, value in vars(other).items():
+            if not (setting.startswith("_") or setting in FREE) and settings.get(setting, value) != value:
+                return f"{name or 'the model'!r} has {setting} {settings[setting]!r}; as it is built, {value!r}"
+    return None
 
 
 def load_checkpoint(

@@ -40,6 +40,14 @@ def is_text(name: str) -> bool:
     return as_bytes(name) == name.encode(errors="replace")
 
 
+def names_something(word: str) -> bool:
+    """Whether a file can have this name: it is not blank, as a variable that was not set, and the system can say it."""
+    try:
+        return bool(word.strip()) and b"\0" not in os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
+
+
 def drawable(name: str) -> str:
     """The name of a file as a figure can show it: what is no UTF-8 in escapes, dollars as themselves and not as formulas."""
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")

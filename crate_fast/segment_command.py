@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import add_weights, as_path, place
+from .arguments import add_weights, as_path, number, place
 from .checkpoint import load_checkpoint
 from .extras import require
 from .inspection.figures import blend, coloured, enlarged, plot_heads, save_picture
@@ -69,10 +69,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
+    share = number(text)
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no share; it must be above 0 and at most 1")
     return share

@@ -11,9 +11,9 @@ from PIL import Image
 
 from crate_fast import CRATE, CheckpointError, load_checkpoint
 from crate_fast.checkpoint import save_checkpoint, save_model
-from crate_fast.training import metrics
+from crate_fast.training import ConfigError, metrics
 from crate_fast.training.evaluation import evaluate_run
-from crate_fast.training.images import MEAN, STD
+from crate_fast.training.images import MEAN, STD, digest
 from crate_fast.training.plots import plot_curves
 from crate_fast.training.rundir import RunDirectory
 from crate_fast.training.saving import Checkpoints
@@ -96,6 +96,29 @@ def test_a_model_of_rectangles_is_shown_rectangles(size, crop, folder, tmp_path,
     images = shown(monkeypatch, tmp_path / "x.safetensors", folder)
     assert images.shape == (2, 3, *size)
     torch.testing.assert_close(images[0], expected(folder, *size, crop), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mean, std", [((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)), ((0.5,), (0.25,))])
+def test_images_are_normalised_as_the_file_of_the_weights_says(mean, std, folder, tmp_path, monkeypatch):
+    model = model_of()
+    model.transform = Transform(0.0, mean, std)
+    save_model(model, tmp_path / "x.safetensors")
+    images = shown(monkeypatch, tmp_path / "x.safetensors", folder)
+    plain = expected(folder, 16, 16, 0.0).permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)
+    wanted = ((plain - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)
+    torch.testing.assert_close(images[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_means_of_more_channels_than_the_model_takes_are_refused(folder, tmp_path):
+    model = model_of()
+    model.transform = Transform(0.0, (0.5, 0.5), (0.5, 0.5))
+    save_model(model, tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match="means of 2 channels; the model takes 3"):
+        evaluate_run(tmp_path / "x.safetensors", data=str(folder), workers=0, device="cpu")
+
+
+def test_classes_with_line_breaks_in_their_names_are_told_apart():
+    assert digest(["a\nb", "c"]) != digest(["a", "b\nc"])
 
 
 @pytest.mark.parametrize("target", ["x.safetensors", "x.pth"])
@@ -230,6 +253,10 @@ def test_a_good_checkpoint_is_one_whose_next_step_is_known(tmp_path):
         "train --lr １": "it must be a number",
         "train --lambd -1": "at least 0",
         "train --out ''": "names nothing",
+        "train --resume ''": "names nothing",
+        "train --data _": "names nothing",
+        "inspect --checkpoint _ --images digits --out {t}/o": "names nothing",
+        "segment {x} --checkpoint {x} --out {t}/o --mass １": "it must be a number",
         "inspect --checkpoint {x} --images '' --out {t}/o": "names nothing",
         "inspect --checkpoint {x} --images digits --out ''": "names nothing",
         "segment {x} --checkpoint {x} --out ''": "names nothing",
@@ -242,7 +269,7 @@ def test_a_good_checkpoint_is_one_whose_next_step_is_known(tmp_path):
 )
 def test_what_a_flag_cannot_mean_is_one_line(line, words, tmp_path, capsys):
     save_model(model_of(), tmp_path / "x.safetensors")
-    argv = [word if word != "''" else "" for word in line.format(x=tmp_path / "x.safetensors", t=tmp_path).split()]
+    argv = [{"''": "", "_": " "}.get(word, word) for word in line.format(x=tmp_path / "x.safetensors", t=tmp_path).split()]
     try:
         status, _, err = call(capsys, *argv)
     except SystemExit as error:
