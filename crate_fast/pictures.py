@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
+from .files import check_regular
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -53,6 +55,8 @@ def _open(source: str | Path | BinaryIO) -> Image:
     from PIL import Image
 
     Image.init()
+    if isinstance(source, str | Path):
+        check_regular(source)
     try:
         file = Image.open(source, formats=[kind for kind in KINDS if kind in Image.OPEN])
     except Image.DecompressionBombError as error:  # Pillow's own bound, twice ours

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import sharded
 from .extras import MissingPackageError, require
-from .files import digest_of, is_text, parse_json
+from .files import check_regular, digest_of, is_text, parse_json
 from .inferred import Found, choose, find_weights
 from .transform import FINETUNE, MAIN, Transform, read_transform
 
@@ -254,6 +254,7 @@ def _unread(path: Path, error: OSError | MemoryError) -> CheckpointError:
 
 def _signature(path: Path) -> bytes:
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             return file.read(SIGNATURE_LENGTH)
     except OSError as error:

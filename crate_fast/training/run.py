@@ -216,6 +216,8 @@ def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks:
             checkpoints.set_aside_after(checkpoints.read(Path(resume))["step"])
             return resume
         found = checkpoints.load_newest()
+        if found is None:
+            run.check_begun(config.checkpoint_every)
         return found and str(found[0])
 
     path = ranks.share(lock_and_find)
