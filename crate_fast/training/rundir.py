@@ -139,10 +139,8 @@ class RunDirectory:
         """For a run in whose folder there is no checkpoint: raises ConfigError where it must have had one."""
         rows = self.read_metrics() if self.metrics.exists() else []
         if self.model.exists() or any(row["epoch"] > checkpoint_every for row in rows):
-            raise ConfigError(
-                f"{self.checkpoints}: the checkpoints that this run had written are gone; bring them back, or begin another run "
-                "in a directory of its own"
-            )
+            words = "the checkpoints that this run had written are gone; bring them back, or begin another run elsewhere"
+            raise ConfigError(f"{self.checkpoints}: {words}")
 
     def read_config(self) -> TrainConfig:
         """The settings in config.json, with the precision that "auto" turned out to mean.
