@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -254,9 +253,7 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
     """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
     if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
         raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {str(arguments)[:200]}")
-    wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
-    if wrong is not None:
-        raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
+    check_floating(path, weights)
     arguments = arguments | overrides
     number = next((name for name in ("ista", "lambd") if not _is_size(arguments.get(name, 0.0))), None)
     if number is not None:
@@ -277,8 +274,15 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
     return model.eval()
 
 
+def check_floating(path: Path, weights: dict) -> None:
+    """Raises CheckpointError where one of the weights is no tensor that a model computes with, such as a quantised one."""
+    wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
+
+
 def _is_size(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _skeleton(arguments: dict) -> CRATE:

@@ -95,7 +95,7 @@ class CRATE(nn.Module):
         check_backend(backend)
         sizes = {"dim": dim, "heads": heads, "dim_head": dim_head, "channels": channels}
         for name, value in (sizes | {"depth": depth, "num_classes": num_classes}).items():
-            if not isinstance(value, int):
+            if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}; it must be an integer")
             if value < (name in sizes):
                 raise ValueError(f"{name} is {value}; it must be at least {int(name in sizes)}")
@@ -249,7 +249,10 @@ def _shelf():
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = value if isinstance(value, tuple | list) else (value, value)
+    sides = value if isinstance(value, tuple | list) else (value, value)
+    if len(sides) != 2 or not all(hasattr(side, "__index__") and not isinstance(side, bool) for side in sides):
+        raise TypeError(f"{name} is {value!r}; it must be an integer, or two: height and width")
+    height, width = map(int, sides)
     if height < 1 or width < 1:
         raise ValueError(f"{name} is {value}; it must be positive")
     return height, width

@@ -114,15 +114,15 @@ def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The `weights`; raises CheckpointError where one is no plain tensor, or has more bytes than were read for it."""
     for name, value in weights.items():
         _check_plain(path, name, value)
-    return weights
+    return {name: value.resolve_neg() if isinstance(value, Tensor) else value for name, value in weights.items()}
 
 
 def _check_plain(path: Path, name: object, value: object) -> None:
     """Raises CheckpointError where `value` is a tensor that is sparse, quantized or nowhere, or an expanded one."""
     if not isinstance(value, Tensor):
         return
-    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-        raise CheckpointError(f"{path}: {str(name)[:200]!r} is no plain tensor: it is sparse, quantized or without values")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_meta:
+        raise CheckpointError(f"{path}: {str(name)[:200]!r} is no plain tensor: it is sparse, nested, quantized or nowhere")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise CheckpointError(f"{path}: {str(name)[:200]!r} says it has {value.numel()} values, and fewer are stored")
 

@@ -89,6 +89,8 @@ def _segment(arguments: argparse.Namespace) -> None:
     for path, name in zip(paths, names, strict=True):
         image = _cut(path, model, arguments.size)
         one = look(model, normalise(image), layer)
+        if not (one.maps.isfinite().all() and one.projections.isfinite().all()):
+            raise InspectionError(f"{path}: what {arguments.checkpoint} makes of it is not finite, so there is nothing to show")
         seen.append(one.projections)
         folder = _make(out / name)
         pixels = to_array(image)

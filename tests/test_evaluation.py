@@ -134,10 +134,13 @@ def test_a_transform_that_is_none_is_refused(value):
         read_transform(value)
 
 
+COUNTED = {"n_averaged": torch.tensor(7)}
 BESIDE = {
     "timm": lambda last, mean: {"state_dict": last, "state_dict_ema": mean},
     "model_ema": lambda last, mean: {"model": last, "model_ema": {f"module.{key}": value for key, value in mean.items()}},
     "nested": lambda last, mean: {"model": last, "ema": {"module": mean, "decay": 0.9}},
+    "named otherwise": lambda last, mean: {"state_dict": last, "swa_model": mean},
+    "AveragedModel": lambda last, mean: {"model": last, "averaged": {f"module.{k}": v for k, v in mean.items()} | COUNTED},
 }
 
 
@@ -158,6 +161,54 @@ def test_of_weights_and_their_mean_it_is_said_which_was_taken(layout, tmp_path, 
     torch.save({"state_dict": last}, tmp_path / "y.pth")
     with pytest.raises(CheckpointError, match="there are only the last weights"):
         load_checkpoint(tmp_path / "y.pth", weights="mean", heads=2)
+
+
+def test_a_mean_of_some_weights_alone_is_not_taken_unasked(tmp_path, capsys):
+    last = model_of().state_dict()
+    torch.save({"state_dict": last, "ema": {"pos_embedding": 2 * last["pos_embedding"]}}, tmp_path / "x.pth")
+    model = load_checkpoint(tmp_path / "x.pth", heads=2)
+    assert all(torch.equal(value, last[key]) for key, value in model.state_dict().items())
+    assert "taken: the last weights" in capsys.readouterr().err
+    assert "taken: the last weights" in start_from(model_of(), read_weights(tmp_path / "x.pth"), "x.pth")
+
+
+WEIGHT = "transformer.layers.0.1.fn.weight"
+UNUSABLE = {
+    "of whole numbers": (
+        lambda weights: weights | {WEIGHT: weights[WEIGHT].to(torch.int8)},
+        "no tensor of real floating point",
+    ),
+    "of 8 bits": (
+        lambda weights: weights | {WEIGHT: weights[WEIGHT].to(torch.float8_e5m2)},
+        "no tensor of real floating point",
+    ),
+    "nested": (
+        lambda weights: weights | {WEIGHT: torch.nested.nested_tensor([torch.zeros(2)])},
+        "no plain tensor: it is sparse, nested",
+    ),
+    "there twice": (lambda weights: weights | {f"module.{WEIGHT}": weights[WEIGHT] * 2}, "twice, once as 'module.transformer"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_weights_that_are_none_or_two_are_refused_to_evaluate_and_to_start_from(what, tmp_path):
+    change, words = UNUSABLE[what]
+    torch.save({"state_dict": change(model_of().state_dict())}, tmp_path / "x.pth")
+    for read in (lambda path: load_checkpoint(path, heads=2), read_weights):
+        with pytest.raises(CheckpointError, match=words):
+            read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("value", [True, 10**400, "0.1", float("nan"), None, [0.1]])
+@pytest.mark.parametrize("name", ["ista", "lambd"])
+def test_a_step_size_that_is_no_number_is_refused(name, value, tmp_path):
+    save_checkpoint(model_of(), tmp_path / "x.pt")
+    content = torch.load(tmp_path / "x.pt")
+    content["arguments"][name] = value
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=rf"its argument {name} is .*it must be a finite number"):
+        load_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "mixed"])
