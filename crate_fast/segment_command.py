@@ -151,12 +151,16 @@ def _cut(path: Path, model: CRATE, short_side: int | None):
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """What the photographs are called in OUT: their stems, and where several have one, numbered."""
+    """What the photographs are called in OUT: their stems, and where several have one, numbered.
+
+    The stem of "...png" is "..", which would be the folder that OUT lies in.
+    """
     names: list[str] = []
     for path in paths:
-        name, number = path.stem, 2
+        stem = path.stem if path.stem.strip(".") else f"{path.name}-"
+        name, number = stem, 2
         while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
+            name, number = f"{stem}-{number}", number + 1
         names.append(name)
     return names
 

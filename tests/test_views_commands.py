@@ -148,6 +148,20 @@ def test_segment_flags(place, run, capsys):
         assert mask.size == (28, 20) and 0 < np.asarray(mask).mean() / 255 <= 0.3 + 1 / 35
 
 
+def test_segment_writes_in_its_folder_alone_whatever_photographs_are_called(place, run, tmp_path):
+    names = ["..png", "...png", "....png", ".a.png", "b.png", "b.jpg"]
+    for name in names:
+        with Image.open(place / "photos" / "china.JPG") as photo:
+            photo.resize((16, 16)).save(tmp_path / name, "png")
+    assert (
+        main(["segment", *(str(tmp_path / name) for name in names), "--checkpoint", str(run), "--out", str(tmp_path / "o")])
+        == 0
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "o"])
+    assert sum(path.is_dir() for path in (tmp_path / "o").iterdir()) == len(names)
+    assert not (tmp_path / "o" / "image.png").exists()
+
+
 WRONG = {
     "inspect --checkpoint {p}/colour.safetensors --images {p}/absent --out {p}/x": "{p}/absent: no such directory",
     "inspect --checkpoint {p}/colour.safetensors --images {p}/empty --out {p}/x": "{p}/empty: no images in it",
