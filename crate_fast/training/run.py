@@ -175,7 +175,7 @@ def _check_out(config: TrainConfig, ranks: Ranks, resume: str | None) -> None:
     """Where torchrun may restart a run, it must find it again."""
     if config.out is not None:
         return
-    if ranks.count > 1 and resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if ranks.count > 1 and resume is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0").strip() not in ("", "0"):
         raise ConfigError(
             "torchrun may restart this run (--max-restarts), which has to find its directory again: give --out DIR"
         )
