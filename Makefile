@@ -6,19 +6,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-# The oldest versions that setup.py allows, and a NumPy that triton 3.6's interpreter takes.
+# The oldest versions that pyproject.toml allows, and a NumPy that triton 3.6's interpreter takes.
 OLDEST := .venv-oldest
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* 'numpy<2.4' pytest pytest-xdist
 # What depends on them: the compiler and export, kernels, FSDP and DDP, streams and graphs, training on the digits.
 OLDEST_TESTS := $(patsubst %,tests/test_%.py,export gpu_training graphed kernels layer model odd_tensors)
 
-.PHONY: train test test-oldest test-rounding fuzz bench gpu wheels lint
+.PHONY: train test quick one test-oldest test-rounding fuzz bench gpu wheels lint types
 
 train: $(VENV)/installed-train
 	$(BIN)/crate-fast train $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(ARGS)
+
+# The first case of every test that is not marked slow: under a minute on two idle cores. The slowest are shown, so that what
+# has become slow is seen.
+quick: $(VENV)/installed-test
+	$(BIN)/python -m pytest --quick --numprocesses=2 --dist=worksteal --durations=5 $(ARGS)
+
+# TEST is a file, a test as pytest names it (tests/test_cli.py::test_as_a_process), or words of names ("resume and not killed").
+one: $(if $(TEST),$(VENV)/installed-test)
+	@test -n "$(TEST)" || { echo "make one: TEST is ''; it must be a file, a test in it, or words of tests' names" >&2; exit 2; }
+	$(BIN)/python -m pytest $(if $(findstring /,$(TEST)),'$(TEST)',-k '$(TEST)') $(ARGS)
 
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(OLDEST_TESTS) $(ARGS)
@@ -62,6 +72,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+types: $(VENV)/installed-test
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
 # The stamp is written last, so an installation that was cut off is taken up again; an environment without a working pip
 # is made anew.
 $(VENV)/installed-%: setup.py pyproject.toml
@@ -70,7 +83,7 @@ $(VENV)/installed-%: setup.py pyproject.toml
 	@$(PIP) install --editable '.[$*]'
 	@touch $@
 
-$(OLDEST)/installed: setup.py Makefile
+$(OLDEST)/installed: setup.py pyproject.toml Makefile
 	@echo "installing crate-fast[train] with the oldest PyTorch in $(OLDEST) (minutes, the first time)"
 	@$(PYTHON) -m venv --clear $(OLDEST)
 	@$(OLDEST)/bin/python -m pip --quiet --disable-pip-version-check install --editable '.[train]' $(OLDEST_VERSIONS)

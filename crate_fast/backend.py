@@ -58,7 +58,7 @@ def is_transformed() -> bool:
 # Constant to torch.compile, which takes what peek gives for an object even where that is None, and guards transforms itself.
 @constant_to_compile
 def _is_in_functorch() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue] (no stub)
 
 
 def check_backend(backend: str) -> str:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .files import digest_of, open_own
 from .inferred import WORDS, infer_arguments
 from .model import CRATE
 from .reading import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, first_line, model_file, read_model
+from .transformer import layers_of
 
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
@@ -56,7 +57,7 @@ def _arguments_of(model: CRATE) -> dict:
         "channels": model.channels,
         "emb_dropout": model.dropout.p,
     }
-    of_layers = [_layer_arguments(mssa.fn, ista.fn) for mssa, ista in transformer.layers]
+    of_layers = [_layer_arguments(mssa.fn, ista.fn) for mssa, ista in layers_of(transformer)]
     if any(layer != of_layers[0] for layer in of_layers):
         raise ValueError("the layers differ in dim_head, dropout, ista or lambd; the constructor gives all the same")
     return arguments | (of_layers[0] if of_layers else {})
@@ -219,7 +220,7 @@ def _tell(line: str) -> None:
         print(f"crate-fast: {line}", file=sys.stderr)
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], object]) -> None:
     """Lets `write` fill a file beside `path`, flushes it to the disk and renames it: `path` is the old file or all of the new.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options) -> None:
         super().__init__(**options, allow_abbrev=False)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """As ever, but a subcommand's parser complains of what it does not know itself, and points to its own help."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -126,8 +126,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _print_any_name() -> None:
     """Has stdout write what its encoding has not as stderr does: names of files that are no UTF-8, in escapes."""
-    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    stdout: Any = sys.stdout  # which may be another than the interpreter's
+    if getattr(stdout, "errors", None) == "strict" and hasattr(stdout, "reconfigure"):
+        stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, status: int) -> int:

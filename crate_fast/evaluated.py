@@ -55,7 +55,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def _is_words(x: Tensor) -> bool:
     """Whether the rows of x may be read in words of eight bytes."""
     size = x.element_size()
-    return x.is_contiguous() and x.storage_offset() * size % 8 == 0 and x.shape[-1] * size % 8 == 0
+    in_step = x.storage_offset() * size % 8 == 0 and x.shape[-1] * size % 8 == 0
+    return in_step and x.is_contiguous()  # pyright: ignore[reportReturnType] (nothing is symbolic here)
 
 
 @torch.library.custom_op("crate_fast::evaluated_layer", mutates_args=())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,15 @@ from . import functional
 from .plainness import keeps_nothing
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from .kernels import LayerWeights, PreparedWeights
     from .modules import Layer
 
+    Weights: TypeAlias = tuple[LayerWeights, PreparedWeights]
 
-def fresh_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
+
+def fresh_weights(layers: list[Layer], operand: torch.dtype) -> list[Weights]:
     """(`kernels.LayerWeights`, `kernels.PreparedWeights`) of every layer; of layers that are alike in three launches together:
     their weights copied side by side, M made of them, the norms folded in."""
     from .kernels import LayerWeights, prepare_layers, stack_weights
@@ -30,20 +35,21 @@ def fresh_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
     return [(w._replace(operator=m), p) for w, m, p in zip(own, each, prepared, strict=True)]
 
 
-def fused_weights(layers: list[Layer], operand: torch.dtype) -> list[tuple]:
+def fused_weights(layers: list[Layer], operand: torch.dtype) -> list[Weights]:
     """`fresh_weights` of all layers together; of frozen layers what it gave first, in a call that no CUDA graph recorded: what
     a graph makes has no values before the first replay."""
     if any(layer.frozen is None for layer in layers):
         return fresh_weights(layers, operand)
-    kept = [layer.frozen.get(operand) for layer in layers]
+    stores: list[Any] = [layer.frozen for layer in layers]
+    kept = [pairs.get(operand) for pairs in stores]
     if None in kept:
         kept = fresh_weights(layers, operand)
         if not (keeps_nothing() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())):
             place = kept[0][0].operator.device
             if place.type == "cuda":
                 torch.cuda.current_stream(place).synchronize()  # once: later calls may be on other streams
-            for layer, pair in zip(layers, kept, strict=True):
-                layer.frozen[operand] = pair
+            for pairs, pair in zip(stores, kept, strict=True):
+                pairs[operand] = pair
     return kept
 
 

@@ -51,15 +51,15 @@ def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto
     dtype = operand_dtype(w)
     w = w if w.dtype == dtype else w.to(dtype)
     head_width = width // heads
-    scale = head_width**-0.5 if scale is None else check_number("scale", scale)
+    factor = head_width**-0.5 if scale is None else check_number("scale", scale)
     choice = choose_backend(backend, w, head_width)
     if choice.name == "reference" or tokens == 0:
-        return reference.mssa(w, heads, scale)
+        return reference.mssa(w, heads, factor)
     if choice.name == "triton":
         from .kernels import MSSA
 
-        return MSSA.apply(w, heads, scale)
-    return attend(w, heads, scale)
+        return MSSA.apply(w, heads, factor)
+    return attend(w, heads, factor)
 
 
 def class_token_mssa(h: Tensor, project: Tensor, heads: int, scale: float) -> Tensor:
@@ -124,7 +124,7 @@ class _FlashOnCPU(torch.autograd.Function):
         return out.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         w, out, lse = ctx.saved_tensors
         again = torch.is_grad_enabled()
         if again or is_transformed():
@@ -199,7 +199,7 @@ class _Operator(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dm: Tensor):
+    def backward(ctx, dm: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
         d = weight.to(dm.dtype)
         return torch.addmm(dm, d, dm + dm.t(), beta=ctx.step_size, alpha=-ctx.step_size).to(weight.dtype), None, None
@@ -255,7 +255,7 @@ class _CompiledRelu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _relu_gradient(gradient, *ctx.saved_tensors)
 
 

@@ -58,7 +58,7 @@ class Shelf(
         write_atomically(save_directory / CONFIG_NAME, lambda file: file.write(text.encode()))
 
     @classmethod
-    def from_pretrained(cls, source: str, **options) -> Shelf:
+    def from_pretrained(cls, source: str, **options) -> Shelf:  # pyright: ignore[reportIncompatibleMethodOverride] (its name)
         try:
             return super().from_pretrained(source, **options)
         except (CheckpointError, MissingPackageError, TypeError):

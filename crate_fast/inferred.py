@@ -134,7 +134,7 @@ def _infer_sizes(values: int, patches: int, known: dict) -> dict:
         if channels is None:
             raise ValueError(f"a patch has {values} values, of no square patch with {' or '.join(map(str, tried))} channels; "
                              "say patch_size")  # fmt: skip
-        patch = (_root(values // channels),) * 2
+        patch = (math.isqrt(values // channels),) * 2
     if "image_size" not in known and not _root(patches):
         raise ValueError(f"{patches} patches make no square image; say image_size")
     side = _root(patches) or 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from einops.layers.torch import Rearrange
@@ -27,7 +28,7 @@ from .transformer import STREAMS, Transformer, pool_tokens
 
 POOLS = ("cls", "mean")
 
-SIZES = {
+SIZES: dict[str, dict[str, int]] = {
     "tiny": dict(dim=384, depth=12, heads=6, dim_head=64),
     "small": dict(dim=576, depth=12, heads=12, dim_head=48),
     "base": dict(dim=768, depth=12, heads=12, dim_head=64),
@@ -189,7 +190,7 @@ class CRATE(nn.Module):
                 f"{self.pos_embedding.shape[1] - 1} (image_size={_times(self.image_size)})"
             )
 
-    def save_pretrained(self, directory: str | os.PathLike, **options) -> str | None:
+    def save_pretrained(self, directory: str | os.PathLike[str], **options) -> str | None:
         """Writes model.safetensors, config.json and a model card to `directory`, which it makes if need be.
 
         Args:
@@ -203,7 +204,7 @@ class CRATE(nn.Module):
             ValueError: the model was changed after it was built, so that it could not be built again.
             OSError: `directory` cannot be written to.
         """
-        return _shelf()(self).save_pretrained(directory, **options)
+        return _shelf()(self).save_pretrained(os.fspath(directory), **options)
 
     def push_to_hub(self, name: str, **options) -> str:
         """Writes the same to the Hugging Face Hub, as the model `name`, ORGANISATION/NAME; returns the commit's address.
@@ -272,7 +273,9 @@ def build(size: str, num_classes: int = 1000, **options) -> CRATE:
     """A CRATE of a published size ("tiny", "small", "base", "large") for 224 px and patches of 16, unless `options` differ."""
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; allowed are {', '.join(map(repr, SIZES))}")
-    return CRATE(**(dict(image_size=224, patch_size=16, num_classes=num_classes) | SIZES[size] | options))
+    arguments: dict[str, Any] = dict(image_size=224, patch_size=16, num_classes=num_classes)
+    arguments |= SIZES[size] | options
+    return CRATE(**arguments)
 
 
 def CRATE_tiny(num_classes: int = 1000, **options) -> CRATE:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ from .reference import constant_to_compile
 class PreNorm(nn.Module):
     """`fn` of the layer-normalised input; (batch, tokens, dim) to the same."""
 
+    fn: Any  # in a layer an Attention or a FeedForward, which its place tells
+    _modules: dict[str, Any]  # read as it is, here and below, since attributes of modules are found slowly
+
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
@@ -47,6 +51,8 @@ class Attention(nn.Module):
         dropout: on the attention probabilities, and again after the projection back.
         backend: see `crate_fast.choose_backend`.
     """
+
+    _modules: dict[str, Any]
 
     def __init__(self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.0, backend: str = "auto") -> None:
         super().__init__()
@@ -126,11 +132,17 @@ class Layer(nn.Sequential):
 
     frozen: dict[torch.dtype, tuple] | None = None
     """What `fresh_weights` gave, by the operands' dtype, in a copy that `crate_fast.freeze` made; else None."""
+    _modules: dict[str, Any]
+
+    if TYPE_CHECKING:  # nn.Sequential tells no more of the two than that they are modules
+
+        def __getitem__(self, idx: int | slice) -> Any: ...
+        def __iter__(self) -> Iterator[PreNorm]: ...
 
     def __init__(self, mssa: PreNorm, ista: PreNorm) -> None:
         super().__init__(mssa, ista)
 
-    def forward(self, x, run: Callable | None = None):
+    def forward(self, x, run: Callable | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """(batch, tokens, dim) to the same; with `run` what that makes of this layer and x, see `through`."""
         if run is not None:
             return run(self, x)

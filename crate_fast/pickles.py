@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar
+
+_PythonUnpickler: Any = pickle._Unpickler  # of which type checkers do not know that it is in Python
 
 
-class AdmittingUnpickler(pickle._Unpickler):
+class AdmittingUnpickler(_PythonUnpickler):
     """Takes from modules what `admitted` has under (module, name), and nothing else.
 
     In Python, since the unpickler in C makes room for as many objects as a file says it has.
@@ -35,4 +37,4 @@ class AdmittingUnpickler(pickle._Unpickler):
         """Refuses what makes room before it reads."""
         raise pickle.UnpicklingError(f"it holds a bytearray, and only {self.contents} are read")
 
-    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8}
+    dispatch = _PythonUnpickler.dispatch | {pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8}

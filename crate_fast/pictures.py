@@ -60,7 +60,7 @@ def _open(source: str | Path | BinaryIO) -> Image:
     try:
         file = Image.open(source, formats=[kind for kind in KINDS if kind in Image.OPEN])
     except Image.DecompressionBombError as error:  # Pillow's own bound, twice ours
-        check_pixels(int(re.search(r"\d+", str(error)).group()))
+        check_pixels(int(re.findall(r"\d+", str(error))[0]))
         raise
     try:
         check_pixels(*file.size)

@@ -7,6 +7,7 @@ FSDP2's `fully_shard` is watched by nobody: its hooks make its weights whole for
 from __future__ import annotations
 
 from types import MethodType
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.modules import module as torch_module
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 PLAIN = (nn.Parameter, Tensor)
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def has_global_hooks() -> bool:
@@ -47,7 +49,7 @@ def has_weights(module: nn.Module, *names: str) -> bool:
     return all(name in module._parameters for name in names)
 
 
-def is_plain(module: nn.Module, cls: type[nn.Module], sharded: bool = False) -> bool:
+def is_plain(module: nn.Module, cls: type[Kind], sharded: bool = False) -> TypeGuard[Kind]:
     """True if `module` is a `cls` and no subclass, has no hooks, its class's forward, and ordinary tensors as parameters.
 
     sharded: parameters may be parts of such tensors, which `fully_shard` makes whole when a module around is called.
@@ -68,7 +70,7 @@ def is_sharded(module: nn.Module, cls: type[nn.Module]) -> bool:
 
     if type(module).__bases__ != (FSDPModule, cls) or "forward" in module.__dict__:
         return False
-    state = module._get_fsdp_state()
+    state = module._get_fsdp_state()  # pyright: ignore[reportCallIssue] (it is an FSDPModule)
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     if module._backward_hooks or module._backward_pre_hooks or any(getattr(h, "__self__", None) is not state for h in hooks):
         return False

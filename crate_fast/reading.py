@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from .transform import FINETUNE, MAIN, Transform, read_transform
 METADATA_KEY = "crate_fast"
 DIGEST = "digest"  # of all weights in a file of safetensors and of what is said of them, which has no checksums of its own
 TRANSFORM = "evaluation"  # beside the constructor's arguments in safetensors, and a checkpoint's own entry
-PUBLISHED = {"state_dict": MAIN, "model": FINETUNE}  # by where main.py and finetune.py put their weights
+# By where main.py and finetune.py put their weights.
+PUBLISHED: dict[str | None, Transform] = {"state_dict": MAIN, "model": FINETUNE}
 ZIP_SIGNATURE = b"PK\x03\x04"
 SIGNATURE_LENGTH = 9  # safetensors begins with 8 bytes of length and the brace of its JSON
 MODEL_NAME = "model.safetensors"
@@ -100,7 +101,7 @@ def _read_file(path: Path, wanted: str | None) -> Model:
     start = _signature(path)
     if start[8:] == b"{" and not start.startswith(ZIP_SIGNATURE):
         return _read_safetensors(path, wanted)
-    content = _read_archive(path, "damaged, or neither safetensors nor a checkpoint")
+    content: Any = _read_archive(path, "damaged, or neither safetensors nor a checkpoint")
     found = find_weights(content, wanted)
     if not found.weights:
         raise CheckpointError(f"{path}: no weights of a CRATE in it")
@@ -123,13 +124,17 @@ def _check_plain(path: Path, name: object, value: object) -> None:
         return
     if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_meta:
         raise CheckpointError(f"{path}: {str(name)[:200]!r} is no plain tensor: it is sparse, nested, quantized or nowhere")
+    hooks = value._backward_hooks
+    if hooks is not None and (not isinstance(hooks, dict) or hooks):
+        raise CheckpointError(f"{path}: {str(name)[:200]!r} is no plain tensor: something hangs on its gradient")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise CheckpointError(f"{path}: {str(name)[:200]!r} says it has {value.numel()} values, and fewer are stored")
 
 
 def _check_all_plain(path: Path, content: dict) -> None:
     """Raises CheckpointError as `_check_plain` for anything in nested `content`, which may lead back to itself."""
-    left, seen = [("it", content)], set()
+    left: list[tuple[object, object]] = [("it", content)]
+    seen = set()
     while left:
         name, value = left.pop()
         _check_plain(path, name, value)

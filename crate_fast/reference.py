@@ -8,6 +8,8 @@ class, so one seed gives one model in both.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -126,7 +128,7 @@ class Transformer(nn.Module):
 
     def __init__(self, dim: int, depth: int, heads: int, dim_head: int, dropout: float, ista: float, lambd: float) -> None:
         super().__init__()
-        self.layers = nn.ModuleList()
+        self.layers: Any = nn.ModuleList()  # of pairs, which its type cannot say
         for _ in range(depth):
             attention = PreNorm(dim, Attention(dim, heads, dim_head, dropout))
             self.layers.append(nn.ModuleList([attention, PreNorm(dim, FeedForward(dim, ista, lambd))]))

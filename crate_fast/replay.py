@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +38,9 @@ def graphed(model: nn.Module, images: Tensor) -> Graphed:
 class Graphed:
     """What `graphed` returns. A call takes images and returns logits that are the caller's; images of another shape, dtype or
     device go through the model itself. Nothing is differentiated; hooks set later are not seen."""
+
+    _replay: Callable[..., Any]
+    _autocast: dict[str, Any]
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside of it

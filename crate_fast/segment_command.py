@@ -119,10 +119,12 @@ def look(model: CRATE, image: Tensor, layer: int) -> Seen:
     """
     image = image.to(model.pos_embedding.device)
     grid = patch_grid(model, image)
+    maps = projection = torch.empty(0)
     for index, view in enumerate(layer_views(model, image)):
+        projection = view.projection
         if index == layer:
             maps = attention_row(view.projection, view.heads, view.scale)[0, :, 1:].unflatten(-1, grid).cpu()
-    return Seen(maps, view.projection[0, 1:].unflatten(0, grid).cpu())
+    return Seen(maps, projection[0, 1:].unflatten(0, grid).cpu())
 
 
 def _draw(pixels: Tensor, maps: dict[str, Tensor], mass: float, patch_size: tuple[int, int], folder: Path) -> None:

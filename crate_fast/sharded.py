@@ -12,6 +12,7 @@ import pickle
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
         DamagedError: the table is damaged, asks for something else, or tells of something else than tensors.
         OSError, MemoryError: it cannot be read now.
     """
-    own = {n: e for n, e in read_table(path / TABLE).state_dict_metadata.items() if n.startswith(f"{part}.")}
+    own: dict[str, Any] = {n: e for n, e in read_table(path / TABLE).state_dict_metadata.items() if n.startswith(f"{part}.")}
     try:
         tensors = {n.partition(".")[2]: torch.empty(e.size, dtype=e.properties.dtype, device="meta") for n, e in own.items()}
     except (RuntimeError, TypeError) as error:
@@ -184,7 +185,7 @@ def read_table(file: Path):
     return table
 
 
-def _is_entry(name: object, entry: object) -> bool:
+def _is_entry(name: object, entry: Any) -> bool:
     """Whether the table's `entry` is of a tensor, so far as `read_tensors` needs it to tell the tensor's size."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LEAST_CROP = 0.05  # of a smaller part an image would be enlarged more than twenty times
 
@@ -30,16 +30,22 @@ def read_transform(value: object) -> Transform:
     Raises:
         ValueError: it is none.
     """
+    found = _read(value)
+    if found is None:
+        raise ValueError(f"its evaluation is {str(value)[:200]}; it must have crop, mean and std")
+    return found
+
+
+def _read(value: Any) -> Transform | None:
     try:
         crop = value["crop"]
         mean, std = (None if value[name] is None else tuple(map(float, value[name])) for name in ("mean", "std"))
         numbers = (crop, *(mean or ()), *(std or ()))
         sound = allowed_crop(crop) and all(math.isfinite(number) for number in numbers) and all(s > 0 for s in std or ())
+        fits = (mean is None) == (std is None) and len(mean or ()) == len(std or ())
+        return Transform(float(crop), mean, std) if sound and fits else None
     except (KeyError, TypeError, ValueError, OverflowError):
-        sound = False
-    if not sound or (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
-        raise ValueError(f"its evaluation is {str(value)[:200]}; it must have crop, mean and std")
-    return Transform(float(crop), mean, std)
+        return None
 
 
 def allowed_crop(crop: float) -> bool:

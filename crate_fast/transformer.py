@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,10 @@ from .backend import autocasts, choose_backend
 from .fresh import fresh_weights, fused_weights
 from .modules import Attention, FeedForward, Layer, PreNorm
 from .plainness import has_global_hooks, same_place
+
+if TYPE_CHECKING:
+    from .fresh import Weights
+    from .kernels import Stream
 
 STREAMS = ("auto", "float16", "bfloat16", "float32")
 
@@ -62,7 +68,7 @@ class Transformer(nn.Module):
         """
         watched = x.dim() != 3 or x.numel() == 0 or has_global_hooks()
         cast, chosen = autocasts(x.device.type), {}
-        runs = [
+        runs: list[tuple[bool, list[Any]]] = [  # of `Layer` where they are fused, else of whatever modules there are
             (fused, list(layers))
             for fused, layers in groupby(self.layers, key=lambda layer: not watched and self._fuses(layer, x, cast, chosen))
         ]
@@ -113,6 +119,11 @@ class Transformer(nn.Module):
             return leave_stack(handed_on, result, pool, scaled=operand == torch.float16)
 
 
+def layers_of(transformer: Transformer) -> Iterator[Layer]:
+    """Its layers, taken for what it was built with."""
+    return cast("Iterator[Layer]", iter(transformer.layers))
+
+
 def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """(dtype of the activations between kernels, dtype of matrix operands) of fused layers under autocast.
 
@@ -124,7 +135,8 @@ def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torc
         stream = "float32" if autocast == torch.float16 else "float16"
     if stream == "float32":
         return torch.float32, torch.float16
-    return (torch.bfloat16,) * 2 if stream == "bfloat16" else (torch.float16,) * 2
+    dtype = torch.bfloat16 if stream == "bfloat16" else torch.float16
+    return dtype, dtype
 
 
 def pool_tokens(x: Tensor, pool: str | None) -> Tensor:
@@ -134,13 +146,13 @@ def pool_tokens(x: Tensor, pool: str | None) -> Tensor:
     return x.mean(dim=1) if pool == "mean" else x[:, 0]
 
 
-def _run_layer(layer: Layer, stream, weights: tuple):
-    """The fused `layer` with its `weights` as `fresh_weights` gives them; `kernels.Stream` to the same."""
+def _run_layer(layer: Layer, stream: Stream, weights: Weights) -> Stream:
+    """The fused `layer` with its `weights` as `fresh_weights` gives them."""
     from .kernels import fused_layer
 
     return fused_layer(stream, *weights, layer.settings())
 
 
-def _run_alone(layer: Layer, stream, operand: torch.dtype):
+def _run_alone(layer: Layer, stream: Stream, operand: torch.dtype) -> Stream:
     """The fused `layer`, whose weights are whole just now."""
     return _run_layer(layer, stream, *fresh_weights([layer], operand))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,10 +87,10 @@ def find_winners(jobs: list[Workload], dtype: torch.dtype, clock: Callable[[Call
             except OutOfResources:
                 continue
         times.setdefault(tuning.key(job.kernel, dtype, *job.sizes), {})[config] = taken
-    return {name: min(measured, key=measured.get) for name, measured in times.items()}
+    return {name: min(measured, key=lambda config: measured[config]) for name, measured in times.items()}
 
 
-def _milliseconds(run: Callable) -> float:
+def _milliseconds(run: Callable) -> Any:
     from triton.testing import do_bench
 
     return do_bench(run, warmup=25, rep=100, return_mode="median")

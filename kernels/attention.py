@@ -1,9 +1,12 @@
+# A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 """Tied attention, forward: what both directions share, the kernel, its launcher; mssa.py has the mathematics.
 
-A head of width p is held in one or two parts of D0 and D1 columns, each a power of two (48 = 32 + 16), so that no product
-works on padding; without a second part D1 is 0 and its tiles stand for nothing. Tokens of one head are cut in row tiles of
-BLOCK_M, one program each, whose last may be TAIL high, against column tiles of BLOCK_N, then of TAIL: 197 tokens cost
-208 × 208. Numbers of a token (lse, δ) are kept in rows of a multiple of TAIL, so that column tiles read them without a mask.
+A head of width p is held in one or two parts of D0 and D1 columns, each a power of two up to 64 (80 = 64 + 16), so that
+hardly any product works on padding; without a second part D1 is 0 and its tiles stand for nothing. Tokens of one head are cut
+in row tiles of BLOCK_M, one program each, whose last may be TAIL high, against column tiles of BLOCK_N, then of TAIL: 197
+tokens cost 208 × 208. Numbers of a token (lse, δ) are kept in rows of a multiple of TAIL, so that column tiles read them
+without a mask.
 
 Names: `p_` pointers, `b_` tiles in registers, `m_` masks. M rows, N columns, D head width; i rows, j columns. What
 travels together goes as a tuple: a head as (pointer, stride of a token, stride of a column).
@@ -52,26 +55,30 @@ def plan(name: str, w: Tensor, heads: int) -> tuple[dict, int]:
     """The compile-time constants of a launch and its number of programs."""
     batch, tokens, width = w.shape
     config = shapes.attention(name, w.dtype, width // heads, w.device)
-    constants = _constants(config, width // heads, w.dtype, product_precision(w.dtype))
+    constants = _constants(name, config, width // heads, w.dtype, product_precision(w.dtype))
     return constants, batch * heads * shapes.blocks(tokens, config.block_m)
 
 
 @cache
-def _constants(config: Config, head_width: int, dtype: torch.dtype, precision: str) -> dict:
-    wide, narrow = _parts(head_width, dtype)
+def _constants(name: str, config: Config, head_width: int, dtype: torch.dtype, precision: str) -> dict:
+    wide, narrow = _parts(name, head_width, dtype)
     return config.constants() | {"WIDTH": head_width, "D0": wide, "D1": narrow, "PRECISION": precision}
 
 
-def _parts(head_width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """A head's width as one or two powers of two, of 16 or more, that together are as wide, or least wider; (D0, D1)."""
+def _parts(name: str, head_width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """A head's width as one or two powers of two from 16 to 64 that together are as wide, or least wider; (D0, D1).
+
+    No part is wider: HMMA's accumulators of 64 rows and 128 columns are laid out so that every tile of probabilities goes
+    through shared memory, and float32 products hold both operands in registers, over their whole depth.
+    """
     whole = triton.next_power_of_2(max(head_width, 16))
     first = whole // 2
-    if first < 16 or (head_width == whole and dtype != torch.float32):
-        return whole, 0
     rest = triton.next_power_of_2(max(head_width - first, 16))
-    if head_width == whole:  # float32 products hold both operands in registers, over their whole depth
-        return (first, first) if whole > 64 else (whole, 0)
-    return (first, rest) if rest < first else (whole, 0)
+    if whole > 64:
+        return first, rest
+    if name == "mssa_forward" and dtype != torch.float32:
+        return whole, 0  # its time is the exponentials: a second chain of products costs more than padding
+    return (first, rest) if 16 <= rest < first else (whole, 0)
 
 
 @triton.jit
@@ -233,9 +240,10 @@ def _no_keys(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 def _store_rows(results, state, first, tokens, padded, WIDTH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     p_o, p_lse, stride_o = results
     b_max, b_sum, b_o0, b_o1 = state
-    _store_part(p_o, b_o0 / b_sum[:, None], first, tokens, stride_o, 0, WIDTH)
+    b_share = 1.0 / b_sum[:, None]
+    _store_part(p_o, b_o0 * b_share, first, tokens, stride_o, 0, WIDTH)
     if D1 > 0:
-        _store_part(p_o, b_o1 / b_sum[:, None], first, tokens, stride_o, D0, WIDTH)
+        _store_part(p_o, b_o1 * b_share, first, tokens, stride_o, D0, WIDTH)
     row = first + tl.arange(0, b_sum.shape[0])
     tl.store(p_lse + row, tl.where(row < tokens, b_max + tl.log2(b_sum), float("inf")), mask=row < padded)
 

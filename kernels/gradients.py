@@ -1,3 +1,7 @@
+# A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# Types tell neither how long a shape or a list of tensors is, nor which of them are there.
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 """Gradients of the matrix products in linear.py to their input.
 
 No full-width row is needed. With g the gradient of a result s, masked where s was rectified to zero, and v, u its gain and
@@ -28,7 +32,7 @@ from torch import Tensor
 
 from . import shapes
 from .attention import padded_tokens
-from .linear import GROUP, Folded, Statistics, _halves, _swizzle, unmixed
+from .linear import GROUP, Folded, Statistics, _halves, _load_columns, _swizzle, unmixed
 from .runtime import launch, product_precision
 
 
@@ -42,29 +46,16 @@ class Rectified(NamedTuple):
 
 @triton.jit
 def _data_gradient_kernel(
-    p_g,  # (rows, outputs) gradient of the result, any strides
-    p_weight,  # (inputs, outputs), any strides
-    p_dx,  # (rows, inputs), contiguous
-    p_gamma,  # (inputs,), NORM with SHRINK
-    p_x,  # (rows, inputs), contiguous: NORM, HEAD_WIDTH
-    p_mean,  # (rows,) float32, NORM
-    p_rstd,
-    p_sums,  # (2, parts, rows) float32, NORM: parts of c₁ and c₂
-    p_residual,  # (rows, inputs), contiguous, added to dx: RESIDUAL
-    p_gain,  # (inputs,) of the step that wrote x, RECTIFIED
-    p_offset,
-    p_scale,  # (rows,) float32, RECTIFIED: what dx is stored times
+    g,  # (rows, outputs) gradient of the result, and its strides, any
+    weight,  # (inputs, outputs), and its strides, any
+    ends,  # dx, written, (rows, inputs); its column sums, written, (row blocks, inputs) float32, or None; NORM, HEAD_WIDTH: x,
+    # (rows, inputs); NORM with SHRINK: gamma, (inputs,); RESIDUAL: (rows, inputs), added to dx; all contiguous
+    norm,  # NORM: mean and 1/deviation of x's rows, (rows,) float32; c₁ and c₂ in parts, (2, parts, rows) float32; parts
+    rectified,  # RECTIFIED, of the step that wrote x: gain and offset, (inputs,); what dx is stored times, (rows,) float32
     p_parts,  # float32, written. RECTIFIED: (2, column blocks, rows). HEAD_WIDTH: (heads · PIECES, images, padded)
-    p_totals,  # (row blocks, inputs) float32, written: column sums of dx; None: not wanted
-    rows,
-    inputs,
-    outputs,
-    parts,
+    sizes,  # rows, inputs, outputs
     images,  # HEAD_WIDTH: (tokens, scale) of what δ is made for
-    stride_gm,
-    stride_gk,
-    stride_wi,
-    stride_wo,
+    zero,  # 0, which no compiler knows
     NORM: tl.constexpr,
     SHRINK: tl.constexpr,  # the step added its (normalised) input
     RESIDUAL: tl.constexpr,
@@ -72,12 +63,18 @@ def _data_gradient_kernel(
     HEAD_WIDTH: tl.constexpr,  # not 0: x is the attention's result; make its δ, scale · Σ dx·x over every head
     PIECES: tl.constexpr,  # column blocks that a head can lie in
     PADDING: tl.constexpr,  # numbers of δ past an image's last token, 0
+    WHOLE: tl.constexpr,  # the columns are whole blocks
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    rows, inputs, outputs = sizes
+    p_g, stride_gm, stride_gk = g
+    p_weight, stride_wi, stride_wo = weight
+    p_dx, p_totals, p_x, p_gamma, p_residual = ends
+    p_gain, p_offset, p_scale = rectified
     block_m, block_n = _swizzle(rows, inputs, BLOCK_M, BLOCK_N, GROUP_M)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -91,7 +88,8 @@ def _data_gradient_kernel(
         p_block = p_g + row[:, None] * stride_gm + k[None, :] * stride_gk
         b_g = tl.load(p_block, mask=m_row[:, None] & m_k[None, :], other=0.0)  # [M, K]
         p_w = p_weight + column[None, :] * stride_wi + k[:, None] * stride_wo
-        b_w = tl.load(p_w, mask=m_k[:, None] & m_column[None, :], other=0.0)  # [K, N]
+        m_w = m_k[:, None] if WHOLE else m_k[:, None] & m_column[None, :]
+        b_w = tl.load(p_w, mask=m_w, other=0.0)  # [K, N]
         b_dx = tl.dot(b_g.to(b_w.dtype), b_w, b_dx, input_precision=PRECISION)
 
     first = (block_m * BLOCK_M).to(tl.int64) * inputs
@@ -100,68 +98,80 @@ def _data_gradient_kernel(
         p_x += first
     if RESIDUAL:
         p_residual += first
+    if p_totals is not None:
+        p_totals += block_m.to(tl.int64) * inputs
     b_c1 = tl.zeros([BLOCK_M], tl.float32)
     b_c2 = b_c1
     b_mean = b_c1
     b_scale = b_c1
     if NORM:
+        p_mean, p_rstd, p_sums, parts = norm
         b_c1, b_c2 = _sum_parts(p_sums, row, m_row, parts, rows, BLOCK_M)
         b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
         b_c1 *= tl.load(p_rstd + row, mask=m_row, other=0.0) / inputs  # x̂ c₁/d = (x − μ)·(rs c₁/d)
         b_c2 /= inputs
-    if p_totals is not None:
-        p_totals += block_m.to(tl.int64) * inputs
     if RECTIFIED:
         b_scale = tl.load(p_scale + row, mask=m_row, other=0.0)
-    PARTS: tl.constexpr = 4 if NORM and BLOCK_M * BLOCK_N >= 64 * 128 else 1
-    b_dx1, b_dx2 = _finish(
-        b_dx, block_n, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts, p_totals,
-        row, m_row, rows, inputs, images, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH, PIECES, PADDING,
-        PARTS,
-    )  # fmt: skip
+    ends = (p_dx, p_totals, p_x, p_gamma, p_residual, p_gain, p_offset)
+    per_row = (row, m_row, b_mean, b_c1, b_c2, b_scale)
+    none = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    if HEAD_WIDTH > 0:
+        _finish_attention(b_dx, block_n, ends, per_row, p_parts, sizes, images, HEAD_WIDTH, PIECES, PADDING)
+    else:
+        # In parts, so that only a part of what is read is in registers.
+        BYTES: tl.constexpr = p_dx.dtype.element_ty.primitive_bitwidth // 8
+        PARTS: tl.constexpr = 2 * BYTES if NORM and BLOCK_M * BLOCK_N >= 64 * 128 else 1
+        b_sum1, b_sum2 = _finish(
+            b_dx, block_n, g, ends, per_row, inputs, zero, none, NORM, SHRINK, RESIDUAL,
+            RECTIFIED=RECTIFIED, WHOLE=WHOLE, PARTS=PARTS,
+        )  # fmt: skip
     if RECTIFIED:
         all_rows = tl.cast(rows, tl.int64)  # an argument that is 1 has no .to: Triton makes it a constant
         p_part = p_parts + block_n * all_rows + row
-        tl.store(p_part, b_dx1, mask=m_row)
-        tl.store(p_part + tl.cdiv(inputs, BLOCK_N) * all_rows, b_dx2, mask=m_row)
+        tl.store(p_part, b_sum1, mask=m_row)
+        tl.store(p_part + tl.cdiv(inputs, BLOCK_N) * all_rows, b_sum2, mask=m_row)
 
 
 @triton.jit
 def _finish(
-    b_dx, block_n, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts, p_totals, row,
-    m_row, rows, inputs, images, stride_gm, stride_gk, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
-    RECTIFIED: tl.constexpr, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr, PADDING: tl.constexpr, PARTS: tl.constexpr,
+    b_dx, block_n, g, ends, per_row, inputs, zero, before, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
+    RECTIFIED: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product, on block `block_n` of columns, in PARTS one after the other, so that only a part of what it
-    reads is in registers; returns, if RECTIFIED, the row sums of what was stored."""
+    """What follows the product, on block `block_n` of columns, in PARTS one after the other; returns, if RECTIFIED, the row
+    sums of what was stored.
+
+    Nothing is read for it until `before`, row sums of another block, are finished: the assembler would keep those of all
+    blocks unfinished to the end, in 16 registers a block.
+    """
     if PARTS > 1:
         b_left, b_right = _halves(b_dx)
-        b_left1, b_left2 = _finish(
-            b_left, block_n * 2, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset, p_parts,
-            p_totals, row, m_row, rows, inputs, images, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED, HEAD_WIDTH,
-            PIECES, PADDING, PARTS // 2,
+        left = _finish(
+            b_left, block_n * 2, g, ends, per_row, inputs, zero, before, NORM, SHRINK, RESIDUAL,
+            RECTIFIED=RECTIFIED, WHOLE=WHOLE, PARTS=PARTS // 2,
         )  # fmt: skip
-        b_right1, b_right2 = _finish(
-            b_right, block_n * 2 + 1, p_g, p_dx, p_gamma, p_x, b_mean, b_c1, b_c2, b_scale, p_residual, p_gain, p_offset,
-            p_parts, p_totals, row, m_row, rows, inputs, images, stride_gm, stride_gk, NORM, SHRINK, RESIDUAL, RECTIFIED,
-            HEAD_WIDTH, PIECES, PADDING, PARTS // 2,
+        right = _finish(
+            b_right, block_n * 2 + 1, g, ends, per_row, inputs, zero, left, NORM, SHRINK, RESIDUAL,
+            RECTIFIED=RECTIFIED, WHOLE=WHOLE, PARTS=PARTS // 2,
         )  # fmt: skip
-        return b_left1 + b_right1, b_left2 + b_right2
+        return left[0] + right[0], left[1] + right[1]
+    p_g, stride_gm, stride_gk = g
+    p_dx, p_totals, p_x, p_gamma, p_residual, p_gain, p_offset = ends
+    row, m_row, b_mean, b_c1, b_c2, b_scale = per_row
     BLOCK_M: tl.constexpr = b_dx.shape[0]
     BLOCK_N: tl.constexpr = b_dx.shape[1]
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = column < inputs
-    m_dx = m_row[:, None] & m_column[None, :]
-    p_tile = tl.arange(0, BLOCK_M)[:, None] * inputs + column[None, :]  # from the tile's first row: 32 bits
+    m_dx = m_row[:, None] if WHOLE else m_row[:, None] & m_column[None, :]
+    b_0 = tl.multiple_of((before[0] + before[1]).to(tl.int32, bitcast=True) & zero, 16)
+    p_tile = (tl.arange(0, BLOCK_M) * inputs + b_0)[:, None] + column[None, :]  # from the tile's first row: 32 bits
     if SHRINK:
         p_block = p_g + row[:, None] * stride_gm + column[None, :] * stride_gk
         b_g = tl.load(p_block, mask=m_dx, other=0.0).to(tl.float32)  # [M, N]
         if NORM:
-            b_g *= tl.load(p_gamma + column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+            b_g *= _load_columns(p_gamma, column, m_column, WHOLE)[None, :]
         b_dx += b_g
-    if NORM or HEAD_WIDTH > 0:
-        b_x = tl.load(p_x + p_tile, mask=m_dx, other=0.0).to(tl.float32)
     if NORM:
+        b_x = tl.load(p_x + p_tile, mask=m_dx, other=0.0).to(tl.float32)
         b_dx -= b_c2[:, None] + (b_x - b_mean[:, None]) * b_c1[:, None]
     if RESIDUAL:
         b_dx += tl.load(p_residual + p_tile, mask=m_dx, other=0.0).to(tl.float32)
@@ -173,17 +183,31 @@ def _finish(
         b_dx *= b_scale[:, None]
     b_dx = b_dx.to(p_dx.dtype.element_ty)
     tl.store(p_dx + p_tile, b_dx, mask=m_dx)
-    b_dx = b_dx.to(tl.float32)  # sums of what was stored, since that is what the products are made of
-    if HEAD_WIDTH > 0:
-        _store_head_sums(p_parts, b_dx * b_x, block_n, row, m_row, rows, inputs, images, HEAD_WIDTH, PIECES, PADDING)
-    b_dx1 = tl.zeros([BLOCK_M], tl.float32)
-    b_dx2 = b_dx1
+    b_sum1 = b_c1
+    b_sum2 = b_c1
     if RECTIFIED:
-        b_gain = tl.load(p_gain + column, mask=m_column, other=0.0)
-        b_offset = tl.load(p_offset + column, mask=m_column, other=0.0)
-        b_dx1 = tl.sum(b_dx * (b_x - b_offset[None, :]), 1)
-        b_dx2 = tl.sum(b_dx * b_gain[None, :], 1)
-    return b_dx1, b_dx2
+        b_dx = b_dx.to(tl.float32)  # sums of what was stored, since that is what the products are made of
+        b_sum1 = tl.sum(b_dx * (b_x - _load_columns(p_offset, column, m_column, WHOLE)[None, :]), 1)
+        b_sum2 = tl.sum(b_dx * _load_columns(p_gain, column, m_column, WHOLE)[None, :], 1)
+    return b_sum1, b_sum2
+
+
+@triton.jit
+def _finish_attention(
+    b_do, block_n, ends, per_row, p_parts, sizes, images, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr, PADDING: tl.constexpr
+):
+    """Stores block `block_n` of columns of the gradient of the attention's result o, and δ of what was stored."""
+    rows, inputs, _ = sizes
+    p_do, _, p_o, _, _, _, _ = ends
+    row, m_row, _, _, _, _ = per_row
+    column = block_n * b_do.shape[1] + tl.arange(0, b_do.shape[1])
+    m_do = m_row[:, None] & (column < inputs)[None, :]
+    p_tile = tl.arange(0, b_do.shape[0])[:, None] * inputs + column[None, :]  # from the tile's first row: 32 bits
+    b_o = tl.load(p_o + p_tile, mask=m_do, other=0.0).to(tl.float32)
+    b_do = b_do.to(p_do.dtype.element_ty)
+    tl.store(p_do + p_tile, b_do, mask=m_do)
+    b_product = b_do.to(tl.float32) * b_o
+    _store_head_sums(p_parts, b_product, block_n, row, m_row, rows, inputs, images, HEAD_WIDTH, PIECES, PADDING=PADDING)
 
 
 @triton.jit
@@ -319,13 +343,12 @@ def _launch_data_gradient(
     rows, (inputs, outputs) = g.shape[0], weight.shape
     config = shapes.matrix(name, weight.dtype, inputs, outputs, weight.device)
     programs = shapes.blocks(rows, config.block_m) * shapes.blocks(inputs, config.block_n)
-    mean, rstd = statistics or (None, None)
-    gain, offset, scale = rectified or (None, None, None)
+    norm = (None, None, None, 0) if sums is None else (*(statistics or (None, None)), sums, sums.shape[1])
     launch(
-        _data_gradient_kernel, programs, g, weight, dx, gamma, x, mean, rstd, sums, residual, gain, offset, scale,
-        parts, totals, rows, inputs, outputs, 0 if sums is None else sums.shape[1], images, *g.stride(), *weight.stride(),
-        NORM=sums is not None, SHRINK=shrink, RESIDUAL=residual is not None, RECTIFIED=rectified is not None,
-        HEAD_WIDTH=head_width, PIECES=parts.shape[1] if head_width else 1,
-        PADDING=parts.shape[3] - images[0] if head_width else 0, PRECISION=product_precision(weight.dtype), GROUP_M=GROUP,
+        _data_gradient_kernel, programs, (g, *g.stride()), (weight, *weight.stride()), (dx, totals, x, gamma, residual), norm,
+        rectified or (None, None, None), parts, (rows, inputs, outputs), images, 0, NORM=sums is not None, SHRINK=shrink,
+        RESIDUAL=residual is not None, RECTIFIED=rectified is not None, HEAD_WIDTH=head_width,
+        PIECES=parts.shape[1] if head_width else 1, PADDING=parts.shape[3] - images[0] if head_width else 0,
+        WHOLE=inputs % config.block_n == 0, PRECISION=product_precision(weight.dtype), GROUP_M=GROUP,
         **shapes.constants(config),
     )  # fmt: skip

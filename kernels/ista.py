@@ -1,3 +1,5 @@
+# PyTorch's own `backward` takes any gradients, one's own those of its results.
+# pyright: reportIncompatibleMethodOverride=false
 """The ISTA step on its own: relu(h + h M − ηλ) with M = η(D − DᵀD), one product forward and two backward.
 
     forward     y = relu(h + h M − ηλ)             the residual, the threshold and the relu in the product's epilogue

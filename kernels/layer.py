@@ -1,3 +1,7 @@
+# PyTorch's own `backward` takes any gradients, one's own those of its results.
+# pyright: reportIncompatibleMethodOverride=false
+# Types tell neither how long a shape or a list of tensors is, nor which of them are there.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
 """A whole CRATE layer by four kernels forward and eight backward.
 
     w  = LN(x) Uᵀ                       norm_linear        saved: x, w, o, z, y (the next layer's x), lse and the

@@ -1,3 +1,7 @@
+# A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
+# pyright: reportAssignmentType=false
+# Types tell neither how long a shape or a list of tensors is, nor which of them are there.
+# pyright: reportCallIssue=false
 """Matrix products over tokens, with LayerNorm in front and everything elementwise behind, and their gradients.
 
 A layer's three products are one kernel with different ends. With x̂ = (x − μ)/σ of a row and F = diag(γ) W rounded to the
@@ -102,6 +106,7 @@ def _linear_kernel(
     SHRINK: tl.constexpr,  # add the (normalised) input itself, then rectify: the ISTA step
     OFFSET: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    WHOLE: tl.constexpr,  # the columns are whole blocks
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -129,7 +134,8 @@ def _linear_kernel(
         m_k = k < inputs
         b_x = tl.load(p_rows[:, None] + k[None, :] * stride_xk, mask=m_row[:, None] & m_k[None, :], other=0.0)  # [M, K]
         p_w = p_weight + k[:, None] * stride_wk + column[None, :] * stride_wn
-        b_w = tl.load(p_w, mask=m_k[:, None] & m_column[None, :], other=0.0)  # [K, N]
+        m_w = m_k[:, None] if WHOLE else m_k[:, None] & m_column[None, :]
+        b_w = tl.load(p_w, mask=m_w, other=0.0)  # [K, N]
         if NORM == "first":
             b_x = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
             b_x = tl.where(m_k[None, :], b_x, 0.0)
@@ -147,10 +153,16 @@ def _linear_kernel(
         b_0, b_1 = _halves(b_left)
         b_2, b_3 = _halves(b_right)
         first = block_n * 4
-        part0 = _finish_linear(b_0, first, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS)
-        part1 = _finish_linear(b_1, first + 1, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS)
-        part2 = _finish_linear(b_2, first + 2, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS)
-        part3 = _finish_linear(b_3, first + 3, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS)
+        part0 = _finish_linear(b_0, first, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS, WHOLE)
+        part1 = _finish_linear(
+            b_1, first + 1, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS, WHOLE
+        )
+        part2 = _finish_linear(
+            b_2, first + 2, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS, WHOLE
+        )
+        part3 = _finish_linear(
+            b_3, first + 3, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS, WHOLE
+        )
         b_mean, b_square = part0
         if MOMENTS:
             QUARTER: tl.constexpr = BLOCK_N // 4
@@ -160,7 +172,7 @@ def _linear_kernel(
             b_mean, b_square = _merge_next(3, left, QUARTER, b_mean, b_square, part3)
     else:
         b_mean, b_square = _finish_linear(
-            b_out, block_n, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS
+            b_out, block_n, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS, WHOLE
         )
     if MOMENTS:
         all_rows = tl.cast(rows, tl.int64)  # an argument that is 1 has no .to: Triton makes it a constant
@@ -184,9 +196,16 @@ def _halves(b):
 
 
 @triton.jit
+def _load_columns(p, column, m_column, WHOLE: tl.constexpr):
+    """A float32 number a column."""
+    b = tl.load(p + column) if WHOLE else tl.load(p + column, mask=m_column, other=0.0)
+    return b.to(tl.float32)
+
+
+@triton.jit
 def _finish_linear(
     b_out, block_n, ends, per_row, outputs, stride_xk, NORM: tl.constexpr, SHRINK: tl.constexpr, OFFSET: tl.constexpr,
-    RESIDUAL: tl.constexpr, MOMENTS: tl.constexpr,
+    RESIDUAL: tl.constexpr, MOMENTS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What follows the product, on block `block_n` of columns; returns, with MOMENTS, those of its columns."""
     row, m_row, p_rows, b_mean, b_rstd = per_row
@@ -195,21 +214,20 @@ def _finish_linear(
     left = outputs - block_n * WIDTH  # columns that are there
     column = block_n * WIDTH + tl.arange(0, WIDTH)
     m_column = column < outputs
-    m_out = m_row[:, None] & m_column[None, :]
+    m_out = m_row[:, None] if WHOLE else m_row[:, None] & m_column[None, :]
     if NORM == "folded":
-        b_gain = tl.load(p_gain + column, mask=m_column, other=0.0)
-        b_out -= b_mean[:, None] * b_gain[None, :]
+        b_out -= b_mean[:, None] * _load_columns(p_gain, column, m_column, WHOLE)[None, :]
     if SHRINK:
         b_x = tl.load(p_rows[:, None] + column[None, :] * stride_xk, mask=m_out, other=0.0).to(tl.float32)  # [M, N]
         if NORM == "first":
             b_x = (b_x - b_mean[:, None]) * b_rstd[:, None]
         if NORM != "none":
-            b_x *= tl.load(p_gamma + column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+            b_x *= _load_columns(p_gamma, column, m_column, WHOLE)[None, :]
         b_out += b_x
     if NORM == "folded":
         b_out *= b_rstd[:, None]
     if OFFSET:
-        b_out += tl.load(p_offset + column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        b_out += _load_columns(p_offset, column, m_column, WHOLE)[None, :]
     if RESIDUAL:
         b_out += tl.load(p_residual + row[:, None] * outputs + column[None, :], mask=m_out, other=0.0).to(tl.float32)
     if SHRINK:
@@ -221,7 +239,9 @@ def _finish_linear(
     if MOMENTS:
         b_out = b_out.to(tl.float32)  # as stored; 0 in columns that are not there
         b_block_mean = tl.sum(b_out, 1) / tl.maximum(tl.minimum(left, WIDTH), 1)
-        b_out = tl.where(m_column[None, :], b_out - b_block_mean[:, None], 0.0)
+        b_out -= b_block_mean[:, None]
+        if not WHOLE:
+            b_out = tl.where(m_column[None, :], b_out, 0.0)
         b_square = tl.sum(b_out * b_out, 1)
     return b_block_mean, b_square
 
@@ -295,6 +315,6 @@ def _launch_linear(
     launch(
         _linear_kernel, programs, (x, *x.stride()), (weight, *weight.stride()), (result, offset, gain, gamma, residual),
         (moments, parts, span, *(statistics or (None, None))), moments_out, (rows, inputs, outputs), eps, NORM=norm,
-        SHRINK=shrink, OFFSET=offset is not None, RESIDUAL=residual is not None, PRECISION=product_precision(weight.dtype),
-        GROUP_M=GROUP, **shapes.constants(config),
+        SHRINK=shrink, OFFSET=offset is not None, RESIDUAL=residual is not None, WHOLE=outputs % config.block_n == 0,
+        PRECISION=product_precision(weight.dtype), GROUP_M=GROUP, **shapes.constants(config),
     )  # fmt: skip

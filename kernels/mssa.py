@@ -1,3 +1,5 @@
+# PyTorch's own `backward` takes any gradients, one's own those of its results.
+# pyright: reportIncompatibleMethodOverride=false
 """Tied attention: multi-head subspace self-attention with one tensor as query, key and value.
 
 For one head, w of shape (N, p), S = w wᵀ · scale, which is symmetric:
@@ -21,7 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention import empty_results, mssa_forward
-from .attention_gradient import head_products, mssa_backward
+from .attention_gradient import mssa_backward
+from .attention_sums import head_products
 from .runtime import operator, readable
 
 

@@ -1,3 +1,5 @@
+# A function may have attributes, of which its type does not know.
+# pyright: reportAttributeAccessIssue=false
 """How kernels are launched and registered: the one place that knows the device, the interpreter and who is watching."""
 
 from __future__ import annotations

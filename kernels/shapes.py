@@ -25,7 +25,13 @@ def matrix(kernel: str, operand: torch.dtype, inputs: int, outputs: int, device:
     return find(kernel, operand, inputs, outputs, device)
 
 
-_attention, _matrix = cache(tuning.attention), cache(tuning.matrix)
+def architecture(device: torch.device) -> int:
+    """`tuning.architecture`."""
+    find = _architecture if tuning.is_settled() else tuning.architecture
+    return find(device)
+
+
+_attention, _matrix, _architecture = cache(tuning.attention), cache(tuning.matrix), cache(tuning.architecture)
 
 
 @cache

@@ -1,3 +1,7 @@
+# PyTorch's own `backward` takes any gradients, one's own those of its results.
+# pyright: reportIncompatibleMethodOverride=false
+# Types tell neither how long a shape or a list of tensors is, nor which of them are there.
+# pyright: reportOptionalIterable=false
 """What strings fused layers together: where the stream is entered and left, and what goes beside it.
 
 A layer's backward pass needs more of the layer above than y's gradient. It comes as the gradients of small tensors that the

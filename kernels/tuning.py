@@ -70,47 +70,40 @@ _WEIGHTS = ("weight_gradient", "mixed_gradient")
 _GRADIENTS = ("ista_gradient", "out_gradient", "project_gradient")
 
 TABLE = (
-    Line(("mssa_forward",), 16, 48, True, Config(64, 32, 0, 4, 3), "81 registers, 5 programs; of 64 columns 135, 3", 90),
-    Line(
-        ("mssa_forward",),
-        16,
-        64,
-        True,
-        Config(64, 64, 0, 4, 3),
-        "116 registers, 4 programs; held to 96, products are serialised",
-        90,
-    ),
+    Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 3), "80 to 201 registers, 2 to 6 programs", 80),
+    Line(("mssa_forward",), 16, 32, True, Config(64, 32, 0, 4, 3), "64 columns spill 40 bytes on sm_100 at width 32"),
+    Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3), "4 programs; held to 96, products are serialised"),
     Line(("mssa_forward",), 16, 80, True, Config(64, 64, 0, 4, 3), "167 registers, 3 programs; at 128 it spills", 90),
     Line(("mssa_forward",), 16, 96, True, Config(64, 64, 0, 4, 3, 128), "4 programs a multiprocessor", 90),
-    Line(("mssa_forward",), 16, 128, True, Config(64, 32, 0, 4, 3), "125 registers, 4 programs", 90),
-    Line(("mssa_forward",), 16, 32, True, Config(64, 32, 0, 4, 3), "64 columns spill 40 bytes on sm_100 at width 32"),
-    Line(("mssa_forward",), 16, 64, True, Config(64, 64, 0, 4, 3), "124 registers: 4 programs a multiprocessor"),
+    Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 3), "147 registers, 3 programs", 90),
     Line(("mssa_forward",), 16, 80, True, Config(64, 32, 0, 4, 3), "64 columns spill 16 bytes at width 80", 100),
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 2), "162 registers, 3 programs; a third stage takes 16 KB"),
-    Line(("mssa_backward",), 16, 64, True, Config(64, 16, 0, 4, 2), "HMMA takes 166 to 220 registers; at 128 it spills", 80),
-    Line(("mssa_backward",), 16, 96, True, Config(64, 16, 0, 4, 2), "236 registers at width 80", 80),
-    Line(("mssa_backward",), 16, 128, True, Config(32, 16, 0, 4, 2), "64 rows spill 888 bytes, 32 columns 16", 80),
+    Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3), "128 to 229 registers, 2 to 4 programs", 80),
+    Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 3), "160 to 255 registers; 32 columns spill", 80),
     Line(("mssa_backward",), 16, 48, True, Config(64, 32, 0, 4, 3), "132 registers, 3 programs; at 128 triton 3.6 spills"),
     Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3, 128), "4 programs a multiprocessor", 90),
     Line(("mssa_backward",), 16, 64, True, Config(64, 32, 0, 4, 3), "141 registers"),
     Line(("mssa_backward",), 16, 80, True, Config(64, 32, 0, 4, 2, 168), "3 programs a multiprocessor"),
     Line(("mssa_backward",), 16, 96, True, Config(64, 16, 0, 4, 2, 168), "145 registers; triton 3.6 spills 8 bytes at 32"),
-    Line(("mssa_backward",), 16, 128, True, Config(64, 16, 0, 4, 2), "228 registers, 2 programs; at 168 it spills"),
+    Line(("mssa_backward",), 16, 128, True, Config(64, 32, 0, 4, 2), "199 registers, 2 programs"),
     Line(("mssa_forward",), 32, 64, True, Config(32, 32, 0, 4, 1), "80 registers; 64 rows spill 8 bytes at 20 and 64", 80),
+    Line(("mssa_forward",), 32, 96, True, Config(32, 32, 0, 4, 2, 128), "one stage spills 8 to 24 bytes", 80),
+    Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 4, 1), "200 registers; two stages held to 128 spill 120", 80),
     Line(("mssa_forward",), 32, 64, True, Config(32, 32, 0, 8, 2), "64 rows spill 16 bytes at width 32"),
     Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 8, 2), "4 warps spill 8 bytes at width 80 and 96", 90),
     Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 4, 2, 128), "8 warps spill 16 to 24 bytes on sm_100 at width 80"),
     Line(("mssa_backward",), 32, 64, True, Config(32, 32, 0, 8, 2), "one stage spills 16 bytes in 80 registers", 80),
+    Line(("mssa_backward",), 32, 16, True, Config(32, 32, 0, 8, 2), "one stage held to 168 spills 8 bytes", 100),
     Line(("mssa_backward",), 32, 48, True, Config(32, 32, 0, 8, 1, 168), "16 columns spill 32 bytes at width 48"),
     Line(("mssa_backward",), 32, 64, True, Config(32, 16, 0, 8, 2, 128), "32 columns spill 16 to 40 bytes"),
     Line(("mssa_backward",), 32, 128, True, Config(32, 16, 0, 8, 2), "32 columns spill 8 to 24 bytes at width 80 and 128"),
-    Line(("ista",), 16, None, True, Config(128, 128, 32, 4, 3), "228 registers: 2 programs, as 8 warps held to 128", 90),
+    Line(("ista",), 16, None, True, Config(128, 128, 32, 4, 3), "206 registers: 2 programs, as 8 warps held to 128", 90),
     Line(("project", "out_project"), 16, None, True, Config(128, 128, 32, 8, 4), "112 to 128 registers: 2 programs", 90),
     Line(_PRODUCTS, 16, None, True, Config(128, 128, 64, 8, 3), "128 registers, 96 KB: 2 programs a multiprocessor"),
     Line(("project_gradient",), 16, None, True, Config(128, 128, 64, 8, 2), "4 stages of 32 spill 16 bytes: fp32 stream", 100),
     Line(("ista_gradient",), 16, None, True, Config(128, 128, 32, 4, 4), "217 registers: 2 programs", 90),
     Line(("out_gradient",), 16, None, True, Config(128, 128, 32, 4, 3), "234 registers: 2 programs", 90),
-    Line(("project_gradient",), 16, None, True, Config(64, 128, 32, 4, 3), "146 registers, 3 programs; 128 rows: 144, one", 90),
+    Line(("project_gradient",), 16, None, True, Config(128, 128, 32, 8, 3, 128), "2 programs; free, it takes 160: one", 90),
     Line(_GRADIENTS, 16, None, True, Config(128, 128, 32, 8, 4), "128 registers but for a rectified end (165), 64 KB"),
     Line(("weight_gradient",), 16, None, True, Config(128, 384, 32, 8, 4), "3 accumulators, 128 KB", 90, 384),
     Line(("weight_gradient",), 16, None, True, Config(128, 256, 64, 8, 3), "144 KB", 90, 256),
@@ -169,6 +162,11 @@ def matrix(kernel: str, operand: torch.dtype, inputs: int, outputs: int, device:
     """The shape of one of `MATRIX` for operands of a dtype and a weight (in, out)."""
     aligned = inputs % 16 == 0 and outputs % 16 == 0
     return _lookup(kernel, operand, None, aligned, outputs, key(kernel, operand, inputs, outputs), device)
+
+
+def architecture(device: torch.device) -> int:
+    """The one of `ARCHITECTURES` that a device is like; where it is no GPU, the one `assumed`."""
+    return _family(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else _assumed[-1]
 
 
 def candidates(kernel: str, dtype: torch.dtype) -> list[Config]:
@@ -272,10 +270,10 @@ def _lookup(
         found = measured(torch.cuda.get_device_name(device)).get(name)
         if found:
             return found
-    architecture = _family(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else _assumed[-1]
+    family = architecture(device)
     for line in TABLE:
         fits = line.widest is None if width is None else line.widest is not None and width <= line.widest
-        fits = fits and line.architecture in (None, architecture) and columns % line.columns == 0
+        fits = fits and line.architecture in (None, family) and columns % line.columns == 0
         if kernel in line.kernels and line.bits == _bits(dtype) and line.aligned == aligned and fits:
             return line.config
     raise ValueError(f"head width is {width}; the kernels take 16 to 128")

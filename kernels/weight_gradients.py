@@ -1,3 +1,5 @@
+# A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
+# pyright: reportGeneralTypeIssues=false
 """Gradients of the matrix products in linear.py to their weights, in parts that weights.py sums up.
 
 A pure product: nothing is in the loop but loads and products. Behind a LayerNorm the writer of the result's gradient g stored
@@ -32,26 +34,14 @@ class Parts(NamedTuple):
 
 @triton.jit
 def _weight_gradient_kernel(
-    p_x,  # (rows, inputs), any strides
-    p_g,  # (rows, outputs), any strides
+    x,  # (rows, inputs), and its strides, any
+    g,  # (rows, outputs), and its strides, any
     p_mean,  # (rows,) float32, taken from x; None: x as it is
-    p_totals,  # (parts, outputs) float32: parts of the column sums of g; None: not wanted
-    p_product,  # (splits, inputs, outputs) float32, any strides: xᵀ g over the rows of a split
-    p_total,  # (splits, outputs) float32: sums of p_totals
-    p_sums,  # (splits, blocks of inputs, outputs) float32: column sums of the product; None: not wanted
-    rows,
-    inputs,
-    outputs,
-    rows_per_split,
-    parts,
-    parts_per_split,
-    stride_xm,
-    stride_xk,
-    stride_gm,
-    stride_gk,
-    stride_ps,
-    stride_pi,
-    stride_po,
+    totals,  # (parts, outputs) float32: parts of the column sums of g, or None: not wanted; parts; parts of a split
+    product,  # written, (splits, inputs, outputs) float32: xᵀ g over the rows of a split; and its strides, any
+    sums,  # written, float32: (splits, outputs), sums of totals; (splits, blocks of inputs, outputs), column sums of the
+    # product, or None: not wanted
+    sizes,  # rows, inputs, outputs, rows of a split
     WHOLE: tl.constexpr,  # inputs and outputs are multiples of their blocks
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -59,6 +49,12 @@ def _weight_gradient_kernel(
     BLOCK_N: tl.constexpr,  # a power of two, or 3 times one
     BLOCK_K: tl.constexpr,
 ):
+    p_x, stride_xm, stride_xk = x
+    p_g, stride_gm, stride_gk = g
+    p_totals, parts, parts_per_split = totals
+    p_product, stride_ps, stride_pi, stride_po = product
+    p_total, p_sums = sums
+    rows, inputs, outputs, rows_per_split = sizes
     THIRD: tl.constexpr = BLOCK_N // 3 if BLOCK_N % 3 == 0 else BLOCK_N
     blocks_m = tl.cdiv(inputs, BLOCK_M)
     blocks_n = tl.cdiv(outputs, BLOCK_N)
@@ -164,8 +160,9 @@ def weight_gradient(
     centre = mean is not None and (x.dtype != operand or x.dtype == torch.float32)
     strides = new.product.transpose(1, 2).stride() if transposed else new.product.stride()
     launch(
-        _weight_gradient_kernel, tiles * splits, x, g, mean if centre else None, totals, *new, rows, inputs, outputs,
-        rows_per_split, parts, shapes.blocks(parts, splits), *x.stride(), *g.stride(), *strides,
+        _weight_gradient_kernel, tiles * splits, (x, *x.stride()), (g, *g.stride()), mean if centre else None,
+        (totals, parts, shapes.blocks(parts, splits)), (new.product, *strides), (new.total, new.sums),
+        (rows, inputs, outputs, rows_per_split),
         WHOLE=inputs % config.block_m == 0 and outputs % config.block_n == 0, OPERAND=_TRITON_DTYPE[operand],
         PRECISION=product_precision(operand), **shapes.constants(config),
     )  # fmt: skip

@@ -1,3 +1,7 @@
+# A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
+# pyright: reportArgumentType=false
+# Types tell neither how long a shape or a list of tensors is, nor which of them are there.
+# pyright: reportReturnType=false, reportOptionalMemberAccess=false
 """What a step does to the weights alone, whatever the number of tokens: one launch for all layers before the forward pass,
 one a layer in the backward pass.
 

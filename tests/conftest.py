@@ -38,6 +38,7 @@ def pytest_make_parametrize_id(config, val, argname):
 def pytest_addoption(parser):
     parser.addoption("--published", metavar="DIR", help="a checkout of the published repository, compared with as well")
     parser.addoption("--seed", type=int, default=0, metavar="N", help="other numbers: 1000 N more for every torch.manual_seed")
+    parser.addoption("--quick", action="store_true", help="the first case of every test that is not marked slow, and no other")
     parser.addoption("--threads", type=int, default=1, metavar="N", help="threads of the process that runs a test")
 
 
@@ -49,6 +50,16 @@ def pytest_configure(config):
         obstacle = interpreter_obstacle(version("triton"), version("numpy"))
         if obstacle:
             raise pytest.UsageError(obstacle)
+
+
+@pytest.hookimpl(trylast=True)  # when -m and -k have chosen
+def pytest_collection_modifyitems(config, items):
+    """With --quick, the first case of every test that is not marked "slow"."""
+    if config.option.quick:
+        quick = [item for item in items if not item.get_closest_marker("slow")]
+        first = set({item.nodeid.partition("[")[0]: item for item in reversed(quick)}.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in first])
+        items[:] = [item for item in items if item in first]
 
 
 def interpreter_obstacle(triton: str, numpy: str) -> str | None:

@@ -46,6 +46,7 @@ from crate_fast.training.packfile import HEADER, INDEX
 
 MEMORY = 2 << 30
 SECONDS = 20
+BLOCKED = 120  # seconds of one that does nothing: it waits for what does not come
 STOPPED = 5  # seconds after which a run that was only asked to be long is told to stop
 SIZES = ["--image-size", "16", "--patch-size", "8", "--dim", "16", "--depth", "1", "--heads", "1", "--dim-head", "16"]
 QUICK = [*SIZES, "--device", "cpu", "--batch-size", "4", "--workers", "0", "--num-threads", "1"]
@@ -377,6 +378,11 @@ def _call(words: list[str]) -> int:
     return 0
 
 
+def _busy(process: int) -> float:
+    """The processor's seconds that a process has had: a machine that does other things too makes no case slow."""
+    return sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def _wait(process: int, asked: bool) -> tuple[int, resource.struct_rusage, float]:
     """(status, what it used, seconds): the negative number of a signal where one ended it."""
     start, told = time.monotonic(), False
@@ -385,7 +391,7 @@ def _wait(process: int, asked: bool) -> tuple[int, resource.struct_rusage, float
         seconds = time.monotonic() - start
         if ended:
             return os.waitstatus_to_exitcode(status), usage, seconds
-        if seconds > SECONDS:
+        if seconds > SECONDS and (_busy(process) > SECONDS or seconds > BLOCKED):
             os.kill(process, signal.SIGKILL)
         elif asked and not told and seconds > STOPPED:
             os.kill(process, signal.SIGTERM)

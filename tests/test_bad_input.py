@@ -133,6 +133,7 @@ def test_meta_tensors_give_shapes(backend, training):
         assert model(torch.empty(3, 3, 8, 8, device="meta")).shape == (3, 5)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_triton_is_refused_and_auto_says_why():
     code = (
         "import torch, crate_fast\n"

@@ -32,6 +32,7 @@ def benchmark(*flags: str, tree: Path = ROOT, **environment: str) -> subprocess.
     return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_layer_moves_and_launches_what_was_promised():
     ours, published = traffic.layer_traffic(ours=True), traffic.layer_traffic(ours=False)
     forward, backward = ([kernel for kernel in ours[part] if kernel.activations] for part in ("forward", "backward"))
@@ -46,6 +47,7 @@ def test_a_layer_moves_and_launches_what_was_promised():
         assert sum(k.activations for k in published[part]) > 4 * sum(k.activations for k in ours[part])
 
 
+@pytest.mark.slow
 def test_the_count_sees_what_kernels_touch():
     """Bytes counted of a kernel whose traffic is known: w read and o written, 16 bit, and a float32 a head and padded token, of
     which there are 48 for 37 tokens, so that they are counted whole."""
@@ -65,6 +67,7 @@ def measured(tmp_path_factory):
     return result.stdout, folder / "cpu.json"
 
 
+@pytest.mark.slow
 def test_results_hold_everything_that_was_measured(measured):
     output, path = measured
     result = json.loads(path.read_text())
@@ -84,6 +87,7 @@ def test_results_hold_everything_that_was_measured(measured):
     assert result["machine"]["torch"] and "speed-up" in output and "inference, CRATE-tiny, batch 1, float32" in output
 
 
+@pytest.mark.slow
 def test_pictures_open(measured):
     _, path = measured
     pictures = sorted(path.with_suffix("").glob("*.png"))
@@ -98,6 +102,7 @@ def test_a_part_keeps_the_other_rows():
     assert run.merge(None, new) == new
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_gets_no_speed(tmp_path):
     """A copy of the project, one sign of the attention's backward kernel flipped, run in the interpreter."""
     shutil.copytree(ROOT / "crate_fast", tmp_path / "crate_fast")
@@ -140,6 +145,7 @@ def test_compare_tells_noise_from_change(tmp_path, capsys):
     assert "no measurement in common" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_readme_quotes_the_results_and_nothing_else():
     text = report.README.read_text(encoding="utf-8")
     quoted = text.split(report.START)[1].split(report.END)[0].strip()
@@ -182,6 +188,7 @@ def test_a_checkout_that_is_none_is_named(tmp_path, capsys):
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.slow
 def test_input_is_measured_beside_the_published_pipeline(tmp_path, capsys, monkeypatch):
     module = load_module(BENCHMARKS / "input.py")
     monkeypatch.setattr(module, "DISTINCT", 2)

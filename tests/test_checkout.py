@@ -21,6 +21,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_collected_from_a_checkout_that_is_not_installed(tmp_path):
     for name in ("benchmarks", "crate_fast", "kernels", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -45,6 +46,7 @@ def test_an_interpreter_that_cannot_take_this_numpy_says_so_in_a_line(triton, nu
         assert "\n" not in obstacle
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_the_compiler():
     """torch._dynamo takes as long to import as torch itself."""
     script = "import sys, crate_fast; sys.exit(sum(name in sys.modules for name in ('torch._dynamo', 'matplotlib', 'PIL')))"

@@ -192,6 +192,7 @@ class Hostile:
         return os.mkdir, (str(self.marker),)
 
 
+@pytest.mark.slow
 def test_hostile_pickle_is_not_executed(tmp_path):
     pickled = pickle.dumps({"arguments": {}, "model": Hostile(tmp_path / "marker")}, protocol=4)
     with zipfile.ZipFile(tmp_path / "file", "w") as archive:
@@ -228,6 +229,7 @@ def test_other_errors_are_not_hidden(run, monkeypatch):
         main(["evaluate", str(run)])
 
 
+@pytest.mark.slow
 def test_as_a_process(run):
     done = process("evaluate", run)
     assert (done.returncode, done.stderr) == (0, "")

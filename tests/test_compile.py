@@ -17,6 +17,7 @@ def compile_table(path, *flags: str) -> tuple[int, list[dict]]:
     return result.returncode, json.loads(path.read_text())["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [["--arch", "sm_90"], ["--arch", "sm_80", "sm_100", "--kernel", "fp16,", "fp16 width 48"]],

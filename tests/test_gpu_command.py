@@ -52,6 +52,7 @@ def records(state: Path) -> dict[str, dict]:
     return {record["step"]: record for record in json.loads((state / "results.json").read_text())["records"]}
 
 
+@pytest.mark.slow
 def test_the_queue_is_rehearsed_from_a_bare_checkout(checkout, tmp_path):
     flags = ("--rehearse", "--only", ",".join(REHEARSED), "--state", tmp_path / "state")
     done = subprocess.run(**command(checkout, *flags), capture_output=True, check=False)
@@ -67,6 +68,7 @@ def test_the_queue_is_rehearsed_from_a_bare_checkout(checkout, tmp_path):
     assert len(json.loads((tmp_path / "state" / "shapes.json").read_text())["rehearsal"]) >= 9
 
 
+@pytest.mark.slow
 def test_what_was_killed_goes_on_elsewhere(checkout, tmp_path):
     """Killed while the second step runs; the state is carried to another folder, where only the rest is run."""
     steps = ("parity tiny", "train tiny", "ours alone tiny")
@@ -116,6 +118,7 @@ elif __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_compiled_ahead_is_not_compiled_again_in_another_folder(tmp_path):
     """By Triton's own launch code, with a driver's stand-in, in a process that finds the cache where it was not written."""
     (tmp_path / "script.py").write_text(COMPILED_AHEAD)
@@ -305,6 +308,7 @@ def test_wrong_arguments_are_named(flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_is_one_line(tmp_path):
     done = subprocess.run(**command(ROOT, "--state", tmp_path), capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")

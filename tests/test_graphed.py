@@ -49,6 +49,7 @@ def model():
     return CRATE(**SIZES, backend="triton").eval()
 
 
+@pytest.mark.slow
 def test_logits_are_the_models_and_stay_as_they_are(model, records):
     first, second = torch.randn(2, 3, 3, 8, 8)
     run = Graphed(model, torch.zeros(3, 3, 8, 8))
@@ -85,6 +86,7 @@ CHANGES = {
 """What a replay, which reads the memory of the recording, would not see; `test_kept.py` has what it sees."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_is_recorded_anew(records, backend, change):

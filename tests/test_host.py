@@ -67,12 +67,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [COMPILED, WAITING], ids=["compiles whole", "waits for nothing"])
 def test_fused_models(program):
     result = run("-c", program)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_the_hosts_time_is_measured_without_a_gpu(tmp_path):
     result = run(str(BENCHMARKS / "run.py"), "--suite", "host", "--out", str(tmp_path / "host.json"))
     assert result.returncode == 0, result.stderr

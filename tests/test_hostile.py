@@ -6,6 +6,7 @@ import resource
 import shutil
 import struct
 import zipfile
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -163,6 +164,17 @@ def _other(*keys, value):
     return change
 
 
+class Hooked:
+    """Stored as a tensor that something hangs on."""
+
+    def __init__(self, tensor):
+        self._tensor = tensor
+
+    def __reduce__(self):
+        make, (*arguments, _) = self._tensor.__reduce_ex__(2)
+        return make, (*arguments, OrderedDict(hook=1))
+
+
 CONTENTS = {
     "no step": _other("step", value=None),
     "a step of another run": _other("step", value=lambda step: step + 1),
@@ -175,6 +187,7 @@ CONTENTS = {
     "moments of another optimizer": _other("optimizer", "state", 0, value=lambda _: {"momentum_buffer": torch.zeros(1)}),
     "sparse weights": _other("model", "mlp_head.1.weight", value=lambda weight: weight.to_sparse()),
     "weights that are nowhere": _other("model", "mlp_head.1.weight", value=lambda weight: weight.to("meta")),
+    "moments that something hangs on": _other("optimizer", "state", 0, "exp_avg", value=Hooked),
     "weights of a larger head": _other("model", "mlp_head.1.weight", value=lambda weight: torch.cat([weight, weight])),
 }
 

@@ -206,6 +206,7 @@ def test_a_damaged_list_of_packs_is_told_in_a_line(packs, tmp_path, capsys, text
     assert "packs.json: damaged (" in err
 
 
+@pytest.mark.slow
 def test_names_that_are_no_utf8_work_in_every_command(tmp_path):
     """Of folders, classes, photographs, runs and packs; printed in escapes."""
     folder, here = tmp_path / ANY_NAME / "data", tmp_path / ANY_NAME

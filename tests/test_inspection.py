@@ -301,6 +301,7 @@ def test_principal_colours():
         inspection.principal_colours([torch.full((1, 1, 4), float("nan"))])
 
 
+@pytest.mark.slow
 def test_large_images_fit_in_memory():
     """14,401 tokens; scores and probabilities of all of them for two heads would take 3.3 GB."""
     script = """

@@ -210,6 +210,7 @@ REPLACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", REPLACED)
 def test_compiled_models_see_what_is_replaced(what):
     model = build(backend="torch")

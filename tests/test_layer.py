@@ -38,6 +38,17 @@ def pair(published_class, **options):
     return ours, published.double()
 
 
+TOKENS = [
+    (1, 48, 1, 1, 64),
+    (17, 48, 1, 2, 48),
+    (65, 48, 1, 1, 16),
+    (197, 48, 1, 1, 64),
+    (257, 48, 1, 2, 48),
+    (65, 128, 2, 1, 128),
+]
+"""(tokens, width, layers, heads, width of one); the last has whole blocks of columns."""
+
+
 def relative(a, b) -> float:
     return ((a.double() - b).norm() / b.norm()).item()
 
@@ -61,13 +72,19 @@ def test_float32_agrees_with_float64(published_class, options):
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (17, 48), (65, 16), (197, 64), (257, 48)])
-def test_float32_layers_agree_with_float64_at_any_number_of_tokens(tokens, width):
-    options = {"image_size": 8, "patch_size": 4, "dim": 48, "depth": 1, "heads": 1, "dim_head": width, "num_classes": 5}
-    if width == 48:
-        options["heads"] = 2
+@pytest.mark.parametrize(("tokens", "dim", "depth", "heads", "width"), TOKENS)
+def test_float32_layers_agree_with_float64_at_any_number_of_tokens(tokens, dim, depth, heads, width):
+    options = {
+        "image_size": 8,
+        "patch_size": 4,
+        "dim": dim,
+        "depth": depth,
+        "heads": heads,
+        "dim_head": width,
+        "num_classes": 5,
+    }
     ours, published = pair(reference.CRATE, **options)
-    x, cotangent = torch.randn(1, tokens, 48), torch.randn(1, tokens, 48)
+    x, cotangent = torch.randn(1, tokens, dim), torch.randn(1, tokens, dim)
     with recorded() as sides:
         out = ours.transformer(x)
     with resolved(sides, torch.float32):
@@ -107,6 +124,7 @@ def test_gradients_pass_through_any_mixture_of_fused_composed_and_frozen_layers(
         assert parameter.grad is None or relative(parameter.grad, exact[name].grad) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_layers_of_different_sizes_follow_one_another():
     """Their row sums come in different numbers of parts."""
     torch.manual_seed(0)
@@ -169,6 +187,7 @@ def test_training_follows_the_published_class(published_class, backend, steps):
     assert max(ties) <= 20, ties  # of 120,394 weights
 
 
+@pytest.mark.slow
 def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
     """What judges 16-bit precision without a GPU errs from float64 as the float16 kernels do, by less than they err."""
     torch.manual_seed(0)
@@ -190,6 +209,7 @@ def test_the_emulation_of_the_kernels_rounds_as_they_do(precision):
     assert max(ratios) < 2
 
 
+@pytest.mark.slow
 def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
     """The full measure, `python benchmarks/precision.py`, at a third of its width; with so few tokens single entries at the
     threshold would decide, so each gradient is judged on its own sides of it."""
@@ -200,6 +220,7 @@ def test_16_bit_layers_are_no_less_precise_than_the_published_code(precision):
     assert max(rows["fp16, float16 stream"][value] for value in ("logits", "median")) <= 2.5, rows
 
 
+@pytest.mark.slow
 def test_16_bit_layers_are_no_less_precise_on_a_model_trained_on_the_digits(precision, tmp_path, monkeypatch):
     """On few images, so each gradient is judged on its own sides of the threshold; `benchmarks/results/precision-digits.json`
     has the measure with those that turn, on 1,437 images and 12 seeds."""

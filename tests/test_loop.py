@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crate_fast.training import TrainConfig, TrainingError, train
 from crate_fast.training.compute import choose_compute
+from crate_fast.training.config import OPTIMIZERS
+from crate_fast.training.contents import MOMENTS
 from crate_fast.training.digits import Digits
 from crate_fast.training.flat import Flat
 from crate_fast.training.loop import Trainer
@@ -81,6 +83,7 @@ def torchrun(ranks: int, *words, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False, **options)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradient_of_one(tmp_path, pytestconfig):
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     done = torchrun(2, tmp_path / "gradients.py", tmp_path / "rank", 1000 * pytestconfig.getoption("seed"))
@@ -134,7 +137,15 @@ def test_published_schedules_are_those_of_the_scripts(epochs):
     assert learning_rate_at(21, 10, config) == 0.5 * main_factor(2, 30)
 
 
-@pytest.mark.parametrize("name", ["Lion", "AdamW", "Adam", "SGD"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_checkpoint_is_held_to_what_the_optimizer_keeps(name):
+    trainer = make_trainer(optimizer=name)
+    step(trainer)
+    assert [set(kept) for kept in trainer.optimizer.state.values()] == [MOMENTS[name]] * len(trainer.optimizer.state)
+    assert trainer.optimizer.state
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_that_is_not_finite_moves_nothing(name):
     trainer = make_trainer(optimizer=name, weight_decay=0.1, ema=0.5)
     step(trainer)

@@ -149,6 +149,7 @@ def test_forward_hooks_see_what_the_published_module_gives(watched, autocast):
     torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_hooks_of_every_kind_leave_the_fused_path_and_their_removal_takes_it_again():
     model = build(**TRITON)
     x, fused = images(model), 2 * 4
@@ -380,6 +381,7 @@ def test_torch_compile_takes_the_published_model_whole(published_class, autocast
     got.sum().backward()
 
 
+@pytest.mark.slow
 def test_compiled_layers_notice_what_changes_afterwards():
     torch._dynamo.reset()
     model = build(backend="triton").train()

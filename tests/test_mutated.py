@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_changed_files_of_every_kind_are_used_or_refused_in_a_line():
     """In a process of its own: cases are forked from it, which one that has trained in parts does not survive."""
     script = Path(__file__).with_name("fuzz.py")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 PATH = Path(__file__).parent.parent / "examples" / "inside.ipynb"
 
 
@@ -14,6 +16,7 @@ def kinds(notebook):
     ]
 
 
+@pytest.mark.slow
 def test_notebook_runs(tmp_path):
     import nbformat  # not everywhere where the tests for a GPU run
     from nbclient import NotebookClient

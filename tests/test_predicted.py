@@ -33,6 +33,7 @@ def counted():
     return json.loads(run(Path(__file__).with_name("counted_kernels.py")).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["product", "described", "self described"])
 def test_a_loop_of_loads_and_a_product_is_counted_exactly(counted, name):
     """Tiles of 128 × 64 of both operands in each of 5 turns, a tile of 128 × 128 written, all 16 bit; arguments in tuples,
@@ -48,6 +49,7 @@ def test_a_loop_of_loads_and_a_product_is_counted_exactly(counted, name):
     assert found["serialised"] == []
 
 
+@pytest.mark.slow
 def test_programs_go_their_own_ways(counted):
     """A quarter of them takes the branch, with 2 turns and 2 exponentials, the others 5 turns of another loop."""
     found = counted["branched"]
@@ -60,12 +62,14 @@ def test_programs_go_their_own_ways(counted):
     assert (short[2]["LDG"], short[2]["MUFU"]) == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_bound_that_memory_holds_is_an_error_that_names_its_line(counted):
     path = Path(__file__).with_name("counted_kernels.py")
     line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "range(0, tl.load(p_count))" in text)
     assert f"{path.name}:{line}" in counted["blind"]["error"]  # Triton's cache may have it from a checkout elsewhere
 
 
+@pytest.mark.slow
 def test_a_sum_in_the_loop_of_a_product_is_found_out(counted):
     """It costs barriers and makes the assembler serialise the products: compile.py fails on both."""
     found = counted["sum in the loop"]
@@ -73,6 +77,7 @@ def test_a_sum_in_the_loop_of_a_product_is_found_out(counted):
     assert counted["product"]["barriers"] <= 4
 
 
+@pytest.mark.slow
 def test_the_quick_compilation_has_every_kernel_that_a_step_launches(counted):
     """`compile.py --quick` passes over none of them."""
     launched = {row["kernel"] for row in COMMITTED["rows"]}
@@ -149,6 +154,7 @@ def test_programs_that_fit_a_multiprocessor():
 # --- the committed prediction ---
 
 
+@pytest.mark.slow
 def test_the_predicted_step_of_tiny_is_the_committed_one(tmp_path):
     """Within 3% under the Triton that the file names. Under another one, whose code is its own, what is compared is which
     kernels a step launches on every architecture, and that none of them touches local memory."""

@@ -251,6 +251,7 @@ def open_until_killed(name: str, directory: Path, moment: int) -> bool:
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "flowers102"])
 def test_a_set_is_whole_whenever_its_making_was_killed(server, source, tmp_path, name):
     expected, moment = contents(name, source), 1
@@ -284,6 +285,7 @@ def test_torchvision_is_asked_for_where_a_published_set_is(tmp_path, monkeypatch
     assert set(SETS) == {"cifar10", "cifar100", "flowers102", "pets"}
 
 
+@pytest.mark.slow
 def test_nothing_else_needs_torchvision():
     line = "import sys; sys.modules['torchvision'] = None; import crate_fast.cli, crate_fast.train_command, crate_fast.training"
     subprocess.run([sys.executable, "-c", f"{line}; import crate_fast.training.run"], check=True)

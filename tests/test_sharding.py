@@ -53,6 +53,7 @@ def kernels_of(model: CRATE, dtype: torch.dtype | None) -> tuple[torch.Tensor, l
     return logits, [name for name in seen if name != "_prepare_kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "dtype", "layers"), [("triton", torch.float16, True), ("triton", None, False), ("torch", None, True)]
 )
@@ -166,6 +167,7 @@ def trained(tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 def test_layers_on_two_processes_run_the_kernels_of_one(trained):
     assert re.search(r"as one: (2[2-9]) kernels", (trained / "printed").read_text())
 
@@ -174,6 +176,7 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "tolerance"), [("lion", 1e-5), ("adamw", 1e-5), ("scaled", 1e-4)])
 def test_both_strategies_have_the_same_losses(trained, case, tolerance):
     """But for the order of sums, which weights rounded to float16 amplify."""
@@ -190,6 +193,7 @@ def test_both_strategies_have_the_same_losses(trained, case, tolerance):
         assert (apart.sum() - apart.max()) / apart.numel() < 1e-4, name
 
 
+@pytest.mark.slow
 def test_one_process_reads_a_checkpoint_in_parts(trained, capsys):
     run = trained / "lion-fsdp"
     newest = run / "checkpoints" / "last.dcp"
@@ -203,6 +207,7 @@ def test_one_process_reads_a_checkpoint_in_parts(trained, capsys):
         assert f"({last['correct']} of 360), top-5 {last['top5']:.2%}, loss {last['loss']:.4f}" in out
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped(trained, tmp_path, capsys):
     run = Path(shutil.copytree(trained / "lion-fsdp", tmp_path / "run", symlinks=True))
     half = run / "checkpoints" / ".step-00000099.dcp.tmp"
@@ -218,6 +223,7 @@ def test_one_process_goes_on_where_two_stopped(trained, tmp_path, capsys):
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_what_is_damaged_is_named_and_not_taken(trained, tmp_path, capsys):
     run = Path(shutil.copytree(trained / "adamw-fsdp", tmp_path / "run", symlinks=True))
     path = next((run / "checkpoints").glob("step-*.dcp"))
@@ -242,6 +248,7 @@ class Hostile:
         return exec, ("raise SystemExit('executed')",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "table", [pickle.dumps(Hostile()), pickle.dumps({"a": 1}), b"no pickle"], ids=["code", "dict", "noise"]
 )
@@ -303,6 +310,7 @@ def be_huge(path: Path, table) -> None:
     entry.chunks = [type(entry.chunks[0])(torch.Size((0, 0)), entry.size)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lose_a_chunk, double_a_chunk, lead_elsewhere, lie_in_a_link, be_huge])
 def test_tables_that_do_not_tell_of_whole_tensors_in_their_folder_are_refused(trained, tmp_path, change):
     path = shutil.copytree(trained / "adamw-fsdp" / "checkpoints" / "last.dcp", tmp_path / "some.dcp")
@@ -310,6 +318,7 @@ def test_tables_that_do_not_tell_of_whole_tensors_in_their_folder_are_refused(tr
         load_checkpoint(rewritten(path, change))
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_killed_while_it_saves_ends_as_one_that_was_not(tmp_path):
     kill.compare(tmp_path, 1, (0,), ("writing",), ("--strategy", "fsdp", "--epochs", "1"))
 

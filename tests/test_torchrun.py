@@ -29,6 +29,8 @@ from crate_fast.training import ConfigError, evaluate_run, resolve, train
 from crate_fast.training.plan import make_plan
 from crate_fast.training.ranks import Ranks, meet
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--image-size", "32", "--patch-size", "16", "--num-threads", "1", "--device", "cpu"]
 
 

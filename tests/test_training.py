@@ -230,6 +230,7 @@ def test_training_learns(tmp_path):
     assert score.top1 > 0.85
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_one_that_is_not(tmp_path):
     settings = MINIATURE | {"epochs": 1, "batch_size": 360, "log_every": 1}
     rows = []

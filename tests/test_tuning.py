@@ -50,6 +50,7 @@ def pair(device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, tor
     return layers, published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize(("device", "dtype"), DTYPES, indirect=["device"])
 def test_every_shape_gives_right_values(device, dtype, index):
@@ -131,6 +132,7 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, monkeypatch, text):
     assert (tmp_path / "tuning.json").read_text() == text
 
 
+@pytest.mark.slow
 def test_tune_without_a_gpu_is_one_line():
     command = [sys.executable, "-m", "crate_fast", "tune"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # a real search takes minutes

@@ -255,6 +255,7 @@ def test_without_the_hub(tmp_path, monkeypatch):
         small_model().save_pretrained(tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_import_needs_no_optional_package():
     """The Hub, safetensors, Matplotlib and Pillow are imported when asked for."""
     script = "import sys, crate_fast, crate_fast.inspection; print([n for n in sys.modules if n in {'huggingface_hub', 'PIL'}])"

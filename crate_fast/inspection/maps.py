@@ -43,8 +43,8 @@ def attention_row(projection: Tensor, heads: int, scale: float | None = None, to
     if not -tokens <= token < tokens:
         raise InspectionError(f"there is no token {token}; the projection has {tokens}, from 0")
     w = projection.to(torch.promote_types(projection.dtype, torch.float32)).unflatten(-1, (heads, -1))
-    scale = w.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
-    return torch.softmax(torch.einsum("bhp,bnhp->bhn", w[:, token], w) * scale, dim=-1)
+    factor = w.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
+    return torch.softmax(torch.einsum("bhp,bnhp->bhn", w[:, token], w) * factor, dim=-1)
 
 
 @torch.no_grad()

@@ -34,7 +34,10 @@ class Normalisation:
     def __init__(self, model: CRATE, source: str | Path) -> None:
         self._mode = _mode(model)
         stored = model.transform
-        own = stored[1:] if stored is not None and stored.mean is not None else _of_run(Path(source))
+        if stored is not None and stored.mean is not None and stored.std is not None:
+            own = stored.mean, stored.std
+        else:
+            own = _of_run(Path(source))
         self.mean, self.std = own or _of_imagenet(model.channels)
         self.origin = "its run's" if own else "ImageNet's"
         if not all(len(values) == model.channels for values in (self.mean, self.std)):
@@ -72,7 +75,8 @@ def _of_imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
     if channels == 3:
         return MEAN, STD
-    return tuple((sum(w * v for w, v in zip(LUMA, values, strict=True)),) for values in (MEAN, STD))
+    mean, std = ((sum(w * v for w, v in zip(LUMA, values, strict=True)),) for values in (MEAN, STD))
+    return mean, std
 
 
 def to_array(image: Image) -> Tensor:

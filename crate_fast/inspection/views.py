@@ -13,6 +13,7 @@ from .. import functional
 from ..model import CRATE
 from ..modules import Layer
 from ..positions import resample_positions
+from ..transformer import layers_of
 
 
 class InspectionError(ValueError):
@@ -63,7 +64,7 @@ def layer_views(model: CRATE, images: Tensor) -> Iterator[LayerView]:
     grid = patch_grid(model, images)
     with _evaluating(model):
         x = _embed(model, images, grid)
-        for layer in model.transformer.layers:
+        for layer in layers_of(model.transformer):
             mssa, ista = layer
             attention = mssa.fn
             w = project(layer, x)

@@ -36,7 +36,7 @@ def random_crop(image: Image.Image, size: int, least: float, draw: np.random.Gen
     width, height = image.size
     for _ in range(CROP_TRIES):
         area = width * height * draw.uniform(least, 1.0)
-        aspect = math.exp(draw.uniform(*map(math.log, ASPECTS)))
+        aspect = math.exp(draw.uniform(math.log(ASPECTS[0]), math.log(ASPECTS[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(draw.integers(width - w + 1)), int(draw.integers(height - h + 1))
@@ -113,7 +113,7 @@ def change(image: Image.Image, operation: str, value: float) -> Image.Image:
     if operation == "posterize":
         return ImageOps.posterize(image, int(value))
     if operation == "solarize":
-        return ImageOps.solarize(image, value)
+        return ImageOps.solarize(image, value)  # pyright: ignore[reportArgumentType] (any number will do)
     if operation in ("autocontrast", "equalize"):
         return getattr(ImageOps, operation)(image)
     if operation == "rotate":
@@ -135,7 +135,7 @@ def erase(pixels: np.ndarray, chance: float, colour: np.ndarray, draw: np.random
     height, width = pixels.shape[:2]
     for _ in range(CROP_TRIES):
         area = height * width * draw.uniform(*ERASED_AREAS)
-        aspect = math.exp(draw.uniform(*map(math.log, ERASED_ASPECTS)))
+        aspect = math.exp(draw.uniform(math.log(ERASED_ASPECTS[0]), math.log(ERASED_ASPECTS[1])))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h < height and w < width:
             top, left = int(draw.integers(height - h + 1)), int(draw.integers(width - w + 1))

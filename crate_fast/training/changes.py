@@ -47,8 +47,9 @@ class Changes:
         config, count = self._config, 1 + 3 * self._operations + ERASING
         draws = uniforms(config.seed, epoch, indices, CHANGES, count)
         pixels = mirror(pixels, draws[:, 0] < 0.5)
+        _, height, width, _ = pixels.shape
         for number in range(self._operations):
-            names, values = self._choose(draws[:, 1 + 3 * number :][:, :3], pixels.shape[1:3])
+            names, values = self._choose(draws[:, 1 + 3 * number :][:, :3], (height, width))
             pixels = change_each(pixels, names, values)
         if config.erase:
             pixels = self._erase(pixels, draws[:, -ERASING:])
@@ -63,7 +64,8 @@ class Changes:
         return chosen, np.where(signed & (draws[:, 2] < 0.5), -values, values)
 
     def _erase(self, pixels: Tensor, draws: np.ndarray) -> Tensor:
-        boxes = erased_boxes(draws, *pixels.shape[1:3], self._config.erase)
+        _, height, width, _ = pixels.shape
+        boxes = erased_boxes(draws, height, width, self._config.erase)
         return fill(pixels, boxes, self._colour)
 
 
@@ -110,11 +112,11 @@ def _change(pixels: Tensor, name: str, values: np.ndarray) -> Tensor:
     """Images after one operation, each by its own value."""
     if name in MOVES:
         return move(pixels, np.stack([move_of(name, value, *pixels.shape[1:3]) for value in values]))
-    values = send(values, pixels.device, torch.float32).view(-1, 1, 1)
+    strengths = send(values, pixels.device, torch.float32).view(-1, 1, 1)
     if name in TABLES:
-        return look_up(pixels, _table(pixels, name, values))
+        return look_up(pixels, _table(pixels, name, strengths))
     other = grey(pixels).unsqueeze(3) if name == "color" else smooth(pixels)
-    return blend(other, pixels, 1 + values.unsqueeze(3))
+    return blend(other, pixels, 1 + strengths.unsqueeze(3))
 
 
 def move_of(name: str, value: float, height: int, width: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from ..backend import BACKENDS
 from ..files import names_something
@@ -28,7 +29,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def option(default, group: str, text: str, *, kind: type | None = None, choices=None, **bounds):
+def option(default, group: str, text: str, *, kind: type | None = None, choices=None, **bounds) -> Any:
     """A field with what its flag needs: `group` and `text` of the help, `kind`, `choices` and `bounds`.
 
     Bounds: `least` and `most` (allowed themselves), `above` and `below` (not allowed themselves).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 2**1000  # which NaN and the infinite are not
 
 
@@ -31,7 +31,7 @@ def _are_numbers(value: object, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(map(_is_number, value))
 
 
-def _is_score(value: object) -> bool:
+def _is_score(value: Any) -> bool:
     whole = isinstance(value, list) and len(value) == 4 and type(value[0]) in (int, float)  # a loss may be infinite
     return value is None or (whole and all(map(_is_count, value[1:])))
 

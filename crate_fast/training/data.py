@@ -28,9 +28,13 @@ class Data(Protocol):
     name: str
     classes: int
     channels: int
-    train_count: int
-    test_count: int
-    advice: str | None  # where it is late
+
+    @property
+    def train_count(self) -> int: ...
+    @property
+    def test_count(self) -> int: ...
+    @property
+    def advice(self) -> str | None: ...  # where it is late
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
     def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]: ...

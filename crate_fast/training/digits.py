@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ def load_scans() -> tuple[Tensor, Tensor]:
     require("sklearn")
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     return torch.from_numpy(digits.images).float().unsqueeze(1) / GREY_LEVELS, torch.from_numpy(digits.target).long()
 
 

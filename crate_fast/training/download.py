@@ -110,22 +110,19 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield _lock(descriptor, folder, wait)
+        locked = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            print(f"waiting for another process, which downloads to {folder}", flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            locked = False
+        yield locked
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path, wait: bool) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            raise
-        print(f"waiting for another process, which downloads to {folder}", flush=True)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
 
 
 def _download(source: Source, directory: Path, file: Path) -> None:

@@ -6,6 +6,7 @@ The generator is Philox4x32-10 (Salmon et al., 2011), whose output is its counte
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ STEPS = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
 
-def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
+def philox(counter: tuple[Any, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
     """Four arrays of 32 random bits in uint64, of four that broadcast, 32 bits each in uint64, and a key of two numbers."""
     a, b, c, d = counter
     for number in range(ROUNDS):

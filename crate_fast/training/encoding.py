@@ -62,7 +62,8 @@ def _encode(content: bytes, name: str, label: int, lossless: bool, settings: Set
     reduced = 0 < settings.short_side < min(image.size)
     image = cover(image, settings.short_side, settings.short_side) if reduced else image
     pixels = np.asarray(image)
-    size = (*pixels.shape[:2], label, name)
+    height, width = pixels.shape[:2]
+    size = (height, width, label, name)
     if settings.raw or (lossless and reduced):
         return Encoded(pixels.tobytes(), RAW, *size)
     if content.startswith(JPEG_START) and not reduced and _decodes_to(content, pixels):

@@ -18,8 +18,8 @@ class Flat:
         parameters = list(model.parameters())
         lengths = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
         self.weights = torch.zeros(sum(lengths), device=parameters[0].device, dtype=parameters[0].dtype)
-        self.gradients = torch.zeros_like(self.weights) if gradients else None
-        self._before = torch.empty_like(self.weights) if gradients else None
+        if gradients:
+            self.gradients, self._before = torch.zeros_like(self.weights), torch.empty_like(self.weights)
         start = 0
         for parameter, length in zip(parameters, lengths, strict=True):
             place = slice(start, start + parameter.numel())

@@ -5,6 +5,8 @@ Not run on a GPU yet. What decides between graph and model runs everywhere and i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +55,8 @@ def record(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> nn
     """
     images = torch.zeros(shape, device=device)
     with torch.cuda.device(device):  # whose streams are recorded from
-        return torch.cuda.make_graphed_callables(model.train(), (images,), num_warmup_iters=WARMUP)
+        recorded: Any = torch.cuda.make_graphed_callables(model.train(), (images,), num_warmup_iters=WARMUP)
+    return recorded
 
 
 def check_graphs(config: TrainConfig, compute: Compute) -> None:

@@ -22,7 +22,7 @@ from .config import TrainConfig
 from .metrics import IGNORED
 from .plan import Plan, epoch_order, share_of
 from .ranks import Ranks
-from .stop import leave_signals_to_the_run
+from .stop import hear_of_no_process, leave_signals_to_the_run
 from .waiting import more_workers
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, red, green, blue, in 0..1
@@ -36,7 +36,7 @@ class UnreadableError(RuntimeError):
 
 
 class Store(Protocol):
-    """Stored images, as `folder.Photographs` and `cifar.Pictures` are."""
+    """Stored images, as `folder.Photographs` and `resident.Pictures` are."""
 
     def __len__(self) -> int: ...
     def label(self, index: int) -> int: ...
@@ -60,7 +60,7 @@ class TrainSamples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        size = (self._config.image_size,) * 2
+        size = (self._config.image_size, self._config.image_size)
         return _read(self._store, index, size, lambda image: self._change(image, epoch, index))
 
     def _change(self, image: Image.Image, epoch: int, index: int) -> np.ndarray:
@@ -156,7 +156,7 @@ class Photos:
             yield self._normalise(pixels), labels
 
     def _arrive(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, labels, problems in loader:
+        for pixels, labels, problems in from_workers(loader):
             for problem in problems:
                 self._report(problem)
             yield pixels.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
@@ -200,7 +200,32 @@ def start_worker(_: int) -> None:
     rundir.unlock()  # a worker outlives a killed run for seconds, and must not keep its lock
 
 
-def ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+def from_workers(loader: DataLoader) -> Iterator:
+    """What the processes of a loader read, in order. They are started before this returns.
+
+    That one of them is gone is told where its batch is wanted, as a RuntimeError, and nowhere else: PyTorch's handler of
+    SIGCHLD would raise it within whatever the run does then, such as writing a checkpoint. Without it PyTorch looks after
+    its processes every 5 seconds that it waits.
+    """
+    batches = iter(loader)
+    if not loader.num_workers:
+        return batches
+    hear_of_no_process()
+    return _received(batches)
+
+
+def _received(batches: Iterator) -> Iterator:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (EOFError, ConnectionError, FileNotFoundError) as error:  # it was gone before its tensors were fetched from it
+            raise RuntimeError(f"a DataLoader worker has exited ({type(error).__name__})") from error
+        yield batch
+
+
+def ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, on a GPU each copied on a stream of its own while the one before it is computed with."""
     if device.type != "cuda":
         yield from batches

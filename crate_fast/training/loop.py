@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Trainer:
             while self.evaluated < self.config.epochs:
                 self._train_epoch(bar)
                 self._evaluate_epoch(bar)
-        return self.score
+        return cast("Score", self.score)  # of the last epoch, of which there is one
 
     @property
     def evaluated_model(self) -> CRATE:
@@ -229,7 +229,7 @@ class Trainer:
             self.watch.row(row)
 
     def _check_finite(self) -> None:
-        bad_step = self.bad_step.item()
+        bad_step = int(self.bad_step.item())
         if bad_step == NEVER:
             return
         lr = learning_rate_at(bad_step, self.plan.steps, self.config)

@@ -21,7 +21,7 @@ class Score(NamedTuple):
     loss: float
     correct: int
     correct5: int
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride] (tuple's own is not missed)
 
     @property
     def top1(self) -> float:

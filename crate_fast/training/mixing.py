@@ -38,7 +38,8 @@ def mix(images: Tensor, labels: Tensor, config: TrainConfig, key: tuple[int, ...
         return Mixed(images, labels, labels, 1.0)
     draw = np.random.default_rng(key)
     cut = config.cutmix > 0 and (config.mixup == 0 or draw.random() < 0.5)
-    part = float(draw.beta(*(2 * [config.cutmix if cut else config.mixup])))
+    alpha = config.cutmix if cut else config.mixup
+    part = float(draw.beta(alpha, alpha))
     others = images.flip(0)
     if not cut:
         return Mixed(images.lerp(others, 1 - part), labels, labels.flip(0), part)

@@ -9,7 +9,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .augment import central_crop
 from .changes import Changes
 from .config import TrainConfig
 from .draws import CROP, CROP_DRAWS, crop_boxes, uniforms
-from .images import COLOUR, PREFETCH, Normalise, ahead, describe, start_worker
+from .images import COLOUR, PREFETCH, Normalise, ahead, describe, from_workers, start_worker
 from .packfile import PackError
 from .packs import Packs, Split
 from .plan import Plan, epoch_order, share_of
@@ -89,7 +89,8 @@ class Slots:
         if self._pinned:
             return
         self._pinned = True
-        runtime, place = torch.cuda.cudart(), self._tensors.data_ptr()
+        runtime: Any = torch.cuda.cudart()
+        place = self._tensors.data_ptr()
         if int(runtime.cudaHostRegister(place, self._tensors.numel(), 0)):
             print("crate-fast: warning: memory for images cannot be pinned; they are copied more slowly", file=sys.stderr)
             return
@@ -177,7 +178,7 @@ class Packed:
         prefetch = max(PREFETCH, -(-2 * part // (self._chunk * max(1, workers))))
         self._slots = Slots(workers * prefetch + 2, self._chunk, size, device)
         self._tasks = Tasks()
-        self._loader = DataLoader(
+        self._loader: Any = DataLoader(
             Reader(packs, config, self._slots),
             batch_size=None,
             sampler=self._tasks,
@@ -231,7 +232,7 @@ class Packed:
         chunks = [chunk for cut in cuts for chunk in cut]
         self._tasks.tasks = [Task(number % len(self._slots), train, epoch, chunk) for number, chunk in enumerate(chunks)]
         self._slots.free(*range(len(self._slots)))
-        arriving, number = iter(self._loader), 0
+        arriving, number = from_workers(self._loader), 0
         self._slots.pin()
         for part, cut in zip(parts, cuts, strict=True):
             labels = torch.from_numpy(split.labels[part])
@@ -243,7 +244,7 @@ class Packed:
     def _collect(self, arriving: Iterator[str | None], numbers: range, count: int) -> Tensor:
         """The chunks `numbers` as one part of `count` images on the device."""
         whole = self._device.type == "cpu" and len(numbers) == 1
-        pixels = None if whole else torch.empty(count, *self._size, 3, dtype=torch.uint8, device=self._device)
+        pixels: Any = None if whole else torch.empty(count, *self._size, 3, dtype=torch.uint8, device=self._device)
         for place, number in enumerate(numbers):
             # With the chunk that arrives now a task is given out for the slot of the chunk two before.
             self._slots.free((number - 2) % len(self._slots))
@@ -262,11 +263,11 @@ class Packed:
 
 
 def _close(packed: weakref.ref) -> None:
-    if packed() is not None:
-        packed().close()
+    if (alive := packed()) is not None:
+        alive.close()
 
 
-def _as_it_is(problem: str | None) -> str | None:
+def _as_it_is(problem: Any) -> Any:
     return problem
 
 

@@ -151,7 +151,7 @@ class Pack:
         got = 0
         while got < size:
             try:
-                more = os.preadv(self._file, [content[got:]], place + got)
+                more = os.preadv(self._file, [content[got:].data], place + got)
             except OSError as error:
                 raise PackError(f"{self.path}: {error.strerror}") from error
             if not more:
@@ -167,7 +167,7 @@ class Pack:
         """
         row = self.index[number]
         content = self.read(int(row["offset"]), int(row["size"]))
-        if zlib.crc32(content) != row["crc"]:
+        if zlib.crc32(content.data) != row["crc"]:
             raise self.damaged_image(number, "is not what was written")
         return content
 
@@ -188,10 +188,10 @@ class Pack:
             what = f"it has {self._size} bytes, fewer than a header" if self._size else "it is empty"
             raise self._damaged(0, what)
         header, own = np.split(self.read(0, HEADER_SIZE), [HEADER.size])
-        magic, version, count, index_at, notes_at, size, *checksums = HEADER.unpack(header)
+        magic, version, count, index_at, notes_at, size, *checksums = HEADER.unpack(header.data)
         if magic != MAGIC:
             raise self._damaged(0, "it is no pack")
-        self.checksum = zlib.crc32(header)
+        self.checksum = zlib.crc32(header.data)
         if self.checksum.to_bytes(4, "little") != own.tobytes():
             raise self._damaged(0, "its header is not what was written")
         if version != VERSION:
@@ -203,7 +203,7 @@ class Pack:
         return count, index_at, notes_at, *checksums
 
     def _check(self, content: np.ndarray, checksum: int, place: int, part: str) -> None:
-        if zlib.crc32(content) != checksum:
+        if zlib.crc32(content.data) != checksum:
             raise self._damaged(place, f"its {part} is not what was written")
 
     def _check_index(self, count: int, index_at: int) -> None:
@@ -222,7 +222,7 @@ class Pack:
         for words, found in wrong.items():
             if found.any():
                 number = int(found.argmax())
-                row = {name: int(index[number][name]) for name in INDEX.names}
+                row = {name: int(index[number][name]) for name in INDEX.names or ()}
                 place = index_at + number * INDEX.itemsize
                 raise self._damaged(place, f"its index says that image {number} {words.format(**row)}")
         if int(starts[-1]) != index_at:

@@ -21,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def prepare(source: Path, target: Path, settings: Settings, workers: int) -> Don
         OSError: a file cannot be written.
     """
     *stores, classes = open_folder(source, "SRC")
-    splits = dict(zip(("train", "val"), stores, strict=True))
+    splits: dict[str, Photographs] = dict(zip(("train", "val"), stores, strict=True))
     _check_target(target, source)
     target.mkdir(parents=True, exist_ok=True)
     _lock(target)
@@ -228,7 +228,7 @@ def in_words(size: float) -> str:
 def _estimate(jobs: list[Job], settings: Settings) -> float:
     """Bytes of the packs to be written, from a sample of their images."""
     files = [(*file, job.lossless) for job in jobs for file in job.files]
-    sample = [files[place] for place in np.linspace(0, len(files) - 1, min(SAMPLED, len(files))).astype(int)]
+    sample = [files[int(place)] for place in np.linspace(0, len(files) - 1, min(SAMPLED, len(files))).astype(int)]
     sizes = [len(image.content) for image in (encode(*file, settings) for file in sample) if isinstance(image, Encoded)]
     return sum(sizes) / max(1, len(sizes)) * len(files)
 
@@ -264,7 +264,7 @@ def _write_all(jobs: list[Job], settings: Settings, workers: int) -> None:
 class _Worker:
     """What a process that packs was started with."""
 
-    count = None
+    count: Any = None
     settings: Settings
 
 
@@ -275,6 +275,7 @@ def _start_worker(count, settings: Settings) -> None:
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
+        assert parent is not None  # this is a worker
         wait_for_end([parent.sentinel])
         os._exit(1)
 

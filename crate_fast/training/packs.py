@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,7 +144,8 @@ def open_packs(path: str | Path) -> Packs:
     for split, name in zip(splits, names, strict=True):
         if len(split) != counts[name] or not len(split) or split.labels.max() >= len(classes):
             raise PackError(f"{path / MANIFEST}: its {name} packs do not hold what it says")
-    return Packs(*splits, classes)
+    train, val = splits
+    return Packs(train, val, classes)
 
 
 def _listed(manifest: dict) -> tuple[list[str], dict[str, int], dict[str, dict[str, int]]]:
@@ -158,7 +160,7 @@ def _listed(manifest: dict) -> tuple[list[str], dict[str, int], dict[str, dict[s
     names = {split: manifest[split]["packs"] for split in ("train", "val")}
     counts = {split: manifest[split]["images"] for split in names}
     for split, packs in names.items():
-        odd = [name for name in packs if Path(name).name != name or type(packs[name]) is not int]
+        odd = [name for name in packs if not re.fullmatch(rf"{split}-[0-9]+\.pack", name) or type(packs[name]) is not int]
         if odd or type(counts[split]) is not int:
             raise ValueError(f"of {split}: {odd[0]!r} is no name of a pack with a number" if odd else f"{split} has no count")
     return classes, counts, names

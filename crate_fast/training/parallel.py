@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ class Replicated(Together):
             model.compile()
         part = (plan.largest_part, model.channels, *model.image_size)
         net = Graphed(model, part, compute) if config.cuda_graphs == "yes" else model
-        self.net = replicate(net, compute) if plan.ranks.count > 1 else net
+        self.net: Any = replicate(net, compute) if plan.ranks.count > 1 else net
 
     def summing(self, last: bool) -> AbstractContextManager:
         """In which a part of a step is computed; gradients are summed over processes with the `last` one."""

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .config import ConfigError
 
+T = TypeVar("T")
 MEETING = 600.0  # seconds that processes started together may be apart
 # Seconds before the interpreter ends in which gloo's threads drop the tensors of their last sum. They need its lock for that,
 # and Python ends a thread that asks for the lock too late, which C++ answers by aborting the process: 5 of 66 runs of a
@@ -28,7 +29,7 @@ class Ranks(NamedTuple):
     """This process's number and the number of all; the same on this machine; how often torchrun has restarted them."""
 
     rank: int = 0
-    count: int = 1
+    count: int = 1  # pyright: ignore[reportIncompatibleMethodOverride] (tuple's own is not missed)
     local_rank: int = 0
     local_count: int = 1
     restarts: int = 0
@@ -44,11 +45,11 @@ class Ranks(NamedTuple):
             dist.all_reduce(values)
         return values
 
-    def share(self, make: Callable[[], object]):
+    def share(self, make: Callable[[], T]) -> T:
         """What `make` gives in the first process, in every process; where it fails, all end, and the first says why."""
         if self.count == 1:
             return make()
-        outcome: list = [None, True]
+        outcome: list[Any] = [None, True]
         if not self.first:
             dist.broadcast_object_list(outcome, src=0)
             if not outcome[1]:

@@ -78,7 +78,8 @@ class Resident:
         pixels, labels = self._test
         part, side = self._config.eval_crop, pixels.shape[1]
         # As `augment.central_crop`: a square covers both sides of the model's image.
-        scaled = (max(max(length, round(length / part)) for length in self._size),) * 2 if part else self._size
+        square = max(max(length, round(length / part)) for length in self._size) if part else 0
+        scaled = (square, square) if part else self._size
         windows = [(round((full - length) / 2), length) for full, length in zip(scaled, self._size, strict=True)]
         share = share_of(self.test_count, ranks)
         for start in range(share.start, share.stop, batch_size):

@@ -14,7 +14,7 @@ from .config import ConfigError, TrainConfig, flag
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports] (an older Python's alone)
 
 RECIPES = Path(__file__).parent / "recipes"
 NAMES = tuple(sorted(path.stem for path in RECIPES.glob("*.toml")))

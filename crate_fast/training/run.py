@@ -34,8 +34,8 @@ from .stop import Signals, Stopped
 from .weights import read_weights, start_from
 
 LOST = {
-    r"DataLoader worker .* (is killed|exited)": "a process that reads images was ended from outside, for want of memory "
-    "perhaps; fewer --workers need less",
+    r"DataLoader worker .*(is killed|exited)|Pin memory thread exited": "a process that reads images was ended from outside, "
+    "for want of memory perhaps; fewer --workers need less",
     r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote process exited": "another process of the run is gone",
 }
 """What PyTorch's errors say where a part of the run was lost, and how it is told."""
@@ -92,8 +92,8 @@ def _start(
     if run is not None:
         own = run.read_config()
         config = replace(own, **check_unchanged(own, given, run.path), out=str(run.path))
-    elif config.out is not None:
-        ranks.share(lambda: check_free(config.out))
+    elif (out := config.out) is not None:
+        ranks.share(lambda: check_free(out))
     compute = _check(config, ranks)
     with process_group(ranks, compute.device, alone=config.strategy == "fsdp"):
         return _train(config, compute, run, resume, ranks, signals)
@@ -122,7 +122,7 @@ def _check(config: TrainConfig, ranks: Ranks) -> Compute:
 def _train(
     config: TrainConfig, compute: Compute, run: RunDirectory | None, resume: str | None, ranks: Ranks, signals: Signals
 ) -> tuple[RunDirectory | None, Score]:
-    checkpoint = _find_checkpoint(run, resume, config, ranks) if run is not None else None
+    checkpoint = _find_checkpoint(run, resume, config, ranks) if run is not None and resume is not None else None
     # Weights before data, which may have to be downloaded or listed for minutes.
     weights = read_weights(config.init) if config.init and checkpoint is None else None
     data = open_data(config, compute.device, ranks)
@@ -132,7 +132,7 @@ def _train(
             run.warn_of_reader(data.describe())
     plan = make_plan(config, data.train_count, ranks)
     model = build_model(config, data)
-    lines = [] if weights is None else [start_from(model, weights, config.init)]
+    lines = [] if weights is None or config.init is None else [start_from(model, weights, config.init)]
     trainer = Trainer(config, model.to(compute.device), data, plan, compute, signals)
     if run is None:
         run = ranks.share(lambda: _create(config, trainer))

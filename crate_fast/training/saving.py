@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ class Checkpoints:
 
     def newest_before(self, step: int) -> Path | None:
         """The newest checkpoint that was written after an earlier step than `step`, by its name."""
-        return next((path for path in self.numbered() if int(re.match(r"step-(\d+)", path.name)[1]) < step), None)
+        return next((path for path in self.numbered() if int(re.findall(r"step-(\d+)", path.name)[0]) < step), None)
 
     def save(self, model: CRATE, step: int, best: bool, state: dict) -> Path:
         """Writes a checkpoint, and removes those that are no longer to be kept.
@@ -170,7 +171,7 @@ def circumstances(compute: Compute, ranks: Ranks) -> dict[str, str | int]:
 def _kernels_digest() -> str:
     """A digest of the kernels' source and of their configurations, which are part of it."""
     digest = hashlib.sha256()
-    specification = find_spec("crate_fast.kernels")
+    specification: Any = find_spec("crate_fast.kernels")
     for folder in specification.submodule_search_locations or ():
         for file in sorted(Path(folder).glob("*.py")):
             digest.update(file.read_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Shards:
     """This process's parts of the parameters of `model`, and of their gradients: `Flat`'s methods, tensor by tensor."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = list(model.parameters())
+        self._parameters: list[Any] = list(model.parameters())  # with a DTensor's methods
         self.weights = [parameter.to_local() for parameter in self._parameters]
         self._before: list[Tensor] = []
 
@@ -43,7 +44,8 @@ class Shards:
             parameter.grad = None
 
     def norm(self) -> Tensor:
-        return get_total_norm([parameter.grad for parameter in self._parameters], foreach=True).full_tensor()
+        norm: Any = get_total_norm([parameter.grad for parameter in self._parameters], foreach=True)
+        return norm.full_tensor()
 
     def clip(self, norm: Tensor, most: float) -> None:
         gradients = [parameter.grad.to_local() for parameter in self._parameters]
@@ -70,7 +72,8 @@ class Sharded(Together):
 
     def __init__(self, model: CRATE, average: CRATE | None, config: TrainConfig, plan: Plan, compute: Compute) -> None:
         super().__init__(plan.ranks)
-        self._model, self._average = model, average
+        self._model: Any = model  # an FSDPModule too, below
+        self._average = average
         for whole in (model, average) if average is not None else (model,):
             shard(whole, compute, plan.ranks.count)
         self.flat = Shards(model)

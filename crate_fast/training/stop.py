@@ -50,6 +50,8 @@ class Signals:
             os.set_blocking(self._pipe, False)
             self._wakeup = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
             self._before = {number: signal.signal(number, self._receive) for number in heard}
+            if hasattr(signal, "SIGCHLD") and (handler := signal.getsignal(signal.SIGCHLD)) is not None:
+                self._before[signal.SIGCHLD] = handler
             self._listener = threading.Thread(target=self._listen, args=(reader,), daemon=True)
             self._listener.start()
         return self
@@ -85,6 +87,12 @@ class Signals:
     def _say(self, text: str) -> None:
         if self._tell and self.training:
             os.write(2, as_bytes(f"crate-fast: {text}\n"))
+
+
+def hear_of_no_process() -> None:
+    """Nothing is interrupted any more because a process that was started has ended. `Signals` undoes it."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def leave_signals_to_the_run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ class Together:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._hosts = dist.new_group(backend="gloo") if ranks.count > 1 else None
+        self._hosts: Any = dist.new_group(backend="gloo") if ranks.count > 1 else None
         self._asked: tuple | None = None
 
     def agree(self, number: int | None, due: bool) -> tuple[int | None, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import torch
 
@@ -57,7 +58,8 @@ class Waiting:
         advice, self._advice = self._advice, None
         return f"{part:.0%} of the time was spent waiting for data; what helps: {advice} (docs/data.md)"
 
-    def _now(self):
+    def _now(self) -> Any:
+        """Seconds, or on a GPU an event."""
         if not self._is_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from ..checkpoint import write_atomically
 from ..model import CRATE
+from ..transformer import layers_of
 from .compute import Compute
 from .config import TrainConfig
 from .rundir import RunDirectory
@@ -30,8 +32,10 @@ def training_flops(model: CRATE) -> float:
     products of attention, the head. What the tied attention's symmetry saves is not taken off.
     """
     tokens, dim = model.pos_embedding.shape[1:]
-    total = (tokens - 1) * model.to_patch_embedding[2].in_features * dim + dim * model.mlp_head[1].out_features
-    for mssa, _ in model.transformer.layers:
+    embedding: Any = model.to_patch_embedding[2]
+    head: Any = model.mlp_head[1]
+    total = (tokens - 1) * embedding.in_features * dim + dim * head.out_features
+    for mssa, _ in layers_of(model.transformer):
         inner = mssa.fn.qkv.out_features
         total += tokens * dim * (2 * inner + dim) + 2 * tokens * tokens * inner
     return 6.0 * total
