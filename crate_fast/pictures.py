@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from .files import check_regular
 
@@ -90,7 +90,8 @@ def _read(source: str | Path | BinaryIO) -> Image:
 
 def _clear_grey(file: Image) -> int | None:
     """Which grey of 8 bits a PNG of 2 or 4 bits calls transparent, where it calls one so: Pillow scales the pixels alone."""
-    packed = file.tile[0].args if file.format == "PNG" and file.mode == "L" and file.tile else None
+    tiles = getattr(file, "tile", ())
+    packed = tiles[0].args if file.format == "PNG" and file.mode == "L" and tiles else None
     value = file.info.get("transparency")
     if packed not in ("L;2", "L;4") or not isinstance(value, int):
         return None
@@ -156,8 +157,10 @@ def _white(image: Image, most: float) -> int:
 
 def _tag(image: Image, tag: int) -> int | None:
     """The (first) value of a tag of a TIFF, else None."""
-    value = getattr(image, "tag_v2", {}).get(tag)
-    return value[0] if isinstance(value, tuple) and value else value
+    tags: dict[int, Any] = getattr(image, "tag_v2", {})
+    value = tags.get(tag)
+    first: Any = value[0] if isinstance(value, tuple) and value else value
+    return first
 
 
 def find_pictures(folder: Path, left_out: Counter) -> list[str]:

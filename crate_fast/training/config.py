@@ -167,8 +167,9 @@ def check_value(name: str, value, *, kind: type, choices=None, bounds: dict, **_
         raise ConfigError(f"{name} is {value!r}, which names nothing")
     if choices and value not in choices:
         raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(choices)}")
-    if kind is float and not -sys.float_info.max <= value <= sys.float_info.max:  # a whole number may be larger than any float
-        raise ConfigError(f"{name} is {value if isinstance(value, float) else 'larger than any float'}; it must be finite")
+    # A whole number may be beyond any float.
+    if kind is float and not (isinstance(value, float | int) and -sys.float_info.max <= value <= sys.float_info.max):
+        raise ConfigError(f"{name} is {value if isinstance(value, float) else 'beyond any float'}; it must be finite")
     if "least" in bounds and value < bounds["least"]:
         raise ConfigError(f"{name} is {value}; it must be at least {bounds['least']}")
     if "most" in bounds and value > bounds["most"]:
