@@ -137,6 +137,15 @@ def test_segment_on_photographs(place, run, capsys):
     assert np.array_equal(np.asarray(Image.open(out / "flower" / "head-02-mask.png")) == 255, mask.numpy())
 
 
+def test_means_that_cannot_be_read_just_now_are_not_taken_from_elsewhere(run, monkeypatch):
+    model = load_checkpoint(run)
+    model.transform = None  # of a file of before: its run says how images are normalised
+    assert photos.Normalisation(model, run).origin == "its run's"
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        photos.Normalisation(model, run)
+
+
 def test_segment_flags(place, run, capsys):
     given = ["--layer", "1", "--heads", "2,1", "--mass", "0.3", "--size", "20"]
     image = place / "photos" / "china.JPG"
