@@ -55,7 +55,7 @@ def _arguments_of(model: CRATE) -> dict:
         "heads": transformer.heads,
         "pool": model.pool,
         "channels": model.channels,
-        "emb_dropout": model.dropout.p,
+        "emb_dropout": float(model.dropout.p),
     }
     of_layers = [_layer_arguments(mssa.fn, ista.fn) for mssa, ista in layers_of(transformer)]
     if any(layer != of_layers[0] for layer in of_layers):
@@ -66,9 +66,9 @@ def _arguments_of(model: CRATE) -> dict:
 def _layer_arguments(attention, feed_forward) -> dict:
     return {
         "dim_head": attention.qkv.out_features // attention.heads,
-        "dropout": attention.dropout.p,
-        "ista": feed_forward.step_size,
-        "lambd": feed_forward.lambd,
+        "dropout": float(attention.dropout.p),
+        "ista": float(feed_forward.step_size),
+        "lambd": float(feed_forward.lambd),
     }
 
 
@@ -108,11 +108,22 @@ def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
     """Writes `model` and `state` (tensors and plain values: optimizer state, counters) to `path`, for `read_checkpoint`.
 
-    Raises: as `save_model`.
+    Raises: as `save_model`; also TypeError where `state` has what could not be read again, such as NumPy's numbers.
     """
+    for name, value in state.items():
+        _check_readable(name, value)
     arguments, weights = _describe(model)
     content = {"arguments": arguments, "model": weights, **transform_entry(model), **state}
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def _check_readable(name: str, value: object) -> None:
+    """Raises TypeError where nested `value` has something of a class that `torch.load` of weights alone does not know."""
+    if type(value).__module__.partition(".")[0] not in ("builtins", "collections", "torch"):
+        raise TypeError(f"{name} holds a {type(value).__name__}; a checkpoint holds tensors and Python's own values")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    for each in inner:
+        _check_readable(name, each)
 
 
 def transform_entry(model: CRATE) -> dict:
@@ -147,8 +158,11 @@ def _change(built: CRATE, model: CRATE) -> str | None:
         if "forward" in settings:
             return f"{name or 'the model'!r} has another forward"
         for setting, value in vars(other).items():
-            if not (setting.startswith("_") or setting in FREE) and settings.get(setting, value) != value:
-                return f"{name or 'the model'!r} has {setting} {settings[setting]!r}; as it is built, {value!r}"
+            if setting.startswith("_") or setting in FREE:
+                continue
+            found = settings.get(setting, value)
+            if not (found == value or (isinstance(found, list) and tuple(found) == value)):
+                return f"{name or 'the model'!r} has {setting} {found!r}; as it is built, {value!r}"
     return None
 
 

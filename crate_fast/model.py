@@ -100,11 +100,14 @@ class CRATE(nn.Module):
                 raise TypeError(f"{name} is {value!r}; it must be an integer")
             if value < (name in sizes):
                 raise ValueError(f"{name} is {value}; it must be at least {int(name in sizes)}")
+        # Numbers of Python's own from here on, whatever NumPy's they were: a checkpoint with others could not be read again.
+        dropout, emb_dropout = check_number("dropout", dropout), check_number("emb_dropout", emb_dropout)
+        ista, lambd = check_number("ista", ista), check_number("lambd", lambd)
         for name, share in (("dropout", dropout), ("emb_dropout", emb_dropout)):
-            if not 0 <= check_number(name, share) <= 1:
+            if not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share}; it must be from 0 to 1")
         for name, number in (("ista", ista), ("lambd", lambd)):
-            if check_number(name, number) < 0:
+            if number < 0:
                 raise ValueError(f"{name} is {number}; it must be at least 0")
         self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
         rows, columns = (_divide(i, p) for i, p in zip(self.image_size, self.patch_size, strict=True))

@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -101,6 +102,27 @@ def test_checkpoint_keeps_state(tmp_path):
     content = read_checkpoint(tmp_path / "last.pt")
     assert content["step"] == 7
     assert torch.equal(content["optimizer"]["state"][0], torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.asarray, torch.tensor])
+@pytest.mark.parametrize("save", [save_model, save_checkpoint])
+def test_numbers_of_other_libraries_are_saved_as_numbers(kind, save, tmp_path):
+    models = small_model(ista=kind(0.25), lambd=kind(0.5), dropout=kind(0.125)), small_model()
+    for layer in models[1].transformer.layers:
+        layer[1].fn.step_size = kind(0.25)
+    for model in models:
+        save(model, tmp_path / "model")
+        assert load_checkpoint(tmp_path / "model").transformer.layers[0][1].fn.step_size == 0.25
+
+
+@pytest.mark.parametrize("value", [np.float64(1), [{"a": (np.float32(1),)}], {"best": np.zeros(2)}], ids=str)
+def test_what_could_not_be_read_again_is_not_written(value, saved):
+    before = os.listdir(saved.parent)
+    with pytest.raises(
+        TypeError, match=r"score holds a (float64|float32|ndarray); a checkpoint holds tensors and Python's own"
+    ):
+        save_checkpoint(small_model(), saved.parent / "x.pt", score=value)
+    assert os.listdir(saved.parent) == before
 
 
 def test_failed_write_leaves_the_old_file(saved, monkeypatch):
