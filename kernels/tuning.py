@@ -109,13 +109,16 @@ TABLE = (
     Line(("weight_gradient",), 16, None, True, Config(128, 256, 64, 8, 3), "144 KB", 90, 256),
     Line(("weight_gradient",), 16, None, True, Config(128, 192, 32, 8, 4), "width 576: 3 × 64 without padding", 90, 192),
     Line(("weight_gradient",), 16, None, True, Config(128, 128, 64, 8, 3), "126 registers, 96 KB: 2 programs"),
+    Line(("mixed_gradient",), 16, None, True, Config(128, 128, 32, 8, 2), "3 barriers a turn; of one stage 6", 80),
     Line(("mixed_gradient",), 16, None, True, Config(128, 128, 32, 8, 1), "161 registers; products of more are serialised"),
+    Line(("mixed_product",), 16, None, True, Config(128, 128, 32, 8, 2), "4 barriers a turn; of one stage 9", 100),
     Line(("mixed_product",), 16, None, True, Config(128, 128, 32, 8, 1), "two stages and more are serialised"),
     Line((*_GRADIENTS, "ista"), 32, None, True, Config(64, 64, 16, 4, 2), "163 registers; 32 take 255 and spill on sm_80"),
     Line(_WEIGHTS, 32, None, True, Config(64, 64, 16, 4, 2), "32 take 255 registers and spill 8 bytes", 80),
     Line(MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
     Line(_WEIGHTS, 16, None, False, Config(32, 64, 32, 4, 2, 128), "64 wide spills 8 to 24 bytes", 80),
     Line(MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
+    Line(("ista_gradient",), 32, None, False, Config(32, 64, 16, 8, 2), "32 deep spills 8 bytes", 100),
     Line(MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
 )
 
