@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .files import names_something
 from .inferred import WORDS
 from .transform import LEAST_CROP, allowed_crop
 
@@ -29,9 +30,9 @@ def _read(kind: type, text: str, words: str):
 
 
 def place(text: str) -> str:
-    """The name of a file or a folder, which is not empty (to the system that would be the folder one is in)."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is '', which names nothing")
+    """The name of a file or a folder, which is not blank (empty would be, to the system, the folder one is in)."""
+    if not names_something(text):
+        raise argparse.ArgumentTypeError(f"it is {text!r}, which names nothing")
     return text
 
 

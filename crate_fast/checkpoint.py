@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +27,8 @@ from .transformer import layers_of
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
 ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd")
+FREE = ("training", "backend", "stream", "transform", "frozen")  # settings that a model and what its file builds need not share
+CHANGED = "the model was changed after it was built"
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,6 +38,13 @@ def constructor_arguments(model: CRATE) -> dict:
     Raises:
         ValueError: no arguments do, since the model was changed after it was built.
     """
+    try:
+        return _arguments_of(model)
+    except (AttributeError, TypeError, IndexError) as error:  # a module in the place of another
+        raise ValueError(f"{CHANGED}: {first_line(error)}") from error
+
+
+def _arguments_of(model: CRATE) -> dict:
     transformer = model.transformer
     arguments = {
         "image_size": list(model.image_size),
@@ -47,7 +55,7 @@ def constructor_arguments(model: CRATE) -> dict:
         "heads": transformer.heads,
         "pool": model.pool,
         "channels": model.channels,
-        "emb_dropout": model.dropout.p,
+        "emb_dropout": float(model.dropout.p),
     }
     of_layers = [_layer_arguments(mssa.fn, ista.fn) for mssa, ista in layers_of(transformer)]
     if any(layer != of_layers[0] for layer in of_layers):
@@ -58,9 +66,9 @@ def constructor_arguments(model: CRATE) -> dict:
 def _layer_arguments(attention, feed_forward) -> dict:
     return {
         "dim_head": attention.qkv.out_features // attention.heads,
-        "dropout": attention.dropout.p,
-        "ista": feed_forward.step_size,
-        "lambd": feed_forward.lambd,
+        "dropout": float(attention.dropout.p),
+        "ista": float(feed_forward.step_size),
+        "lambd": float(feed_forward.lambd),
     }
 
 
@@ -76,7 +84,7 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
     from safetensors.torch import save
 
     arguments, weights = _describe(model)
-    tensors = {key: value.detach().contiguous() for key, value in weights.items()}
+    tensors = _apart(weights)
     values = arguments | transform_entry(model)
     values |= {DIGEST: digest_of(values, {key: value.cpu() for key, value in tensors.items()})}
     # One entry: safetensors does not keep the order of several, and equal models should be equal files.
@@ -84,14 +92,38 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
     write_atomically(path, lambda file: file.write(data))
 
 
+def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, contiguous and each in memory of its own, as safetensors wants them; layers may share theirs."""
+    apart, places = {}, set()
+    for key, value in weights.items():
+        value = value.detach().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in places or storage.nbytes() != value.nbytes:
+            value = value.clone()
+        places.add(storage.data_ptr())
+        apart[key] = value
+    return apart
+
+
 def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
     """Writes `model` and `state` (tensors and plain values: optimizer state, counters) to `path`, for `read_checkpoint`.
 
-    Raises: as `save_model`.
+    Raises: as `save_model`; also TypeError where `state` has what could not be read again, such as NumPy's numbers.
     """
+    for name, value in state.items():
+        _check_readable(name, value)
     arguments, weights = _describe(model)
     content = {"arguments": arguments, "model": weights, **transform_entry(model), **state}
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def _check_readable(name: str, value: object) -> None:
+    """Raises TypeError where nested `value` has something of a class that `torch.load` of weights alone does not know."""
+    if type(value).__module__.partition(".")[0] not in ("builtins", "collections", "torch"):
+        raise TypeError(f"{name} holds a {type(value).__name__}; a checkpoint holds tensors and Python's own values")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    for each in inner:
+        _check_readable(name, each)
 
 
 def transform_entry(model: CRATE) -> dict:
@@ -104,10 +136,34 @@ def _describe(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
     if not isinstance(model, CRATE):
         raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE")
     arguments, weights = constructor_arguments(model), model.state_dict()
-    difference = _difference(_skeleton(arguments), weights)
+    built = _skeleton(arguments)
+    difference = _difference(built, weights) or _change(built, model)
     if difference:
-        raise ValueError(f"the model was changed after it was built: {difference}")
+        raise ValueError(f"{CHANGED}: {difference}")
     return arguments, weights
+
+
+def _change(built: CRATE, model: CRATE) -> str | None:
+    """The first thing beside the weights in which `model` computes otherwise than it was `built`, in words; None if nothing."""
+    own, expected = (dict(each.named_modules(remove_duplicate=False)) for each in (model, built))
+    odd = sorted(own.keys() ^ expected.keys())
+    if odd:
+        return f"its module {odd[0]!r} is {'new' if odd[0] in own else 'missing'}"
+    if type(model).forward is not CRATE.forward:
+        return f"{type(model).__name__} has a forward of its own"
+    for name, module in own.items():
+        other, settings = expected[name], vars(module)
+        if name and type(module) is not type(other):
+            return f"{name!r} is a {type(module).__name__}, not a {type(other).__name__}"
+        if "forward" in settings:
+            return f"{name or 'the model'!r} has another forward"
+        for setting, value in vars(other).items():
+            if setting.startswith("_") or setting in FREE:
+                continue
+            found = settings.get(setting, value)
+            if not (found == value or (isinstance(found, list) and tuple(found) == value)):
+                return f"{name or 'the model'!r} has {setting} {found!r}; as it is built, {value!r}"
+    return None
 
 
 def load_checkpoint(
@@ -212,9 +268,7 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
     """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
     if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
         raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {str(arguments)[:200]}")
-    wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
-    if wrong is not None:
-        raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
+    check_floating(path, weights)
     arguments = arguments | overrides
     number = next((name for name in ("ista", "lambd") if not _is_size(arguments.get(name, 0.0))), None)
     if number is not None:
@@ -235,8 +289,15 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
     return model.eval()
 
 
+def check_floating(path: Path, weights: dict) -> None:
+    """Raises CheckpointError where one of the weights is no tensor that a model computes with, such as a quantised one."""
+    wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
+
+
 def _is_size(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _skeleton(arguments: dict) -> CRATE:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import IO
 
@@ -40,6 +42,14 @@ def is_text(name: str) -> bool:
     return as_bytes(name) == name.encode(errors="replace")
 
 
+def names_something(word: str) -> bool:
+    """Whether a file can have this name: it is not blank, as a variable that was not set, and the system can say it."""
+    try:
+        return bool(word.strip()) and b"\0" not in os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
+
+
 def drawable(name: str) -> str:
     """The name of a file as a figure can show it: what is no UTF-8 in escapes, dollars as themselves and not as formulas."""
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
@@ -49,13 +59,29 @@ def open_own(path: Path, mode: str) -> IO:
     """Opens a file of a run's own directory, which may come from elsewhere: no link out of it is followed.
 
     Raises:
-        OSError: as `open`; also where `path` is a link.
+        OSError: as `open`; also where `path` is a link, or no regular file: reading a pipe could wait for ever.
     """
     return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=_open_no_link)
 
 
 def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    try:
+        check_regular(path, os.fstat(descriptor).st_mode)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_regular(path: str | Path, mode: int | None = None) -> None:
+    """Raises OSError where `path`, of the system's `mode`, is a pipe, a device or the like, which may have no end.
+
+    A folder passes: what opens it says what is wrong.
+    """
+    mode = os.stat(path).st_mode if mode is None else mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
 
 
 def digest_of(values: dict, tensors: dict[str, Tensor]) -> str:

@@ -45,6 +45,9 @@ def fused_weights(layers: list[Layer], operand: torch.dtype) -> list[Weights]:
     if None in kept:
         kept = fresh_weights(layers, operand)
         if not (keeps_nothing() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())):
+            place = kept[0][0].operator.device
+            if place.type == "cuda":
+                torch.cuda.current_stream(place).synchronize()  # once: later calls may be on other streams
             for pairs, pair in zip(stores, kept, strict=True):
                 pairs[operand] = pair
     return kept

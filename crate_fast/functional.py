@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .backend import autocasts, check_tensor, choose_backend, is_transformed, without_autocast
@@ -142,7 +143,8 @@ def _seen_finite(out: Tensor) -> bool:
     The first token shows it for all: another's NaN makes it NaN, and NaN of its own makes it zero, which is hardly ever the
     answer to numbers. So 1/tokens of the memory is read, in one operation; mending goes over all of it twice.
     """
-    if type(out) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or out.numel() == 0:
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()  # as by make_fx
+    if type(out) is not Tensor or recorded or out.numel() == 0:
         return False
     return torch.linalg.vector_norm(out.select(1, 0), ord=-math.inf).item() > 0
 

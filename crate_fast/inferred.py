@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from .model import SIZES
 WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
 SHELVES = ("state_dict", "model")  # where main.py and finetune.py put the weights in their checkpoints
 MEANS = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema")  # where others put their mean
+MEANT = re.compile(r"(?i)(?<![a-z])(ema|swa|polyak|shadow|mean|avg|averaged?)(?![a-z])")  # and whatever is called so
+COUNTER = "n_averaged"  # beside the weights of PyTorch's AveragedModel
 INNER = ("module", *SHELVES)  # in one of these
 WORDS = {"last": "last weights", "mean": "mean of the weights"}
 NEEDED = {"pos_embedding": 3, "to_patch_embedding.1.weight": 1, "mlp_head.1.weight": 2}
@@ -35,19 +38,22 @@ def find_weights(content: object, wanted: str | None = None) -> Found:
 
     Args:
         content: what a file holds.
-        wanted: "mean" or "last"; None: the mean where there is one, since that is what was evaluated.
+        wanted: "mean" or "last"; None: the mean where there is one of all weights, since that is what was evaluated.
 
     Raises:
-        ValueError: of the mean and the last weights the one that is wanted is not there.
+        ValueError: of the mean and the last weights the one that is wanted is not there, or a weight is there twice.
     """
     if not isinstance(content, dict):
         return Found({})
     own = isinstance(content.get("arguments"), dict)  # ours: what is wrong with its weights is told later
     last = next((name for name in SHELVES if isinstance(content.get(name), dict)), None)
     found = {"last": Found(_weights_in(content if last is None else content[last], own), last)}
-    mean = next((name for name in MEANS if isinstance(content.get(name), dict) and _weights_in(content[name], own)), None)
+    named = (*MEANS, *(name for name in content if isinstance(name, str) and MEANT.search(name) and name != last))
+    mean = next((name for name in named if isinstance(content.get(name), dict) and _weights_in(content[name], own)), None)
     if mean is not None:
         found["mean"] = Found(_weights_in(content[mean], own), mean)
+        if wanted is None and not found["last"].weights.keys() <= found["mean"].weights.keys():
+            wanted = "last"  # what is a mean of some weights alone is no model
     return choose({kind: one for kind, one in found.items() if one.weights}, wanted)
 
 
@@ -74,14 +80,21 @@ def _weights_in(shelf: dict, own: bool) -> dict[str, Tensor]:
 
 
 def unwrapped(weights: dict) -> dict[str, Tensor]:
-    """The weights without the prefixes of `WRAPPERS`."""
+    """The weights without the prefixes of `WRAPPERS`; raises ValueError where two have one name then."""
 
     def bare(key: str) -> str:
         while key.startswith(WRAPPERS):
             key = key.partition(".")[2]
         return key
 
-    return {bare(str(key)): value for key, value in weights.items()}
+    found: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        if key == COUNTER:
+            continue
+        if bare(str(key)) in found:
+            raise ValueError(f"it has {bare(str(key))!r} twice, once as {str(key)[:200]!r}, and nothing tells which is meant")
+        found[bare(str(key))] = value
+    return found
 
 
 def infer_arguments(weights: dict[str, Tensor], known: dict) -> tuple[dict, dict]:

@@ -13,7 +13,16 @@ from .backend import autocasts, check_backend, check_tensor, is_transformed
 from .evaluated import evaluated_embedding
 from .extras import require
 from .functional import check_number
-from .plainness import drops_nothing, has_global_hooks, is_exported, is_plain, norm_is_plain, same_place
+from .plainness import (
+    drops_nothing,
+    has_global_hooks,
+    is_exported,
+    is_plain,
+    keeps_forwards,
+    linear_is_plain,
+    norm_is_plain,
+    same_place,
+)
 from .transform import Transform
 from .transformer import STREAMS, Transformer, pool_tokens
 
@@ -87,15 +96,18 @@ class CRATE(nn.Module):
         check_backend(backend)
         sizes = {"dim": dim, "heads": heads, "dim_head": dim_head, "channels": channels}
         for name, value in (sizes | {"depth": depth, "num_classes": num_classes}).items():
-            if not isinstance(value, int):
+            if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}; it must be an integer")
             if value < (name in sizes):
                 raise ValueError(f"{name} is {value}; it must be at least {int(name in sizes)}")
+        # Numbers of Python's own from here on, whatever NumPy's they were: a checkpoint with others could not be read again.
+        dropout, emb_dropout = check_number("dropout", dropout), check_number("emb_dropout", emb_dropout)
+        ista, lambd = check_number("ista", ista), check_number("lambd", lambd)
         for name, share in (("dropout", dropout), ("emb_dropout", emb_dropout)):
-            if not 0 <= check_number(name, share) <= 1:
+            if not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share}; it must be from 0 to 1")
         for name, number in (("ista", ista), ("lambd", lambd)):
-            if check_number(name, number) < 0:
+            if number < 0:
                 raise ValueError(f"{name} is {number}; it must be at least 0")
         self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
         rows, columns = (_divide(i, p) for i, p in zip(self.image_size, self.patch_size, strict=True))
@@ -128,7 +140,7 @@ class CRATE(nn.Module):
         """
         self._check_image(image)
         x = self._embed(image)
-        if has_global_hooks() or not is_plain(self.transformer, Transformer):
+        if has_global_hooks() or not (is_plain(self.transformer, Transformer) and keeps_forwards(self.transformer)):
             x = pool_tokens(self.transformer(x), self.pool)
         else:
             x = self.transformer.run(x, self.pool)
@@ -158,8 +170,9 @@ class CRATE(nn.Module):
         if not is_plain(modules, nn.Sequential) or len(modules) != 4 or not is_plain(modules[0], Rearrange):
             return False
         linear = modules[2]
-        plain = is_plain(linear, nn.Linear) and linear.bias is not None and drops_nothing(self.dropout)
-        return plain and norm_is_plain(modules[1]) and norm_is_plain(modules[3])
+        plain = linear_is_plain(linear) and linear.bias is not None and drops_nothing(self.dropout)
+        plain = plain and norm_is_plain(modules[1]) and norm_is_plain(modules[3])
+        return plain and keeps_forwards(modules, *modules, self.dropout)
 
     def _check_image(self, image: Tensor) -> None:
         check_tensor("the image", image)
@@ -240,7 +253,10 @@ def _shelf():
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = value if isinstance(value, tuple | list) else (value, value)
+    sides = value if isinstance(value, tuple | list) else (value, value)
+    if len(sides) != 2 or not all(hasattr(side, "__index__") and not isinstance(side, bool) for side in sides):
+        raise TypeError(f"{name} is {value!r}; it must be an integer, or two: height and width")
+    height, width = map(int, sides)
     if height < 1 or width < 1:
         raise ValueError(f"{name} is {value}; it must be positive")
     return height, width

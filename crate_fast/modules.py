@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import isfinite
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,17 @@ from torch import Tensor, nn
 from . import functional, reference
 from .backend import autocasts, choose_backend, is_transformed
 from .evaluated import evaluated_layer, kept_operator
-from .plainness import has_global_hooks, is_exported, is_plain, is_sharded, norm_is_plain, same_place
+from .plainness import (
+    has_global_hooks,
+    has_weights,
+    is_exported,
+    is_plain,
+    is_sharded,
+    keeps_forwards,
+    linear_is_plain,
+    norm_is_plain,
+    same_place,
+)
 from .reference import constant_to_compile
 
 
@@ -181,7 +190,7 @@ class Layer(nn.Sequential):
     def is_fusable(self, backends: tuple[str, ...] = ("auto", "triton")) -> bool:
         """Whether one fused computation may stand for all modules of this layer: none is hooked, changed or dropping out,
         and their backends are among `backends`."""
-        if not self._is_plain() or (torch.compiler.is_compiling() and not self._keeps_forwards()):
+        if not self._is_plain() or (torch.compiler.is_compiling() and not keeps_forwards(*self.modules())):
             return False
         attention, feed_forward = (part._modules["fn"] for part in self._modules.values())
         if attention.backend not in backends or feed_forward.backend not in backends:
@@ -204,11 +213,9 @@ class Layer(nn.Sequential):
         for part in (mssa, ista):
             if not (is_plain(part, PreNorm) and norm_is_plain(part._modules["norm"], sharded)):
                 return False
-        return _attention_is_plain(mssa._modules["fn"], sharded) and is_plain(ista._modules["fn"], FeedForward, sharded)
-
-    def _keeps_forwards(self) -> bool:
-        """Whether each module's `forward` is a method, asked so that torch.compile guards what it is and asks all again."""
-        return all(isinstance(module.forward, MethodType) for module in self.modules())
+        feed_forward = ista._modules["fn"]
+        dictionary = is_plain(feed_forward, FeedForward, sharded) and has_weights(feed_forward, "weight")
+        return dictionary and _attention_is_plain(mssa._modules["fn"], sharded)
 
     def class_token(self, x: Tensor) -> Tensor:
         """The class token that this layer makes of x: (batch, tokens, dim) to (batch, 1, dim), all it reads computed once.
@@ -244,13 +251,13 @@ def _attention_is_plain(attention: nn.Module, sharded: bool) -> bool:
     if not is_plain(attention, Attention):
         return False
     inner = attention._modules
-    if not (is_plain(inner["attend"], nn.Softmax) and is_plain(inner["qkv"], nn.Linear, sharded)):
+    if not (is_plain(inner["attend"], nn.Softmax) and linear_is_plain(inner["qkv"], sharded)):
         return False
     project_back = inner["to_out"]
     if not is_plain(project_back, nn.Sequential) or len(project_back._modules) != 2:
         return False
     linear, dropout = project_back._modules.values()
-    return is_plain(linear, nn.Linear, sharded) and is_plain(dropout, nn.Dropout) and is_plain(inner["dropout"], nn.Dropout)
+    return linear_is_plain(linear, sharded) and is_plain(dropout, nn.Dropout) and is_plain(inner["dropout"], nn.Dropout)
 
 
 def _is_over_keys(softmax: nn.Module) -> bool:

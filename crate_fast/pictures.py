@@ -8,15 +8,19 @@ import re
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+
+from .files import check_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-READER = 2  # of `find_pictures` and `read_picture`: what a run or pack was made with, where they changed what is read
+READER = 3  # of `find_pictures` and `read_picture`: what a run or pack was made with, where they changed what is read
 ORIENTATION = 0x0112  # of EXIF: how a camera was held
 SIXTEEN_BITS = 65535
+BITS, PHOTOMETRIC, SAMPLES = 258, 262, 339  # tags of TIFF: bits of a value, what zero is, kind of values
+WHITE_IS_ZERO, SIGNED = 0, 2  # in the latter two
 MOST_PIXELS = 89_478_485  # of an image: from there on Pillow warns of a bomb; a quarter of a GiB of colours
 KINDS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")  # none starts a program
 TILE = (322, 323)  # of TIFF: width and height of the parts that are unpacked at a time
@@ -26,8 +30,9 @@ PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 def read_picture(source: str | Path | BinaryIO) -> Image:
     """The image in `source` as RGB, turned as its camera says, transparent parts on white; of an animation the first.
 
-    Grey of 16 bits is white at 65535; of 32 bits at 255 if its values fit in 8, at 65535 if they fit in 16; of floating point,
-    0 to 1, at 1. What its header says of its size is looked at before anything is decoded.
+    Grey of 12 and 16 bits is white at 4095 and 65535, at 32767 with a sign; of 32 bits at 255 if its values fit in 8, at 65535
+    if they fit in 16; of floating point, 0 to 1, at 1; all the other way round where a TIFF says that 0 is white. What its
+    header says of its size is looked at before anything is decoded.
 
     Raises:
         ValueError: it has more than `MOST_PIXELS`, or its numbers have no known white.
@@ -50,6 +55,8 @@ def _open(source: str | Path | BinaryIO) -> Image:
     from PIL import Image
 
     Image.init()
+    if isinstance(source, str | Path):
+        check_regular(source)
     try:
         file = Image.open(source, formats=[kind for kind in KINDS if kind in Image.OPEN])
     except Image.DecompressionBombError as error:  # Pillow's own bound, twice ours
@@ -68,7 +75,10 @@ def _read(source: str | Path | BinaryIO) -> Image:
     from PIL import Image
 
     with _open(source) as file:
+        clear = _clear_grey(file)
         file.load()
+        if clear is not None:
+            file.info["transparency"] = clear
         image = _turned(_in_bytes(file), _orientation(file))
         if image.mode in PREMULTIPLIED:
             image = image.convert(PREMULTIPLIED[image.mode])
@@ -76,6 +86,16 @@ def _read(source: str | Path | BinaryIO) -> Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def _clear_grey(file: Image) -> int | None:
+    """Which grey of 8 bits a PNG of 2 or 4 bits calls transparent, where it calls one so: Pillow scales the pixels alone."""
+    tiles = getattr(file, "tile", ())
+    packed = tiles[0].args if file.format == "PNG" and file.mode == "L" and tiles else None
+    value = file.info.get("transparency")
+    if packed not in ("L;2", "L;4") or not isinstance(value, int):
+        return None
+    return value * (85 if packed == "L;2" else 17)
 
 
 def _orientation(file: Image) -> int:
@@ -109,17 +129,38 @@ def _in_bytes(image: Image) -> Image:
     from PIL import Image
 
     values = np.asarray(image if image.mode in ("F", "I") else image.convert("I"))
-    eight = image.mode == "I" and image.format == "TIFF" and values.max() <= 255  # 32 bits that hold what 8 do
-    white = 1 if image.mode == "F" else 255 if eight else SIXTEEN_BITS
+    white = _white(image, values.max())
     if not (values.min() >= 0 and values.max() <= white):  # not: NaN is neither
         raise ValueError(f"its grey is {values.min()} to {values.max()}; what is white is known of 0 to {white}")
     scaled = values.astype(np.float32)  # exact enough: scaled, no value of 16 bits is near the middle between two of 8
     scaled *= 255 / white
+    if _tag(image, PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow turns round in 8 bits and fewer
+        np.subtract(255, scaled, out=scaled)
     grey = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
+
+
+def _white(image: Image, most: float) -> int:
+    """The number that is white in an image of grey with more than 8 bits, whose largest is `most`."""
+    if image.mode == "F":
+        return 1
+    if image.mode == "I" and image.format == "TIFF" and most <= 255:  # more bits that hold what 8 do
+        return 255
+    bits = _tag(image, BITS)
+    if bits == 12:
+        return 4095
+    return SIXTEEN_BITS // 2 if bits == 16 and _tag(image, SAMPLES) == SIGNED else SIXTEEN_BITS
+
+
+def _tag(image: Image, tag: int) -> int | None:
+    """The (first) value of a tag of a TIFF, else None."""
+    tags: dict[int, Any] = getattr(image, "tag_v2", {})
+    value = tags.get(tag)
+    first: Any = value[0] if isinstance(value, tuple) and value else value
+    return first
 
 
 def find_pictures(folder: Path, left_out: Counter) -> list[str]:

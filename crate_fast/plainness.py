@@ -6,6 +6,7 @@ FSDP2's `fully_shard` is watched by nobody: its hooks make its weights whole for
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import TypeGuard, TypeVar
 
 import torch
@@ -36,6 +37,16 @@ def is_hooked(module: nn.Module) -> bool:
     """True if a forward, forward-pre, backward or backward-pre hook sits on `module` itself."""
     m = module  # in one line: asked of 13 modules a layer, before each call
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def keeps_forwards(*modules: nn.Module) -> bool:
+    """Whether `forward` of each module is a method, asked so that torch.compile guards what it is and asks all again."""
+    return all(isinstance(module.forward, MethodType) for module in modules)
+
+
+def has_weights(module: nn.Module, *names: str) -> bool:
+    """Whether weights of these names, or None in their place, are parameters, no buffers or attributes instead."""
+    return all(name in module._parameters for name in names)
 
 
 def is_plain(module: nn.Module, cls: type[Kind], sharded: bool = False) -> TypeGuard[Kind]:
@@ -74,7 +85,13 @@ def _is_part(parameter: Tensor) -> bool:
 
 def norm_is_plain(norm: nn.Module, sharded: bool = False) -> bool:
     """True for a plain LayerNorm with weight and bias; `sharded` as in `is_plain`."""
-    return is_plain(norm, nn.LayerNorm, sharded) and norm.weight is not None and norm.bias is not None
+    plain = is_plain(norm, nn.LayerNorm, sharded) and has_weights(norm, "weight", "bias")
+    return plain and norm.weight is not None and norm.bias is not None
+
+
+def linear_is_plain(linear: nn.Module, sharded: bool = False) -> bool:
+    """True for a plain Linear, with bias or without; `sharded` as in `is_plain`."""
+    return is_plain(linear, nn.Linear, sharded) and has_weights(linear, "weight", "bias")
 
 
 def drops_nothing(dropout: nn.Module) -> bool:

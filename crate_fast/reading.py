@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import sharded
 from .extras import MissingPackageError, require
-from .files import digest_of, is_text, parse_json
+from .files import check_regular, digest_of, is_text, parse_json
 from .inferred import Found, choose, find_weights
 from .transform import FINETUNE, MAIN, Transform, read_transform
 
@@ -116,15 +116,15 @@ def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The `weights`; raises CheckpointError where one is no plain tensor, or has more bytes than were read for it."""
     for name, value in weights.items():
         _check_plain(path, name, value)
-    return weights
+    return {name: value.resolve_neg() if isinstance(value, Tensor) else value for name, value in weights.items()}
 
 
 def _check_plain(path: Path, name: object, value: object) -> None:
     """Raises CheckpointError where `value` is a tensor that is sparse, quantized or nowhere, or an expanded one."""
     if not isinstance(value, Tensor):
         return
-    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-        raise CheckpointError(f"{path}: {str(name)[:200]!r} is no plain tensor: it is sparse, quantized or without values")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_meta:
+        raise CheckpointError(f"{path}: {str(name)[:200]!r} is no plain tensor: it is sparse, nested, quantized or nowhere")
     hooks = value._backward_hooks
     if hooks is not None and (not isinstance(hooks, dict) or hooks):
         raise CheckpointError(f"{path}: {str(name)[:200]!r} is no plain tensor: something hangs on its gradient")
@@ -274,6 +274,7 @@ def _unread(path: Path, error: OSError | MemoryError) -> CheckpointError:
 
 def _signature(path: Path) -> bytes:
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             return file.read(SIGNATURE_LENGTH)
     except OSError as error:

@@ -70,12 +70,17 @@ class Graphed:
         with torch.inference_mode(False), off, torch.cuda.device(self._images.device):
             self._replay = torch.cuda.make_graphed_callables(self._run, (self._images,), num_warmup_iters=WARMUP)
         self._facts = [fact for module in self._model.modules() for fact in _facts(module)]
-        self._places = [(p, p.data_ptr()) for p in self._model.parameters()]
+        self._places = [(p, _place(p)) for p in (*self._model.parameters(), *self._model.buffers())]
 
     def _is_current(self) -> bool:
         """Whether everything is where it was when it was recorded. What the weights hold does not matter: a replay reads it."""
         same = all(len(owner) == size and owner.get(name) is value for owner, size, name, value in self._facts)
-        return same and all(p.data_ptr() == place for p, place in self._places)
+        return same and all(_place(p) == place for p, place in self._places)
+
+
+def _place(tensor: Tensor) -> tuple:
+    """Where the values of a tensor lie and how they are read, which `tensor.data = other` changes: a transpose lies there."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _facts(module: nn.Module) -> list[tuple]:

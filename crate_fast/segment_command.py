@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import add_weights, as_path, place
+from .arguments import add_weights, as_path, number, place
 from .checkpoint import load_checkpoint
 from .extras import require
 from .inspection.figures import blend, coloured, enlarged, plot_heads, save_picture
@@ -69,10 +69,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
+    share = number(text)
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no share; it must be above 0 and at most 1")
     return share
@@ -92,6 +89,8 @@ def _segment(arguments: argparse.Namespace) -> None:
     for path, name in zip(paths, names, strict=True):
         image = _cut(path, model, arguments.size)
         one = look(model, normalise(image), layer)
+        if not (one.maps.isfinite().all() and one.projections.isfinite().all()):
+            raise InspectionError(f"{path}: what {arguments.checkpoint} makes of it is not finite, so there is nothing to show")
         seen.append(one.projections)
         folder = _make(out / name)
         pixels = to_array(image)
@@ -154,12 +153,16 @@ def _cut(path: Path, model: CRATE, short_side: int | None):
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """What the photographs are called in OUT: their stems, and where several have one, numbered."""
+    """What the photographs are called in OUT: their stems, and where several have one, numbered.
+
+    The stem of "...png" is "..", which would be the folder that OUT lies in.
+    """
     names: list[str] = []
     for path in paths:
-        name, number = path.stem, 2
+        stem = path.stem if path.stem.strip(".") else f"{path.name}-"
+        name, number = stem, 2
         while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
+            name, number = f"{stem}-{number}", number + 1
         names.append(name)
     return names
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import check_regular
 from .pickles import AdmittingUnpickler
 
 SUFFIX = ".dcp"
@@ -44,6 +45,7 @@ def is_in_parts(path: Path) -> bool:
 def checksum(file: Path) -> list[int]:
     """[length, CRC-32] of a file."""
     length = crc = 0
+    check_regular(file)
     with open(file, "rb") as content:
         while block := content.read(BLOCK):
             length, crc = length + len(block), zlib.crc32(block, crc)
@@ -167,6 +169,7 @@ def read_table(file: Path):
     """
     from torch.distributed.checkpoint.metadata import Metadata
 
+    check_regular(file)
     try:
         with open(file, "rb") as content:
             table = _Unpickler(content).load()

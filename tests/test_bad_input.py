@@ -27,6 +27,13 @@ REFUSED = {
     "unknown stream": (lambda: CRATE_tiny(stream="float8"), ValueError, "'float8'.*'float16'"),
     "unknown size": (lambda: build("huge"), ValueError, "'huge'.*'tiny'.*'large'"),
     "no heads": (lambda: CRATE(**SMALL | {"heads": 0}), ValueError, "heads is 0"),
+    "a side with a fraction": (
+        lambda: CRATE(**SMALL | {"image_size": 8.0}),
+        TypeError,
+        "image_size is 8.0.*an integer, or two",
+    ),
+    "three sides": (lambda: CRATE(**SMALL | {"image_size": (8, 8, 8)}), TypeError, r"image_size is \(8, 8, 8\)"),
+    "a truth for a number": (lambda: CRATE(**SMALL | {"depth": True}), TypeError, "depth is True"),
     "no image": (lambda: CRATE(**SMALL | {"image_size": 0}), ValueError, "image_size is 0"),
     "image that patches do not divide": (lambda: CRATE(**SMALL)(image(1, 3, 8, 6)), ValueError, "8×6.*4×4"),
     "image too large": (lambda: CRATE(**SMALL)(image(1, 3, 16, 8)), ValueError, "16×8.*8×8"),

@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -103,6 +104,27 @@ def test_checkpoint_keeps_state(tmp_path):
     assert torch.equal(content["optimizer"]["state"][0], torch.ones(3))
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.asarray, torch.tensor])
+@pytest.mark.parametrize("save", [save_model, save_checkpoint])
+def test_numbers_of_other_libraries_are_saved_as_numbers(kind, save, tmp_path):
+    models = small_model(ista=kind(0.25), lambd=kind(0.5), dropout=kind(0.125)), small_model()
+    for layer in models[1].transformer.layers:
+        layer[1].fn.step_size = kind(0.25)
+    for model in models:
+        save(model, tmp_path / "model")
+        assert load_checkpoint(tmp_path / "model").transformer.layers[0][1].fn.step_size == 0.25
+
+
+@pytest.mark.parametrize("value", [np.float64(1), [{"a": (np.float32(1),)}], {"best": np.zeros(2)}], ids=str)
+def test_what_could_not_be_read_again_is_not_written(value, saved):
+    before = os.listdir(saved.parent)
+    with pytest.raises(
+        TypeError, match=r"score holds a (float64|float32|ndarray); a checkpoint holds tensors and Python's own"
+    ):
+        save_checkpoint(small_model(), saved.parent / "x.pt", score=value)
+    assert os.listdir(saved.parent) == before
+
+
 def test_failed_write_leaves_the_old_file(saved, monkeypatch):
     before = saved.read_bytes()
 
@@ -124,13 +146,49 @@ def widen_head(model):
     model.mlp_head[1] = torch.nn.Linear(16, 3, bias=False)
 
 
-@pytest.mark.parametrize("change, words", [(change_one_layer, "layers differ"), (widen_head, "mlp_head.1.bias")])
-def test_save_refuses_what_the_constructor_cannot_build(change, words, tmp_path):
+def ista(model):
+    return model.transformer.layers[0][1]
+
+
+class Doubled(CRATE):
+    def forward(self, image):
+        return 2 * super().forward(image)
+
+
+CHANGES = {
+    "layers differ": change_one_layer,
+    "mlp_head.1.bias": widen_head,
+    "has eps 0.5": lambda model: setattr(model.mlp_head[0], "eps", 0.5),
+    "has scale 0.9": lambda model: [setattr(layer[0].fn, "scale", 0.9) for layer in model.transformer.layers],
+    "has dim 1": lambda model: setattr(model.transformer.layers[0][0].fn.attend, "dim", 1),
+    "module 'mlp_head.2' is new": lambda model: model.mlp_head.append(torch.nn.ReLU()),
+    "'to_latent' is a ReLU": lambda model: setattr(model, "to_latent", torch.nn.ReLU()),
+    "norm' has another forward": lambda model: setattr(ista(model).norm, "forward", lambda x: x),
+    "no attribute 'step_size'": lambda model: setattr(ista(model), "fn", torch.nn.Sequential(ista(model).fn)),
+    "not subscriptable": lambda model: setattr(model, "mlp_head", torch.nn.Identity()),
+    "Doubled has a forward of its own": lambda model: setattr(model, "__class__", Doubled),
+}
+"""Changes of a model that its weights do not show, and some that they do, by what is said of them."""
+
+
+@pytest.mark.parametrize("save", [save_model, save_checkpoint])
+@pytest.mark.parametrize("words", CHANGES)
+def test_save_refuses_what_the_constructor_cannot_build(words, save, tmp_path):
     model = small_model()
-    change(model)
+    CHANGES[words](model)
     with pytest.raises(ValueError, match=words):
-        save_model(model, tmp_path / "model")
+        save(model, tmp_path / "model")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("save", [save_model, save_checkpoint])
+def test_shared_layers_and_views_of_one_buffer_are_saved(save, tmp_path):
+    model = small_model()
+    model.transformer.layers[1] = model.transformer.layers[0]
+    ista(model).fn.weight.data = torch.randn(32, 48)[8:24, 3:35:2].t()
+    save(model, tmp_path / "model")
+    loaded, own = load_checkpoint(tmp_path / "model").state_dict(), model.state_dict()
+    assert set(loaded) == set(own) and all(equal_bits(loaded[name].contiguous(), own[name].contiguous()) for name in own)
 
 
 def test_save_refuses_other_classes(tmp_path):

@@ -11,9 +11,9 @@ from PIL import Image
 
 from crate_fast import CRATE, CheckpointError, load_checkpoint
 from crate_fast.checkpoint import save_checkpoint, save_model
-from crate_fast.training import metrics
+from crate_fast.training import ConfigError, metrics
 from crate_fast.training.evaluation import evaluate_run
-from crate_fast.training.images import MEAN, STD
+from crate_fast.training.images import MEAN, STD, digest
 from crate_fast.training.plots import plot_curves
 from crate_fast.training.rundir import RunDirectory
 from crate_fast.training.saving import Checkpoints
@@ -98,6 +98,29 @@ def test_a_model_of_rectangles_is_shown_rectangles(size, crop, folder, tmp_path,
     torch.testing.assert_close(images[0], expected(folder, *size, crop), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mean, std", [((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)), ((0.5,), (0.25,))])
+def test_images_are_normalised_as_the_file_of_the_weights_says(mean, std, folder, tmp_path, monkeypatch):
+    model = model_of()
+    model.transform = Transform(0.0, mean, std)
+    save_model(model, tmp_path / "x.safetensors")
+    images = shown(monkeypatch, tmp_path / "x.safetensors", folder)
+    plain = expected(folder, 16, 16, 0.0).permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)
+    wanted = ((plain - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)
+    torch.testing.assert_close(images[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_means_of_more_channels_than_the_model_takes_are_refused(folder, tmp_path):
+    model = model_of()
+    model.transform = Transform(0.0, (0.5, 0.5), (0.5, 0.5))
+    save_model(model, tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match="means of 2 channels; the model takes 3"):
+        evaluate_run(tmp_path / "x.safetensors", data=str(folder), workers=0, device="cpu")
+
+
+def test_classes_with_line_breaks_in_their_names_are_told_apart():
+    assert digest(["a\nb", "c"]) != digest(["a", "b\nc"])
+
+
 @pytest.mark.parametrize("target", ["x.safetensors", "x.pth"])
 def test_the_transform_goes_where_the_weights_go(target, tmp_path, capsys):
     torch.save({"model": model_of(dim=64, heads=1, dim_head=64).state_dict()}, tmp_path / "published.t7")
@@ -111,10 +134,13 @@ def test_a_transform_that_is_none_is_refused(value):
         read_transform(value)
 
 
+COUNTED = {"n_averaged": torch.tensor(7)}
 BESIDE = {
     "timm": lambda last, mean: {"state_dict": last, "state_dict_ema": mean},
     "model_ema": lambda last, mean: {"model": last, "model_ema": {f"module.{key}": value for key, value in mean.items()}},
     "nested": lambda last, mean: {"model": last, "ema": {"module": mean, "decay": 0.9}},
+    "named otherwise": lambda last, mean: {"state_dict": last, "swa_model": mean},
+    "AveragedModel": lambda last, mean: {"model": last, "averaged": {f"module.{k}": v for k, v in mean.items()} | COUNTED},
 }
 
 
@@ -135,6 +161,54 @@ def test_of_weights_and_their_mean_it_is_said_which_was_taken(layout, tmp_path, 
     torch.save({"state_dict": last}, tmp_path / "y.pth")
     with pytest.raises(CheckpointError, match="there are only the last weights"):
         load_checkpoint(tmp_path / "y.pth", weights="mean", heads=2)
+
+
+def test_a_mean_of_some_weights_alone_is_not_taken_unasked(tmp_path, capsys):
+    last = model_of().state_dict()
+    torch.save({"state_dict": last, "ema": {"pos_embedding": 2 * last["pos_embedding"]}}, tmp_path / "x.pth")
+    model = load_checkpoint(tmp_path / "x.pth", heads=2)
+    assert all(torch.equal(value, last[key]) for key, value in model.state_dict().items())
+    assert "taken: the last weights" in capsys.readouterr().err
+    assert "taken: the last weights" in start_from(model_of(), read_weights(tmp_path / "x.pth"), "x.pth")
+
+
+WEIGHT = "transformer.layers.0.1.fn.weight"
+UNUSABLE = {
+    "of whole numbers": (
+        lambda weights: weights | {WEIGHT: weights[WEIGHT].to(torch.int8)},
+        "no tensor of real floating point",
+    ),
+    "of 8 bits": (
+        lambda weights: weights | {WEIGHT: weights[WEIGHT].to(torch.float8_e5m2)},
+        "no tensor of real floating point",
+    ),
+    "nested": (
+        lambda weights: weights | {WEIGHT: torch.nested.nested_tensor([torch.zeros(2)])},
+        "no plain tensor: it is sparse, nested",
+    ),
+    "there twice": (lambda weights: weights | {f"module.{WEIGHT}": weights[WEIGHT] * 2}, "twice, once as 'module.transformer"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_weights_that_are_none_or_two_are_refused_to_evaluate_and_to_start_from(what, tmp_path):
+    change, words = UNUSABLE[what]
+    torch.save({"state_dict": change(model_of().state_dict())}, tmp_path / "x.pth")
+    for read in (lambda path: load_checkpoint(path, heads=2), read_weights):
+        with pytest.raises(CheckpointError, match=words):
+            read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("value", [True, 10**400, "0.1", float("nan"), None, [0.1]])
+@pytest.mark.parametrize("name", ["ista", "lambd"])
+def test_a_step_size_that_is_no_number_is_refused(name, value, tmp_path):
+    save_checkpoint(model_of(), tmp_path / "x.pt")
+    content = torch.load(tmp_path / "x.pt")
+    content["arguments"][name] = value
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=rf"its argument {name} is .*it must be a finite number"):
+        load_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "mixed"])
@@ -230,6 +304,10 @@ def test_a_good_checkpoint_is_one_whose_next_step_is_known(tmp_path):
         "train --lr １": "it must be a number",
         "train --lambd -1": "at least 0",
         "train --out ''": "names nothing",
+        "train --resume ''": "names nothing",
+        "train --data _": "names nothing",
+        "inspect --checkpoint _ --images digits --out {t}/o": "names nothing",
+        "segment {x} --checkpoint {x} --out {t}/o --mass １": "it must be a number",
         "inspect --checkpoint {x} --images '' --out {t}/o": "names nothing",
         "inspect --checkpoint {x} --images digits --out ''": "names nothing",
         "segment {x} --checkpoint {x} --out ''": "names nothing",
@@ -242,7 +320,7 @@ def test_a_good_checkpoint_is_one_whose_next_step_is_known(tmp_path):
 )
 def test_what_a_flag_cannot_mean_is_one_line(line, words, tmp_path, capsys):
     save_model(model_of(), tmp_path / "x.safetensors")
-    argv = [word if word != "''" else "" for word in line.format(x=tmp_path / "x.safetensors", t=tmp_path).split()]
+    argv = [{"''": "", "_": " "}.get(word, word) for word in line.format(x=tmp_path / "x.safetensors", t=tmp_path).split()]
     try:
         status, _, err = call(capsys, *argv)
     except SystemExit as error:

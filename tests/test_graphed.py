@@ -79,6 +79,7 @@ def test_other_images_go_through_the_model(model, records):
 CHANGES = {
     "replaced": lambda layer: setattr(layer[1].fn, "weight", torch.nn.Parameter(2 * layer[1].fn.weight.detach())),
     "pointed elsewhere": lambda layer: setattr(layer[1].fn.weight, "data", 2 * layer[1].fn.weight.detach()),
+    "transposed": lambda layer: setattr(layer[1].fn.weight, "data", layer[1].fn.weight.data.t()),
     "another module": lambda layer: setattr(layer[1], "norm", torch.nn.LayerNorm(32, eps=0.5)),
     "another step size": lambda layer: setattr(layer[1].fn, "step_size", 0.5),
 }

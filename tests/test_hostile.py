@@ -1,5 +1,6 @@
 """Files from strangers: nothing in them is executed, nothing takes more memory than they have bytes, no link is followed."""
 
+import os
 import random
 import resource
 import shutil
@@ -80,6 +81,26 @@ def test_expanded_weights_are_refused(tmp_path, run):
     torch.save(weights, tmp_path / "wide.pth")
     with pytest.raises(CheckpointError, match=r"'mlp_head.1.weight' says it has \d+ values, and fewer are stored"):
         load_checkpoint(tmp_path / "wide.pth")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "device"])
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("metrics.jsonl", "train --resume {run}"),
+        ("checkpoints/step-00000011.pt", "train --resume {run}"),
+        ("checkpoints/best.pt", "evaluate {run}/checkpoints/best.pt --device cpu"),
+        ("recipe.json", "train --recipe {run}/recipe.json --out {run}/new"),
+        ("x.png", "segment {run}/x.png --checkpoint {run} --out {run}/maps"),
+    ],
+)
+def test_what_may_have_no_end_is_not_read(tmp_path, run, capsys, file, command, make):
+    path = shutil.copytree(run.path, tmp_path / "run") / file
+    path.unlink(missing_ok=True)
+    make(path)
+    status, _, err = call(capsys, *command.format(run=tmp_path / "run").split())
+    assert (status, err.count("\n")) == (2, 1), err
+    assert path.name in err
 
 
 @pytest.mark.parametrize("command", ["evaluate {run}", "train --resume {run}", "train --recipe {run}/config.json --out {out}"])

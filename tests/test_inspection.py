@@ -229,6 +229,8 @@ def test_views_of_other_sizes():
         inspection.measure_layers(model, images[:, :1])
     with pytest.raises(TypeError, match="int64"):
         inspection.measure_layers(model, images.long())
+    with pytest.raises(TypeError, match="the images are a ndarray"):
+        inspection.attention_maps(model, images.numpy())
     with pytest.raises(TypeError, match="Linear"):
         inspection.measure_layers(torch.nn.Linear(2, 2), images)
     with pytest.raises(InspectionError, match="layer is 3; the model has 3"):
@@ -269,6 +271,9 @@ def test_mask_keeps_the_fewest_patches_of_the_mass():
             assert inside.sum() - inside.min() < mass * total
             assert mask.all() or inside.min() >= one[~mask].max()
     assert not inspection.keep_mass(torch.zeros(2, 2)).any()
+    for odd in (torch.ones(4), -maps, maps * float("nan")):
+        with pytest.raises(InspectionError, match="each value finite and at least 0"):
+            inspection.keep_mass(odd)
     for mass in (0, -1, 1.01, float("nan")):
         with pytest.raises(InspectionError, match=f"mass is {mass}"):
             inspection.keep_mass(maps, mass)

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
@@ -171,10 +172,41 @@ def test_whoever_wrote_is_seen(alone, backend, reader):
         assert error(before, want) > 100 * BOUND, name
 
 
+def no_parameter(module, name, registered):
+    """The tensor doubled and no parameter any more, as packages that compute weights themselves leave it."""
+    tensor = 2 * getattr(module, name).detach()
+    delattr(module, name)
+    module.register_buffer(name, tensor) if registered else setattr(module, name, tensor)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_weights_that_are_no_parameters_are_computed_with(backend, registered):
+    for place in ("0.norm", "0.fn.qkv", "0.fn.to_out.0", "1.norm", "1.fn"):
+        model, published = build(backend=backend), build(backend="reference")
+        for each in (model, published):
+            no_parameter(each.transformer.layers[0].get_submodule(place), "weight", registered)
+            no_parameter(each.to_patch_embedding[1], "weight", registered)
+        for mode in (torch.no_grad(), nullcontext()):
+            with mode:
+                assert error(model(IMAGES), published(IMAGES)) < BOUND, place
+
+
+def test_a_graph_of_the_operators_is_made_as_of_the_published_class():
+    model = build()
+    assert error(make_fx(model)(IMAGES)(IMAGES.flip(3)), reference_of(model)(IMAGES.flip(3))) < BOUND
+
+
+def ista_of(model):
+    return model.transformer.layers[0][1]
+
+
 REPLACED = {
-    "module": lambda layer: setattr(layer[1], "norm", nn.LayerNorm(SIZES["dim"], eps=0.5)),
-    "forward": lambda layer: setattr(layer[1].norm, "forward", lambda x: 2 * x),
-    "method": lambda layer: setattr(layer[1].norm, "forward", MethodType(lambda self, x: 2 * x, layer[1].norm)),
+    "module": lambda model: setattr(ista_of(model), "norm", nn.LayerNorm(SIZES["dim"], eps=0.5)),
+    "forward": lambda model: setattr(ista_of(model).norm, "forward", lambda x: 2 * x),
+    "forward of all layers": lambda model: setattr(model.transformer, "forward", lambda x: 2 * x),
+    "forward of the embedding": lambda model: setattr(model.to_patch_embedding[2], "forward", lambda x: 2 * x[..., :32]),
+    "method": lambda model: setattr(ista_of(model).norm, "forward", MethodType(lambda self, x: 2 * x, ista_of(model).norm)),
 }
 
 
@@ -185,7 +217,7 @@ def test_compiled_models_see_what_is_replaced(what):
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(IMAGES)
-        REPLACED[what](model.transformer.layers[0])
+        REPLACED[what](model)
         assert error(compiled(IMAGES), model(IMAGES)) < BOUND
 
 

@@ -1,5 +1,6 @@
 """Packs: what `crate-fast prepare` writes, what it leaves out, what a kill leaves behind, what damage is told."""
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -153,6 +154,29 @@ def test_odd_images_are_read_right_or_listed(tmp_path, capsys, flags, exact):
                 image = image.resize((40, 40 * image.height // image.width), Image.Resampling.BILINEAR)
             difference = np.abs(split.pixels(index).astype(int) - np.asarray(image))
             assert difference.max() == 0 if name in exact else difference.mean() < 6, file
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, os.strerror(errno.EIO), "00003.jpg"), MemoryError()], ids=["EIO", "memory"]
+)
+def test_an_image_that_cannot_be_read_just_now_is_not_left_out(folder, tmp_path, monkeypatch, capsys, error):
+    """A pack without it would lack it for ever."""
+    command = ["prepare", "imagenet", folder, tmp_path / "packs", "--workers", "2"]
+    read = Path.read_bytes
+
+    def fails(path):
+        if path.name == "00003.jpg":
+            raise error
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        status, _, err = call(capsys, *command)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "00003.jpg" in err or "out of memory" in err
+    assert not (tmp_path / "packs" / "packs.json").exists()
+    assert call(capsys, *command)[0] == 0
+    assert len(open_packs(tmp_path / "packs").train) == 36 and not list((tmp_path / "packs").glob(".*.tmp"))
 
 
 def test_a_jpeg_that_is_not_reduced_is_kept_to_the_byte(folder, tmp_path):

@@ -1,6 +1,9 @@
 """Which files of a folder are images, and what each becomes: the same in training, packs, inspection and evaluation."""
 
+import io
 import json
+import struct
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -60,6 +63,50 @@ KINDS = {
     "CMYK.tif": (Image.fromarray(GREY.astype(np.uint8)).convert("CMYK"), GREY),
     "1.png": (Image.fromarray(GREY >= 128), np.where(GREY >= 128, 255, 0)),
 }
+TAGS = {"width": 256, "bits": 258, "photometric": 262, "samples": 339}  # numbers of entries in the table of a TIFF
+
+
+def tiff(image, **changes):
+    """The bytes of `image` as TIFF, some entries of its table changed by their numbers."""
+    file = io.BytesIO()
+    image.save(file, "tiff", tiffinfo={TAGS["samples"]: 1})
+    content = file.getvalue()
+    for name, value in changes.items():
+        entries = [struct.pack("<HHI", TAGS[name], kind, 1) for kind in (3, 4)]  # of 16 and of 32 bits
+        place = next(content.index(entry) for entry in entries if entry in content) + 8
+        content = content[:place] + struct.pack("<H", value) + content[place + 2 :]
+    return content
+
+
+def packed_png(bits):
+    """Grey of 2 or 4 bits, of which the value 1 is transparent: (the bytes, how it looks)."""
+    values = np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 2**bits
+    rows = np.packbits(np.unpackbits(values.astype(np.uint8)[..., None], axis=2)[..., 8 - bits :].reshape(SIDE, -1), axis=1)
+    header = b"IHDR" + struct.pack(">IIBBBBB", SIDE, SIDE, bits, 0, 0, 0, 0)
+    parts = [header, b"tRNS\0\1", b"IDAT" + zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)), b"IEND"]
+    content = b"".join(struct.pack(">I", len(p) - 4) + p + struct.pack(">I", zlib.crc32(p)) for p in parts)
+    return b"\x89PNG\r\n\x1a\n" + content, np.where(values == 1, 255, values * 255 // (2**bits - 1))
+
+
+def twelve_bits():
+    """Grey of 12 bits, packed as TIFF packs it."""
+    values = (GREY * 4095 / 255).round().astype(np.uint16)
+    rows = np.packbits(
+        np.unpackbits(values.astype(">u2").view(np.uint8), axis=1).reshape(SIDE, SIDE, 16)[..., 4:].reshape(SIDE, -1), axis=1
+    )
+    return tiff(Image.fromarray(rows), width=SIDE, bits=12)
+
+
+WRITTEN = {
+    "16-bit, 0 is white.tif": (tiff(Image.fromarray(65535 - SIXTEEN), photometric=0), GREY),
+    "float, 0 is white.tif": (tiff(Image.fromarray((1 - GREY / 255).astype(np.float32)), photometric=0), GREY),
+    "8-bit, 0 is white.tif": (tiff(Image.fromarray((255 - GREY).astype(np.uint8)), photometric=0), GREY),
+    "16-bit with a sign.tif": (tiff(Image.fromarray(SIXTEEN // 2), samples=2), GREY),
+    "12-bit.tif": (twelve_bits(), GREY),
+    "2-bit, one clear.png": packed_png(2),
+    "4-bit, one clear.png": packed_png(4),
+}
+"""What Pillow reads, and does not write."""
 OPTIONS = {".webp": {"lossless": True, "exact": True}}
 
 
@@ -76,11 +123,14 @@ def everywhere(path):
     return [np.asarray(train.read(0)), whole, stored, np.asarray(read_photo(path))]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *WRITTEN])
 def test_every_mode_is_read_as_it_looks_by_every_command(name, tmp_path):
-    image, expected = KINDS[name]
+    image, expected = (KINDS | WRITTEN)[name]
     path = tmp_path / name
-    image.save(path, **OPTIONS.get(path.suffix, {}))
+    if isinstance(image, bytes):
+        path.write_bytes(image)
+    else:
+        image.save(path, **OPTIONS.get(path.suffix, {}))
     for pixels in everywhere(path):
         assert np.abs(pixels.astype(int) - rgb(expected)).max() <= 1
 

@@ -158,18 +158,23 @@ def test_what_cannot_be_read_just_now_is_no_damage(finished, tmp_path, monkeypat
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("what", ["all damaged", "only the best is left", "names of others are left"])
+@pytest.mark.parametrize("what", ["all damaged", "only the best is left", "names of others are left", "none is there"])
 def test_a_run_with_no_checkpoint_to_go_on_from_is_left_alone(finished, tmp_path, what):
     run = RunDirectory(shutil.copytree(finished.path, tmp_path / "run"))
-    for file in run.checkpoints.glob("step-*" if "left" in what else "*"):
+    for file in list(run.checkpoints.glob("step-*" if "left" in what else "*")):
         if what == "all damaged":
             os.truncate(file, 1000)
-        elif what == "only the best is left":
-            file.unlink()
-        else:
+        elif what == "names of others are left":
             file.rename(file.with_suffix(".damaged-20200101-000000"))
+        else:
+            file.unlink()
     before = contents(run)
-    with pytest.raises(CheckpointError, match=r"is whole, so the run cannot go on|no checkpoint step"):
+    with pytest.raises((CheckpointError, ConfigError), match=r"is whole, so the run cannot go on|no checkpoint step|are gone"):
+        train(SMALL, resume=str(run.path))
+    assert contents(run) == before
+    run.model.unlink()  # without it the metrics tell
+    before = contents(run)
+    with pytest.raises((CheckpointError, ConfigError)):
         train(SMALL, resume=str(run.path))
     assert contents(run) == before
 
@@ -428,6 +433,10 @@ def test_metrics_shorter_than_the_checkpoint_are_refused(finished, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match="shorter than at the last checkpoint"):
         train(SMALL, resume=str(tmp_path / "run"))
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: missing"):
+        train(SMALL, resume=str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["circumstances"]["ranks"] == 1
     assert re.fullmatch("[0-9a-f]{16}", config["circumstances"]["kernels"])

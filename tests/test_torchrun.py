@@ -236,6 +236,8 @@ def test_published_checkpoints_are_evaluated(tmp_path, trained, folder):
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK is 0; of 0 processes"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is 3"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "are not torchrun's"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 30}, "are not torchrun's"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "8"}, "are not torchrun's"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, r"cannot meet at \(MASTER_ADDR is not set\)"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, r"cannot meet at localhost:\(MASTER_PORT is not set\)"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "{taken}"}, "cannot meet at localhost:"),

@@ -137,6 +137,15 @@ def test_segment_on_photographs(place, run, capsys):
     assert np.array_equal(np.asarray(Image.open(out / "flower" / "head-02-mask.png")) == 255, mask.numpy())
 
 
+def test_means_that_cannot_be_read_just_now_are_not_taken_from_elsewhere(run, monkeypatch):
+    model = load_checkpoint(run)
+    model.transform = None  # of a file of before: its run says how images are normalised
+    assert photos.Normalisation(model, run).origin == "its run's"
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        photos.Normalisation(model, run)
+
+
 def test_segment_flags(place, run, capsys):
     given = ["--layer", "1", "--heads", "2,1", "--mass", "0.3", "--size", "20"]
     image = place / "photos" / "china.JPG"
@@ -146,6 +155,20 @@ def test_segment_flags(place, run, capsys):
     assert {name.partition("-m")[0] for name in names if name.endswith("-mask.png")} == {"head-01", "head-02", "mean"}
     with Image.open(place / "few" / "china" / "mean-mask.png") as mask:
         assert mask.size == (28, 20) and 0 < np.asarray(mask).mean() / 255 <= 0.3 + 1 / 35
+
+
+def test_segment_writes_in_its_folder_alone_whatever_photographs_are_called(place, run, tmp_path):
+    names = ["..png", "...png", "....png", ".a.png", "b.png", "b.jpg"]
+    for name in names:
+        with Image.open(place / "photos" / "china.JPG") as photo:
+            photo.resize((16, 16)).save(tmp_path / name, "png")
+    assert (
+        main(["segment", *(str(tmp_path / name) for name in names), "--checkpoint", str(run), "--out", str(tmp_path / "o")])
+        == 0
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "o"])
+    assert sum(path.is_dir() for path in (tmp_path / "o").iterdir()) == len(names)
+    assert not (tmp_path / "o" / "image.png").exists()
 
 
 WRONG = {

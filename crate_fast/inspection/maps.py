@@ -94,10 +94,14 @@ def keep_mass(maps: Tensor, mass: float = 0.6) -> Tensor:
         Booleans of the shape of `maps`.
 
     Raises:
-        InspectionError: `mass` is out of its bounds.
+        InspectionError: `mass` is out of its bounds, or the maps are of another shape, negative or not finite.
     """
     if not 0 < mass <= 1:
         raise InspectionError(f"mass is {mass}; it must be above 0 and at most 1")
+    if maps.dim() < 2 or not (maps.isfinite() & (maps >= 0)).all():
+        raise InspectionError(
+            f"maps are {tuple(maps.shape)}; they must be (..., rows, columns), each value finite and at least 0"
+        )
     flat = maps.flatten(-2).double().cpu()
     weights, order = flat.sort(dim=-1, descending=True, stable=True)
     sums = weights.cumsum(-1)

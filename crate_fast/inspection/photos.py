@@ -61,11 +61,13 @@ def _mode(model: CRATE) -> str:
 def _of_run(source: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and deviation in the config.json of the run of which `source` is the directory, or a file up to two folders down."""
     for folder in (source, source.parent, source.parent.parent):
+        if not (folder / "config.json").is_file():
+            continue
         try:
             data = parse_json((folder / "config.json").read_text(encoding="utf-8"))["data"]
             mean, std = (tuple(map(float, v if isinstance(v, list) else [v])) for v in (data["mean"], data["std"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        except (ValueError, KeyError, TypeError):
+            continue  # it is no run's; what of a run's cannot be read just now is told, not passed over
         return mean, std
     return None
 

@@ -81,6 +81,8 @@ def project(layer: Layer, tokens: Tensor) -> Tensor:
 
 def patch_grid(model: CRATE, images: Tensor) -> tuple[int, int]:
     """(rows, columns) of the patches that `model` cuts `images` into; raises as `layer_views`."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"the images are a {type(images).__name__}; they must be a tensor")
     if not images.is_floating_point():
         raise TypeError(f"the images are {images.dtype}; they must be real floating point")
     if images.dim() != 4 or images.shape[1] != model.channels:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..backend import BACKENDS
+from ..files import names_something
 from ..model import POOLS
 from ..transform import LEAST_CROP, allowed_crop
 
@@ -162,12 +163,13 @@ def check_value(name: str, value, *, kind: type, choices=None, bounds: dict, **_
     """Raises ConfigError, naming `name` and `value`, unless the value is of its kind, among its choices, within its bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}")
-    if value == "":
-        raise ConfigError(f"{name} is '', which names nothing")
+    if isinstance(value, str) and not names_something(value):
+        raise ConfigError(f"{name} is {value!r}, which names nothing")
     if choices and value not in choices:
         raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(choices)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} is {value}; it must be finite")
+    # A whole number may be beyond any float.
+    if kind is float and not (isinstance(value, float | int) and -sys.float_info.max <= value <= sys.float_info.max):
+        raise ConfigError(f"{name} is {value if isinstance(value, float) else 'beyond any float'}; it must be finite")
     if "least" in bounds and value < bounds["least"]:
         raise ConfigError(f"{name} is {value}; it must be at least {bounds['least']}")
     if "most" in bounds and value > bounds["most"]:

@@ -37,11 +37,18 @@ class Settings:
 
 
 def encode(path: str, name: str, label: int, lossless: bool, settings: Settings) -> Encoded | Unreadable:
-    """A file as it will lie in a pack."""
+    """A file as it will lie in a pack.
+
+    Raises:
+        OSError, MemoryError: it cannot be read just now, which says nothing of the image.
+    """
+    content = Path(path).read_bytes()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is odd in a file that can be read
-            return _encode(Path(path).read_bytes(), name, label, lossless, settings)
+            return _encode(content, name, label, lossless, settings)
+    except MemoryError:
+        raise
     except UnidentifiedImageError:
         return Unreadable(name, "no image that can be read")
     except Exception as error:  # whatever a damaged file makes of the decoder

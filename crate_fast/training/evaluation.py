@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ..checkpoint import load_checkpoint
 from ..model import CRATE, SIZES
 from ..reading import model_file
+from ..transform import transform_of
 from .compute import check_kernels, choose_compute
 from .config import ConfigError, TrainConfig
 from .data import Data, open_data
@@ -72,6 +77,7 @@ def evaluate_run(
         if run is not None:
             run.check_same_data(images.describe(), CLASS_NAMES)
         batches = images.test_batches(max(1, settings.batch_size // ranks.count), ranks)
+        batches = _normalised_for(model, batches, images.describe(), file)
         return evaluate(model.to(compute.device), batches, compute, ranks)
 
 
@@ -104,6 +110,22 @@ def _crop_of(model: CRATE, file: Path, settings: TrainConfig, known: bool, tell:
         line = f"nothing in it tells how its images are cut; taken as in main.py: --eval-crop {settings.eval_crop}"
         print(f"crate-fast: {file}: {line}", file=sys.stderr)
     return settings.eval_crop
+
+
+def _normalised_for(
+    model: CRATE, batches: Iterator[tuple[Tensor, Tensor]], described: dict, file: Path
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of data that describe themselves so, normalised as the model's file says, where that is otherwise."""
+    data, stored = transform_of(0.0, described), model.transform
+    if stored is None or stored.mean is None or data.mean is None or data[1:] == stored[1:]:
+        yield from batches
+        return
+    if len(stored.mean) not in (1, model.channels):
+        raise ConfigError(f"{file}: its evaluation has means of {len(stored.mean)} channels; the model takes {model.channels}")
+    mean, std, own_mean, own_std = (torch.tensor(values).view(1, -1, 1, 1) for values in (*data[1:], *stored[1:]))
+    for images, labels in batches:
+        factor, addend = ((value / own_std).to(images.device) for value in (std, mean - own_mean))
+        yield images * factor + addend, labels
 
 
 def _load(file: Path, settings: TrainConfig, arch: str | None, weights: str | None) -> CRATE:

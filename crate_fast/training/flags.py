@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..arguments import number, whole
+from ..arguments import number, place, whole
 from .config import ARCHITECTURES, OPTIMIZERS
 
 VISION = "the published vit_* models are not part of this package (timm has them); use " + ", ".join(ARCHITECTURES)
@@ -68,7 +68,7 @@ def weights(text: str) -> str | None:
 
 def resume_switch(text: str) -> str | None:
     """What --resume takes: "auto", a path, or finetune.py's 0 and 1."""
-    return {"0": None, "1": "auto", "": None}.get(text, text)
+    return {"0": None, "1": "auto"}.get(text, text) if text in ("0", "1") else place(text)
 
 
 LAUNCHER = "torchrun says it: torchrun --nproc_per_node=N -m crate_fast train ..."

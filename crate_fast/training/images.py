@@ -254,7 +254,8 @@ def describe(data) -> dict:
 
 def digest(class_names: list[str]) -> str:
     """What tells the classes of folders apart, names and order: the start of a SHA-256 of their names by lines."""
-    return hashlib.sha256(as_bytes("\n".join(class_names))).hexdigest()[:16]
+    lines = "\n".join(name.replace("\n", "\0") for name in class_names)  # which no name of a folder has
+    return hashlib.sha256(as_bytes(lines)).hexdigest()[:16]
 
 
 class Synthetic:

@@ -191,10 +191,12 @@ def _plan(source: Path, target: Path, split: str, store: Photographs, settings: 
 
 def _listed(target: Path) -> dict[str, int]:
     """The packs' checksums by their names, where they were all written before."""
+    if not (target / MANIFEST).is_file():
+        return {}
     try:
         manifest = parse_json((target / MANIFEST).read_text(encoding="utf-8"))
         return manifest["train"]["packs"] | manifest["val"]["packs"]
-    except (OSError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return {}  # it is written anew
 
 

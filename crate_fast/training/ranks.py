@@ -84,6 +84,9 @@ def read_ranks() -> Ranks:
     for name, rank, count in zip(names[::2], (ranks.rank, ranks.local_rank), (ranks.count, ranks.local_count), strict=False):
         if not 0 <= rank < count:
             raise ConfigError(f"the environment variable {name} is {rank}; of {count} processes it must be 0 to {count - 1}")
+    if not ranks.local_count <= ranks.count < 2**31 or ranks.restarts < 0:
+        words = f"LOCAL_WORLD_SIZE is {ranks.local_count}, TORCHELASTIC_RESTART_COUNT {ranks.restarts}"
+        raise ConfigError(f"the environment variables are not torchrun's: of {ranks.count} processes {words}")
     return ranks
 
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from ..files import parse_json
+from ..files import check_regular, parse_json
 from ..model import SIZES
 from .config import ConfigError, TrainConfig, flag
 
@@ -59,6 +59,7 @@ def read_recipe(name: str) -> dict:
     if name not in NAMES and path.suffix not in (".toml", ".json"):
         raise ConfigError(f"--recipe is {name!r}; allowed are {', '.join(NAMES)}, a .toml file and a run's config.json")
     try:
+        check_regular(path)
         text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)["config"]
     except OSError as error:

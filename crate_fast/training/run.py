@@ -175,7 +175,7 @@ def _check_out(config: TrainConfig, ranks: Ranks, resume: str | None) -> None:
     """Where torchrun may restart a run, it must find it again."""
     if config.out is not None:
         return
-    if ranks.count > 1 and resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if ranks.count > 1 and resume is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0").strip() not in ("", "0"):
         raise ConfigError(
             "torchrun may restart this run (--max-restarts), which has to find its directory again: give --out DIR"
         )
@@ -216,6 +216,8 @@ def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks:
             checkpoints.set_aside_after(checkpoints.read(Path(resume))["step"])
             return resume
         found = checkpoints.load_newest()
+        if found is None:
+            run.check_begun(config.checkpoint_every)
         return found and str(found[0])
 
     path = ranks.share(lock_and_find)

@@ -128,10 +128,19 @@ class RunDirectory:
         Raises:
             ConfigError: it is shorter.
         """
+        if length and not self.metrics.exists():
+            raise ConfigError(f"{self.metrics}: missing; the last checkpoint was written after its first {length:,} bytes")
         with open_own(self.metrics, "ab") as file:
             if length > file.tell():
                 raise ConfigError(f"{self.metrics}: shorter than at the last checkpoint")
             file.truncate(length)
+
+    def check_begun(self, checkpoint_every: int) -> None:
+        """For a run in whose folder there is no checkpoint: raises ConfigError where it must have had one."""
+        rows = self.read_metrics() if self.metrics.exists() else []
+        if self.model.exists() or any(row["epoch"] > checkpoint_every for row in rows):
+            words = "the checkpoints that this run had written are gone; bring them back, or begin another run elsewhere"
+            raise ConfigError(f"{self.checkpoints}: {words}")
 
     def read_config(self) -> TrainConfig:
         """The settings in config.json, with the precision that "auto" turned out to mean.

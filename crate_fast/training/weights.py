@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint import build, constructor_arguments
+from ..checkpoint import build, check_floating, constructor_arguments
 from ..model import CRATE
 from ..positions import resample_positions
 from ..reading import CheckpointError, Model, model_file, read_model
@@ -27,6 +27,7 @@ def read_weights(path: str | Path) -> Model:
     file = model_file(path)
     source = read_model(file)
     if source.arguments is None:
+        check_floating(file, source.weights)
         return source
     model = build(file, source.arguments, source.weights, {})  # which checks both
     return source._replace(arguments=constructor_arguments(model), weights=model.state_dict())
