@@ -20,7 +20,7 @@ train: $(VENV)/installed-train
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(ARGS)
 
-# The first case of every test that is not marked slow: under a minute on two idle cores. The slowest are shown, so that what
+# The first case of every test that is not marked slow: about 95 seconds of a core. The slowest are shown, so that what
 # has become slow is seen.
 quick: $(VENV)/installed-test
 	$(BIN)/python -m pytest --quick --numprocesses=2 --dist=worksteal --durations=5 $(ARGS)
@@ -38,7 +38,8 @@ test-oldest: $(OLDEST)/installed
 # though one before has failed. What torch.compile keeps for one processor it would take for another.
 NUMERIC := kernels layer tuning model odd_tensors inspection weights export graphed graphs loop training
 rounded = echo "$(1) $(2)"; \
-	env $(1) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-$(firstword $(subst =,-,$(1))) $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --quiet $(2) $(ARGS) \
+	env $(1) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-$(firstword $(subst =,-,$(1))) \
+		$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --quiet $(2) $(ARGS) \
 		$(NUMERIC:%=tests/test_%.py) && echo "passed: $(1) $(2)" || { failed=1; echo "FAILED: $(1) $(2)"; };
 SSE := ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell

@@ -120,7 +120,7 @@ def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_plain(path: Path, name: object, value: object) -> None:
-    """Raises CheckpointError where `value` is a tensor that is sparse, quantized or nowhere, or an expanded one."""
+    """Raises CheckpointError where `value` is a tensor that is sparse, nested, quantized, nowhere, expanded or has hooks."""
     if not isinstance(value, Tensor):
         return
     if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_meta:
