@@ -96,7 +96,7 @@ def load_module(path: Path):
 
 def call(capsys, *argv):
     """(exit status, stdout, stderr) of `crate-fast argv`."""
-    from crate_fast.cli import main
+    from crate_fast.commands.main import main
 
     try:
         status = main([str(argument) for argument in argv])

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from pictures import make_folder
 
-from crate_fast.training.encoding import Settings
-from crate_fast.training.packing import prepare
+from crate_fast.data.pack_encoding import Settings
+from crate_fast.data.pack_writer import prepare
 
 TIMING = ("images_per_second", "waiting", "memory_gib", "mfu")
 STEPS_PER_EPOCH = 8

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from crate_fast import CRATE, checkpoint, reference
 from crate_fast.checkpoint import constructor_arguments, load_checkpoint, save_checkpoint, save_model
-from crate_fast.reading import CheckpointError, read_checkpoint
+from crate_fast.checkpoint.read import CheckpointError, read_checkpoint
 
 SMALL = {"image_size": 8, "patch_size": 4, "num_classes": 3, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "channels": 1}
 VARIANTS = {

@@ -14,8 +14,8 @@ import torch
 from conftest import call
 
 from crate_fast import load_checkpoint
-from crate_fast.reading import CheckpointError
-from crate_fast.training.rundir import RunDirectory
+from crate_fast.checkpoint.read import CheckpointError
+from crate_fast.training.run_directory import RunDirectory
 
 DEEP = "[" * 200_000
 SMALL = ["--dim", "16", "--depth", "1", "--heads", "1", "--dim-head", "16", "--device", "cpu", "--epochs", "1"]
@@ -24,7 +24,7 @@ SMALL = ["--dim", "16", "--depth", "1", "--heads", "1", "--dim-head", "16", "--d
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of one epoch on the digits."""
-    from crate_fast.cli import main
+    from crate_fast.commands.main import main
 
     out = tmp_path_factory.mktemp("hostile") / "run"
     assert main(["train", "--out", str(out), *SMALL]) == 0

@@ -13,14 +13,14 @@ from conftest import call
 from PIL import Image
 
 from crate_fast.inspection.photos import find_photos, read_photo
-from crate_fast.pictures import find_pictures, read_picture
+from crate_fast.data.pictures import find_pictures, read_picture
 from crate_fast.training import ConfigError, images
-from crate_fast.training.data import open_data
-from crate_fast.training.encoding import Settings, encode
-from crate_fast.training.folder import open_folder
-from crate_fast.training.ranks import ALONE
+from crate_fast.data.open import open_data
+from crate_fast.data.pack_encoding import Settings, encode
+from crate_fast.data.folder import open_folder
+from crate_fast.processes import ALONE
 from crate_fast.training.resolve import resolve
-from crate_fast.training.rundir import RunDirectory
+from crate_fast.training.run_directory import RunDirectory
 
 SIDE = 8
 GREY = np.linspace(0, 255, SIDE * SIDE).round().reshape(SIDE, SIDE)  # a ramp from black to white

@@ -18,12 +18,12 @@ import kill
 import pytest
 import torch
 
-from crate_fast.cli import main
-from crate_fast.reading import CheckpointError, read_checkpoint
+from crate_fast.commands.main import main
+from crate_fast.checkpoint.read import CheckpointError, read_checkpoint
 from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, train
 from crate_fast.training.loop import Trainer
-from crate_fast.training.rundir import RunDirectory, unlock
-from crate_fast.training.stop import Signals
+from crate_fast.training.run_directory import RunDirectory, unlock
+from crate_fast.signals import Signals
 
 SMALL = TrainConfig(
     **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, batch_size=256, epochs=4),
@@ -381,7 +381,7 @@ def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("switch", "expected"), [("0", None), ("1", "auto"), ("some/run", "some/run")])
 def test_resume_of_the_published_scripts(monkeypatch, switch, expected):
     seen = {}
-    monkeypatch.setattr("crate_fast.train_command.train", lambda config, **options: seen.update(options) or (None, None))
+    monkeypatch.setattr("crate_fast.commands.train.train", lambda config, **options: seen.update(options) or (None, None))
     for command in ("train", "finetune"):
         assert main([command, "--resume", switch, "--out", "there"]) == 0
         assert seen["resume"] == expected

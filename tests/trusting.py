@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pictures import trust
 
-from crate_fast.cli import main
+from crate_fast.commands.main import main
 
 if __name__ == "__main__":
     trust(pytest.MonkeyPatch(), Path(sys.argv[1]), sys.argv[2])

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import flop_registry
 
 import crate_fast
 import crate_fast.functional
-from crate_fast import kernels, plainness
+from crate_fast import kernels
+from crate_fast.modules import plain as plainness
 from crate_fast.kernels import runtime, shapes, tuning
 from crate_fast.model import SIZES
 

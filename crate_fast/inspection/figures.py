@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import write_atomically
+from ..checkpoint.save_load import write_atomically
 from ..files import drawable
 
 DPI = 120

@@ -1,13 +1,13 @@
 """Training and evaluating CRATE: settings in, a run directory out."""
 
-from .config import ConfigError, TrainConfig
+from ..settings import ConfigError, TrainConfig
 from .evaluation import evaluate_run
-from .images import UnreadableError
+from ..data.loader import UnreadableError
 from .loop import TrainingError
 from .resolve import resolve
 from .run import train
-from .saving import SavingError
-from .stop import Stopped
+from .checkpoints import SavingError
+from ..signals import Stopped
 
 __all__ = [
     "ConfigError",

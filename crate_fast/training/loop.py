@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ..model import CRATE
-from .compute import Compute
-from .config import TrainConfig
-from .contents import check_place
-from .data import Data
+from ..model.crate import CRATE
+from ..device import Compute
+from ..settings import TrainConfig
+from .checkpoint_contents import check_place
+from ..data.open import Data
 from .metrics import Meter, Score, evaluate, measure
 from .mixing import mix
 from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
-from .parallel import parallel_kind
-from .plan import Plan
-from .rundir import RunDirectory
-from .saving import circumstances
-from .stop import Signals, Stopped
-from .waiting import Waiting
-from .watch import Watch, peak_flops, training_flops
+from .ddp import parallel_kind
+from ..data.order import Plan
+from .run_directory import RunDirectory
+from .checkpoints import circumstances
+from ..signals import Signals, Stopped
+from .data_wait import Waiting
+from .monitor import Watch, peak_flops, training_flops
 
 if TYPE_CHECKING:
     from tqdm import tqdm

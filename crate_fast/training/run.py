@@ -11,27 +11,27 @@ from pathlib import Path
 import torch
 
 from ..backend import choose_backend
-from ..checkpoint import constructor_arguments, save_model
-from ..extras import TRAIN, require
+from ..checkpoint.save_load import constructor_arguments, save_model
+from ..optional import TRAIN, require
 from ..files import is_text
-from ..model import CRATE
-from ..transform import transform_of
-from .compute import Compute, check_kernels, choose_compute
-from .config import ConfigError, TrainConfig
-from .data import Data, open_data
-from .graphs import check_graphs
+from ..model.crate import CRATE
+from ..model.eval_transform import transform_of
+from ..device import Compute, check_kernels, choose_compute
+from ..settings import ConfigError, TrainConfig
+from ..data.open import Data, open_data
+from .cuda_graphs import check_graphs
 from .loop import Trainer, TrainingError
 from .metrics import Score
 from .optimizer import warmup_steps
-from .parallel import check_strategy, parallel_kind
-from .plan import check_parts, make_plan
-from .plots import plot_curves
-from .ranks import Ranks, process_group, read_ranks
+from .ddp import check_strategy, parallel_kind
+from ..data.order import check_parts, make_plan
+from .curves import plot_curves
+from ..processes import Ranks, process_group, read_ranks
 from .resolve import check_unchanged, check_written, describe
-from .rundir import RunDirectory, check_free, find_run, unlock
-from .saving import circumstances, warn_of_changes
-from .stop import Signals, Stopped
-from .weights import read_weights, start_from
+from .run_directory import RunDirectory, check_free, find_run, unlock
+from .checkpoints import circumstances, warn_of_changes
+from ..signals import Signals, Stopped
+from ..checkpoint.start_from import read_weights, start_from
 
 LOST = {
     r"DataLoader worker .*(is killed|exited)|Pin memory thread exited": "a process that reads images was ended from outside, "
