@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from .backend import BackendError, choose_backend
-from .settings import ConfigError
 from .processes import Ranks
+from .settings import ConfigError
 
 
 class Compute(NamedTuple):

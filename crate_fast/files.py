@@ -6,7 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -91,3 +93,46 @@ def digest_of(values: dict, tensors: dict[str, Tensor]) -> str:
         digest.update(as_bytes(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n"))
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], object]) -> None:
+    """Lets `write` fill a file beside `path`, flushes it to the disk and renames it: `path` is the old file or all of the new.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open_own(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """Flushes to the disk which names a folder has: a rename lives in it."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, cut off at its first line; the name of its class where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a directory with all that is in it, where it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

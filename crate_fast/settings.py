@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .backend import BACKENDS
+from .eval_transform import LEAST_CROP, allowed_crop
 from .files import names_something
-from .model.crate import POOLS
-from .model.eval_transform import LEAST_CROP, allowed_crop
+from .sizes import ARCHITECTURES, POOLS
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-ARCHITECTURES = ("CRATE_tiny", "CRATE_small", "CRATE_base", "CRATE_large")
 OPTIMIZERS = ("Lion", "AdamW", "Adam", "SGD")
 SCHEDULES = ("cosine", "main-epoch", "finetune-epoch")
 STRATEGIES = ("ddp", "fsdp")

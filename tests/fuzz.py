@@ -40,8 +40,8 @@ import torch
 from PIL import Image
 
 from crate_fast import CRATE
-from crate_fast.commands.main import USER_ERRORS, main
 from crate_fast.checkpoint.distributed import STATE, TABLE, checksum
+from crate_fast.commands.main import USER_ERRORS, main
 from crate_fast.data.pack_file import HEADER, INDEX
 
 MEMORY = 2 << 30

@@ -25,12 +25,12 @@ from crate_fast.data.augment import (
     strength,
 )
 from crate_fast.data.augment_batch import ERASING, Changes, change_each, erased_boxes, fill, mirror
-from crate_fast.settings import TrainConfig
-from crate_fast.data.philox import CHANGES, CROP, CROP_DRAWS, crop_boxes, philox, uniforms
+from crate_fast.data.device_loader import Pictures, Resident, resample
 from crate_fast.data.loader import COLOUR, MEAN, STD
 from crate_fast.data.order import Plan
+from crate_fast.data.philox import CHANGES, CROP, CROP_DRAWS, crop_boxes, philox, uniforms
 from crate_fast.processes import ALONE, Ranks
-from crate_fast.data.device_loader import Pictures, Resident, resample
+from crate_fast.settings import TrainConfig
 
 CPU = torch.device("cpu")
 SETTINGS = dict(data="cifar10", rotate=0.0, zoom=0.0, shift=0.0)

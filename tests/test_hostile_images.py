@@ -14,13 +14,13 @@ from conftest import call
 from pictures import make_folder
 from PIL import Image
 
-from crate_fast.data.pictures import MOST_PIXELS, read_picture
-from crate_fast.data.pack_encoding import Settings
 from crate_fast.data.folder import open_folder
+from crate_fast.data.pack_encoding import Settings
 from crate_fast.data.pack_file import HEADER, INDEX, JPEG, RAW, Encoded, Pack, PackError, write_pack
-from crate_fast.data.pack_writer import prepare
 from crate_fast.data.pack_folder import Split, open_packs
-from crate_fast.training.curves import plot_curves
+from crate_fast.data.pack_writer import prepare
+from crate_fast.data.pictures import MOST_PIXELS, read_picture
+from crate_fast.training.monitor import plot_curves
 from crate_fast.training.run_directory import RunDirectory
 
 SMALL = ["--image-size", "16", "--patch-size", "8", "--dim", "16", "--depth", "1", "--heads", "1", "--dim-head", "16"]

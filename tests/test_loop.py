@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crate_fast.training import TrainConfig, TrainingError, train
-from crate_fast.device import choose_compute
-from crate_fast.settings import OPTIMIZERS
-from crate_fast.training.checkpoint_contents import MOMENTS
 from crate_fast.data.digits import Digits
-from crate_fast.training.flat import Flat
+from crate_fast.data.order import Plan, make_plan, share_of
+from crate_fast.device import choose_compute
+from crate_fast.processes import ALONE, Ranks
+from crate_fast.settings import OPTIMIZERS
+from crate_fast.signals import Signals
+from crate_fast.training import TrainConfig, TrainingError, train
+from crate_fast.training.checkpoint_contents import MOMENTS
+from crate_fast.training.ddp import Flat
 from crate_fast.training.loop import Trainer
 from crate_fast.training.mixing import mix
 from crate_fast.training.optimizer import finetune_factor, learning_rate_at, main_factor
-from crate_fast.data.order import Plan, make_plan, share_of
-from crate_fast.processes import ALONE, Ranks
 from crate_fast.training.run import build_model
-from crate_fast.signals import Signals
 
 SMALL = TrainConfig(
     **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, lr=1e-3),

@@ -11,14 +11,14 @@ from conftest import call
 from pictures import make_folder, photographs
 from PIL import Image
 
-from crate_fast.training import TrainConfig, packed, resolve, train
 from crate_fast.data.open import open_data
+from crate_fast.data.order import Plan
 from crate_fast.data.pack_encoding import Settings
 from crate_fast.data.pack_file import Pack, PackError
-from crate_fast.data.pack_writer import prepare
 from crate_fast.data.pack_folder import open_packs
-from crate_fast.data.order import Plan
+from crate_fast.data.pack_writer import prepare
 from crate_fast.processes import ALONE, Ranks
+from crate_fast.training import TrainConfig, packed, resolve, train
 
 CPU = torch.device("cpu")
 SMALL = Settings(short_side=24, raw=True, pack_images=5)

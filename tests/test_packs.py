@@ -21,12 +21,12 @@ from pictures import cut, make_folder, photographs
 from PIL import Image
 
 from crate_fast import checkpoint
-from crate_fast.training import packing
-from crate_fast.data.pack_encoding import Settings
 from crate_fast.data.folder import open_folder
+from crate_fast.data.pack_encoding import Settings
 from crate_fast.data.pack_file import HEADER_SIZE, INDEX, JPEG, Encoded, Pack, PackError, Unreadable, write_pack
-from crate_fast.data.pack_writer import prepare, verify
 from crate_fast.data.pack_folder import Split, open_packs
+from crate_fast.data.pack_writer import prepare, verify
+from crate_fast.training import packing
 
 
 @pytest.fixture(scope="module")

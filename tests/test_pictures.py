@@ -12,13 +12,13 @@ import torch
 from conftest import call
 from PIL import Image
 
-from crate_fast.inspection.photos import find_photos, read_photo
-from crate_fast.data.pictures import find_pictures, read_picture
-from crate_fast.training import ConfigError, images
+from crate_fast.data.folder import open_folder
 from crate_fast.data.open import open_data
 from crate_fast.data.pack_encoding import Settings, encode
-from crate_fast.data.folder import open_folder
+from crate_fast.data.pictures import find_pictures, read_picture
+from crate_fast.inspection.photos import find_photos, read_photo
 from crate_fast.processes import ALONE
+from crate_fast.training import ConfigError, images
 from crate_fast.training.resolve import resolve
 from crate_fast.training.run_directory import RunDirectory
 

@@ -18,12 +18,13 @@ import kill
 import pytest
 import torch
 
-from crate_fast.commands.main import main
 from crate_fast.checkpoint.read import CheckpointError, read_checkpoint
+from crate_fast.commands.main import main
+from crate_fast.locks import unlock
+from crate_fast.signals import Signals
 from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, train
 from crate_fast.training.loop import Trainer
-from crate_fast.training.run_directory import RunDirectory, unlock
-from crate_fast.signals import Signals
+from crate_fast.training.run_directory import RunDirectory
 
 SMALL = TrainConfig(
     **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, batch_size=256, epochs=4),

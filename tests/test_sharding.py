@@ -18,12 +18,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from crate_fast import CRATE, load_checkpoint
-from crate_fast.kernels import runtime
 from crate_fast.checkpoint.read import CheckpointError
-from crate_fast.training import ConfigError, TrainConfig, evaluate_run, train
 from crate_fast.device import Compute
-from crate_fast.training.ddp import check_strategy
+from crate_fast.kernels import runtime
 from crate_fast.processes import ALONE, process_group
+from crate_fast.training import ConfigError, TrainConfig, evaluate_run, train
+from crate_fast.training.ddp import check_strategy
 
 SIZES = dict(image_size=16, patch_size=8, num_classes=10, dim=32, depth=2, heads=2, dim_head=16)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -23,11 +23,11 @@ from serving import served
 
 from crate_fast import CRATE_tiny
 from crate_fast.checkpoint import load_checkpoint
-from crate_fast.commands.main import main
 from crate_fast.checkpoint.read import read_checkpoint
-from crate_fast.training import ConfigError, evaluate_run, resolve, train
+from crate_fast.commands.main import main
 from crate_fast.data.order import make_plan
 from crate_fast.processes import Ranks, meet
+from crate_fast.training import ConfigError, evaluate_run, resolve, train
 
 pytestmark = pytest.mark.slow
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from crate_fast.checkpoint import load_checkpoint
-from crate_fast.optional import MissingPackageError, require
 from crate_fast.checkpoint.read import read_checkpoint
-from crate_fast.training import ConfigError, TrainConfig, TrainingError, digits, evaluate_run, train
-from crate_fast.device import choose_compute
 from crate_fast.data.digits import Digits, load_scans, split_indices, transform, transforms
+from crate_fast.data.order import Plan
+from crate_fast.device import choose_compute
+from crate_fast.optional import MissingPackageError, require
+from crate_fast.processes import ALONE
+from crate_fast.training import ConfigError, TrainConfig, TrainingError, digits, evaluate_run, train
 from crate_fast.training.metrics import Meter, Score, measure
 from crate_fast.training.optimizer import learning_rate
-from crate_fast.data.order import Plan
-from crate_fast.processes import ALONE
 
 CPU = torch.device("cpu")
 MINIATURE = dict(epochs=2, batch_size=256, image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1)

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import CRATE
-from crate_fast.training import TrainConfig, waiting
 from crate_fast.device import Compute
+from crate_fast.training import TrainConfig, waiting
 from crate_fast.training.monitor import peak_flops, training_flops
 
 SMALL = ["--epochs", "2", "--num-threads", "1", "--device", "cpu", "--dim", "16", "--depth", "1", "--heads", "1"]

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 import crate_fast.checkpoint.hub
 from crate_fast import CRATE, CheckpointError, CRATE_small, load_checkpoint
 from crate_fast.checkpoint import constructor_arguments, save_checkpoint, save_model
-from crate_fast.optional import MissingPackageError
 from crate_fast.checkpoint.published import infer_arguments
+from crate_fast.optional import MissingPackageError
 
 MEDIUM = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 96, "depth": 2, "heads": 3, "dim_head": 64}
 SMALL = {"image_size": 8, "patch_size": 4, "num_classes": 3, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "channels": 1}

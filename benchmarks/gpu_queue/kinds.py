@@ -16,8 +16,8 @@ import torch
 import crate_fast.commands.tune
 import workloads
 from crate_fast.commands.main import main as crate_fast_command
-from crate_fast.optional import require
 from crate_fast.kernels import shapes, tuning
+from crate_fast.optional import require
 from crate_fast.training import train as train_model
 from crate_fast.training.resolve import resolve
 from judge import Judge

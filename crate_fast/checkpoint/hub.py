@@ -7,10 +7,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 
-from .save_load import constructor_arguments, load_file, save_model, write_atomically
-from ..optional import MissingPackageError
+from ..files import first_line, write_atomically
 from ..model.crate import CRATE
-from .read import MODEL_NAME, CheckpointError, first_line
+from ..optional import MissingPackageError
+from .read import MODEL_NAME, CheckpointError
+from .save_load import constructor_arguments, load_file, save_model
 
 CONFIG_NAME = "config.json"
 PAPER = "https://arxiv.org/abs/2306.01129"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..model.crate import SIZES
+from ..sizes import SIZES
 
 WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
 SHELVES = ("state_dict", "model")  # where main.py and finetune.py put the weights in their checkpoints

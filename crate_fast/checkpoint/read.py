@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import distributed as sharded
+from ..eval_transform import FINETUNE, MAIN, Transform, read_transform
+from ..files import check_regular, digest_of, first_line, is_text, parse_json
 from ..optional import MissingPackageError, require
-from ..files import check_regular, digest_of, is_text, parse_json
+from . import distributed
 from .published import Found, choose, find_weights
-from ..model.eval_transform import FINETUNE, MAIN, Transform, read_transform
 
 METADATA_KEY = "crate_fast"
 DIGEST = "digest"  # of all weights in a file of safetensors and of what is said of them, which has no checksums of its own
@@ -51,7 +51,7 @@ def model_file(source: str | os.PathLike) -> Path:
         MissingPackageError: huggingface-hub is not installed, and there is no such file.
     """
     path = Path(source)
-    if path.is_dir() and not sharded.is_in_parts(path):
+    if path.is_dir() and not distributed.is_in_parts(path):
         if not (path / MODEL_NAME).is_file():
             raise CheckpointError(
                 f"{path}: a directory with no {MODEL_NAME} in it; a run writes that at its end, and checkpoints before"
@@ -157,10 +157,10 @@ def _read_parts(path: Path, wanted: str | None) -> Model:
     """`read_model` of a checkpoint in parts."""
     content = read_state(path)
     try:
-        parts, kinds = sharded.find_parts(path), {"last": "model", "mean": "ema"}
+        parts, kinds = distributed.find_parts(path), {"last": "model", "mean": "ema"}
         chosen = choose({kind: Found({}, part) for kind, part in kinds.items() if part in parts}, wanted)
-        weights = sharded.read_tensors(path, chosen.shelf or kinds["last"])
-    except sharded.DamagedError as error:
+        weights = distributed.read_tensors(path, chosen.shelf or kinds["last"])
+    except distributed.DamagedError as error:
         raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast: {error}") from error
     except (OSError, MemoryError) as error:
         raise _unread(path, error) from error
@@ -173,18 +173,18 @@ def read_state(path: Path, whole: bool = True) -> dict:
     Raises:
         CheckpointError: a part of it is missing or damaged, or it is something else.
     """
-    file = path / sharded.STATE
+    file = path / distributed.STATE
     if path.is_dir() and not file.exists():
-        raise DamagedError(f"{path}: damaged: it has no {sharded.STATE}")
+        raise DamagedError(f"{path}: damaged: it has no {distributed.STATE}")
     content = _read_archive(file, "damaged, or no checkpoint of crate-fast")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "parts")):
-        raise CheckpointError(f"{path}: no checkpoint of crate-fast: its {sharded.STATE} has no 'arguments' and 'parts'")
+        raise CheckpointError(f"{path}: no checkpoint of crate-fast: its {distributed.STATE} has no 'arguments' and 'parts'")
     _check_all_plain(path, content)
     try:
-        sharded.read_table(path / sharded.TABLE)  # before PyTorch does, which runs what a table asks for
+        distributed.read_table(path / distributed.TABLE)  # before PyTorch does, which runs what a table asks for
         if whole:
-            sharded.check_parts(path, content["parts"])
-    except sharded.DamagedError as error:
+            distributed.check_parts(path, content["parts"])
+    except distributed.DamagedError as error:
         raise DamagedError(f"{path}: damaged: {error}") from error
     except OSError as error:
         raise _unread(path, error) from error
@@ -317,8 +317,3 @@ def _read_safetensors(path: Path, wanted: str | None) -> Model:
     if isinstance(arguments, dict) and TRANSFORM in arguments:
         transform = read_transform(arguments.pop(TRANSFORM))
     return Model(arguments, weights, transform)
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message, cut off at its first line; the name of its class where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -10,19 +10,17 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 
-from ..optional import require
-from ..files import digest_of, open_own
-from .published import WORDS, infer_arguments
+from ..files import digest_of, first_line, write_atomically
 from ..model.crate import CRATE
-from .read import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, first_line, model_file, read_model
 from ..model.transformer import layers_of
+from ..optional import require
+from .published import WORDS, infer_arguments
+from .read import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, model_file, read_model
 
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
@@ -232,36 +230,6 @@ def _tell(line: str) -> None:
     """Says it on stderr, once where torchrun started many processes."""
     if os.environ.get("RANK", "0") == "0":
         print(f"crate-fast: {line}", file=sys.stderr)
-
-
-def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], object]) -> None:
-    """Lets `write` fill a file beside `path`, flushes it to the disk and renames it: `path` is the old file or all of the new.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open_own(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    flush_folder(path.parent)
-
-
-def flush_folder(path: Path) -> None:
-    """Flushes to the disk which names a folder has: a rename lives in it."""
-    if os.name == "posix":
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict) -> CRATE:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .save_load import build, check_floating, constructor_arguments
 from ..model.crate import CRATE
 from ..model.positions import resample_positions
-from .read import CheckpointError, Model, model_file, read_model
 from ..settings import flag
+from .read import CheckpointError, Model, model_file, read_model
+from .save_load import build, check_floating, constructor_arguments
 
 HEAD = "mlp_head."
 SAME = ("dim", "depth", "heads", "dim_head", "channels", "patch_size", "ista", "lambd")  # what a weight means hangs on these

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..files import names_something
 from ..checkpoint.published import WORDS
-from ..model.eval_transform import LEAST_CROP, allowed_crop
+from ..eval_transform import LEAST_CROP, allowed_crop
+from ..files import names_something
 
 
 def whole(text: str) -> int:

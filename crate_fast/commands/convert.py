@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
-from .arguments import add_weights, as_path, number, place, whole
-from ..checkpoint.save_load import constructor_arguments, load_checkpoint, save_model, transform_entry, write_atomically
 from ..checkpoint.published import WRAPPERS, infer_arguments
-from ..model.crate import CRATE, POOLS
 from ..checkpoint.read import CheckpointError
+from ..checkpoint.save_load import constructor_arguments, load_checkpoint, save_model, transform_entry
+from ..files import write_atomically
+from ..model.crate import CRATE
+from ..sizes import POOLS
+from .arguments import add_weights, as_path, number, place, whole
 
 LAYOUTS = ("state_dict", "model", "bare")
 ARCHIVES = (".pt", ".pth", ".tar")

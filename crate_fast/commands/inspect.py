@@ -8,16 +8,16 @@ import io
 import json
 from pathlib import Path
 
-from .arguments import add_crop, add_weights, as_path, place
-from ..checkpoint.save_load import load_checkpoint, write_atomically
-from ..optional import require
-from ..files import as_bytes
+from ..checkpoint.save_load import load_checkpoint
+from ..device import choose_compute
+from ..files import as_bytes, write_atomically
 from ..inspection.figures import plot_rates, plot_sparsity
 from ..inspection.photos import Normalisation, PhotoError, find_photos, photo_batches
 from ..inspection.rates import PRECISION, measure_layers
 from ..inspection.views import InspectionError
-from ..device import choose_compute
+from ..optional import require
 from ..processes import Ranks
+from .arguments import add_crop, add_weights, as_path, place
 from .tune import positive
 
 DIGITS = "digits"

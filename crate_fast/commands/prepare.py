@@ -7,8 +7,8 @@ import os
 import shlex
 import sys
 
-from .arguments import as_path
 from ..optional import require
+from .arguments import as_path
 from .tune import positive
 
 

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .arguments import number, place, whole
 from ..settings import ARCHITECTURES, OPTIMIZERS
+from .arguments import number, place, whole
 
 VISION = "the published vit_* models are not part of this package (timm has them); use " + ", ".join(ARCHITECTURES)
 

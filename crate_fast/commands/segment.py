@@ -9,17 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import add_weights, as_path, number, place
 from ..checkpoint.save_load import load_checkpoint
-from ..optional import require
+from ..device import choose_compute
+from ..files import first_line
 from ..inspection.figures import blend, coloured, enlarged, plot_heads, save_picture
 from ..inspection.maps import attention_row, keep_mass, principal_colours
 from ..inspection.photos import Normalisation, PhotoError, cut_to_patches, read_photo, to_array
 from ..inspection.views import InspectionError, layer_views, patch_grid
 from ..model.crate import CRATE
-from ..checkpoint.read import first_line
-from ..device import choose_compute
+from ..optional import require
 from ..processes import Ranks
+from .arguments import add_weights, as_path, number, place
 from .tune import positive
 
 

@@ -8,10 +8,10 @@ import sys
 from dataclasses import fields
 from itertools import groupby
 
-from .arguments import number, whole
 from ..training import ConfigError, TrainConfig, resolve, train
-from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 from ..training.resolve import NAMES
+from .arguments import number, whole
+from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 
 READERS = {"arch": architecture, "data": data_set, "optimizer": optimizer}
 TYPES = {int: whole, float: number, str: str}

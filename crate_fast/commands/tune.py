@@ -10,7 +10,7 @@ import torch
 
 from ..backend import BackendError, choose_backend
 from ..optional import require
-from ..model.crate import SIZES
+from ..sizes import SIZES
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

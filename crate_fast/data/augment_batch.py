@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..settings import TrainConfig
 from .augment import (
     CROP_TRIES,
     ERASED_AREAS,
@@ -25,7 +26,6 @@ from .augment import (
     randaugment_ranges,
     strength,
 )
-from ..settings import TrainConfig
 from .philox import CHANGES, uniforms
 
 MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .augment_batch import Changes, send
+from ..processes import Ranks
 from ..settings import TrainConfig
-from .philox import CROP, CROP_DRAWS, crop_boxes, uniforms
+from .augment_batch import Changes, send
 from .loader import COLOUR, Normalise, describe
 from .order import Plan, epoch_order, share_of
-from ..processes import Ranks
+from .philox import CROP, CROP_DRAWS, crop_boxes, uniforms
 
 BITS, HALF = 22, 11  # of Pillow's weights
 
@@ -36,7 +36,7 @@ class Pictures:
 
 
 class Resident:
-    """Training and test images of `Pictures` on `device`, in batches; the interface is `data.Data`.
+    """Training and test images of `Pictures` on `device`, in batches; the interface is `open.Data`.
 
     `size`, (height, width), is that of test images; None: that of training images.
     """

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..optional import require
-from .order import Plan, epoch_generator, share_of
 from ..processes import Ranks
+from .order import Plan, epoch_generator, share_of
 
 CLASSES = 10
 CHANNELS = 1

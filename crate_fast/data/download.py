@@ -13,9 +13,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoint.save_load import flush_folder
+from ..files import flush_folder, remove
 from ..settings import ConfigError
-from ..training.checkpoints import remove
 
 try:
     import fcntl

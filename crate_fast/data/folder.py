@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .pictures import SUFFIXES, find_pictures, read_picture, tell_left_out
 from ..settings import ConfigError
+from .pictures import SUFFIXES, find_pictures, read_picture, tell_left_out
 
 
 class Photographs:

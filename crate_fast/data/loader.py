@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -15,15 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..files import as_bytes
-from .pictures import READER
-from ..training import run_directory as rundir
-from .augment import central_crop, erase, flip, randaugment, random_crop, trivialaugment
-from ..settings import TrainConfig
-from ..training.metrics import IGNORED
-from .order import Plan, epoch_order, share_of
+from ..locks import unlock
 from ..processes import Ranks
+from ..settings import TrainConfig
 from ..signals import hear_of_no_process, leave_signals_to_the_run
-from ..training.data_wait import more_workers
+from .augment import central_crop, erase, flip, randaugment, random_crop, trivialaugment
+from .order import Plan, epoch_order, share_of
+from .pictures import READER, READER_ENTRY
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, red, green, blue, in 0..1
 STD = (0.229, 0.224, 0.225)
@@ -36,7 +35,7 @@ class UnreadableError(RuntimeError):
 
 
 class Store(Protocol):
-    """Stored images, as `folder.Photographs` and `resident.Pictures` are."""
+    """Stored images, as `folder.Photographs` and `device_loader.Pictures` are."""
 
     def __len__(self) -> int: ...
     def label(self, index: int) -> int: ...
@@ -139,7 +138,7 @@ class Photos:
 
     def describe(self) -> dict:
         """What config.json says of them."""
-        return describe(self) | {rundir.READER: READER}
+        return describe(self) | {READER_ENTRY: READER}
 
     def _load(self, samples: Dataset, keys: list[list]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
@@ -197,7 +196,7 @@ def start_worker(_: int) -> None:
     """Makes a process one that only reads images."""
     leave_signals_to_the_run()
     torch.set_num_threads(1)
-    rundir.unlock()  # a worker outlives a killed run for seconds, and must not keep its lock
+    unlock()  # a worker outlives a killed run for seconds, and must not keep its lock
 
 
 def from_workers(loader: DataLoader) -> Iterator:
@@ -293,3 +292,11 @@ class Synthetic:
         generator = torch.Generator(self._device).manual_seed(self._seed)
         images = torch.randn(count, *self._shape, device=self._device, generator=generator)
         return images, torch.randint(self.classes, (count,), device=self._device, generator=generator)
+
+
+def more_workers(workers: int, otherwise: str) -> str:
+    """Advice where `workers` processes read on this machine, and what `otherwise` helps."""
+    return f"more --workers (now {workers}; {os.cpu_count()} cores are here), or {otherwise}"
+
+
+IGNORED = -100  # label of an image that could not be read: it counts nowhere

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ..optional import require
+from ..processes import Ranks
 from ..settings import ConfigError, TrainConfig
+from .device_loader import Pictures, Resident
 from .digits import Digits
 from .folder import open_folder
 from .loader import Photos, Synthetic
-from .pack_loader import Packed
-from .pack_folder import is_packed, open_packs
 from .order import Plan
+from .pack_folder import is_packed, open_packs
+from .pack_loader import Packed
 from .published_sets import SETS, open_published
-from ..processes import Ranks
-from .device_loader import Pictures, Resident
 
 
 class Data(Protocol):

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..settings import ConfigError, TrainConfig
 from ..processes import ALONE, Ranks
+from ..settings import ConfigError, TrainConfig
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:

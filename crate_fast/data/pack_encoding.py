@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from .pictures import read_picture
-from ..checkpoint.read import first_line
+from ..files import first_line
 from .augment import cover
 from .pack_file import JPEG, RAW, Encoded, Unreadable
 from .pack_folder import decode_jpeg
+from .pictures import read_picture
 
 JPEG_START = b"\xff\xd8\xff"
 

@@ -24,11 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..checkpoint.save_load import write_atomically
-from ..files import parse_json
-from .pictures import MOST_PIXELS
-from ..checkpoint.read import first_line
+from ..files import first_line, parse_json, write_atomically
 from ..settings import ConfigError
+from .pictures import MOST_PIXELS
 
 MAGIC, VERSION = b"CRATEPK\n", 1
 HEADER = struct.Struct("<8sIIQQQII12x")  # magic, version, images, index and notes at, size of the file, their checksums

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..files import parse_json
-from ..checkpoint.read import first_line
+from ..files import first_line, parse_json
 from .pack_file import RAW, Pack, PackError
 
 try:

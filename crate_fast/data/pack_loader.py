@@ -17,16 +17,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..processes import Ranks
+from ..settings import TrainConfig
 from .augment import central_crop
 from .augment_batch import Changes
-from ..settings import TrainConfig
-from .philox import CROP, CROP_DRAWS, crop_boxes, uniforms
-from .loader import COLOUR, PREFETCH, Normalise, ahead, describe, from_workers, start_worker
+from .loader import COLOUR, PREFETCH, Normalise, ahead, describe, from_workers, more_workers, start_worker
+from .order import Plan, epoch_order, share_of
 from .pack_file import PackError
 from .pack_folder import Packs, Split
-from .order import Plan, epoch_order, share_of
-from ..processes import Ranks
-from ..training.data_wait import more_workers
+from .philox import CROP, CROP_DRAWS, crop_boxes, uniforms
 
 CHUNK = 128  # images that a worker fills at a time, where they are not so large
 LARGEST = 20 << 20  # bytes that it fills at a time, unless one image has more
@@ -154,7 +153,7 @@ def read_crop(split: Split, index: int, box: list[int], out: np.ndarray) -> None
 
 
 class Packed:
-    """Training and validation images of packs, in batches on `device`; the interface is `data.Data`.
+    """Training and validation images of packs, in batches on `device`; the interface is `open.Data`.
 
     `size`, (height, width), is that of validation images; None: that of training images.
 

@@ -25,15 +25,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checkpoint.save_load import write_atomically
-from ..files import as_bytes, parse_json
-from .pictures import READER
+from ..files import as_bytes, parse_json, write_atomically
+from ..locks import lock, unlock
 from ..settings import ConfigError
-from .pack_encoding import Settings, encode
 from .folder import Photographs, open_folder
+from .pack_encoding import Settings, encode
 from .pack_file import Encoded, Pack, PackError, Unreadable, write_pack
 from .pack_folder import MANIFEST, SETTINGS, open_listed, open_packs
-from ..training.run_directory import RunDirectory, unlock
+from .pictures import READER, READER_ENTRY
 
 UNREADABLE = "unreadable.txt"
 SAMPLED = 32  # images of a split that tell how large the rest will be
@@ -82,13 +81,10 @@ def prepare(source: Path, target: Path, settings: Settings, workers: int) -> Don
 def _lock(target: Path) -> None:
     """Keeps others out of the folder; what a killed command leaves behind holds it for a moment yet."""
     end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return RunDirectory(target).lock("another prepare")
-        except ConfigError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
+    while not lock(target):
+        if time.monotonic() > end:
+            raise ConfigError(f"{target}: another prepare is in it")
+        time.sleep(0.05)
 
 
 def _prepare(source: Path, target: Path, splits: dict, classes: list[str], settings: Settings, workers: int) -> Done:
@@ -144,7 +140,7 @@ def _take(target: Path, source: Path, settings: Settings, splits: dict[str, Phot
     names = hashlib.sha256()
     for split, store in splits.items():
         names.update(as_bytes("".join(f"{split} {_name(store, i, source)}\n" for i in range(len(store)))))
-    ours = asdict(settings) | {"files": names.hexdigest(), "reader": READER}
+    ours = asdict(settings) | {"files": names.hexdigest(), READER_ENTRY: READER}
     if not (target / SETTINGS).is_file():
         text = json.dumps(ours, indent=2) + "\n"
         write_atomically(target / SETTINGS, lambda file: file.write(text.encode()))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+READER_ENTRY = "reader"  # of what a run or a folder of packs says of its images
 READER = 3  # of `find_pictures` and `read_picture`: what a run or pack was made with, where they changed what is read
 ORIENTATION = 0x0112  # of EXIF: how a camera was held
 SIXTEEN_BITS = 65535

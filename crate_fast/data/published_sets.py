@@ -16,9 +16,9 @@ import numpy as np
 
 from ..optional import require
 from ..settings import ConfigError
+from .device_loader import Pictures
 from .download import Source, bring, is_published
 from .folder import Photographs
-from .device_loader import Pictures
 
 Files = list[tuple[Path, str]]
 

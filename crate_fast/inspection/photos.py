@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..data.pictures import SUFFIXES, check_pixels, find_pictures, read_picture, tell_left_out
+from ..eval_transform import MAIN
 from ..files import parse_json
 from ..model.crate import CRATE
-from ..data.pictures import SUFFIXES, check_pixels, find_pictures, read_picture, tell_left_out
-from ..model.eval_transform import MAIN
 from .views import InspectionError
 
 if TYPE_CHECKING:

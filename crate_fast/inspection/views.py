@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..model.crate import CRATE
-from ..modules.layer import Layer
 from ..model.positions import resample_positions
 from ..model.transformer import layers_of
+from ..modules.layer import Layer
 
 
 class InspectionError(ValueError):

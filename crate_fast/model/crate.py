@@ -10,9 +10,9 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from ..backend import autocasts, check_backend, check_tensor, is_transformed
-from ..modules.cpu_inference import evaluated_embedding
-from ..optional import require
+from ..eval_transform import Transform
 from ..functional import check_number
+from ..modules.cpu_inference import evaluated_embedding
 from ..modules.plain import (
     drops_nothing,
     has_global_hooks,
@@ -23,18 +23,9 @@ from ..modules.plain import (
     norm_is_plain,
     same_place,
 )
-from .eval_transform import Transform
+from ..optional import require
+from ..sizes import POOLS, SIZES
 from .transformer import STREAMS, Transformer, pool_tokens
-
-POOLS = ("cls", "mean")
-
-SIZES: dict[str, dict[str, int]] = {
-    "tiny": dict(dim=384, depth=12, heads=6, dim_head=64),
-    "small": dict(dim=576, depth=12, heads=12, dim_head=48),
-    "base": dict(dim=768, depth=12, heads=12, dim_head=64),
-    "large": dict(dim=1024, depth=24, heads=16, dim_head=64),
-}
-"""The four published sizes (arXiv:2306.01129, table 3), all for images of 224 and patches of 16 pixels."""
 
 
 class CRATE(nn.Module):

@@ -16,8 +16,8 @@ from ..modules.layer import Attention, FeedForward, Layer, PreNorm
 from ..modules.plain import has_global_hooks, same_place
 
 if TYPE_CHECKING:
-    from ..modules.kernel_weights import Weights
     from ..kernels import Stream
+    from ..modules.kernel_weights import Weights
 
 STREAMS = ("auto", "float16", "bfloat16", "float32")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from ..backend import autocasts, choose_backend, is_transformed
+from ..reference import constant_to_compile
 from .cpu_inference import evaluated_layer, kept_operator
 from .plain import (
     has_global_hooks,
@@ -23,7 +24,6 @@ from .plain import (
     norm_is_plain,
     same_place,
 )
-from ..reference import constant_to_compile
 
 
 class PreNorm(nn.Module):

@@ -1,13 +1,13 @@
 """Training and evaluating CRATE: settings in, a run directory out."""
 
-from ..settings import ConfigError, TrainConfig
-from .evaluation import evaluate_run
 from ..data.loader import UnreadableError
+from ..settings import ConfigError, TrainConfig
+from ..signals import Stopped
+from .checkpoints import SavingError
+from .evaluation import evaluate_run
 from .loop import TrainingError
 from .resolve import resolve
 from .run import train
-from .checkpoints import SavingError
-from ..signals import Stopped
 
 __all__ = [
     "ConfigError",

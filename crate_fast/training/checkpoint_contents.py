@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..checkpoint.read import CheckpointError
-
-if TYPE_CHECKING:
-    from .loop import Trainer
 
 MOMENTS = {
     **{name: {"step", "exp_avg", "exp_avg_sq"} for name in ("AdamW", "Adam")},
@@ -59,13 +56,13 @@ def check_values(path: Path, checkpoint: dict) -> dict:
     return checkpoint
 
 
-def check_place(trainer: Trainer, checkpoint: dict, where: Path) -> None:
-    """Raises CheckpointError unless step and epoch are ones of the run, and its loss scaling is of the kind it has."""
-    step, epoch, steps = checkpoint["step"], checkpoint["epoch"], trainer.plan.steps
-    if epoch > trainer.config.epochs or not 0 <= step - epoch * steps <= (steps if epoch < trainer.config.epochs else 0):
-        has = f"{trainer.config.epochs} of {steps} steps"
+def check_place(checkpoint: dict, where: Path, *, epochs: int, steps: int, scaling: dict) -> None:
+    """Raises CheckpointError unless step and epoch are of `epochs` of `steps`, and the scaler's state like `scaling`."""
+    step, epoch = checkpoint["step"], checkpoint["epoch"]
+    if epoch > epochs or not 0 <= step - epoch * steps <= (steps if epoch < epochs else 0):
+        has = f"{epochs} of {steps} steps"
         raise CheckpointError(f"{where}: the checkpoint is of step {step} after {epoch} epochs; the run has {has}")
-    own, found = trainer.scaler.state_dict(), checkpoint["scaler"]
+    own, found = scaling, checkpoint["scaler"]
     if own and not all(_is_number(found.get(name)) and found[name] > 0 for name in own if name != "_growth_tracker"):
         raise CheckpointError(f"{where}: the checkpoint's scaling of the loss is {str(found)[:100]}, not that of float16")
     if own and not _is_count(found.get("_growth_tracker")):

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.save_load import save_checkpoint
-from ..model.crate import CRATE
 from ..checkpoint.read import CheckpointError, DamagedError, read_checkpoint
+from ..checkpoint.save_load import save_checkpoint
 from ..device import Compute
-from .checkpoint_contents import check_values
+from ..files import remove
+from ..model.crate import CRATE
 from ..processes import Ranks
+from .checkpoint_contents import check_values
 
 NAME = "step-{:08d}"
 ASIDE = 3  # files of a kind that are set aside and not deleted: the newest
@@ -147,14 +148,6 @@ class Checkpoints:
         except OSError:  # a file system without hard links
             shutil.copyfile(path, aside)
         os.replace(aside, name)
-
-
-def remove(path: Path) -> None:
-    """Removes a file, or a directory with all that is in it, where it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def circumstances(compute: Compute, ranks: Ranks) -> dict[str, str | int]:

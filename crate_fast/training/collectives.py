@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..model.crate import CRATE
 from ..data.order import share_of
+from ..model.crate import CRATE
 from ..processes import Ranks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -65,8 +64,3 @@ class Waiting:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))  # the current device may be another
         return event
-
-
-def more_workers(workers: int, otherwise: str) -> str:
-    """Advice where `workers` processes read on this machine, and what `otherwise` helps."""
-    return f"more --workers (now {workers}; {os.cpu_count()} cores are here), or {otherwise}"

@@ -7,22 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..model.crate import CRATE
+from ..data.order import Plan
 from ..device import Compute
+from ..model.crate import CRATE
 from ..settings import ConfigError, TrainConfig
 from .checkpoint_contents import check_whole
-from .flat import Flat
-from .cuda_graphs import Graphed
-from ..data.order import Plan
 from .checkpoints import Checkpoints
 from .collectives import Together
+from .cuda_graphs import Graphed
 
 
 class Replicated(Together):
-    """What the loop asks of the processes where each has the whole model; `sharding.Sharded` answers where it has a part."""
+    """What the loop asks of the processes where each has the whole model; `fsdp.Sharded` answers where it has a part."""
 
     checkpoints = Checkpoints
 
@@ -68,7 +67,7 @@ class Replicated(Together):
 
 
 def parallel_kind(config: TrainConfig) -> type:
-    """How processes share the work: `Replicated`, or `sharding.Sharded`, imported where it is asked for."""
+    """How processes share the work: `Replicated`, or `fsdp.Sharded`, imported where it is asked for."""
     if config.strategy == "ddp":
         return Replicated
     from .fsdp import Sharded
@@ -90,3 +89,52 @@ def replicate(model: nn.Module, compute: Compute) -> DistributedDataParallel:
     """
     device_ids = [compute.device] if compute.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=True)
+
+
+ALIGNMENT = 64  # numbers: every parameter starts on 256 bytes, as the allocator would have it
+
+
+class Flat:
+    """Moves the parameters of `model` into one tensor, `weights`, and their gradients, if wanted, into `gradients`.
+
+    The padding between parameters is zero in both. The parameters stay what they were to their module and to an optimizer.
+    """
+
+    def __init__(self, model: nn.Module, *, gradients: bool = True) -> None:
+        parameters = list(model.parameters())
+        lengths = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
+        self.weights = torch.zeros(sum(lengths), device=parameters[0].device, dtype=parameters[0].dtype)
+        if gradients:
+            self.gradients, self._before = torch.zeros_like(self.weights), torch.empty_like(self.weights)
+        start = 0
+        for parameter, length in zip(parameters, lengths, strict=True):
+            place = slice(start, start + parameter.numel())
+            self.weights[place].copy_(parameter.detach().flatten())
+            parameter.data = self.weights[place].view_as(parameter)
+            if gradients:
+                parameter.grad = self.gradients[place].view_as(parameter)
+            start += length
+
+    def zero(self) -> None:
+        """Sets the gradients to 0."""
+        self.gradients.zero_()
+
+    def norm(self) -> Tensor:
+        """The norm of all gradients, a scalar on the device."""
+        return self.gradients.norm()
+
+    def clip(self, norm: Tensor, most: float) -> None:
+        """Scales the gradients, whose norm is `norm`, to a norm of at most `most`."""
+        self.gradients.mul_((most / (norm + 1e-6)).clamp(max=1.0))
+
+    def remember(self) -> None:
+        """Keeps a copy of the weights for `keep_where`."""
+        self._before.copy_(self.weights)
+
+    def keep_where(self, good: Tensor) -> None:
+        """Sets the weights back to what they were at `remember` unless `good`, a scalar on the device, is true."""
+        torch.where(good, self.weights, self._before, out=self.weights)
+
+    def follow(self, other: Flat, part: float) -> None:
+        """Moves the weights by `part` of their way to the `other` ones."""
+        self.weights.lerp_(other.weights, part)

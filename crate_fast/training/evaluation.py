@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.save_load import load_checkpoint
-from ..model.crate import CRATE, SIZES
 from ..checkpoint.read import model_file
-from ..model.eval_transform import transform_of
-from ..device import check_kernels, choose_compute
-from ..settings import ConfigError, TrainConfig
+from ..checkpoint.save_load import load_checkpoint
 from ..data.open import Data, open_data
-from .metrics import Score, evaluate
+from ..device import check_kernels, choose_compute
+from ..eval_transform import transform_of
+from ..model.crate import CRATE
 from ..processes import process_group, read_ranks
+from ..settings import ConfigError, TrainConfig
+from ..sizes import SIZES
+from .metrics import Score, evaluate
 from .resolve import resolve
 from .run_directory import CLASS_NAMES, RunDirectory
 

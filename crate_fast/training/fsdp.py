@@ -20,15 +20,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import get_total_norm
 
-from ..checkpoint import distributed as sharded
-from ..checkpoint.save_load import constructor_arguments
-from ..model.crate import CRATE
+from ..checkpoint import distributed
 from ..checkpoint.read import CheckpointError
-from ..device import Compute
-from ..settings import TrainConfig
+from ..checkpoint.save_load import constructor_arguments
 from ..data.order import Plan
-from .sharded_checkpoints import ShardedCheckpoints
+from ..device import Compute
+from ..model.crate import CRATE
+from ..settings import TrainConfig
 from .collectives import Together
+from .sharded_checkpoints import ShardedCheckpoints
 
 
 class Shards:
@@ -63,7 +63,7 @@ class Shards:
 
 
 class Sharded(Together):
-    """What the loop asks of the processes, see `parallel.Replicated`, where each has a part of the model.
+    """What the loop asks of the processes, see `ddp.Replicated`, where each has a part of the model.
 
     All of them compute, evaluate and save together.
     """
@@ -100,8 +100,8 @@ class Sharded(Together):
         """Takes model, optimizer and mean from a checkpoint of any number of processes."""
         parts = self.tensors(optimizer)["tensors"]
         try:
-            sharded.load_parts(Path(checkpoint["path"]), parts)
-        except sharded.DamagedError as error:
+            distributed.load_parts(Path(checkpoint["path"]), parts)
+        except distributed.DamagedError as error:
             raise CheckpointError(f"{checkpoint['path']}: damaged, or of another run: {error}") from error
         set_model_state_dict(self._model, parts["model"])
         groups = get_optimizer_state_dict(self._model, optimizer)["param_groups"]

@@ -12,26 +12,27 @@ import torch
 
 from ..backend import choose_backend
 from ..checkpoint.save_load import constructor_arguments, save_model
-from ..optional import TRAIN, require
-from ..files import is_text
-from ..model.crate import CRATE
-from ..model.eval_transform import transform_of
-from ..device import Compute, check_kernels, choose_compute
-from ..settings import ConfigError, TrainConfig
+from ..checkpoint.start_from import read_weights, start_from
 from ..data.open import Data, open_data
+from ..data.order import check_parts, make_plan
+from ..device import Compute, check_kernels, choose_compute
+from ..eval_transform import transform_of
+from ..files import is_text
+from ..locks import unlock
+from ..model.crate import CRATE
+from ..optional import TRAIN, require
+from ..processes import Ranks, process_group, read_ranks
+from ..settings import ConfigError, TrainConfig
+from ..signals import Signals, Stopped
+from .checkpoints import circumstances, warn_of_changes
 from .cuda_graphs import check_graphs
+from .ddp import check_strategy, parallel_kind
 from .loop import Trainer, TrainingError
 from .metrics import Score
+from .monitor import plot_curves
 from .optimizer import warmup_steps
-from .ddp import check_strategy, parallel_kind
-from ..data.order import check_parts, make_plan
-from .curves import plot_curves
-from ..processes import Ranks, process_group, read_ranks
 from .resolve import check_unchanged, check_written, describe
-from .run_directory import RunDirectory, check_free, find_run, unlock
-from .checkpoints import circumstances, warn_of_changes
-from ..signals import Signals, Stopped
-from ..checkpoint.start_from import read_weights, start_from
+from .run_directory import RunDirectory, check_free, find_run
 
 LOST = {
     r"DataLoader worker .*(is killed|exited)|Pin memory thread exited": "a process that reads images was ended from outside, "

@@ -11,23 +11,17 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..checkpoint.save_load import write_atomically
-from ..files import open_own, parse_json
-from ..checkpoint.read import MODEL_NAME
 from ..checkpoint.distributed import SUFFIX
+from ..checkpoint.read import MODEL_NAME
+from ..data.pictures import READER_ENTRY
+from ..files import open_own, parse_json, remove, write_atomically
+from ..locks import lock
 from ..settings import ConfigError, TrainConfig
-from .checkpoints import remove
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where runs are not kept apart
-    fcntl = None
 
 RUNS = Path("runs")
 MOST_STEPS = 2**53  # of a run: what is more is no number of its metrics
 TEMPORARY = ".*.tmp"  # what is written aside, see `write_atomically`
 CLASS_NAMES = {"class_names": "the classes have other names, or another order"}
-READER = "reader"  # of folders' images, see `pictures.READER`
 COUNTED_ANEW = (
     "; a run begun before this version may have counted hidden files, passed over linked folders and *.jfif, or read images of "
     "16 bits, transparent or turned ones otherwise: go on with --data and a folder of just the images that it had, or begin a "
@@ -50,9 +44,6 @@ PACKAGES = (
     *("crate-fast", "torch", "triton", "lion-pytorch", "numpy", "opencv-python-headless", "pillow", "safetensors"),
     *("scikit-learn", "simplejpeg"),
 )
-
-lock_held: int | None = None
-"""The descriptor that holds the lock of this process's run, for processes forked from it to close."""
 
 
 class RunDirectory:
@@ -88,16 +79,8 @@ class RunDirectory:
         Raises:
             ConfigError: `who`, in words, is in it.
         """
-        global lock_held
-        if fcntl is None:
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            raise ConfigError(f"{self.path}: {who} is in it") from error
-        lock_held = descriptor
+        if not lock(self.path):
+            raise ConfigError(f"{self.path}: {who} is in it")
 
     def tidy(self) -> None:
         """Removes what a run that was killed has left half written; for who holds the lock."""
@@ -175,14 +158,14 @@ class RunDirectory:
         before = self._read()["data"]
         for name, words in facts.items():
             if name in before and name in now and before[name] != now[name]:
-                why = COUNTED_ANEW if before.get(READER) != now.get(READER) else ""
+                why = COUNTED_ANEW if before.get(READER_ENTRY) != now.get(READER_ENTRY) else ""
                 raise ConfigError(
                     f"--data: not what the run in {self.path} was started with: {words} ({now[name]}, not {before[name]}){why}"
                 )
 
     def warn_of_reader(self, now: dict) -> None:
         """Says on stderr where the run was started when images were read otherwise than `now`."""
-        if READER in now and self._read()["data"].get(READER) != now[READER]:
+        if READER_ENTRY in now and self._read()["data"].get(READER_ENTRY) != now[READER_ENTRY]:
             print(f"crate-fast: warning: {self.path}: {READ_ANEW}", file=sys.stderr)
 
     def read_launch(self) -> str | None:
@@ -211,14 +194,6 @@ class RunDirectory:
             told = f"{len(damaged):,} lines are damaged, line {damaged[0]} first; they are passed over"
             print(f"crate-fast: warning: {self.metrics}: {told}", file=sys.stderr)
         return rows
-
-
-def unlock() -> None:
-    """Lets other runs into the directory that this process has locked, if any."""
-    global lock_held
-    if lock_held is not None:
-        os.close(lock_held)
-        lock_held = None
 
 
 def find_run(resume: str, out: str | None) -> RunDirectory | None:

@@ -10,17 +10,18 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..checkpoint.save_load import constructor_arguments, flush_folder, transform_entry, write_atomically
-from ..model.crate import CRATE
-from ..checkpoint.read import read_state
 from ..checkpoint.distributed import STATE, SUFFIX, TABLE, checksum
-from .checkpoint_contents import check_values
+from ..checkpoint.read import read_state
+from ..checkpoint.save_load import constructor_arguments, transform_entry
+from ..files import flush_folder, remove, write_atomically
+from ..model.crate import CRATE
 from ..processes import read_ranks
-from .checkpoints import NAME, Checkpoints, remove
+from .checkpoint_contents import check_values
+from .checkpoints import NAME, Checkpoints
 
 
 class ShardedCheckpoints(Checkpoints):
-    """The folder of a run's checkpoints in parts, `step-N.dcp`, see `crate_fast.checkpoint.distributed`; `last.dcp` and `best.dcp` are links.
+    """A run's checkpoints in parts, `step-N.dcp` (checkpoint/distributed.py); `last.dcp` and `best.dcp` are links.
 
     A directory is filled beside its place by all processes, then looked over and renamed by the first, so that one that has
     its name is whole, whenever the run is killed.
