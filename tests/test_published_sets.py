@@ -15,12 +15,13 @@ from conftest import call
 from pictures import make_archives, make_cifar10, make_flowers, make_pets, trust
 from serving import served
 
+from crate_fast.data import download
 from crate_fast.data.open import open_data
 from crate_fast.data.published_sets import SETS, open_published
 from crate_fast.files import remove
 from crate_fast.optional import MissingPackageError
 from crate_fast.processes import ALONE
-from crate_fast.training import ConfigError, download, resolve
+from crate_fast.training import ConfigError, resolve
 
 COUNTS = {"cifar10": (50, 20, 10), "flowers102": (4, 6, 102), "pets": (5, 4, 37)}
 BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]

@@ -9,12 +9,13 @@ import torch
 
 from crate_fast.checkpoint import load_checkpoint
 from crate_fast.checkpoint.read import read_checkpoint
+from crate_fast.data import digits
 from crate_fast.data.digits import Digits, load_scans, split_indices, transform, transforms
 from crate_fast.data.order import Plan
 from crate_fast.device import choose_compute
 from crate_fast.optional import MissingPackageError, require
 from crate_fast.processes import ALONE
-from crate_fast.training import ConfigError, TrainConfig, TrainingError, digits, evaluate_run, train
+from crate_fast.training import ConfigError, TrainConfig, TrainingError, evaluate_run, train
 from crate_fast.training.metrics import Meter, Score, measure
 from crate_fast.training.optimizer import learning_rate
 

@@ -11,7 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
-from crate_fast.checkpoint import write_atomically
+from crate_fast.files import write_atomically
 from report import SCHEMA
 from run import file_name, merge
 
