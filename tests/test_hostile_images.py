@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from conftest import call
-from pictures import make_folder
+from helpers.pictures import make_folder
 from PIL import Image
 
 from crate_fast.data.folder import open_folder

@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import call
-from pictures import make_archives, make_cifar10, make_folder, trust
-from serving import served
+from helpers.pictures import make_archives, make_cifar10, make_folder, trust
+from helpers.serving import served
 
 from crate_fast import CRATE_tiny
 from crate_fast.checkpoint import load_checkpoint
@@ -151,7 +151,7 @@ def test_finetuning_on_two_processes(tmp_path, capsys, cifar, monkeypatch):
     line = PUBLISHED_FINETUNING.replace("256", "16")
     paths = ["--ckpt_dir", file, "--data_dir", data, "--out", run, "--workers", 2]
     with served(source) as server:
-        program = (Path(__file__).with_name("trusting.py"), source, server.url)
+        program = (Path(__file__).with_name("helpers") / "trusting.py", source, server.url)
         printed = output(launch(2, "finetune", *line.split(), *paths, *TINY, program=program))
         assert server.asked == {"cifar-10-python.tar.gz": 1}
     assert printed.count("downloading") == 1
