@@ -11,7 +11,6 @@ neither success nor 2, more than one line of error, a file made or a program sta
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import os
 import resource
@@ -20,7 +19,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -29,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked processes share no threa
 
 import torch
 from helpers import mutations
-from helpers.fuzzed import KINDS, Kind, make_corpus
+from helpers.fuzzed import KINDS, Kind, ending, make_corpus
 
 from crate_fast import CRATE
 from crate_fast.commands.main import USER_ERRORS, main
@@ -38,22 +36,6 @@ MEMORY = 2 << 30
 SECONDS = 20
 BLOCKED = 120  # seconds of one that does nothing: it waits for what does not come
 STOPPED = 5  # seconds after which a run that was only asked to be long is told to stop
-
-
-@contextlib.contextmanager
-def _ending():
-    """Ends this process with what is done within, whatever happens: 70 after an exception, which is printed."""
-    status = 70
-    try:
-        yield
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        print(traceback.format_exc(), flush=True)
-    finally:
-        sys.stdout.flush()
-        os._exit(status if isinstance(status, int) else 70)
 
 
 def attempt(name: str, random: Random, corpus: Path, here: Path) -> tuple[str, str | None]:
@@ -71,7 +53,7 @@ def attempt(name: str, random: Random, corpus: Path, here: Path) -> tuple[str, s
     words = random.choice(kind.commands)
     process = os.fork()
     if not process:
-        with _ending(), open(here / ".out", "w") as out:
+        with ending(), open(here / ".out", "w") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
             os.chdir(here)

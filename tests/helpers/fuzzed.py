@@ -233,12 +233,28 @@ KINDS = {
 }
 
 
+@contextlib.contextmanager
+def ending():
+    """Ends this process with what is done within, whatever happens: 70 after an exception, which is printed."""
+    status = 70
+    try:
+        yield
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        print(traceback.format_exc(), flush=True)
+    finally:
+        sys.stdout.flush()
+        os._exit(status if isinstance(status, int) else 70)
+
+
 def make_corpus(here: Path) -> Path:
     """`here` with files of every kind, made by a process of its own: this one may not start the threads of a backward pass."""
     here.mkdir()
     process = os.fork()
     if not process:
-        with _ending(), open(here / "log", "w") as log:
+        with ending(), open(here / "log", "w") as log:
             os.dup2(log.fileno(), 1)
             os.chdir(here)
             _fill(here)
