@@ -10,6 +10,7 @@ import pickle
 import shutil
 import struct
 import sys
+import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
