@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -25,7 +25,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:make|\.venv/bin/[^`\s]+|python|crate-fast) [^`]+)`")
 TOY = ["--dim", "16", "--depth", "2", "--heads", "2", "--dim-head", "8", "--epochs", "1", "--device", "cpu"]
-OTHERS = ("pre-commit", "pip", "main.py", "finetune.py")
+OTHERS = ("pre-commit", "pip", "pytest", "main.py", "finetune.py")
 """Programs that are not ours; nothing but their names is looked at."""
 
 
@@ -50,18 +50,17 @@ class Parsed(Exception):
 def parse_script(path: Path, words: list[str], monkeypatch) -> None:
     """Raises unless the parser of the program at `path`, a benchmark or a trial in tests/, takes `words`."""
 
+    original = argparse.ArgumentParser.parse_args
+
     def parse(parser, args=None, namespace=None):
-        parser.parse_known_args_of_old(args, namespace)
+        original(parser, args, namespace)
         raise Parsed
 
-    original = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args_of_old", original, raising=False)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    monkeypatch.setattr(sys, "argv", [str(path), *words])
-    module = importlib.import_module(path.stem)
-    with pytest.raises(Parsed):
-        module.parse(words) if hasattr(module, "parse") else module.main()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        patch.setattr(sys, "argv", [str(path), *words])
+        with pytest.raises(Parsed):
+            runpy.run_path(str(path), run_name="__main__")
 
 
 def understand(line: str, monkeypatch) -> None:
