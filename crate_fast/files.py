@@ -7,11 +7,38 @@ import hashlib
 import json
 import os
 import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+PAUSES = (0.1, 0.4, 1.5)  # seconds, after each of which what the system could not read is asked for once more
+
+
+def is_of_system(error: BaseException) -> bool:
+    """Whether it tells of the system (a disk, a server, memory, permissions) and nothing of what is in a file.
+
+    Decoders raise OSError too, of no number, and EINVAL where damage sends them to a place before a file's begin.
+    """
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.EINVAL)
+    return isinstance(error, MemoryError)
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` gives, asked again after each of `PAUSES` where the system fails it; then raises what it raises."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if not is_of_system(error):
+                raise
+        time.sleep(pause)
+    return read()
 
 
 def parse_json(text: str | bytes):

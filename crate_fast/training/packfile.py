@@ -18,14 +18,14 @@ import struct
 import weakref
 import zlib
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..checkpoint import write_atomically
-from ..files import parse_json
+from ..files import parse_json, patiently
 from ..pictures import MOST_PIXELS
 from ..reading import first_line
 from .config import ConfigError
@@ -151,7 +151,7 @@ class Pack:
         got = 0
         while got < size:
             try:
-                more = os.preadv(self._file, [content[got:].data], place + got)
+                more = patiently(partial(os.preadv, self._file, [content[got:].data], place + got))
             except OSError as error:
                 raise PackError(f"{self.path}: {error.strerror}") from error
             if not more:

@@ -20,6 +20,7 @@ from .compute import Compute, check_kernels, choose_compute
 from .config import ConfigError, TrainConfig
 from .data import Data, open_data
 from .graphs import check_graphs
+from .images import UnreadableError
 from .loop import Trainer, TrainingError
 from .metrics import Score
 from .optimizer import warmup_steps
@@ -71,7 +72,7 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
             with process_group(ranks, choose_compute(config.device, config.precision, ranks).device):
                 return _start(config, given or {}, resume, ranks, signals)
         except RuntimeError as error:
-            if isinstance(error, TrainingError):
+            if isinstance(error, TrainingError | UnreadableError):
                 raise
             if signals.received is not None:  # the others were gone first, and the sum over all processes failed
                 raise Stopped(signals.received, f"stopped by signal {signals.received}") from error
