@@ -41,6 +41,15 @@ def patiently(read: Callable[[], T]) -> T:
     return read()
 
 
+def shown(value: object) -> str:
+    """`value` as a line says it, cut where it is long; Python writes no whole number of more than 4,300 digits."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
+
+
 def parse_json(text: str | bytes):
     """What JSON says.
 

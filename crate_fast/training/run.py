@@ -152,7 +152,16 @@ def _train(
 def build_model(config: TrainConfig, data: Data) -> CRATE:
     """The CRATE that `config` asks for, with a head for `data`, on the CPU, its weights drawn from the seed."""
     torch.manual_seed(config.seed)
-    model = CRATE(
+    try:
+        model = _build(config, data)
+    except ValueError as error:  # sizes that are within their bounds one by one
+        raise ConfigError(str(error)) from error
+    model.transform = transform_of(config.eval_crop, data.describe())
+    return model
+
+
+def _build(config: TrainConfig, data: Data) -> CRATE:
+    return CRATE(
         image_size=config.image_size,
         patch_size=config.patch_size,
         num_classes=data.classes,
@@ -168,8 +177,6 @@ def build_model(config: TrainConfig, data: Data) -> CRATE:
         lambd=config.lambd,
         backend=config.backend,
     )
-    model.transform = transform_of(config.eval_crop, data.describe())
-    return model
 
 
 def _check_out(config: TrainConfig, ranks: Ranks, resume: str | None) -> None:
