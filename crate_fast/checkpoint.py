@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .extras import require
-from .files import digest_of, open_own, shown
+from .files import digest_of, naming, open_own, shown
 from .inferred import WORDS, infer_arguments
 from .model import CRATE
 from .reading import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, first_line, model_file, read_model
@@ -243,7 +243,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], objec
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open_own(aside, "wb") as file:
+        with naming(path), open_own(aside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

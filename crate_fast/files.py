@@ -8,7 +8,8 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -89,6 +90,17 @@ def names_something(word: str) -> bool:
 def drawable(name: str) -> str:
     """The name of a file as a figure can show it: what is no UTF-8 in escapes, dollars as themselves and not as formulas."""
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has errors of the system name the file, which they do not where it is written to, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def open_own(path: Path, mode: str) -> IO:
