@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from conftest import call
-from pictures import make_folder
+from helpers.pictures import make_folder
 from PIL import Image
 
 from crate_fast import files

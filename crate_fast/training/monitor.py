@@ -102,13 +102,13 @@ class Watch:
             print(f"crate-fast: warning: no trace: --profile needs {steps} steps, and fewer were left", file=sys.stderr)
         with self._stack:
             if self._board is not None:
-                self._close_board(error[0] is None)
+                self._close_board(self._board, error[0] is None)
 
-    def _close_board(self, tell: bool) -> None:
+    def _close_board(self, board, tell: bool) -> None:
         """Writes what is left; an error is told where it is the first."""
         try:
             with self._naming_the_board():
-                self._board.close()
+                board.close()
         except SavingError:
             if tell:
                 raise
