@@ -44,6 +44,8 @@ PLAIN = {
 }
 """The plain values of a checkpoint by name, and what they must be."""
 
+WEIGHTS_ALONE = "a new run may start from its weights with --init"
+
 
 def check_values(path: Path, checkpoint: dict) -> dict:
     """The `checkpoint` read from `path`, whose plain values are what the loop will take them for.
@@ -54,7 +56,7 @@ def check_values(path: Path, checkpoint: dict) -> dict:
     for name, is_right in PLAIN.items():
         if name not in checkpoint or not is_right(checkpoint[name]):
             found = str(checkpoint[name])[:100] if name in checkpoint else "missing"
-            raise CheckpointError(f"{path}: no checkpoint of a run that can go on: its {name!r} is {found}")
+            raise CheckpointError(f"{path}: no checkpoint of a run that can go on: its {name!r} is {found}; {WEIGHTS_ALONE}")
     if not isinstance(checkpoint.get("settings", {}), dict):
         raise CheckpointError(f"{path}: no checkpoint of a run that can go on: its 'settings' are none")
     return checkpoint

@@ -20,7 +20,7 @@ from ..checkpoint import save_checkpoint
 from ..model import CRATE
 from ..reading import CheckpointError, DamagedError, read_checkpoint
 from .compute import Compute
-from .contents import check_values
+from .contents import WEIGHTS_ALONE, check_values
 from .ranks import Ranks
 
 NAME = "step-{:08d}"
@@ -117,7 +117,9 @@ class Checkpoints:
             raise CheckpointError(f"{damaged[0][1]}; no checkpoint in {self.folder} is whole, so the run cannot go on")
         left = sorted(name for name in os.listdir(self.folder) if not name.startswith("."))
         if left:
-            raise CheckpointError(f"{self.folder}: no checkpoint step-*{self.suffix} to go on from, but {left[-1]}")
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint step-*{self.suffix} to go on from, but {left[-1]}; {WEIGHTS_ALONE}"
+            )
         return None
 
     def set_aside_after(self, step: int) -> None:
