@@ -22,7 +22,7 @@ from ..device import Compute
 from ..files import remove
 from ..model.crate import CRATE
 from ..processes import Ranks
-from .checkpoint_contents import check_values
+from .checkpoint_contents import WEIGHTS_ALONE, check_values
 
 NAME = "step-{:08d}"
 ASIDE = 3  # files of a kind that are set aside and not deleted: the newest
@@ -128,7 +128,9 @@ class Checkpoints:
             raise CheckpointError(f"{damaged[0][1]}; no checkpoint in {self.folder} is whole, so the run cannot go on")
         left = sorted(name for name in os.listdir(self.folder) if not name.startswith("."))
         if left:
-            raise CheckpointError(f"{self.folder}: no checkpoint step-*{self.suffix} to go on from, but {left[-1]}")
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint step-*{self.suffix} to go on from, but {left[-1]}; {WEIGHTS_ALONE}"
+            )
         return None
 
     def set_aside_after(self, step: int) -> None:
