@@ -286,7 +286,7 @@ def check_number(name: str, value: float) -> float:
         raise TypeError(f"{name} is {shown(value)}; it must be a number") from None
     except OverflowError:
         raise ValueError(f"{name} is larger than any float; it must be finite") from None
-    if not math.isfinite(number):
+    if not abs(number) < math.inf:  # as PyTorch traces it, of a symbolic number too
         raise ValueError(f"{name} is {number}; it must be finite")
     return number
 

@@ -355,14 +355,15 @@ def test_a_layer_keeps_four_activations_and_small_statistics():
     assert 8 * 64 < per_token_and_layer <= 8 * 64 + 4 * 2 + 64
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("training", [True, False])
-def test_torch_compile_takes_the_whole_model(backend, training):
+def test_torch_compile_takes_the_whole_model(backend, training, dynamic):
     torch._dynamo.reset()
     model = build(backend=backend).train(training)
     x = images(model)
     expected = gradients(model, x)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
     for got, want in zip(gradients(compiled, x), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import isfinite
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -185,7 +185,7 @@ class Layer(nn.Sequential):
         modules by takes them to be."""
         attention = self[0].fn
         heads, scale, inner = attention.heads, attention.scale, weights[2].shape[0]
-        if type(heads) is not int or heads < 1 or inner % heads or not isinstance(scale, (int, float)) or not isfinite(scale):
+        if type(heads) is not int or heads < 1 or inner % heads or not isinstance(scale, (int, float)) or not abs(scale) < inf:
             return False
         shapes = [(dim,), (dim,), (inner, dim), (dim, inner), (dim,), (dim,), (dim,), (dim, dim)]
         return [w.shape for w in weights] == shapes and all(w.is_contiguous() for w in weights if w.dim() == 1)
