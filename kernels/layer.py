@@ -41,7 +41,7 @@ class LayerWeights(NamedTuple):
     out_bias: Tensor  # (dim,)
     norm2_weight: Tensor  # (dim,)
     norm2_bias: Tensor  # (dim,)
-    operator: Tensor  # (dim, dim) float32, M = η(D − DᵀD)
+    matrix: Tensor  # (dim, dim) float32, M of the step of sparsification, relu(h + h M − ηλ): for ISTA η(D − DᵀD)
 
 
 class PreparedWeights(NamedTuple):
@@ -71,25 +71,29 @@ class LayerSettings(NamedTuple):
     shrinkage: float  # ηλ
 
 
-def stack_weights(layers: Sequence[LayerWeights]) -> LayerWeights:
+def stack_weights(layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """The weights of like layers, stacked by kind, contiguous, in one copy, which is one launch up to 18 layers (torch.cat
-    takes 128 tensors at a time); without out_bias, which needs no preparation."""
-    kinds = [kind for kind in zip(*(w._replace(out_bias=None) for w in layers), strict=True) if kind[0] is not None]
+    takes 128 tensors at a time); None for out_bias, which needs no preparation.
+
+    layers: of each as `LayerWeights`, with what M is made of, any number of tensors, in its place.
+    """
+    kinds, out_bias = list(zip(*layers, strict=True)), LayerWeights._fields.index("out_bias")
+    del kinds[out_bias]
     with torch.no_grad():
         flat = torch.cat([w.reshape(-1) for kind in kinds for w in kind])
     parts = flat.split([len(kind) * kind[0].numel() for kind in kinds])
     stacked = [part.view(-1, *kind[0].shape) for part, kind in zip(parts, kinds, strict=True)]
-    return LayerWeights(*stacked[:4], None, *stacked[4:])
+    return [*stacked[:out_bias], None, *stacked[out_bias:]]
 
 
-def prepare_layers(stacked: LayerWeights, shrinkage: float, operand: torch.dtype) -> list[PreparedWeights]:
+def prepare_layers(stacked: Sequence[Tensor], shrinkage: float, operand: torch.dtype) -> list[PreparedWeights]:
     """Folds the norms into the weights of all layers and rounds them to `operand`; no gradient. One launch.
 
     stacked: `stack_weights` of them, with their M. shrinkage: ηλ.
     """
-    w = stacked
+    w = LayerWeights(*stacked)
     prepared = prepare_weights(
-        w.project, w.norm1_weight, w.norm1_bias, w.out_weight, w.operator, w.norm2_weight, w.norm2_bias, operand, shrinkage
+        w.project, w.norm1_weight, w.norm1_bias, w.out_weight, w.matrix, w.norm2_weight, w.norm2_bias, operand, shrinkage
     )
     return [PreparedWeights(*layer) for layer in zip(*(p.unbind() for p in prepared), strict=True)]
 
@@ -194,7 +198,7 @@ def layer_backward(
     dz = norm_data_gradient(dy, sums, z, ista, w.norm2_weight, stats2)
     if wanted[2]:
         product = weight_gradient(z, dy, operand, mean=mean2, totals=totals)
-        of_ista = NormProduct(product, w.operator, w.norm2_weight, w.norm2_bias)
+        of_ista = NormProduct(product, w.matrix, w.norm2_weight, w.norm2_bias)
     do, delta = attention_gradient(dz.dx, prepared[3].t(), a.o, a.lse.shape[1], scale)
     if wanted[1]:
         of_out = weight_gradient(o, dz.dx, operand, totals=dz.totals, transposed=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..model.crate import CRATE
 from ..model.positions import resample_positions
+from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
 from .read import CheckpointError, Model, model_file, read_model
 from .save_load import build, check_floating, constructor_arguments
@@ -80,6 +81,9 @@ def _check_same(own: dict, told: dict, path: str | Path) -> None:
                 f"{path}: {name} is {told[name]} in it and {own[name]} in this run, which may start from it with "
                 f"{_flags(told, path)}"
             )
+    there, here = (arguments.get("step", PUBLISHED_STEP) for arguments in (told, own))
+    if told and there != here:
+        raise CheckpointError(f"{path}: step is {there!r} in it and {here!r} in this run, for which its weights mean nothing")
 
 
 def _flags(told: dict, path: str | Path) -> str:

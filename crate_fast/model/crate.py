@@ -14,18 +14,23 @@ from ..eval_transform import Transform
 from ..functional import check_number
 from ..modules.cpu_inference import evaluated_embedding
 from ..modules.plain import (
+    Place,
+    PlainTree,
     drops_nothing,
     has_global_hooks,
     is_exported,
     is_plain,
     keeps_forwards,
-    linear_is_plain,
-    norm_is_plain,
+    linear_at,
+    norm_at,
     same_place,
 )
+from ..modules.step import STEPS
 from ..optional import require
 from ..sizes import POOLS, SIZES
 from .transformer import STREAMS, Transformer, pool_tokens
+
+_PLAIN_EMBEDDING = PlainTree(Place("0", (Rearrange,)), norm_at("1"), linear_at("2"), norm_at("3"))
 
 
 class CRATE(nn.Module):
@@ -53,9 +58,12 @@ class CRATE(nn.Module):
             autocast and float32 under float16, each at least as precise as the published code under the same by the logits and
             the median over gradients.
 
+        step: name of the step of sparsification: "ista", or another `SparseStep` of `crate_fast.modules.STEPS`.
+
     Raises:
         TypeError: a size that is no integer, a step size, threshold or dropout that is no number.
-        ValueError: a size that does not divide or is too small, a dropout that is no share, an unknown pool, backend or stream.
+        ValueError: a size that does not divide or is too small, a dropout that is no share, an unknown pool, backend, stream or
+            step.
     """
 
     transform: Transform | None = None  # how its images are evaluated, where its file or its run says so
@@ -78,12 +86,15 @@ class CRATE(nn.Module):
         lambd: float = 0.1,
         backend: str = "auto",
         stream: str = "auto",
+        step: str = "ista",
     ) -> None:
         super().__init__()
         if pool not in POOLS:
             raise ValueError(f"pool is {pool!r}; allowed are 'cls' (class token) and 'mean' (mean of all tokens)")
         if stream not in STREAMS:
             raise ValueError(f"stream is {stream!r}; allowed are {', '.join(map(repr, STREAMS))}")
+        if step not in STEPS:
+            raise ValueError(f"step is {step!r}; allowed are {', '.join(map(repr, STEPS))}")
         check_backend(backend)
         sizes = {"dim": dim, "heads": heads, "dim_head": dim_head, "channels": channels}
         for name, value in (sizes | {"depth": depth, "num_classes": num_classes}).items():
@@ -115,7 +126,7 @@ class CRATE(nn.Module):
         self.pos_embedding = nn.Parameter(torch.randn(1, rows * columns + 1, dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.dropout = nn.Dropout(emb_dropout)
-        self.transformer = Transformer(dim, depth, heads, dim_head, dropout, ista, lambd, backend, stream)
+        self.transformer = Transformer(dim, depth, heads, dim_head, dropout, ista, lambd, backend, stream, step)
         self.pool = pool
         self.to_latent = nn.Identity()
         self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
@@ -158,11 +169,9 @@ class CRATE(nn.Module):
 
     def _embedding_is_plain(self) -> bool:
         modules = self.to_patch_embedding
-        if not is_plain(modules, nn.Sequential) or len(modules) != 4 or not is_plain(modules[0], Rearrange):
+        if not is_plain(modules, nn.Sequential) or not _PLAIN_EMBEDDING.holds(modules):
             return False
-        linear = modules[2]
-        plain = linear_is_plain(linear) and linear.bias is not None and drops_nothing(self.dropout)
-        plain = plain and norm_is_plain(modules[1]) and norm_is_plain(modules[3])
+        plain = modules[2].bias is not None and drops_nothing(self.dropout)
         return plain and keeps_forwards(modules, *modules, self.dropout)
 
     def _check_image(self, image: Tensor) -> None:

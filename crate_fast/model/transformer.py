@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import autocasts, choose_backend
-from ..modules.kernel_weights import fresh_weights, fused_weights
-from ..modules.layer import Attention, FeedForward, Layer, PreNorm
+from ..modules.kernel_weights import fused_weights, make_weights
+from ..modules.layer import Attention, Layer, PreNorm
 from ..modules.plain import has_global_hooks, same_place
+from ..modules.step import STEPS
 
 if TYPE_CHECKING:
     from ..kernels import Stream
@@ -31,6 +32,7 @@ class Transformer(nn.Module):
         ista, lambd: step size η and threshold λ of the ISTA step.
         backend: see `crate_fast.choose_backend`.
         stream: dtype of the activations that fused layers keep under autocast; see `crate_fast.CRATE`.
+        step: name of the step of sparsification, in `crate_fast.modules.STEPS`.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Transformer(nn.Module):
         lambd: float = 0.1,
         backend: str = "auto",
         stream: str = "auto",
+        step: str = "ista",
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
@@ -55,8 +58,8 @@ class Transformer(nn.Module):
         for _ in range(depth):
             attention = Attention(dim, heads=heads, dim_head=dim_head, dropout=dropout, backend=backend)
             mssa = PreNorm(dim, attention)
-            feed_forward = FeedForward(dim, dim, dropout=dropout, step_size=ista, lambd=lambd, backend=backend)
-            self.layers.append(Layer(mssa, PreNorm(dim, feed_forward)))
+            sparse = STEPS[step](dim, dim, dropout=dropout, step_size=ista, lambd=lambd, backend=backend)
+            self.layers.append(Layer(mssa, PreNorm(dim, sparse)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, None)
@@ -88,7 +91,7 @@ class Transformer(nn.Module):
 
     def _fuses(self, layer: nn.Module, x: Tensor, cast: bool, chosen: dict[int, str]) -> bool:
         """Whether kernels run `layer` on x, `cast` by autocast or not; `chosen` is filled with the backend by head width."""
-        if not isinstance(layer, Layer) or not layer.is_fusable():
+        if not isinstance(layer, Layer) or not layer.is_fusable() or not layer[1].fn.folds:
             return False
         weights = layer.weights()
         if not layer.fits(weights, x.shape[-1]) or not same_place(weights) or weights[0].device != x.device:
@@ -147,7 +150,7 @@ def pool_tokens(x: Tensor, pool: str | None) -> Tensor:
 
 
 def _run_layer(layer: Layer, stream: Stream, weights: Weights) -> Stream:
-    """The fused `layer` with its `weights` as `fresh_weights` gives them."""
+    """The fused `layer` with its `weights` as `make_weights` gives them."""
     from ..kernels import fused_layer
 
     return fused_layer(stream, *weights, layer.settings())
@@ -155,4 +158,4 @@ def _run_layer(layer: Layer, stream: Stream, weights: Weights) -> Stream:
 
 def _run_alone(layer: Layer, stream: Stream, operand: torch.dtype) -> Stream:
     """The fused `layer`, whose weights are whole just now."""
-    return _run_layer(layer, stream, *fresh_weights([layer], operand))
+    return _run_layer(layer, stream, *make_weights([layer], operand))

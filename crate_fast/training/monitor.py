@@ -30,16 +30,14 @@ PEAKS = {
 def training_flops(model: CRATE) -> float:
     """Flops of the products of one image's forward and backward pass, the usual numerator of model-flops utilisation.
 
-    Three times those forward: the embedding, in a layer two projections, the ISTA step as the one product h M and two
-    products of attention, the head. What the tied attention's symmetry saves is not taken off.
+    Three times those forward: the embedding, in a layer two projections, two products of attention and the step of
+    sparsification, ISTA as the one product h M, the head. What the tied attention's symmetry saves is not taken off.
     """
     tokens, dim = model.pos_embedding.shape[1:]
     embedding: Any = model.to_patch_embedding[2]
     head: Any = model.mlp_head[1]
     total = (tokens - 1) * embedding.in_features * dim + dim * head.out_features
-    for mssa, _ in layers_of(model.transformer):
-        inner = mssa.fn.qkv.out_features
-        total += tokens * dim * (2 * inner + dim) + 2 * tokens * tokens * inner
+    total += sum(layer.flops(tokens) for layer in layers_of(model.transformer))
     return 6.0 * total
 
 
