@@ -130,6 +130,11 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def reason_of(error: BaseException) -> str:
+    """What the system says of an error, where it is the system's; else `first_line`."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def remove(path: Path) -> None:
     """Removes a file, or a directory with all that is in it, where it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .backend import autocasts, check_tensor, choose_backend, is_transformed, without_autocast
+from .operators import operator
 
 __all__ = ["ista", "ista_matrix", "mssa"]
 
@@ -227,15 +228,10 @@ class _CompiledRelu(torch.autograd.Function):
         return _relu_gradient(gradient, *ctx.saved_tensors)
 
 
-@torch.library.custom_op("crate_fast::relu_gradient", mutates_args=())
+@operator(fake=lambda gradient, result: torch.empty_like(gradient, memory_format=torch.contiguous_format))
 def _relu_gradient(gradient: Tensor, result: Tensor) -> Tensor:
     """`gradient` where relu's `result` is not zero: an operator that the compiler cannot take apart and move to the forward."""
     return torch.ops.aten.threshold_backward(gradient.contiguous(), result, 0)
-
-
-@_relu_gradient.register_fake
-def _(gradient, result):
-    return torch.empty_like(gradient, memory_format=torch.contiguous_format)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

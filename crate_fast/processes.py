@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .files import first_line
 from .settings import ConfigError
 
 T = TypeVar("T")
@@ -126,8 +127,7 @@ def _join(ranks: Ranks, device: torch.device) -> None:
         _meet_by(backend, ranks)
     except (KeyError, ValueError, RuntimeError) as error:
         place = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"the {ranks.count} processes of the run cannot meet at {place}: {reason}") from error
+        raise ConfigError(f"the {ranks.count} processes of the run cannot meet at {place}: {first_line(error)}") from error
 
 
 def _meet_by(backend: str, ranks: Ranks) -> None:

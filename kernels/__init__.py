@@ -1,4 +1,4 @@
-"""Triton kernels of CRATE with their autograd functions. Depends on torch and triton alone."""
+"""Triton kernels of CRATE with their autograd functions. Depends on torch, triton and `crate_fast.operators` alone."""
 
 from .ista import ISTA
 from .layer import LayerSettings, LayerWeights, PreparedWeights, fused_layer, prepare_layers, stack_weights

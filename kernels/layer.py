@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crate_fast.operators import operator
+
 from .attention import padded_tokens
 from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient, row_blocks
 from .linear import Folded, Statistics, empty_moments, linear, norm_linear
 from .mssa import mssa_backward, mssa_forward
-from .runtime import operator
 from .stack import Stream, fit_sums
 from .weight_gradients import weight_gradient
 from .weights import NormProduct, finish_layer, prepare_weights

@@ -25,9 +25,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crate_fast.operators import operator
+
 from .gradients import Rectified
 from .linear import _merge
-from .runtime import launch, operator, readable
+from .runtime import launch, readable
 from .shapes import blocks
 
 SCALE_EXPONENT = 4

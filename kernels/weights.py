@@ -29,7 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import launch, operator
+from crate_fast.operators import operator
+
+from .runtime import launch
 from .shapes import blocks
 from .weight_gradients import Parts
 

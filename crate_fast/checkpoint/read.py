@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..eval_transform import FINETUNE, MAIN, Transform, read_transform
-from ..files import check_regular, digest_of, first_line, is_text, parse_json
+from ..files import check_regular, digest_of, first_line, is_text, parse_json, reason_of
 from ..optional import MissingPackageError, require
 from . import distributed
 from .published import Found, choose, find_weights
@@ -268,7 +268,7 @@ def _unread(path: Path, error: OSError | MemoryError) -> CheckpointError:
     """What to raise where reading failed, for a cause that may pass: nothing is known of the file."""
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path}: {error.strerror}")
-    reason = "not enough memory" if isinstance(error, MemoryError) else error.strerror or first_line(error)
+    reason = "not enough memory" if isinstance(error, MemoryError) else reason_of(error)
     return CheckpointError(f"{path}: cannot be read ({reason})")
 
 

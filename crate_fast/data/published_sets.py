@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..files import first_line
 from ..optional import require
 from ..settings import ConfigError
 from .device_loader import Pictures
@@ -67,8 +68,7 @@ def _bring_and_open(name: str, data: PublishedSet, kind: type, directory: Path) 
         raise
     except Exception as error:  # a damaged list can raise anything, and torchvision does not tell which file it refuses
         _name_refused(name, checked, directory, {directory / source.made for source in data.sources(kind)})
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"{directory}: the files of {name} are damaged, or others ({reason})") from error
+        raise ConfigError(f"{directory}: the files of {name} are damaged, or others ({first_line(error)})") from error
 
 
 def _find_kind(name: str) -> type:
@@ -76,8 +76,7 @@ def _find_kind(name: str) -> type:
     try:
         from torchvision import datasets
     except Exception as error:  # beside a PyTorch that it was not made for
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"torchvision cannot be imported: is it the one for this PyTorch? ({reason})") from error
+        raise ConfigError(f"torchvision cannot be imported: is it the one for this PyTorch? ({first_line(error)})") from error
     return getattr(datasets, name)
 
 

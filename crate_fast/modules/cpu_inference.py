@@ -7,11 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
+from ..operators import operator
 from .kept import kept_matrix
 from .step import STEPS
 
 
-@torch.library.custom_op("crate_fast::evaluated_layer", mutates_args=())
+def _like(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@operator(fake=_like)
 def evaluated_layer(
     x: Tensor,
     weights: list[Tensor],
@@ -37,12 +42,13 @@ def evaluated_layer(
     return sparse.sparsify(h, of_step, matrix, step_size, lambd, "torch")
 
 
-@evaluated_layer.register_fake
-def _(x, weights, heads, scale, eps_mssa, eps_step, step, step_size, lambd):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _embedded_shape(image, weights, patch_size, eps):
+    batch, _, height, width = image.shape
+    count = (height // patch_size[0]) * (width // patch_size[1])
+    return image.new_empty(batch, 1 + count, weights[4].shape[0])
 
 
-@torch.library.custom_op("crate_fast::evaluated_embedding", mutates_args=())
+@operator(fake=_embedded_shape)
 def evaluated_embedding(image: Tensor, weights: list[Tensor], patch_size: list[int], eps: list[float]) -> Tensor:
     """The class token and the embedded patches, with their positions: (batch, 1 + patches, dim).
 
@@ -65,13 +71,6 @@ def evaluated_embedding(image: Tensor, weights: list[Tensor], patch_size: list[i
     embedded[:, :1] = class_token + positions[:, :1]
     torch.add(tokens, positions[:, 1 : 1 + count], out=embedded[:, 1:])
     return embedded
-
-
-@evaluated_embedding.register_fake
-def _(image, weights, patch_size, eps):
-    batch, _, height, width = image.shape
-    count = (height // patch_size[0]) * (width // patch_size[1])
-    return image.new_empty(batch, 1 + count, weights[4].shape[0])
 
 
 def _patches(image: Tensor, height: int, width: int) -> Tensor:

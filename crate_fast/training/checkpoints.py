@@ -19,7 +19,7 @@ import torch
 from ..checkpoint.read import CheckpointError, DamagedError, read_checkpoint
 from ..checkpoint.save_load import save_checkpoint
 from ..device import Compute
-from ..files import remove
+from ..files import reason_of, remove
 from ..model.crate import CRATE
 from ..processes import Ranks
 from .checkpoint_contents import check_values
@@ -75,9 +75,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, RuntimeError) as error:  # PyTorch's writer makes RuntimeErrors of the system's
-            reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
             kept = f"{before} is kept" if before else "there was none before it"
-            raise SavingError(f"{path} cannot be written ({reason}); {kept}") from error
+            raise SavingError(f"{path} cannot be written ({reason_of(error)}); {kept}") from error
 
     def name(self, path: Path, best: bool) -> None:
         """Makes `path` the last checkpoint, and the best if it is that, and removes those that are no longer to be kept."""
