@@ -9,7 +9,7 @@
     z  = x + o Woᵀ + b                  linear             normalised, nothing tokens × tokens
     y  = relu(h + h M − ηλ), h = LN(z)  norm_linear
 
-The stream (x, z, y) and the operands (w, o, weights) have dtypes of their own; stack.py has how layers are strung together.
+The activations x, z, y and the operands w, o and weights have dtypes of their own; stack.py has how layers are strung together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .attention import padded_tokens
 from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient, row_blocks
 from .linear import Folded, Statistics, empty_moments, linear, norm_linear
 from .mssa import mssa_backward, mssa_forward
-from .stack import Stream, fit_sums
+from .stack import StackState, fit_sums
 from .weight_gradients import weight_gradient
 from .weights import NormProduct, finish_layer, prepare_weights
 
@@ -102,11 +102,11 @@ def prepare_layers(stacked: Sequence[Tensor], shrinkage: float, operand: torch.d
 class Activations(NamedTuple):
     """What a layer keeps for backward: `8 · dim + 4 · heads + 16` bytes a token in 16 bit, y being the next layer's x."""
 
-    x: Tensor  # (batch, tokens, dim) stream
-    w: Tensor  # (batch, tokens, inner) operand
-    o: Tensor  # (batch, tokens, inner) operand
-    z: Tensor  # (batch, tokens, dim) stream
-    y: Tensor  # (batch, tokens, dim) stream
+    x: Tensor  # (batch, tokens, dim) activation_dtype
+    w: Tensor  # (batch, tokens, inner) operand_dtype
+    o: Tensor  # (batch, tokens, inner) operand_dtype
+    z: Tensor  # (batch, tokens, dim) activation_dtype
+    y: Tensor  # (batch, tokens, dim) activation_dtype
     lse: Tensor  # (batch, heads, tokens rounded up to a multiple of 16) float32
     statistics: Tensor  # (4, batch * tokens) float32: mean and 1/deviation of x, then of z
 
@@ -252,8 +252,8 @@ def _in_dtype(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient if gradient.dtype is weight.dtype else gradient.to(weight.dtype)
 
 
-def fused_layer(stream: Stream, weights: LayerWeights, prepared: PreparedWeights, settings: LayerSettings) -> Stream:
+def fused_layer(state: StackState, weights: LayerWeights, prepared: PreparedWeights, settings: LayerSettings) -> StackState:
     """One layer, between `enter_stack` and `leave_stack`; differentiable once. The result may go to one place only."""
-    writer = stream.writer or (None, None, None)
-    *handed_on, rstd = _Layer.apply(*stream[:4], *writer, settings, *weights, *prepared)
-    return Stream(*handed_on, Rectified(prepared.ista_gain, prepared.ista_offset, rstd))
+    writer = state.writer or (None, None, None)
+    *handed_on, rstd = _Layer.apply(*state[:4], *writer, settings, *weights, *prepared)
+    return StackState(*handed_on, Rectified(prepared.ista_gain, prepared.ista_offset, rstd))

@@ -179,8 +179,8 @@ def read_table(file: Path):
         raise DamagedError(f"{file.name} cannot be read ({str(error).strip() or type(error).__name__})") from error
     if not isinstance(table, Metadata):
         raise DamagedError(f"{file.name} holds a {type(table).__name__}")
-    told = vars(table)
-    if not all(isinstance(told.get(name), dict) for name in ("state_dict_metadata", "storage_data")):
+    fields = vars(table)
+    if not all(isinstance(fields.get(name), dict) for name in ("state_dict_metadata", "storage_data")):
         raise DamagedError(f"{file.name} has no tables of tensors and of files")
     odd = [(name, entry) for name, entry in table.state_dict_metadata.items() if not _is_entry(name, entry)]
     if odd:

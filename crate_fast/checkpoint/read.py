@@ -109,7 +109,7 @@ def _read_file(path: Path, wanted: str | None) -> Model:
     weights = _stored(path, found.weights)
     if isinstance(content.get("arguments"), dict):
         return Model(content["arguments"], weights, _transform_of(content), found.note)
-    return Model(None, weights, None if found.note else PUBLISHED.get(found.shelf), found.note)
+    return Model(None, weights, None if found.note else PUBLISHED.get(found.key), found.note)
 
 
 def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -159,7 +159,7 @@ def _read_parts(path: Path, wanted: str | None) -> Model:
     try:
         parts, kinds = distributed.find_parts(path), {"last": "model", "mean": "ema"}
         chosen = choose({kind: Found({}, part) for kind, part in kinds.items() if part in parts}, wanted)
-        weights = distributed.read_tensors(path, chosen.shelf or kinds["last"])
+        weights = distributed.read_tensors(path, chosen.key or kinds["last"])
     except distributed.DamagedError as error:
         raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast: {error}") from error
     except (OSError, MemoryError) as error:

@@ -216,11 +216,11 @@ def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: s
     if arguments is None:
         try:
             known = {name: value for name, value in overrides.items() if name in ARGUMENTS}
-            arguments, taken = infer_arguments(weights, known)
+            arguments, assumed = infer_arguments(weights, known)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: {first_line(error)}") from error
-        if taken:
-            words = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+        if assumed:
+            words = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
             _tell(f"{path}: taken as published, since shapes do not tell it: {words}")
     model = build(path, arguments, weights, overrides).to(device)
     model.transform = transform

@@ -14,7 +14,7 @@ from ..settings import TrainConfig
 from .augment_batch import Changes, send
 from .loader import COLOUR, Normalise, describe
 from .order import Plan, epoch_order, share_of
-from .philox import CROP, CROP_DRAWS, crop_boxes, uniforms
+from .philox import CROP, CROP_UNIFORMS, crop_boxes, uniforms
 
 BITS, HALF = 22, 11  # of Pillow's weights
 
@@ -67,8 +67,8 @@ class Resident:
         for step in range(first, plan.steps):
             for part in plan.parts(step):
                 indices = order[part].numpy()
-                draws = uniforms(config.seed, epoch, indices, CROP, CROP_DRAWS)
-                boxes = crop_boxes(draws, sides[indices], sides[indices], config.crop_least)
+                uniform = uniforms(config.seed, epoch, indices, CROP, CROP_UNIFORMS)
+                boxes = crop_boxes(uniform, sides[indices], sides[indices], config.crop_least)
                 chosen = send(indices, self._device)
                 images = resample(pixels[chosen], boxes, (config.image_size, config.image_size))
                 yield self._normalise(self._changes(images, epoch, indices)), labels[chosen]

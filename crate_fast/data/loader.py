@@ -22,6 +22,7 @@ from ..settings import TrainConfig
 from ..signals import hear_of_no_process, leave_signals_to_the_run
 from .augment import central_crop, erase, flip, randaugment, random_crop, trivialaugment
 from .order import Plan, epoch_order, share_of
+from .philox import image_generator
 from .pictures import READER, READER_ENTRY
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, red, green, blue, in 0..1
@@ -63,13 +64,13 @@ class TrainSamples(Dataset):
         return _read(self._store, index, size, lambda image: self._change(image, epoch, index))
 
     def _change(self, image: Image.Image, epoch: int, index: int) -> np.ndarray:
-        config, draw = self._config, np.random.default_rng((self._config.seed, epoch, index))
-        image = flip(random_crop(image, config.image_size, config.crop_least, draw), draw)
+        config, rng = self._config, image_generator(self._config.seed, epoch, index)
+        image = flip(random_crop(image, config.image_size, config.crop_least, rng), rng)
         if config.augment == "randaugment":
-            image = randaugment(image, config.randaugment_ops, config.randaugment_magnitude, draw)
+            image = randaugment(image, config.randaugment_ops, config.randaugment_magnitude, rng)
         elif config.augment == "trivial":
-            image = trivialaugment(image, draw)
-        return erase(np.asarray(image), config.erase, COLOUR, draw)
+            image = trivialaugment(image, rng)
+        return erase(np.asarray(image), config.erase, COLOUR, rng)
 
 
 class TestSamples(Dataset):
@@ -289,9 +290,9 @@ class Synthetic:
         return {"name": self.name, "train_images": self.train_count, "test_images": self.test_count}
 
     def _make(self, count: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(self._device).manual_seed(self._seed)
-        images = torch.randn(count, *self._shape, device=self._device, generator=generator)
-        return images, torch.randint(self.classes, (count,), device=self._device, generator=generator)
+        numbers = torch.Generator(self._device).manual_seed(self._seed)
+        images = torch.randn(count, *self._shape, device=self._device, generator=numbers)
+        return images, torch.randint(self.classes, (count,), device=self._device, generator=numbers)
 
 
 def more_workers(workers: int, otherwise: str) -> str:

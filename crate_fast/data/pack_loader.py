@@ -25,7 +25,7 @@ from .loader import COLOUR, PREFETCH, Normalise, ahead, describe, from_workers, 
 from .order import Plan, epoch_order, share_of
 from .pack_file import PackError
 from .pack_folder import Packs, Split
-from .philox import CROP, CROP_DRAWS, crop_boxes, uniforms
+from .philox import CROP, CROP_UNIFORMS, crop_boxes, uniforms
 
 CHUNK = 128  # images that a worker fills at a time, where they are not so large
 LARGEST = 20 << 20  # bytes that it fills at a time, unless one image has more
@@ -115,8 +115,8 @@ class Reader(Dataset):
 
     def _fill_training(self, out: np.ndarray, epoch: int, indices: np.ndarray) -> None:
         split, config = self._packs.train, self._config
-        draws = uniforms(config.seed, epoch, indices, CROP, CROP_DRAWS)
-        boxes = crop_boxes(draws, split.heights[indices], split.widths[indices], config.crop_least)
+        uniform = uniforms(config.seed, epoch, indices, CROP, CROP_UNIFORMS)
+        boxes = crop_boxes(uniform, split.heights[indices], split.widths[indices], config.crop_least)
         split.want(indices)
         for place, (index, box) in enumerate(zip(indices.tolist(), boxes.tolist(), strict=True)):
             read_crop(split, index, box, out[place])

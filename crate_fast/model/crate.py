@@ -207,7 +207,7 @@ class CRATE(nn.Module):
             ValueError: the model was changed after it was built, so that it could not be built again.
             OSError: `directory` cannot be written to.
         """
-        return _shelf()(self).save_pretrained(os.fspath(directory), **options)
+        return _hub_model()(self).save_pretrained(os.fspath(directory), **options)
 
     def push_to_hub(self, name: str, **options) -> str:
         """Writes the same to the Hugging Face Hub, as the model `name`, ORGANISATION/NAME; returns the commit's address.
@@ -217,7 +217,7 @@ class CRATE(nn.Module):
 
         Raises: as `save_pretrained`, and what huggingface_hub raises where the Hub refuses.
         """
-        return _shelf()(self).push_to_hub(name, **options)
+        return _hub_model()(self).push_to_hub(name, **options)
 
     @staticmethod
     def from_pretrained(
@@ -242,14 +242,14 @@ class CRATE(nn.Module):
         """
         where = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, token=token)
         where |= dict(local_files_only=local_files_only)
-        return _shelf().from_pretrained(str(source), device=device, overrides=overrides, **where).model
+        return _hub_model().from_pretrained(str(source), device=device, overrides=overrides, **where).model
 
 
-def _shelf():
+def _hub_model():
     require("huggingface_hub")
-    from ..checkpoint.hub import Shelf
+    from ..checkpoint.hub import HubModel
 
-    return Shelf
+    return HubModel
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import autocasts, choose_backend
-from ..modules.kernel_weights import fused_weights, make_weights
+from ..modules.kernel_weights import kernel_weights, make_weights
 from ..modules.layer import Attention, Layer, PreNorm
 from ..modules.plain import has_global_hooks, same_place
 from ..modules.step import STEPS
 
 if TYPE_CHECKING:
-    from ..kernels import Stream
+    from ..kernels import StackState
     from ..modules.kernel_weights import Weights
 
 STREAMS = ("auto", "float16", "bfloat16", "float32")
@@ -108,18 +108,20 @@ class Transformer(nn.Module):
 
         device = x.device.type
         autocast = autocasts(device)
-        stream, operand = stream_dtypes(self.stream, torch.get_autocast_dtype(device)) if autocast else (x.dtype, x.dtype)
+        activation_dtype = operand_dtype = x.dtype
+        if autocast:
+            activation_dtype, operand_dtype = stack_dtypes(self.stream, torch.get_autocast_dtype(device))
         result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
         with torch.autocast(device, enabled=False):
             together = [layer for layer in layers if not layer.is_sharded()]
-            weights = iter(fused_weights(together, operand) if together else ())
-            handed_on = enter_stack(x, stream)
+            weights = iter(kernel_weights(together, operand_dtype) if together else ())
+            state = enter_stack(x, activation_dtype)
             for layer in layers:
                 if layer.is_sharded():
-                    handed_on = layer(handed_on, partial(_run_alone, operand=operand))
+                    state = layer(state, partial(_run_alone, operand_dtype=operand_dtype))
                 else:
-                    handed_on = _run_layer(layer, handed_on, next(weights))
-            return leave_stack(handed_on, result, pool, scaled=operand == torch.float16)
+                    state = _run_layer(layer, state, next(weights))
+            return leave_stack(state, result, pool, scaled=operand_dtype == torch.float16)
 
 
 def layers_of(transformer: Transformer) -> Iterator[Layer]:
@@ -127,12 +129,12 @@ def layers_of(transformer: Transformer) -> Iterator[Layer]:
     return cast("Iterator[Layer]", iter(transformer.layers))
 
 
-def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype of the activations between kernels, dtype of matrix operands) of fused layers under autocast.
+def stack_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of the activations between kernels, dtype of the operands of their products) of fused layers under autocast.
 
-    "auto" is the leanest stream that is no less precise than the published code under the same autocast, for logits and
-    the median over gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`). A 16-bit
-    stream rounds a token with its mean: where that is many times the deviation, "float32" is more precise.
+    "auto" has the leanest activations that are no less precise than the published code under the same autocast, for logits and
+    the median over gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`). 16-bit
+    activations round a token with its mean: where that is many times the deviation, "float32" is more precise.
     """
     if stream == "auto":
         stream = "float32" if autocast == torch.float16 else "float16"
@@ -149,13 +151,13 @@ def pool_tokens(x: Tensor, pool: str | None) -> Tensor:
     return x.mean(dim=1) if pool == "mean" else x[:, 0]
 
 
-def _run_layer(layer: Layer, stream: Stream, weights: Weights) -> Stream:
+def _run_layer(layer: Layer, state: StackState, weights: Weights) -> StackState:
     """The fused `layer` with its `weights` as `make_weights` gives them."""
     from ..kernels import fused_layer
 
-    return fused_layer(stream, *weights, layer.settings())
+    return fused_layer(state, *weights, layer.settings())
 
 
-def _run_alone(layer: Layer, stream: Stream, operand: torch.dtype) -> Stream:
+def _run_alone(layer: Layer, state: StackState, operand_dtype: torch.dtype) -> StackState:
     """The fused `layer`, whose weights are whole just now."""
-    return _run_layer(layer, stream, *make_weights([layer], operand))
+    return _run_layer(layer, state, *make_weights([layer], operand_dtype))

@@ -36,22 +36,22 @@ def mix(images: Tensor, labels: Tensor, config: TrainConfig, key: tuple[int, ...
     """
     if not (config.mixup or config.cutmix) or len(labels) < 2:
         return Mixed(images, labels, labels, 1.0)
-    draw = np.random.default_rng(key)
-    cut = config.cutmix > 0 and (config.mixup == 0 or draw.random() < 0.5)
+    rng = np.random.default_rng(key)
+    cut = config.cutmix > 0 and (config.mixup == 0 or rng.random() < 0.5)
     alpha = config.cutmix if cut else config.mixup
-    part = float(draw.beta(alpha, alpha))
+    part = float(rng.beta(alpha, alpha))
     others = images.flip(0)
     if not cut:
         return Mixed(images.lerp(others, 1 - part), labels, labels.flip(0), part)
     height, width = images.shape[-2:]
-    top, bottom = _side(height, part, draw)
-    left, right = _side(width, part, draw)
+    top, bottom = _side(height, part, rng)
+    left, right = _side(width, part, rng)
     images = images.clone()
     images[..., top:bottom, left:right] = others[..., top:bottom, left:right]
     return Mixed(images, labels, labels.flip(0), 1 - (bottom - top) * (right - left) / (height * width))
 
 
-def _side(length: int, part: float, draw: np.random.Generator) -> tuple[int, int]:
+def _side(length: int, part: float, rng: np.random.Generator) -> tuple[int, int]:
     """One side of the rectangle that replaces 1 - `part` of the area: centred anywhere, cut off at the edges."""
-    centre, half = int(draw.integers(length)), int(length * math.sqrt(1 - part)) // 2
+    centre, half = int(rng.integers(length)), int(length * math.sqrt(1 - part)) // 2
     return max(0, centre - half), min(length, centre + half)

@@ -50,7 +50,7 @@ def peak_flops(config: TrainConfig, compute: Compute) -> float | None:
     return next((1e12 * peak for name, peak in PEAKS.items() if name in compute.describe()), None)
 
 
-class Watch:
+class Monitor:
     """What `config` asks for beside metrics.jsonl, in the first process; while entered, it is told of steps and rows."""
 
     def __init__(self, config: TrainConfig, run: RunDirectory, first: bool, step: int) -> None:
@@ -59,7 +59,7 @@ class Watch:
         self._wants_trace = first and config.profile == "yes"
         self._step, self._board, self._profiler = step, None, None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Monitor:
         self._stack = ExitStack()
         if self._wants_board:
             from torch.utils.tensorboard import SummaryWriter
