@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pictures import make_folder
+from helpers.pictures import make_folder
 from PIL import Image
 
 from crate_fast.data.augment import (

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import on_gpu
+from helpers.pictures import cut, photographs
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import cut, photographs
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import on_gpu
-from pictures import make_folder
+from helpers.pictures import make_folder
 from test_graphs import emulated
 from test_loop import make_trainer, step
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,5 +1,6 @@
 """The loop's parts: gradients of parts and processes, schedules, masks, mixing, and what waits for the device."""
 
+import copy
 import json
 import math
 import os
@@ -143,6 +144,17 @@ def test_a_checkpoint_is_held_to_what_the_optimizer_keeps(name):
     step(trainer)
     assert [set(kept) for kept in trainer.optimizer.state.values()] == [MOMENTS[name]] * len(trainer.optimizer.state)
     assert trainer.optimizer.state
+
+
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_checkpoint_is_taken_up_by_the_run_that_wrote_it(name, decay):
+    trainer, other = (make_trainer(optimizer=name, decay=decay, seed=seed) for seed in (0, 1))
+    step(trainer)
+    other.load(copy.deepcopy({"model": trainer.model.state_dict(), "path": "here", **trainer.state()}))
+    for each in (trainer, other):
+        each._train_step(1, trainer.data.train_batches(trainer.plan, 1, 1))
+    assert torch.equal(trainer.flat.weights, other.flat.weights)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

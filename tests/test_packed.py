@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call
-from pictures import make_folder, photographs
+from helpers.pictures import make_folder, photographs
 from PIL import Image
 
 from crate_fast.data import pack_loader

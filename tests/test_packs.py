@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import call
+from helpers.pictures import cut, make_folder, photographs
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import cut, make_folder, photographs
 from PIL import Image
 
 from crate_fast import files

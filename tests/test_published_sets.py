@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import call
-from pictures import make_archives, make_cifar10, make_flowers, make_pets, trust
-from serving import served
+from helpers.pictures import make_archives, make_cifar10, make_flowers, make_pets, trust
+from helpers.serving import served
 
 from crate_fast.data import download
 from crate_fast.data.open import open_data

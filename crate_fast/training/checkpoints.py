@@ -19,10 +19,10 @@ import torch
 from ..checkpoint.read import CheckpointError, DamagedError, read_checkpoint
 from ..checkpoint.save_load import save_checkpoint
 from ..device import Compute
-from ..files import reason_of, remove
+from ..files import first_line, remove
 from ..model.crate import CRATE
 from ..processes import Ranks
-from .checkpoint_contents import check_values
+from .checkpoint_contents import WEIGHTS_ALONE, check_values
 
 NAME = "step-{:08d}"
 ASIDE = 3  # files of a kind that are set aside and not deleted: the newest
@@ -30,6 +30,16 @@ ASIDE = 3  # files of a kind that are set aside and not deleted: the newest
 
 class SavingError(RuntimeError):
     """A checkpoint cannot be written; the message names it and the one before it."""
+
+
+def _reason(error: BaseException) -> str:
+    """Why a file was not written, as the system says it: PyTorch's own error comes after that."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.strerror:
+            return behind.strerror
+        behind = behind.__context__
+    return first_line(error)
 
 
 class Checkpoints:
@@ -76,7 +86,7 @@ class Checkpoints:
             yield
         except (OSError, RuntimeError) as error:  # PyTorch's writer makes RuntimeErrors of the system's
             kept = f"{before} is kept" if before else "there was none before it"
-            raise SavingError(f"{path} cannot be written ({reason_of(error)}); {kept}") from error
+            raise SavingError(f"{path} cannot be written ({_reason(error)}); {kept}") from error
 
     def name(self, path: Path, best: bool) -> None:
         """Makes `path` the last checkpoint, and the best if it is that, and removes those that are no longer to be kept."""
@@ -117,7 +127,9 @@ class Checkpoints:
             raise CheckpointError(f"{damaged[0][1]}; no checkpoint in {self.folder} is whole, so the run cannot go on")
         left = sorted(name for name in os.listdir(self.folder) if not name.startswith("."))
         if left:
-            raise CheckpointError(f"{self.folder}: no checkpoint step-*{self.suffix} to go on from, but {left[-1]}")
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint step-*{self.suffix} to go on from, but {left[-1]}; {WEIGHTS_ALONE}"
+            )
         return None
 
     def set_aside_after(self, step: int) -> None:

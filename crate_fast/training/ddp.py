@@ -27,7 +27,7 @@ class Replicated(Together):
 
     def __init__(self, model: CRATE, average: CRATE | None, config: TrainConfig, plan: Plan, compute: Compute) -> None:
         super().__init__(plan.ranks)
-        self._model, self._average, self._optimizer = model, average, config.optimizer
+        self._model, self._average = model, average
         self.flat = Flat(model)
         self.flat_average = None if average is None else Flat(average, gradients=False)
         if config.compile == "yes":
@@ -53,8 +53,7 @@ class Replicated(Together):
 
     def load(self, checkpoint: dict, optimizer: torch.optim.Optimizer) -> None:
         """Takes model, optimizer and mean from a checkpoint."""
-        kind, mean = self._optimizer, self._average is not None
-        check_whole(self._model, checkpoint, kind, mean, Path(checkpoint["path"]))
+        check_whole(self._model, optimizer, checkpoint, self._average is not None, Path(checkpoint["path"]))
         self._model.load_state_dict(checkpoint["model"])
         # The groups are of this run's settings, which the checkpoint's were found to be.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
