@@ -15,11 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crate_fast.data.digits import Digits
 from crate_fast.data.order import Plan, make_plan, share_of
 from crate_fast.device import choose_compute
+from crate_fast.optimizers import OPTIMIZERS
 from crate_fast.processes import ALONE, Ranks
-from crate_fast.settings import OPTIMIZERS
 from crate_fast.signals import Signals
 from crate_fast.training import TrainConfig, TrainingError, train
-from crate_fast.training.checkpoint_contents import MOMENTS
 from crate_fast.training.ddp import Flat
 from crate_fast.training.loop import Trainer
 from crate_fast.training.mixing import mix
@@ -142,7 +141,7 @@ def test_published_schedules_are_those_of_the_scripts(epochs):
 def test_a_checkpoint_is_held_to_what_the_optimizer_keeps(name):
     trainer = make_trainer(optimizer=name)
     step(trainer)
-    assert [set(kept) for kept in trainer.optimizer.state.values()] == [MOMENTS[name]] * len(trainer.optimizer.state)
+    assert [set(kept) for kept in trainer.optimizer.state.values()] == [OPTIMIZERS[name].keeps] * len(trainer.optimizer.state)
     assert trainer.optimizer.state
 
 

@@ -25,8 +25,8 @@ from ..modules.plain import (
     same_place,
 )
 from ..optional import require
-from ..sizes import POOLS, SIZES
-from .transformer import STREAMS, Transformer, pool_tokens
+from ..sizes import POOLS, SIZES, STREAMS
+from .transformer import Transformer, pool_tokens
 
 MOST_LAYERS, MOST_WEIGHTS = 10_000, 10**10  # no machine trains more; the largest that is published has 24 and 78 million
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..device import Compute
-from ..settings import ConfigError, TrainConfig
+from ..settings import ConfigError, MachineSettings
 
 WARMUP = 3  # rounds before recording, in which kernels are compiled and libraries set up
 
@@ -59,9 +59,9 @@ def record(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> nn
     return recorded
 
 
-def check_graphs(config: TrainConfig, compute: Compute) -> None:
+def check_graphs(settings: MachineSettings, compute: Compute) -> None:
     """Raises ConfigError where --cuda-graphs is "yes" and `compute` is no CUDA GPU."""
-    if config.cuda_graphs == "yes" and compute.device.type != "cuda":
+    if settings.cuda_graphs and compute.device.type != "cuda":
         raise ConfigError(
-            f"--cuda-graphs is 'yes', which needs a CUDA GPU; --device is {config.device!r}, here {compute.device.type}"
+            f"--cuda-graphs is 'yes', which needs a CUDA GPU; --device is {settings.device!r}, here {compute.device.type}"
         )
