@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -284,6 +286,14 @@ def build(size: str, num_classes: int = 1000, **options) -> CRATE:
     arguments: dict[str, Any] = dict(image_size=224, patch_size=16, num_classes=num_classes)
     arguments |= SIZES[size] | options
     return CRATE(**arguments)
+
+
+def constructor(name: str, module: str) -> Callable[..., CRATE]:
+    """What `CRATE_NAME` means for a size that has no function below: for `__getattr__` of a `module`."""
+    size = name.removeprefix("CRATE_")
+    if name == size or size not in SIZES:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return partial(build, size)
 
 
 def CRATE_tiny(num_classes: int = 1000, **options) -> CRATE:
