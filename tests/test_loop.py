@@ -141,6 +141,7 @@ def test_published_schedules_are_those_of_the_scripts(epochs):
 def test_a_checkpoint_is_held_to_what_the_optimizer_keeps(name):
     trainer = make_trainer(optimizer=name)
     step(trainer)
+    assert type(trainer.optimizer).__name__ == name  # by which a checkpoint's state of it is judged
     assert [set(kept) for kept in trainer.optimizer.state.values()] == [OPTIMIZERS[name].keeps] * len(trainer.optimizer.state)
     assert trainer.optimizer.state
 

@@ -1,6 +1,6 @@
 """What a training run is asked to do, in parts: a room is given its own. Flags come from here."""
 
-from .checked import SWITCHES, ConfigError, flag, listed, shown
+from .checked import SWITCHES, ConfigError, as_flag, flag, listed
 from .parts import (
     PRECISIONS,
     DataSettings,
@@ -26,8 +26,8 @@ __all__ = [
     "Setting",
     "StepSettings",
     "TrainConfig",
+    "as_flag",
     "flag",
     "listed",
     "read_stored",
-    "shown",
 ]

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 from typing_extensions import dataclass_transform  # which pydantic brings; Python 3.10's typing has it not
 
-from ..files import names_something
+from ..files import names_something, shown
 
 LARGEST = 1_000_000  # of any size; memory ends long before
 SWITCHES = {"no": False, "yes": True}
@@ -101,7 +101,7 @@ def listed(words: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def shown(value: Any) -> Any:
+def as_flag(value: Any) -> Any:
     """`value` as a flag takes it: "yes" and "no" for True and False."""
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
@@ -125,25 +125,18 @@ def _explain(error: ErrorDetails, fields: dict[str, FieldInfo]) -> str:
         return str(told)
     name, value, problem = str(error["loc"][0]), error["input"], error["type"]
     if name not in fields:
-        return f"unknown setting {name!r}"
+        return f"unknown setting {shown(name)}"
     field, word = fields[name], flag(name)
     choices, kind = choices_of(field), kind_of(field)
     if problem == "names_nothing":
-        return f"{word} is {value!r}, which names nothing"
+        return f"{word} is {shown(value)}, which names nothing"
     if isinstance(value, str) and (choices or kind is bool):
-        return f"{word} is {value!r}; allowed are {', '.join(choices or SWITCHES)}"
+        return f"{word} is {shown(value)}; allowed are {', '.join(choices or SWITCHES)}"
     if problem in BOUNDS:
         bound, words = BOUNDS[problem]
         limit = next(getattr(known, bound) for known in field.metadata if hasattr(known, bound))
-        return f"{word} is {_written(value)}; it must be {words} {limit}"
+        return f"{word} is {shown(value)}; it must be {words} {limit}"
     huge = kind is float and type(value) is int  # beyond any float, else it would have been taken
     if problem == "finite_number" or huge:
         return f"{word} is {'beyond any float' if huge else value}; it must be finite"
-    return f"{word} is {_written(value)}; it must be of type {kind.__name__}"
-
-
-def _written(value: object) -> str:
-    try:
-        return repr(value)
-    except (RecursionError, ValueError):  # nested too deeply, or with more digits than Python writes
-        return "too long to be shown"
+    return f"{word} is {shown(value)}; it must be of type {kind.__name__}"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..files import check_regular, parse_json
-from ..settings import SETTINGS, ConfigError, TrainConfig, flag, read_stored, shown
+from ..settings import SETTINGS, ConfigError, TrainConfig, as_flag, flag, read_stored
 from ..sizes import SIZES
 
 if sys.version_info >= (3, 11):
@@ -83,9 +83,8 @@ def check_unchanged(config: TrainConfig, given: dict, where: Path) -> dict:
     for name, value in given.items():
         ours = getattr(config, name)
         if name not in (*CHANGEABLE, "out", "data") and read_stored(name, value) != ours:
-            raise ConfigError(
-                f"{flag(name)} is {shown(value)}; the run in {where} was started with {shown(ours)}, which a resumed run keeps"
-            )
+            before = f"the run in {where} was started with {as_flag(ours)}, which a resumed run keeps"
+            raise ConfigError(f"{flag(name)} is {as_flag(value)}; {before}")
     return {name: value for name, value in given.items() if name in (*CHANGEABLE, "data")}
 
 
