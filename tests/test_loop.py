@@ -266,3 +266,7 @@ def test_16_bit_training_learns(tmp_path, precision):
     run, score = train(config)
     assert score.top1 > 0.5
     assert run.path == tmp_path / "run"
+
+
+def test_the_stream_of_the_fused_kernels_is_a_setting():
+    assert [make_trainer(**given).model.transformer.stream for given in ({}, {"stream": "float32"})] == ["auto", "float32"]

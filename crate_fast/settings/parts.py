@@ -101,7 +101,6 @@ class OptimisationSettings(StepSettings):
     cutmix: float = Field(0.0, ge=0, le=100, description="CutMix's alpha; 0: no CutMix; with mixup: either, by chance")
     clip_norm: float = Field(0.0, ge=0, description="largest norm of a step's gradient; 0: no limit")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the mean of the weights that is evaluated; 0: none")
-    dropout: float = Field(0.0, ge=0, lt=1, description="in the attention and on the embedded tokens")
 
 
 @checked
@@ -121,6 +120,7 @@ class ModelSettings(ImageSettings):
     )
     ista: float = Field(0.1, gt=0, le=1000, description="step size of the ISTA step")
     lambd: float = Field(0.1, ge=0, le=1000, description="threshold of the ISTA step")
+    dropout: float = Field(0.0, ge=0, lt=1, description="in the attention and on the embedded tokens")
 
 
 @checked

@@ -21,7 +21,8 @@ class Setting(NamedTuple):
 
 def _section_of(name: str) -> str:
     """What the class that declares a setting is called in the help."""
-    return next(section for section, parts in SECTIONS.items() if any(name in vars(p)["__annotations__"] for p in parts))
+    declares = next(part for part in reversed(TrainConfig.__mro__) if name in getattr(part, "__pydantic_fields__", ()))
+    return next(section for section, parts in SECTIONS.items() if declares in parts)
 
 
 def _make_table() -> dict[str, Setting]:

@@ -23,7 +23,7 @@ from ..locks import unlock
 from ..model.crate import CRATE
 from ..optional import TRAIN, require
 from ..processes import Ranks, process_group, read_ranks
-from ..settings import ConfigError, RunSettings, TrainConfig
+from ..settings import ConfigError, MachineSettings, ModelSettings, RunSettings, TrainConfig
 from ..signals import Signals, Stopped
 from .checkpoints import circumstances, warn_of_changes
 from .cuda_graphs import check_graphs
@@ -154,30 +154,30 @@ def build_model(config: TrainConfig, data: Data) -> CRATE:
     """The CRATE that `config` asks for, with a head for `data`, on the CPU, its weights drawn from the seed."""
     torch.manual_seed(config.seed)
     try:
-        model = _build(config, data)
+        model = _build(config, config, data)
     except ValueError as error:  # sizes that are within their bounds one by one
         raise ConfigError(str(error)) from error
     model.transform = transform_of(config.eval_crop, data.describe())
     return model
 
 
-def _build(config: TrainConfig, data: Data) -> CRATE:
+def _build(settings: ModelSettings, machine: MachineSettings, data: Data) -> CRATE:
     return CRATE(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
         num_classes=data.classes,
-        dim=config.dim,
-        depth=config.depth,
-        heads=config.heads,
-        pool=config.pool,
+        dim=settings.dim,
+        depth=settings.depth,
+        heads=settings.heads,
+        pool=settings.pool,
         channels=data.channels,
-        dim_head=config.dim_head,
-        dropout=config.dropout,
-        emb_dropout=config.dropout,
-        ista=config.ista,
-        lambd=config.lambd,
-        backend=config.backend,
-        stream=config.stream,
+        dim_head=settings.dim_head,
+        dropout=settings.dropout,
+        emb_dropout=settings.dropout,
+        ista=settings.ista,
+        lambd=settings.lambd,
+        backend=machine.backend,
+        stream=machine.stream,
     )
 
 
