@@ -47,6 +47,8 @@ def shown(value: object) -> str:
     """`value` as a line says it, cut where it is long; Python writes no whole number of more than 4,300 digits."""
     try:
         text = " ".join(repr(value).split())
+    except RecursionError:
+        return "nested too deeply to be shown"
     except ValueError:
         return "a number of thousands of digits"
     return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"

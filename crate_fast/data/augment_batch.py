@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..settings import TrainConfig
+from ..settings import DataSettings
 from .augment import (
     CROP_TRIES,
     ERASED_AREAS,
@@ -35,37 +35,37 @@ ERASING = 2 * CROP_TRIES + 3  # random numbers: whether, areas, aspects, place
 
 
 class Changes:
-    """What `config` asks for beside the crop, for batches (n, height, width, 3) uint8 on `device`."""
+    """What `settings` ask for beside the crop, for batches (n, height, width, 3) uint8 on `device`."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, colour: np.ndarray) -> None:
-        self._config, self._device = config, device
+    def __init__(self, settings: DataSettings, device: torch.device, colour: np.ndarray) -> None:
+        self._settings, self._device = settings, device
         self._colour = torch.from_numpy(colour).to(device)
-        self._operations = {"none": 0, "randaugment": config.randaugment_ops, "trivial": 1}[config.augment]
+        self._operations = {"none": 0, "randaugment": settings.randaugment_ops, "trivial": 1}[settings.augment]
 
     def __call__(self, pixels: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
         """The images called `indices`, (n,), changed as drawn for `epoch`; `pixels` are given up."""
-        config, count = self._config, 1 + 3 * self._operations + ERASING
-        uniform = uniforms(config.seed, epoch, indices, CHANGES, count)
+        settings, count = self._settings, 1 + 3 * self._operations + ERASING
+        uniform = uniforms(settings.seed, epoch, indices, CHANGES, count)
         pixels = mirror(pixels, uniform[:, 0] < 0.5)
         _, height, width, _ = pixels.shape
         for number in range(self._operations):
             names, values = self._choose(uniform[:, 1 + 3 * number :][:, :3], (height, width))
             pixels = change_each(pixels, names, values)
-        if config.erase:
+        if settings.erase:
             pixels = self._erase(pixels, uniform[:, -ERASING:])
         return pixels
 
     def _choose(self, uniform: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """An operation, as its place in OPERATIONS, and its value for each row of `uniform`: which, how strong, which sign."""
         chosen = (uniform[:, 0] * len(OPERATIONS)).astype(np.int64)
-        fixed = self._config.augment == "randaugment"
-        level = self._config.randaugment_magnitude if fixed else (uniform[:, 1] * (LEVELS + 1)).astype(np.int64)
+        fixed = self._settings.augment == "randaugment"
+        level = self._settings.randaugment_magnitude if fixed else (uniform[:, 1] * (LEVELS + 1)).astype(np.int64)
         values, signed = _strengths(fixed, *size)[chosen, level], np.isin(np.array(OPERATIONS)[chosen], SIGNED)
         return chosen, np.where(signed & (uniform[:, 2] < 0.5), -values, values)
 
     def _erase(self, pixels: Tensor, uniform: np.ndarray) -> Tensor:
         _, height, width, _ = pixels.shape
-        boxes = erased_boxes(uniform, height, width, self._config.erase)
+        boxes = erased_boxes(uniform, height, width, self._settings.erase)
         return fill(pixels, boxes, self._colour)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +30,8 @@ from ..modules.plain import (
 )
 from ..modules.step import STEPS
 from ..optional import require
-from ..sizes import POOLS, SIZES
-from .transformer import STREAMS, Transformer, pool_tokens
+from ..sizes import POOLS, SIZES, STREAMS
+from .transformer import Transformer, pool_tokens
 
 MOST_LAYERS, MOST_WEIGHTS = 10_000, 10**10  # no machine trains more; the largest that is published has 24 and 78 million
 _PLAIN_EMBEDDING = PlainTree(Place("0", (Rearrange,)), norm_at("1"), linear_at("2"), norm_at("3"))
@@ -291,6 +293,14 @@ def build(size: str, num_classes: int = 1000, **options) -> CRATE:
     arguments: dict[str, Any] = dict(image_size=224, patch_size=16, num_classes=num_classes)
     arguments |= SIZES[size] | options
     return CRATE(**arguments)
+
+
+def constructor(name: str, module: str) -> Callable[..., CRATE]:
+    """What `CRATE_NAME` means for a size that has no function below: for `__getattr__` of a `module`."""
+    size = name.removeprefix("CRATE_")
+    if name == size or size not in SIZES:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return partial(build, size)
 
 
 def CRATE_tiny(num_classes: int = 1000, **options) -> CRATE:

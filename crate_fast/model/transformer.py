@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ..kernels import StackState
     from ..modules.kernel_weights import Weights
 
-STREAMS = ("auto", "float16", "bfloat16", "float32")
-
 
 class Transformer(nn.Module):
     """`depth` layers on (batch, tokens, dim), each run by fused kernels where that is possible and nobody could tell.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..device import Compute
 from ..model import cuda_graph
-from ..settings import ConfigError, TrainConfig
+from ..settings import ConfigError, MachineSettings
 
 
 class Graphed(nn.Module):
@@ -53,9 +53,9 @@ def record(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> nn
     return cuda_graph.record(model.train(), torch.zeros(shape, device=device))
 
 
-def check_graphs(config: TrainConfig, compute: Compute) -> None:
+def check_graphs(settings: MachineSettings, compute: Compute) -> None:
     """Raises ConfigError where --cuda-graphs is "yes" and `compute` is no CUDA GPU."""
-    if config.cuda_graphs == "yes" and compute.device.type != "cuda":
+    if settings.cuda_graphs and compute.device.type != "cuda":
         raise ConfigError(
-            f"--cuda-graphs is 'yes', which needs a CUDA GPU; --device is {config.device!r}, here {compute.device.type}"
+            f"--cuda-graphs is 'yes', which needs a CUDA GPU; --device is {settings.device!r}, here {compute.device.type}"
         )

@@ -9,7 +9,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..settings import TrainConfig
+from ..settings import OptimisationSettings
 
 
 class Mixed(NamedTuple):
@@ -29,16 +29,16 @@ class Mixed(NamedTuple):
         return self.part * own + (1 - self.part) * F.cross_entropy(logits, self.others, **options)
 
 
-def mix(images: Tensor, labels: Tensor, config: TrainConfig, key: tuple[int, ...]) -> Mixed:
-    """The batch (images, labels), mixed with itself backwards as `config` asks; what is drawn depends on `key` alone.
+def mix(images: Tensor, labels: Tensor, settings: OptimisationSettings, key: tuple[int, ...]) -> Mixed:
+    """The batch (images, labels), mixed with itself backwards as `settings` ask; what is drawn depends on `key` alone.
 
     The draws are made on the host, so the device is not waited for.
     """
-    if not (config.mixup or config.cutmix) or len(labels) < 2:
+    if not (settings.mixup or settings.cutmix) or len(labels) < 2:
         return Mixed(images, labels, labels, 1.0)
     rng = np.random.default_rng(key)
-    cut = config.cutmix > 0 and (config.mixup == 0 or rng.random() < 0.5)
-    alpha = config.cutmix if cut else config.mixup
+    cut = settings.cutmix > 0 and (settings.mixup == 0 or rng.random() < 0.5)
+    alpha = settings.cutmix if cut else settings.mixup
     part = float(rng.beta(alpha, alpha))
     others = images.flip(0)
     if not cut:

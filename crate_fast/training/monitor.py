@@ -17,7 +17,7 @@ from ..files import drawable, write_atomically
 from ..model.crate import CRATE
 from ..model.transformer import layers_of
 from ..optional import require
-from ..settings import TrainConfig
+from ..settings import MachineSettings, RunSettings
 from .checkpoints import SavingError
 from .run_directory import RunDirectory
 
@@ -44,10 +44,10 @@ def training_flops(model: CRATE) -> float:
     return 6.0 * total
 
 
-def peak_flops(config: TrainConfig, compute: Compute) -> float | None:
+def peak_flops(settings: MachineSettings, compute: Compute) -> float | None:
     """Flops a second that a device can make at most: as --peak-tflops says, or for a known GPU in 16 bit; else None."""
-    if config.peak_tflops:
-        return 1e12 * config.peak_tflops
+    if settings.peak_tflops:
+        return 1e12 * settings.peak_tflops
     if compute.device.type != "cuda" or compute.precision == "float32":  # how float32 multiplies is not for its name to say
         return None
     return next((1e12 * peak for name, peak in PEAKS.items() if name in compute.describe()), None)
@@ -70,12 +70,12 @@ def _quiet_threads() -> Iterator[None]:
 
 
 class Monitor:
-    """What `config` asks for beside metrics.jsonl, in the first process; while entered, it is told of steps and rows."""
+    """What `settings` ask for beside metrics.jsonl, in the first process; while entered, it is told of steps and rows."""
 
-    def __init__(self, config: TrainConfig, run: RunDirectory, first: bool, step: int) -> None:
+    def __init__(self, settings: RunSettings, run: RunDirectory, first: bool, step: int) -> None:
         self._run = run
-        self._wants_board = first and config.tensorboard == "yes"
-        self._wants_trace = first and config.profile == "yes"
+        self._wants_board = first and settings.tensorboard
+        self._wants_trace = first and settings.profile
         self._step, self._board, self._profiler = step, None, None
 
     def __enter__(self) -> Monitor:
