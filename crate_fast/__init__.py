@@ -1,10 +1,12 @@
 """CRATE, the white-box vision transformer, at the hardware's speed."""
 
+from typing import TYPE_CHECKING
+
 from . import functional
 from .backend import BackendError, choose_backend
 from .checkpoint.read import CheckpointError
 from .checkpoint.save_load import load_checkpoint
-from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
+from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny, constructor
 from .model.cuda_graph import graphed
 from .model.freezing import freeze
 
@@ -24,3 +26,8 @@ __all__ = [
     "graphed",
     "load_checkpoint",
 ]
+
+if not TYPE_CHECKING:  # to a type checker there are the published sizes only, and no name that is misspelt
+
+    def __getattr__(name: str):
+        return constructor(name, __name__)

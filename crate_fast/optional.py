@@ -11,6 +11,7 @@ DISTRIBUTIONS = {
     "lion_pytorch": "lion-pytorch",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
+    "pydantic": "pydantic",
     "safetensors": "safetensors",
     "scipy": "scipy",
     "simplejpeg": "simplejpeg",

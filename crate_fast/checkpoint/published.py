@@ -11,11 +11,11 @@ from torch import Tensor
 from ..sizes import SIZES
 
 WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
-SHELVES = ("state_dict", "model")  # where main.py and finetune.py put the weights in their checkpoints
+MODEL_KEYS = ("state_dict", "model")  # where main.py and finetune.py put the weights in their checkpoints
 MEANS = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema")  # where others put their mean
 MEANT = re.compile(r"(?i)(?<![a-z])(ema|swa|polyak|shadow|mean|avg|averaged?)(?![a-z])")  # and whatever is called so
 COUNTER = "n_averaged"  # beside the weights of PyTorch's AveragedModel
-INNER = ("module", *SHELVES)  # in one of these
+INNER = ("module", *MODEL_KEYS)  # in one of these
 WORDS = {"last": "last weights", "mean": "mean of the weights"}
 NEEDED = {"pos_embedding": 3, "to_patch_embedding.1.weight": 1, "mlp_head.1.weight": 2}
 OPEN = {"pool": "cls", "ista": 0.1, "lambd": 0.1}  # as published
@@ -26,7 +26,7 @@ class Found(NamedTuple):
     """Weights in a checkpoint by the names of `CRATE`, under which name they lay (None: bare), and a line on others beside."""
 
     weights: dict[str, Tensor]
-    shelf: str | None = None
+    key: str | None = None
     note: str | None = None
 
 
@@ -46,7 +46,7 @@ def find_weights(content: object, wanted: str | None = None) -> Found:
     if not isinstance(content, dict):
         return Found({})
     own = isinstance(content.get("arguments"), dict)  # ours: what is wrong with its weights is told later
-    last = next((name for name in SHELVES if isinstance(content.get(name), dict)), None)
+    last = next((name for name in MODEL_KEYS if isinstance(content.get(name), dict)), None)
     found = {"last": Found(_weights_in(content if last is None else content[last], own), last)}
     named = (*MEANS, *(name for name in content if isinstance(name, str) and MEANT.search(name) and name != last))
     mean = next((name for name in named if isinstance(content.get(name), dict) and _weights_in(content[name], own)), None)
@@ -61,19 +61,19 @@ def choose(found: dict[str, Found], wanted: str | None) -> Found:
     """The one of "mean" and "last" that is `wanted`, noting it where both are there; raises as `find_weights`."""
     if not found:
         return Found({})
-    taken = wanted or ("mean" if "mean" in found else "last")
-    if taken not in found:
-        raise ValueError(f"--weights is {wanted!r}; there are only the {' and '.join(WORDS[kind] for kind in found)} in it")
-    other = next((kind for kind in found if kind != taken), None)
+    kind = wanted or ("mean" if "mean" in found else "last")
+    if kind not in found:
+        raise ValueError(f"--weights is {wanted!r}; there are only the {' and '.join(WORDS[each] for each in found)} in it")
+    other = next((each for each in found if each != kind), None)
     if other is None:
-        return found[taken]
-    names = " and ".join(f"{WORDS[kind]} ({found[kind].shelf!r})" for kind in sorted(found))
-    note = f"it has the {names}; taken: the {WORDS[taken]} (--weights {other} takes the other)"
-    return found[taken]._replace(note=note)
+        return found[kind]
+    names = " and ".join(f"{WORDS[each]} ({found[each].key!r})" for each in sorted(found))
+    note = f"it has the {names}; taken: the {WORDS[kind]} (--weights {other} takes the other)"
+    return found[kind]._replace(note=note)
 
 
-def _weights_in(shelf: dict, own: bool) -> dict[str, Tensor]:
-    inner = next((shelf[name] for name in INNER if isinstance(shelf.get(name), dict)), shelf)
+def _weights_in(content: dict, own: bool) -> dict[str, Tensor]:
+    inner = next((content[name] for name in INNER if isinstance(content.get(name), dict)), content)
     weights = unwrapped(inner)
     whole = "pos_embedding" in weights and all(isinstance(value, Tensor) for value in weights.values())
     return weights if whole or own else {}
@@ -98,14 +98,14 @@ def unwrapped(weights: dict) -> dict[str, Tensor]:
 
 
 def infer_arguments(weights: dict[str, Tensor], known: dict) -> tuple[dict, dict]:
-    """The arguments of `CRATE` that fit `weights`: those that shapes tell, and those that had to be taken as published.
+    """The arguments of `CRATE` that fit `weights`: those that shapes tell, and those that are assumed to be as published.
 
     Args:
         weights: by the names of `CRATE`.
         known: arguments that the caller knows; they go before what shapes tell.
 
     Returns:
-        (all arguments, those of them that were taken because neither shapes nor `known` tell them).
+        (all arguments, those of them that are assumed because neither shapes nor `known` tell them).
 
     Raises:
         ValueError: shapes tell too little; the message names what has to be said.
@@ -117,9 +117,9 @@ def infer_arguments(weights: dict[str, Tensor], known: dict) -> tuple[dict, dict
     arguments = {"dim": dim, "num_classes": len(weights["mlp_head.1.weight"])}
     arguments["depth"] = len({key.split(".")[2] for key in weights if key.startswith("transformer.layers.")})
     arguments |= _infer_sizes(len(weights["to_patch_embedding.1.weight"]), tokens - 1, known)
-    told, taken = _infer_heads(weights, dim, arguments["depth"], known)
-    taken |= {name: value for name, value in OPEN.items() if name not in known}
-    return arguments | told | taken | known, taken
+    inferred, assumed = _infer_heads(weights, dim, arguments["depth"], known)
+    assumed |= {name: value for name, value in OPEN.items() if name not in known}
+    return arguments | inferred | assumed | known, assumed
 
 
 def _infer_sizes(values: int, patches: int, known: dict) -> dict:
@@ -143,7 +143,7 @@ def _infer_sizes(values: int, patches: int, known: dict) -> dict:
 
 
 def _infer_heads(weights: dict[str, Tensor], dim: int, depth: int, known: dict) -> tuple[dict, dict]:
-    """(heads and dim_head that are told, those that are taken)."""
+    """(heads and dim_head that are inferred, those that are assumed)."""
     first = "transformer.layers.0.0.fn."
     if depth and f"{first}to_out.0.weight" not in weights:
         return {"heads": 1, "dim_head": dim}, {}  # the only case without a projection back

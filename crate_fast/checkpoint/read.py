@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..eval_transform import FINETUNE, MAIN, Transform, read_transform
-from ..files import check_regular, digest_of, first_line, is_text, parse_json
+from ..files import check_regular, digest_of, first_line, is_text, parse_json, reason_of
 from ..optional import MissingPackageError, require
 from . import distributed
 from .published import Found, choose, find_weights
@@ -109,7 +109,7 @@ def _read_file(path: Path, wanted: str | None) -> Model:
     weights = _stored(path, found.weights)
     if isinstance(content.get("arguments"), dict):
         return Model(content["arguments"], weights, _transform_of(content), found.note)
-    return Model(None, weights, None if found.note else PUBLISHED.get(found.shelf), found.note)
+    return Model(None, weights, None if found.note else PUBLISHED.get(found.key), found.note)
 
 
 def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -159,7 +159,7 @@ def _read_parts(path: Path, wanted: str | None) -> Model:
     try:
         parts, kinds = distributed.find_parts(path), {"last": "model", "mean": "ema"}
         chosen = choose({kind: Found({}, part) for kind, part in kinds.items() if part in parts}, wanted)
-        weights = distributed.read_tensors(path, chosen.shelf or kinds["last"])
+        weights = distributed.read_tensors(path, chosen.key or kinds["last"])
     except distributed.DamagedError as error:
         raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast: {error}") from error
     except (OSError, MemoryError) as error:
@@ -268,7 +268,7 @@ def _unread(path: Path, error: OSError | MemoryError) -> CheckpointError:
     """What to raise where reading failed, for a cause that may pass: nothing is known of the file."""
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path}: {error.strerror}")
-    reason = "not enough memory" if isinstance(error, MemoryError) else error.strerror or first_line(error)
+    reason = "not enough memory" if isinstance(error, MemoryError) else reason_of(error)
     return CheckpointError(f"{path}: cannot be read ({reason})")
 
 

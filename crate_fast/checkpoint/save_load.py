@@ -18,13 +18,14 @@ from torch import Tensor
 from ..files import digest_of, first_line, shown, write_atomically
 from ..model.crate import CRATE
 from ..model.transformer import layers_of
+from ..modules.step import PUBLISHED_STEP
 from ..optional import require
 from .published import WORDS, infer_arguments
 from .read import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, model_file, read_model
 
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
-ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd")
+ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd", "step")
 FREE = ("training", "backend", "stream", "transform", "frozen")  # settings that a model and what its file builds need not share
 CHANGED = "the model was changed after it was built"
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -55,19 +56,19 @@ def _arguments_of(model: CRATE) -> dict:
         "channels": model.channels,
         "emb_dropout": float(model.dropout.p),
     }
-    of_layers = [_layer_arguments(mssa.fn, ista.fn) for mssa, ista in layers_of(transformer)]
+    of_layers = [_layer_arguments(mssa.fn, sparse.fn) for mssa, sparse in layers_of(transformer)]
     if any(layer != of_layers[0] for layer in of_layers):
-        raise ValueError("the layers differ in dim_head, dropout, ista or lambd; the constructor gives all the same")
+        raise ValueError("the layers differ in dim_head, dropout, ista, lambd or step; the constructor gives all the same")
     return arguments | (of_layers[0] if of_layers else {})
 
 
-def _layer_arguments(attention, feed_forward) -> dict:
+def _layer_arguments(attention, step) -> dict:
     return {
         "dim_head": attention.qkv.out_features // attention.heads,
         "dropout": float(attention.dropout.p),
-        "ista": float(feed_forward.step_size),
-        "lambd": float(feed_forward.lambd),
-    }
+        "ista": float(step.step_size),
+        "lambd": float(step.lambd),
+    } | ({} if step.name == PUBLISHED_STEP else {"step": step.name})
 
 
 def save_model(model: CRATE, path: str | os.PathLike) -> None:
@@ -215,11 +216,11 @@ def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: s
     if arguments is None:
         try:
             known = {name: value for name, value in overrides.items() if name in ARGUMENTS}
-            arguments, taken = infer_arguments(weights, known)
+            arguments, assumed = infer_arguments(weights, known)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: {first_line(error)}") from error
-        if taken:
-            words = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+        if assumed:
+            words = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
             _tell(f"{path}: taken as published, since shapes do not tell it: {words}")
     model = build(path, arguments, weights, overrides).to(device)
     model.transform = transform

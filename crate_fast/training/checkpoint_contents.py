@@ -9,12 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checkpoint.read import CheckpointError
-
-MOMENTS = {
-    **{name: {"step", "exp_avg", "exp_avg_sq"} for name in ("AdamW", "Adam")},
-    **{"Lion": {"exp_avg"}, "SGD": {"momentum_buffer"}},
-}
-"""What each optimizer keeps of a parameter."""
+from ..optimizers import OPTIMIZERS
 
 
 def _is_count(value: object) -> bool:
@@ -83,10 +78,10 @@ def check_whole(model: nn.Module, optimizer: Optimizer, checkpoint: dict, wants_
     if not isinstance(state, dict) or (state and set(state) != set(range(len(parameters)))):
         raise CheckpointError(f"{where}: the checkpoint has no state of {kind} for each of {len(parameters)} parameters")
     for number, moments in state.items():
-        if not isinstance(moments, dict) or set(moments) != MOMENTS[kind]:
+        if not isinstance(moments, dict) or set(moments) != OPTIMIZERS[kind].keeps:
             raise CheckpointError(f"{where}: the checkpoint's state of the optimizer is none of {kind}")
         for name, value in moments.items():
-            if kind == "SGD" and value is None:  # without momentum
+            if value is None and name in OPTIMIZERS[kind].may_lack:
                 continue
             expected = () if name == "step" else parameters[number].shape
             if not isinstance(value, Tensor) or value.shape != expected or not value.is_floating_point():

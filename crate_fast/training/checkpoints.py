@@ -19,7 +19,7 @@ import torch
 from ..checkpoint.read import CheckpointError, DamagedError, read_checkpoint
 from ..checkpoint.save_load import save_checkpoint
 from ..device import Compute
-from ..files import remove
+from ..files import first_line, remove
 from ..model.crate import CRATE
 from ..processes import Ranks
 from .checkpoint_contents import WEIGHTS_ALONE, check_values
@@ -39,7 +39,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(behind, OSError) and behind.strerror:
             return behind.strerror
         behind = behind.__context__
-    return str(error).strip().partition("\n")[0]
+    return first_line(error)
 
 
 class Checkpoints:
@@ -85,9 +85,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, RuntimeError) as error:  # PyTorch's writer makes RuntimeErrors of the system's
-            reason = _reason(error)
             kept = f"{before} is kept" if before else "there was none before it"
-            raise SavingError(f"{path} cannot be written ({reason}); {kept}") from error
+            raise SavingError(f"{path} cannot be written ({_reason(error)}); {kept}") from error
 
     def name(self, path: Path, best: bool) -> None:
         """Makes `path` the last checkpoint, and the best if it is that, and removes those that are no longer to be kept."""

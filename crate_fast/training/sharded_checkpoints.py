@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..checkpoint.distributed import STATE, SUFFIX, TABLE, checksum
 from ..checkpoint.read import read_state
 from ..checkpoint.save_load import constructor_arguments, transform_entry
-from ..files import flush_folder, remove, write_atomically
+from ..files import first_line, flush_folder, reason_of, remove, write_atomically
 from ..model.crate import CRATE
 from ..processes import read_ranks
 from .checkpoint_contents import check_values
@@ -98,6 +98,6 @@ def _write(tensors: dict, aside: Path, rank: int) -> dict[str, list[int]] | str:
         dcp.save(tensors, checkpoint_id=aside)
         return {file.name: checksum(file) for file in aside.glob(f"__{rank}_*")}
     except CheckpointException as error:  # in all processes, whichever failed
-        return str(next(iter(error.failures.values()))[0]).strip().partition("\n")[0]
+        return first_line(next(iter(error.failures.values()))[0])
     except OSError as error:
-        return error.strerror or str(error)
+        return reason_of(error)
