@@ -72,6 +72,7 @@ wheels: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo
 
 types: $(VENV)/installed-test
 	$(BIN)/pyright --pythonpath $(BIN)/python

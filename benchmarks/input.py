@@ -37,15 +37,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from crate_fast.training.changes import mirror
-from crate_fast.training.config import ConfigError, TrainConfig
-from crate_fast.training.data import open_data
-from crate_fast.training.draws import CHANGES, uniforms
-from crate_fast.training.encoding import Settings
-from crate_fast.training.images import MEAN, STD
-from crate_fast.training.packing import prepare
-from crate_fast.training.plan import Plan
-from crate_fast.training.ranks import ALONE
+from crate_fast.data.augment_batch import mirror
+from crate_fast.data.loader import MEAN, STD
+from crate_fast.data.open import open_data
+from crate_fast.data.order import Plan
+from crate_fast.data.pack_encoding import Settings
+from crate_fast.data.pack_writer import prepare
+from crate_fast.data.philox import CHANGES, uniforms
+from crate_fast.processes import ALONE
+from crate_fast.settings import ConfigError, TrainConfig
 from timing import machine
 
 WIDTH, HEIGHT, BYTES = 500, 375, 110_000

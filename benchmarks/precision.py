@@ -39,12 +39,12 @@ from tqdm import tqdm
 
 from crate_fast import CRATE, reference
 from crate_fast.checkpoint import constructor_arguments, load_checkpoint
+from crate_fast.data.digits import Digits
+from crate_fast.data.order import Plan
 from crate_fast.kernels import layer
 from crate_fast.kernels.gradients import Gradient, column_blocks, row_blocks
 from crate_fast.kernels.linear import Folded, Statistics
 from crate_fast.kernels.weight_gradients import Parts
-from crate_fast.training.digits import Digits
-from crate_fast.training.plan import Plan
 from crate_fast.training.resolve import resolve
 from ratios import compare, summarise
 

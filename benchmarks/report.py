@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from crate_fast.checkpoint import write_atomically
+from crate_fast.files import write_atomically
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- results: made by `python benchmarks/run.py --report` -->", "<!-- end of results -->"

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import floors
 from crate_fast.backend import BACKENDS
-from crate_fast.checkpoint import write_atomically
+from crate_fast.files import write_atomically
 from crate_fast.model import SIZES
 from judge import Judge, make_ready
 from peers import MODES, Peer, Unavailable, all_peers, load_published

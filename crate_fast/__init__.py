@@ -2,11 +2,11 @@
 
 from . import functional
 from .backend import BackendError, choose_backend
-from .checkpoint import load_checkpoint
-from .frozen import freeze
-from .model import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
-from .reading import CheckpointError
-from .replay import graphed
+from .checkpoint.read import CheckpointError
+from .checkpoint.save_load import load_checkpoint
+from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
+from .model.cuda_graph import graphed
+from .model.freezing import freeze
 
 __version__ = "0.1.0"
 __all__ = [

@@ -6,12 +6,50 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+PAUSES = (0.1, 0.4, 1.5)  # seconds, after each of which what the system could not read is asked for once more
+
+
+def is_of_system(error: BaseException) -> bool:
+    """Whether it tells of the system (a disk, a server, memory, permissions) and nothing of what is in a file.
+
+    Decoders raise OSError too, of no number, and EINVAL where damage sends them to a place before a file's begin.
+    """
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.EINVAL)
+    return isinstance(error, MemoryError)
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` gives, asked again after each of `PAUSES` where the system fails it; then raises what it raises."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if not is_of_system(error):
+                raise
+        time.sleep(pause)
+    return read()
+
+
+def shown(value: object) -> str:
+    """`value` as a line says it, cut where it is long; Python writes no whole number of more than 4,300 digits."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def parse_json(text: str | bytes):
@@ -55,6 +93,17 @@ def drawable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has errors of the system name the file, which they do not where it is written to, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def open_own(path: Path, mode: str) -> IO:
     """Opens a file of a run's own directory, which may come from elsewhere: no link out of it is followed.
 
@@ -91,3 +140,46 @@ def digest_of(values: dict, tensors: dict[str, Tensor]) -> str:
         digest.update(as_bytes(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n"))
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], object]) -> None:
+    """Lets `write` fill a file beside `path`, flushes it to the disk and renames it: `path` is the old file or all of the new.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming(path), open_own(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """Flushes to the disk which names a folder has: a rename lives in it."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, cut off at its first line; the name of its class where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a directory with all that is in it, where it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import kill
-from pictures import make_folder
+from helpers.pictures import make_folder
 
 HOSTS = ("crate1", "crate2")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")

@@ -20,10 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from pictures import make_folder
+from helpers.pictures import make_folder
 
-from crate_fast.training.encoding import Settings
-from crate_fast.training.packing import prepare
+from crate_fast.data.pack_encoding import Settings
+from crate_fast.data.pack_writer import prepare
 
 TIMING = ("images_per_second", "waiting", "memory_gib", "mfu")
 STEPS_PER_EPOCH = 8
@@ -39,7 +39,7 @@ SETTINGS = [
 class Attempt:
     """A process, or torchrun with its processes, that trains in `out` with `workers`, going on with what is there.
 
-    kill: where it kills itself, see killed/sitecustomize.py.
+    kill: where it kills itself, see helpers/killed/sitecustomize.py.
     """
 
     def __init__(self, data: Path, out: Path, ranks: int, workers: int, more: tuple[str, ...] = (), kill: str = "") -> None:
@@ -49,7 +49,7 @@ class Attempt:
         words = ["train", "--data", data, *SETTINGS, *more, "--workers", workers * ranks, "--out", out, "--resume", "auto"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if kill:
-            paths = [str(Path(__file__).with_name("killed")), os.environ.get("PYTHONPATH", "")]
+            paths = [str(Path(__file__).with_name("helpers") / "killed"), os.environ.get("PYTHONPATH", "")]
             environment |= {"KILL_INSIDE": kill, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self.out = out
         with open(out.parent / f"{out.name}.log", "ab") as log:

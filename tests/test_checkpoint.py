@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from crate_fast import CRATE, checkpoint, reference
+from crate_fast import CRATE, files, reference
 from crate_fast.checkpoint import constructor_arguments, load_checkpoint, save_checkpoint, save_model
-from crate_fast.reading import CheckpointError, read_checkpoint
+from crate_fast.checkpoint.read import CheckpointError, read_checkpoint
 
 SMALL = {"image_size": 8, "patch_size": 4, "num_classes": 3, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "channels": 1}
 VARIANTS = {
@@ -131,7 +131,7 @@ def test_failed_write_leaves_the_old_file(saved, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save_model(small_model(ista=0.9), saved)
     assert saved.read_bytes() == before

@@ -7,11 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pictures import make_folder
+from helpers.pictures import make_folder
 from PIL import Image
 
-from crate_fast.training import ConfigError, UnreadableError, resolve, train
-from crate_fast.training.augment import (
+from crate_fast.data.augment import (
     OPERATIONS,
     SIGNED,
     TRIVIALAUGMENT_RANGES,
@@ -22,11 +21,12 @@ from crate_fast.training.augment import (
     random_crop,
     strength,
 )
-from crate_fast.training.data import open_data
-from crate_fast.training.folder import open_folder
-from crate_fast.training.images import MEAN, STD
-from crate_fast.training.plan import Plan
-from crate_fast.training.ranks import ALONE, Ranks
+from crate_fast.data.folder import open_folder
+from crate_fast.data.loader import MEAN, STD
+from crate_fast.data.open import open_data
+from crate_fast.data.order import Plan
+from crate_fast.processes import ALONE, Ranks
+from crate_fast.training import ConfigError, UnreadableError, resolve, train
 
 CPU = torch.device("cpu")
 SMALL = dict(

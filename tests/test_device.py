@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import on_gpu
+from helpers.pictures import cut, photographs
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import cut, photographs
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
-from crate_fast.training.augment import (
+from crate_fast.data.augment import (
     OPERATIONS,
     SIGNED,
     TRIVIALAUGMENT_RANGES,
@@ -24,13 +24,13 @@ from crate_fast.training.augment import (
     random_crop,
     strength,
 )
-from crate_fast.training.changes import ERASING, Changes, change_each, erased_boxes, fill, mirror
-from crate_fast.training.config import TrainConfig
-from crate_fast.training.draws import CHANGES, CROP, CROP_DRAWS, crop_boxes, philox, uniforms
-from crate_fast.training.images import COLOUR, MEAN, STD
-from crate_fast.training.plan import Plan
-from crate_fast.training.ranks import ALONE, Ranks
-from crate_fast.training.resident import Pictures, Resident, resample
+from crate_fast.data.augment_batch import ERASING, Changes, change_each, erased_boxes, fill, mirror
+from crate_fast.data.device_loader import Pictures, Resident, resample
+from crate_fast.data.loader import COLOUR, MEAN, STD
+from crate_fast.data.order import Plan
+from crate_fast.data.philox import CHANGES, CROP, CROP_DRAWS, crop_boxes, philox, uniforms
+from crate_fast.processes import ALONE, Ranks
+from crate_fast.settings import TrainConfig
 
 CPU = torch.device("cpu")
 SETTINGS = dict(data="cifar10", rotate=0.0, zoom=0.0, shift=0.0)

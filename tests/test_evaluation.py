@@ -11,14 +11,14 @@ from PIL import Image
 
 from crate_fast import CRATE, CheckpointError, load_checkpoint
 from crate_fast.checkpoint import save_checkpoint, save_model
+from crate_fast.checkpoint.start_from import read_weights, start_from
+from crate_fast.data.loader import MEAN, STD, digest
+from crate_fast.eval_transform import Transform, read_transform
 from crate_fast.training import ConfigError, metrics
+from crate_fast.training.checkpoints import Checkpoints
 from crate_fast.training.evaluation import evaluate_run
-from crate_fast.training.images import MEAN, STD, digest
-from crate_fast.training.plots import plot_curves
-from crate_fast.training.rundir import RunDirectory
-from crate_fast.training.saving import Checkpoints
-from crate_fast.training.weights import read_weights, start_from
-from crate_fast.transform import Transform, read_transform
+from crate_fast.training.monitor import plot_curves
+from crate_fast.training.run_directory import RunDirectory
 
 SMALL = {"image_size": 16, "patch_size": 4, "num_classes": 2, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16}
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from crate_fast.cli import build_parser, main
+from crate_fast.commands.main import build_parser, main
+from crate_fast.commands.published_flags import PUBLISHED
+from crate_fast.commands.train import given_settings, warnings_of
 from crate_fast.model import SIZES
-from crate_fast.train_command import given_settings, warnings_of
 from crate_fast.training import TrainConfig, resolve
-from crate_fast.training.flags import PUBLISHED
 from crate_fast.training.resolve import NAMES, describe, read_recipe
 
 DOCS = Path(__file__).parent.parent / "docs" / "training.md"

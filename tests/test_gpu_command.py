@@ -1,6 +1,5 @@
 """`make gpu` as far as it goes without a GPU: the rehearsed queue, a state that is carried, no speed without parity."""
 
-import ast
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import grimp
 import pytest
 import torch
 from conftest import BENCHMARKS
@@ -238,16 +238,10 @@ def test_a_step_that_the_budget_cuts_off_is_as_if_it_had_not_begun(place, capsys
 
 def test_the_digest_covers_what_launches_kernels():
     """All that crate_fast's model imports of the package, but what computes nothing."""
-    found, open_ = set(), {"model", "functional", "replay"}
-    while open_:
-        name = open_.pop()
-        found.add(name)
-        tree = ast.parse((ROOT / "crate_fast" / f"{name}.py").read_text())
-        modules = {
-            node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
-        }
-        open_ |= {module for module in modules if (ROOT / "crate_fast" / f"{module}.py").exists()} - found
-    assert set(states.LAUNCHERS) == found - {"checkpoint", "extras", "files", "hub", "reading", "transform"}
+    graph, nothing = grimp.build_graph("crate_fast"), {"checkpoint", "eval_transform", "files", "kernels", "optional", "sizes"}
+    imported = graph.find_upstream_modules("crate_fast.model", as_package=True)
+    rooms = {name.split(".")[1] for name in imported if name.count(".")} | {"model"}
+    assert {pattern.removesuffix(".py").removesuffix("/*") for pattern in states.LAUNCHERS} == rooms - nothing
 
 
 def test_the_queue_keeps_its_limits_and_begins_with_parity_and_speed_of_tiny():

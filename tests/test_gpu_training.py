@@ -11,26 +11,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import on_gpu
-from pictures import make_folder
+from helpers.pictures import make_folder
 from test_graphs import emulated
 from test_loop import make_trainer, step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crate_fast.checkpoint import load_checkpoint
+from crate_fast.data.augment_batch import Changes
+from crate_fast.data.device_loader import Pictures, Resident
+from crate_fast.data.loader import COLOUR, STD, Normalise
+from crate_fast.data.open import Data, open_data
+from crate_fast.data.order import Plan
+from crate_fast.data.pack_encoding import Settings
+from crate_fast.data.pack_folder import open_packs
+from crate_fast.data.pack_loader import Packed
+from crate_fast.data.pack_writer import prepare
+from crate_fast.processes import ALONE
 from crate_fast.training import TrainConfig, resolve, train
-from crate_fast.training.changes import Changes
-from crate_fast.training.data import Data, open_data
-from crate_fast.training.encoding import Settings
-from crate_fast.training.graphs import Graphed
-from crate_fast.training.images import COLOUR, STD, Normalise
+from crate_fast.training.cuda_graphs import Graphed
+from crate_fast.training.ddp import replicate
 from crate_fast.training.loop import NEVER
-from crate_fast.training.packed import Packed
-from crate_fast.training.packing import prepare
-from crate_fast.training.packs import open_packs
-from crate_fast.training.parallel import replicate
-from crate_fast.training.plan import Plan
-from crate_fast.training.ranks import ALONE
-from crate_fast.training.resident import Pictures, Resident
 
 CPU = torch.device("cpu")
 DIGITS = dict(image_size=8, dim=16, depth=2, heads=1, dim_head=16, epochs=1, num_threads=1, optimizer="AdamW", lr=1e-3)

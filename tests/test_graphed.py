@@ -11,7 +11,7 @@ import torch
 
 import crate_fast
 from crate_fast import CRATE, BackendError, freeze, graphed
-from crate_fast.replay import Graphed
+from crate_fast.model.cuda_graph import Graphed
 
 SIZES = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=2, heads=2, dim_head=16)
 

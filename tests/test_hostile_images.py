@@ -11,17 +11,17 @@ import zlib
 import numpy as np
 import pytest
 from conftest import call
-from pictures import make_folder
+from helpers.pictures import make_folder
 from PIL import Image
 
-from crate_fast.pictures import MOST_PIXELS, read_picture
-from crate_fast.training.encoding import Settings
-from crate_fast.training.folder import open_folder
-from crate_fast.training.packfile import HEADER, INDEX, JPEG, RAW, Encoded, Pack, PackError, write_pack
-from crate_fast.training.packing import prepare
-from crate_fast.training.packs import Split, open_packs
-from crate_fast.training.plots import plot_curves
-from crate_fast.training.rundir import RunDirectory
+from crate_fast.data.folder import open_folder
+from crate_fast.data.pack_encoding import Settings
+from crate_fast.data.pack_file import HEADER, INDEX, JPEG, RAW, Encoded, Pack, PackError, write_pack
+from crate_fast.data.pack_folder import Split, open_packs
+from crate_fast.data.pack_writer import prepare
+from crate_fast.data.pictures import MOST_PIXELS, read_picture
+from crate_fast.training.monitor import plot_curves
+from crate_fast.training.run_directory import RunDirectory
 
 SMALL = ["--image-size", "16", "--patch-size", "8", "--dim", "16", "--depth", "1", "--heads", "1", "--dim-head", "16"]
 QUICK = [*SMALL, "--device", "cpu", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
@@ -76,7 +76,7 @@ def test_headers_that_ask_for_memory_are_refused_before_anything_is_decoded(name
 
 def test_what_starts_programs_is_no_image(tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(OSError, match="no image that can be read"):
         read_picture(tmp_path / "x.jpg")
 
 
@@ -224,7 +224,7 @@ def test_names_that_are_no_utf8_work_in_every_command(tmp_path):
         ["convert", here / "run" / "model.safetensors", here / f"{ANY_NAME}.pth.tar"],
         ["evaluate", here / f"{ANY_NAME}.pth.tar", "--data", folder, "--device", "cpu", "--workers", "0"],
     ]
-    code = f"import sys; from crate_fast.cli import main\nfor words in {[[str(w) for w in c] for c in commands]!a}:\n"
+    code = f"import sys; from crate_fast.commands.main import main\nfor words in {[[str(w) for w in c] for c in commands]!a}:\n"
     code += "    status = main(words)\n    print(words[0], status, file=sys.stderr)\n"
     strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     result = subprocess.run([sys.executable, "-c", code], env=strict, capture_output=True, text=True, check=False)

@@ -11,7 +11,7 @@ from conftest import load_module
 
 from crate_fast import CRATE, CRATE_small, inspection, reference
 from crate_fast.inspection import InspectionError
-from crate_fast.positions import resample_positions
+from crate_fast.model.positions import resample_positions
 
 SMALL = {"image_size": 16, "patch_size": 4, "num_classes": 10, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
 VARIANTS = {

@@ -17,7 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from crate_fast import CRATE, freeze
-from crate_fast.replay import Graphed
+from crate_fast.model.cuda_graph import Graphed
 
 SIZES = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=2, heads=2, dim_head=16)
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from crate_fast import CRATE, reference
 from crate_fast.kernels import layer
+from crate_fast.model.transformer import pool_tokens
 from crate_fast.training import train
 from crate_fast.training.resolve import resolve
-from crate_fast.transformer import pool_tokens
 from ratios import run
 from ties import recorded, resolved
 

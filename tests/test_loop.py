@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from crate_fast.data.digits import Digits
+from crate_fast.data.order import Plan, make_plan, share_of
+from crate_fast.device import choose_compute
+from crate_fast.processes import ALONE, Ranks
+from crate_fast.settings import OPTIMIZERS
+from crate_fast.signals import Signals
 from crate_fast.training import TrainConfig, TrainingError, train
-from crate_fast.training.compute import choose_compute
-from crate_fast.training.config import OPTIMIZERS
-from crate_fast.training.contents import MOMENTS
-from crate_fast.training.digits import Digits
-from crate_fast.training.flat import Flat
+from crate_fast.training.checkpoint_contents import MOMENTS
+from crate_fast.training.ddp import Flat
 from crate_fast.training.loop import Trainer
 from crate_fast.training.mixing import mix
 from crate_fast.training.optimizer import finetune_factor, learning_rate_at, main_factor
-from crate_fast.training.plan import Plan, make_plan, share_of
-from crate_fast.training.ranks import ALONE, Ranks
 from crate_fast.training.run import build_model
-from crate_fast.training.stop import Signals
 
 SMALL = TrainConfig(
     **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, lr=1e-3),
@@ -62,9 +62,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulate):
 GRADIENTS = """
 import sys, torch
 from test_loop import make_trainer, step
-from crate_fast.training.plan import make_plan
-from crate_fast.training.ranks import process_group, read_ranks
-from crate_fast.training.parallel import replicate
+from crate_fast.data.order import make_plan
+from crate_fast.processes import process_group, read_ranks
+from crate_fast.training.ddp import replicate
 
 ranks, seed = read_ranks(), torch.manual_seed
 torch.manual_seed = lambda value: seed(value + int(sys.argv[2]))  # as conftest.py does for --seed

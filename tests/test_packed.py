@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import call
-from pictures import make_folder, photographs
+from helpers.pictures import make_folder, photographs
 from PIL import Image
 
-from crate_fast.training import TrainConfig, packed, resolve, train
-from crate_fast.training.data import open_data
-from crate_fast.training.encoding import Settings
-from crate_fast.training.packfile import Pack, PackError
-from crate_fast.training.packing import prepare
-from crate_fast.training.packs import open_packs
-from crate_fast.training.plan import Plan
-from crate_fast.training.ranks import ALONE, Ranks
+from crate_fast.data import pack_loader
+from crate_fast.data.open import open_data
+from crate_fast.data.order import Plan
+from crate_fast.data.pack_encoding import Settings
+from crate_fast.data.pack_file import Pack, PackError
+from crate_fast.data.pack_folder import open_packs
+from crate_fast.data.pack_writer import prepare
+from crate_fast.processes import ALONE, Ranks
+from crate_fast.training import TrainConfig, resolve, train
 
 CPU = torch.device("cpu")
 SMALL = Settings(short_side=24, raw=True, pack_images=5)
@@ -52,7 +53,7 @@ def test_evaluation_from_packs_is_the_folders_to_the_bit(folder, tmp_path):
 def test_batches_depend_on_seed_epoch_and_index_alone(folder, tmp_path, monkeypatch, raw, bound):
     """Whatever the number of workers and processes, where an epoch is begun, and how an epoch before was left."""
     prepare(folder, tmp_path / "packs", Settings(short_side=32, raw=raw, pack_images=5), workers=1)
-    monkeypatch.setattr(packed, *bound)
+    monkeypatch.setattr(pack_loader, *bound)
     config = config_for(tmp_path / "packs", augment="randaugment", erase=0.5)
 
     def epoch_of(data, epoch: int = 1, first: int = 0, ranks: Ranks = ALONE) -> list:
@@ -96,7 +97,7 @@ def test_a_training_crop_is_what_the_folder_would_give(tmp_path):
     ):
         top, left, height, width = box
         out = np.empty((size, size, 3), np.uint8)
-        packed.read_crop(split, 0, box, out)
+        pack_loader.read_crop(split, 0, box, out)
         cropped = Image.fromarray(pixels[top : top + height, left : left + width])
         expected = np.asarray(cropped.resize((size, size), Image.Resampling.BILINEAR))
         apart = np.abs(out.astype(int) - expected)

@@ -15,18 +15,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import call
+from helpers.pictures import cut, make_folder, photographs
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import cut, make_folder, photographs
 from PIL import Image
 
-from crate_fast import checkpoint
-from crate_fast.training import packing
-from crate_fast.training.encoding import Settings
-from crate_fast.training.folder import open_folder
-from crate_fast.training.packfile import HEADER_SIZE, INDEX, JPEG, Encoded, Pack, PackError, Unreadable, write_pack
-from crate_fast.training.packing import prepare, verify
-from crate_fast.training.packs import Split, open_packs
+from crate_fast import files
+from crate_fast.data import pack_writer
+from crate_fast.data.folder import open_folder
+from crate_fast.data.pack_encoding import Settings
+from crate_fast.data.pack_file import HEADER_SIZE, INDEX, JPEG, Encoded, Pack, PackError, Unreadable, write_pack
+from crate_fast.data.pack_folder import Split, open_packs
+from crate_fast.data.pack_writer import prepare, verify
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def run_until(moment: int, folder: Path, target: Path) -> None:
 
             return counted
 
-        packing.encode = count(packing.encode)
-        checkpoint.os.fsync, checkpoint.os.replace = count(os.fsync), count(os.replace)
+        pack_writer.encode = count(pack_writer.encode)
+        files.os.fsync, files.os.replace = count(os.fsync), count(os.replace)
         prepare(folder, target, SMALL, workers=2)
         os._exit(0)
 
@@ -94,9 +94,9 @@ def test_a_kill_at_any_moment_leaves_no_trace(folder, straight, tmp_path, moment
 
 def test_a_worker_that_is_killed_is_told(folder, tmp_path, monkeypatch):
     started = time.monotonic()
-    monkeypatch.setattr(packing, "encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    monkeypatch.setattr(packing, "_estimate", lambda *_: 0)
-    with pytest.raises(packing.ConfigError, match=r"--workers is 2: one was ended from outside.*the same command goes on"):
+    monkeypatch.setattr(pack_writer, "encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(pack_writer, "_estimate", lambda *_: 0)
+    with pytest.raises(pack_writer.ConfigError, match=r"--workers is 2: one was ended from outside.*the same command goes on"):
         prepare(folder, tmp_path / "packs", SMALL, workers=2)
     monkeypatch.undo()
     prepare(folder, tmp_path / "packs", SMALL, workers=2)
@@ -279,23 +279,23 @@ def test_what_cannot_be_packed_is_named(folder, straight, tmp_path, capsys, monk
     )
     assert "--short-side is 256; " in refused(folder, straight, "--raw", "--pack-images", 5)
     assert "it must be a whole number from 1 to 100" in refused(folder, tmp_path / "packs", "--quality", 101)
-    monkeypatch.setattr(packing, "PATIENCE", 0.2)
+    monkeypatch.setattr(pack_writer, "PATIENCE", 0.2)
     descriptor = os.open(straight, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     assert f"{straight}: another prepare is in it" in refused(folder, straight)
     os.close(descriptor)
     other = make_folder(tmp_path / "other", train=9, val=3)
     assert "begun with other files" in refused(other, straight, "--raw", "--short-side", 24, "--pack-images", 5)
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
+    monkeypatch.setattr(pack_writer.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
     assert re.search(r"where 0\.0 MB are free; about [\d.]+ MB are needed", refused(folder, tmp_path / "packs"))
 
 
 def test_counts_are_checked_where_the_classes_are_imagenets(monkeypatch):
     counts = {"train": 1_281_166, "val": 50_000}
-    assert packing.count_warnings([f"n{number:08d}" for number in range(1000)], counts) == []
-    monkeypatch.setattr(packing, "IMAGENET_CLASSES", packing.hashlib.sha256(b"n01440764\nn01443537").hexdigest())
+    assert pack_writer.count_warnings([f"n{number:08d}" for number in range(1000)], counts) == []
+    monkeypatch.setattr(pack_writer, "IMAGENET_CLASSES", pack_writer.hashlib.sha256(b"n01440764\nn01443537").hexdigest())
     words = "the classes are ImageNet's, and train has 1,281,166 images; ImageNet has 1,281,167"
-    assert packing.count_warnings(["n01440764", "n01443537"], counts) == [words]
+    assert pack_writer.count_warnings(["n01440764", "n01443537"], counts) == [words]
 
 
 def test_the_index_is_as_documented():

@@ -12,15 +12,16 @@ import torch
 from conftest import call
 from PIL import Image
 
+from crate_fast.data import loader
+from crate_fast.data.folder import open_folder
+from crate_fast.data.open import open_data
+from crate_fast.data.pack_encoding import Settings, encode
+from crate_fast.data.pictures import find_pictures, read_picture
 from crate_fast.inspection.photos import find_photos, read_photo
-from crate_fast.pictures import find_pictures, read_picture
-from crate_fast.training import ConfigError, images
-from crate_fast.training.data import open_data
-from crate_fast.training.encoding import Settings, encode
-from crate_fast.training.folder import open_folder
-from crate_fast.training.ranks import ALONE
+from crate_fast.processes import ALONE
+from crate_fast.settings import ConfigError
 from crate_fast.training.resolve import resolve
-from crate_fast.training.rundir import RunDirectory
+from crate_fast.training.run_directory import RunDirectory
 
 SIDE = 8
 GREY = np.linspace(0, 255, SIDE * SIDE).round().reshape(SIDE, SIDE)  # a ramp from black to white
@@ -117,7 +118,7 @@ def everywhere(path):
         (root / split / "a").mkdir(parents=True)
         (root / split / "a" / path.name).write_bytes(path.read_bytes())
     train, val, _ = open_folder(root)
-    whole = images.TestSamples(val, val.read(0).size[::-1], 0.0)[0].pixels
+    whole = loader.TestSamples(val, val.read(0).size[::-1], 0.0)[0].pixels
     packed = encode(str(path), path.name, 0, True, Settings(short_side=0, raw=True))
     stored = np.frombuffer(packed.content, np.uint8).reshape(packed.height, packed.width, 3)
     return [np.asarray(train.read(0)), whole, stored, np.asarray(read_photo(path))]

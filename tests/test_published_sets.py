@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import call
-from pictures import make_archives, make_cifar10, make_flowers, make_pets, trust
-from serving import served
+from helpers.pictures import make_archives, make_cifar10, make_flowers, make_pets, trust
+from helpers.serving import served
 
-from crate_fast.extras import MissingPackageError
-from crate_fast.training import ConfigError, download, resolve
-from crate_fast.training.data import open_data
-from crate_fast.training.published_sets import SETS, open_published
-from crate_fast.training.ranks import ALONE
-from crate_fast.training.saving import remove
+from crate_fast.data import download
+from crate_fast.data.open import open_data
+from crate_fast.data.published_sets import SETS, open_published
+from crate_fast.files import remove
+from crate_fast.optional import MissingPackageError
+from crate_fast.processes import ALONE
+from crate_fast.training import ConfigError, resolve
 
 COUNTS = {"cifar10": (50, 20, 10), "flowers102": (4, 6, 102), "pets": (5, 4, 37)}
 BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -279,7 +280,7 @@ def test_processes_that_want_the_same_set_download_it_once(server, source, tmp_p
 
 def test_torchvision_is_asked_for_where_a_published_set_is(tmp_path, monkeypatch):
     config = resolve(dict(data="cifar10", data_dir=str(tmp_path), device="cpu", workers=0))
-    monkeypatch.setattr("crate_fast.extras.find_spec", lambda name: None if name == "torchvision" else name)
+    monkeypatch.setattr("crate_fast.optional.find_spec", lambda name: None if name == "torchvision" else name)
     with pytest.raises(MissingPackageError, match=r"^this needs torchvision: pip install 'crate-fast\[train\]'$"):
         open_data(config, torch.device("cpu"), ALONE)
     assert set(SETS) == {"cifar10", "cifar100", "flowers102", "pets"}
@@ -287,5 +288,5 @@ def test_torchvision_is_asked_for_where_a_published_set_is(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_nothing_else_needs_torchvision():
-    line = "import sys; sys.modules['torchvision'] = None; import crate_fast.cli, crate_fast.train_command, crate_fast.training"
-    subprocess.run([sys.executable, "-c", f"{line}; import crate_fast.training.run"], check=True)
+    line = "import sys; sys.modules['torchvision'] = None; import crate_fast.commands.main, crate_fast.training.run"
+    subprocess.run([sys.executable, "-c", line], check=True)

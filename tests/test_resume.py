@@ -18,12 +18,13 @@ import kill
 import pytest
 import torch
 
-from crate_fast.cli import main
-from crate_fast.reading import CheckpointError, read_checkpoint
+from crate_fast.checkpoint.read import CheckpointError, read_checkpoint
+from crate_fast.commands.main import main
+from crate_fast.locks import unlock
+from crate_fast.signals import Signals
 from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, train
 from crate_fast.training.loop import Trainer
-from crate_fast.training.rundir import RunDirectory, unlock
-from crate_fast.training.stop import Signals
+from crate_fast.training.run_directory import RunDirectory
 
 SMALL = TrainConfig(
     **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, batch_size=256, epochs=4),
@@ -381,7 +382,7 @@ def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("switch", "expected"), [("0", None), ("1", "auto"), ("some/run", "some/run")])
 def test_resume_of_the_published_scripts(monkeypatch, switch, expected):
     seen = {}
-    monkeypatch.setattr("crate_fast.train_command.train", lambda config, **options: seen.update(options) or (None, None))
+    monkeypatch.setattr("crate_fast.commands.train.train", lambda config, **options: seen.update(options) or (None, None))
     for command in ("train", "finetune"):
         assert main([command, "--resume", switch, "--out", "there"]) == 0
         assert seen["resume"] == expected
@@ -440,3 +441,14 @@ def test_metrics_shorter_than_the_checkpoint_are_refused(finished, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["circumstances"]["ranks"] == 1
     assert re.fullmatch("[0-9a-f]{16}", config["circumstances"]["kernels"])
+
+
+def test_a_signal_ends_what_waits_outside_of_python(monkeypatch, capfd):
+    def waiting() -> None:
+        monkeypatch.setattr("crate_fast.signals.PROMPT", 0.2)
+        with Signals(tell=True):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            torch.linalg.eigvals(torch.randn(3000, 3000))  # seconds in which Python runs no handler
+
+    assert in_a_process(waiting) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == "crate-fast: stopped by signal 15 before the first step\n"

@@ -18,12 +18,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from crate_fast import CRATE, load_checkpoint
+from crate_fast.checkpoint.read import CheckpointError
+from crate_fast.device import Compute
 from crate_fast.kernels import runtime
-from crate_fast.reading import CheckpointError
+from crate_fast.processes import ALONE, process_group
 from crate_fast.training import ConfigError, TrainConfig, evaluate_run, train
-from crate_fast.training.compute import Compute
-from crate_fast.training.parallel import check_strategy
-from crate_fast.training.ranks import ALONE, process_group
+from crate_fast.training.ddp import check_strategy
 
 SIZES = dict(image_size=16, patch_size=8, num_classes=10, dim=32, depth=2, heads=2, dim_head=16)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -126,9 +126,9 @@ import copy, sys, torch
 from dataclasses import replace
 from crate_fast import CRATE
 from crate_fast.training import TrainConfig, train
-from crate_fast.training.compute import choose_compute
-from crate_fast.training.ranks import process_group, read_ranks
-from crate_fast.training.sharding import shard
+from crate_fast.device import choose_compute
+from crate_fast.processes import process_group, read_ranks
+from crate_fast.training.fsdp import shard
 from test_sharding import SIZES, kernels_of
 
 config = TrainConfig(image_size=8, dim=18, depth=2, heads=3, dim_head=6, device="cpu", num_threads=1, log_every=1,

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from crate_fast.checkpoint import load_checkpoint
-from crate_fast.extras import MissingPackageError, require
-from crate_fast.reading import read_checkpoint
-from crate_fast.training import ConfigError, TrainConfig, TrainingError, digits, evaluate_run, train
-from crate_fast.training.compute import choose_compute
-from crate_fast.training.digits import Digits, load_scans, split_indices, transform, transforms
+from crate_fast.checkpoint.read import read_checkpoint
+from crate_fast.data import digits
+from crate_fast.data.digits import Digits, load_scans, split_indices, transform, transforms
+from crate_fast.data.order import Plan
+from crate_fast.device import choose_compute
+from crate_fast.optional import MissingPackageError, require
+from crate_fast.processes import ALONE
+from crate_fast.training import ConfigError, TrainConfig, TrainingError, evaluate_run, train
 from crate_fast.training.metrics import Meter, Score, measure
 from crate_fast.training.optimizer import learning_rate
-from crate_fast.training.plan import Plan
-from crate_fast.training.ranks import ALONE
 
 CPU = torch.device("cpu")
 MINIATURE = dict(epochs=2, batch_size=256, image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1)
@@ -156,7 +157,7 @@ def test_devices(monkeypatch):
 
 
 def test_missing_packages_are_named(monkeypatch):
-    monkeypatch.setattr("crate_fast.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("crate_fast.optional.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"scikit-learn, tqdm: pip install 'crate-fast\[train\]'"):
         require("sklearn", "tqdm")
 

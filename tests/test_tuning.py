@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import DTYPES
 
-from crate_fast import CRATE, reference, tune
+from crate_fast import CRATE, reference
+from crate_fast.commands import tune
 from crate_fast.kernels import tuning
 from ties import recorded, resolved
 

@@ -14,9 +14,9 @@ from test_inspection import assert_measures_are_right, watched
 
 from crate_fast import CRATE, inspection, load_checkpoint, reference
 from crate_fast.checkpoint import save_model
-from crate_fast.cli import main
+from crate_fast.commands.main import main
+from crate_fast.data.digits import Digits
 from crate_fast.inspection import figures, photos
-from crate_fast.training.digits import Digits
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
 RUN = [

@@ -1,20 +1,23 @@
 """What a run shows beside its metrics."""
 
+import errno
 import json
+import os
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import call
-from pictures import make_folder
+from helpers.pictures import make_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import CRATE
-from crate_fast.training import TrainConfig, waiting
-from crate_fast.training.compute import Compute
-from crate_fast.training.watch import peak_flops, training_flops
+from crate_fast.device import Compute
+from crate_fast.training import TrainConfig, data_wait
+from crate_fast.training.monitor import peak_flops, training_flops
 
 SMALL = ["--epochs", "2", "--num-threads", "1", "--device", "cpu", "--dim", "16", "--depth", "1", "--heads", "1"]
 
@@ -56,8 +59,8 @@ def test_a_run_is_watched(tmp_path, capsys):
 def test_input_that_cannot_keep_up_is_told_once(tmp_path, capsys, monkeypatch, late):
     """Whatever the machine does meanwhile, none of the time is too much waiting, or all of it would not be."""
     folder = make_folder(tmp_path / "folder", train=24, val=3)
-    monkeypatch.setattr(waiting, "WATCHED", 0.0)
-    monkeypatch.setattr(waiting, "LATE", late)
+    monkeypatch.setattr(data_wait, "WATCHED", 0.0)
+    monkeypatch.setattr(data_wait, "LATE", late)
     words = ["train", "--data", folder, *SMALL, "--image-size", 8, "--patch-size", 4, "--log-every", 1, "--batch-size", 8]
     status, _, err = call(capsys, *words, "--workers", 0, "--out", tmp_path / "run")
     assert status == 0
@@ -72,8 +75,8 @@ def test_input_that_cannot_keep_up_is_told_once(tmp_path, capsys, monkeypatch, l
 
 def test_waiting_is_told_where_it_is_a_tenth_of_ten_seconds(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(waiting.time, "perf_counter", lambda: clock[0])
-    times = waiting.Waiting(torch.device("cpu"), "patience")
+    monkeypatch.setattr(data_wait.time, "perf_counter", lambda: clock[0])
+    times = data_wait.Waiting(torch.device("cpu"), "patience")
 
     def wait(seconds: float) -> None:
         with times:
@@ -105,7 +108,7 @@ def test_on_a_gpu_the_devices_own_pauses_count(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
-    times = waiting.Waiting(torch.device("cuda:1"), "patience")
+    times = data_wait.Waiting(torch.device("cuda:1"), "patience")
     for _ in range(2):
         with times:
             pass
@@ -130,3 +133,32 @@ def test_only_known_peaks_are_taken():
     assert peak_flops(TrainConfig(), compute) is None
     assert peak_flops(TrainConfig(peak_tflops=2.0), compute) == 2e12
     assert peak_flops(TrainConfig(), Compute(torch.device("cpu"), "float32")) is None
+
+
+@pytest.mark.parametrize("good", [0, 1, 5])  # records before the disk is full
+def test_a_disk_that_is_full_for_tensorboard_is_told_in_a_line(tmp_path, capsys, monkeypatch, good):
+    write, written = RecordWriter.write, []
+
+    def full(writer, data):
+        written.append(data)
+        if len(written) > good:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(writer, data)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    status, _, err = call(capsys, "train", *SMALL, "--tensorboard", "--log-every", "5", "--out", tmp_path / "run")
+    start = f"crate-fast: error: {tmp_path / 'run' / 'tensorboard'} cannot be written (No space left on device); "
+    assert (status, err.startswith(start), err.count("\n")) == (2, True, 1), err
+
+
+def test_files_of_a_run_that_do_not_fit_on_the_disk_are_named(tmp_path, capsys, monkeypatch):
+    flush = os.fsync
+
+    def full(descriptor):
+        if "metrics" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, err = call(capsys, "train", *SMALL, "--out", tmp_path / "run")
+    assert (status, err.count("\n"), str(tmp_path / "run" / "metrics.jsonl") in err) == (2, 1, True), err

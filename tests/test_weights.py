@@ -12,11 +12,11 @@ import torch
 from conftest import call
 from safetensors.torch import save_file
 
-import crate_fast.hub
+import crate_fast.checkpoint.hub
 from crate_fast import CRATE, CheckpointError, CRATE_small, load_checkpoint
 from crate_fast.checkpoint import constructor_arguments, save_checkpoint, save_model
-from crate_fast.extras import MissingPackageError
-from crate_fast.inferred import infer_arguments
+from crate_fast.checkpoint.published import infer_arguments
+from crate_fast.optional import MissingPackageError
 
 MEDIUM = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 96, "depth": 2, "heads": 3, "dim_head": 64}
 SMALL = {"image_size": 8, "patch_size": 4, "num_classes": 3, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "channels": 1}
@@ -234,7 +234,7 @@ def test_push_and_load_by_name(tmp_path, monkeypatch):
         assert repo_id == "somebody/crate"
         return str(stored / filename)
 
-    monkeypatch.setattr(crate_fast.hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(crate_fast.checkpoint.hub, "hf_hub_download", fetch)
     monkeypatch.setattr(hub_mixin, "hf_hub_download", fetch)
     monkeypatch.chdir(tmp_path)
     for loaded in (load_checkpoint("somebody/crate"), CRATE.from_pretrained("somebody/crate", revision="main")):
@@ -248,7 +248,7 @@ def test_without_the_hub(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     with pytest.raises(CheckpointError, match=r"^runs/mine: No such file"):  # the folder is here: no name on the Hub
         load_checkpoint("runs/mine")
-    monkeypatch.setattr("crate_fast.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("crate_fast.optional.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"^no/body: no such file; .*pip install 'crate-fast\[hub\]'$"):
         load_checkpoint("no/body")
     with pytest.raises(MissingPackageError, match="huggingface-hub"):

@@ -23,9 +23,9 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
+from crate_fast.commands.tune import find_winners, workloads
 from crate_fast.kernels import tuning
 from crate_fast.model import SIZES, build
-from crate_fast.tune import find_winners, workloads
 from host import launched_to_nowhere
 
 from .cache import kernels, pack, unpack

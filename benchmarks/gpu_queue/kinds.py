@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-import crate_fast.tune
+import crate_fast.commands.tune
 import workloads
-from crate_fast.cli import main as crate_fast_command
-from crate_fast.extras import require
+from crate_fast.commands.main import main as crate_fast_command
 from crate_fast.kernels import shapes, tuning
+from crate_fast.optional import require
 from crate_fast.training import train as train_model
 from crate_fast.training.resolve import resolve
 from judge import Judge
@@ -128,9 +128,9 @@ def tune(options: dict, place: Place) -> None:
     def clock(run: Callable[[], object]) -> float:
         return interleave({"": run}, place.device, 0.15, least_rounds=3)[""].median
 
-    for job in crate_fast.tune.workloads(tokens, size["heads"], size["dim_head"]):
+    for job in crate_fast.commands.tune.workloads(tokens, size["heads"], size["dim_head"]):
         if tuning.key(job.kernel, tokens.dtype, *job.sizes) not in tuning.measured(place.name):
-            winners = crate_fast.tune.find_winners([job], tokens.dtype, clock)
+            winners = crate_fast.commands.tune.find_winners([job], tokens.dtype, clock)
             tuning.store(place.name, winners)
             print(winners)
     shapes.forget()

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from crate_fast.checkpoint import write_atomically
-from crate_fast.extras import MissingPackageError
+from crate_fast.files import write_atomically
+from crate_fast.optional import MissingPackageError
 from peers import Unavailable
 from timing import machine
 

@@ -11,7 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
-from crate_fast.checkpoint import write_atomically
+from crate_fast.files import write_atomically
 from report import SCHEMA
 from run import file_name, merge
 
@@ -19,9 +19,8 @@ from .cache import kernels, pack, unpack
 from .queue import Step
 
 ROOT = Path(__file__).parents[2]
-LAUNCHERS = ("backend", "evaluated", "fresh", "functional", "inferred", "model", "modules", "plainness", "reference", "replay",
-             "transformer")  # fmt: skip
-"""The modules of crate_fast that decide which kernels are launched, and how, and the mathematics they are held to."""
+LAUNCHERS = ("backend.py", "functional.py", "reference.py", "model/*.py", "modules/*.py")
+"""The files of crate_fast that decide which kernels are launched, and how, and the mathematics they are held to."""
 DONE = ("passed", "unavailable")
 """Outcomes that are not tried again: measured, or it needs something that is not there."""
 SHAPES = "tuning.json"
@@ -31,7 +30,8 @@ VERSIONS = ("device", "driver", "python", "torch", "triton", "commit", "changed_
 def digest() -> str:
     """Of the kernels and what launches them: parity, and every time, is about these and not about the benchmarks."""
     found = hashlib.sha256()
-    for file in sorted((*(ROOT / "kernels").glob("*.py"), *(ROOT / "crate_fast" / f"{name}.py" for name in LAUNCHERS))):
+    launchers = (file for pattern in LAUNCHERS for file in (ROOT / "crate_fast").glob(pattern))
+    for file in sorted((*(ROOT / "kernels").glob("*.py"), *launchers)):
         found.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
     return found.hexdigest()[:16]
 

@@ -22,9 +22,10 @@ from torch.utils.flop_counter import flop_registry
 
 import crate_fast
 import crate_fast.functional
-from crate_fast import kernels, plainness
+from crate_fast import kernels
 from crate_fast.kernels import runtime, shapes, tuning
 from crate_fast.model import SIZES
+from crate_fast.modules import plain
 
 from .launches import Launch, flat, specialise
 
@@ -127,7 +128,7 @@ def _recorded(arch: int, calls: list[Call]) -> Iterator[None]:
         stack.enter_context(mock.patch.object(kernels, "INTERPRETED", True))  # so that the backend takes the CPU's tensors
         stack.enter_context(mock.patch.object(runtime, "_is_seen", lambda argument: False))
         stack.enter_context(mock.patch.object(triton.JITFunction, "run", lambda *arguments, **named: None))
-        stack.enter_context(mock.patch.object(plainness, "PLAIN", (*plainness.PLAIN, FakeTensor)))
+        stack.enter_context(mock.patch.object(plain, "PLAIN", (*plain.PLAIN, FakeTensor)))
         stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", lambda x: 0))
         stack.enter_context(runtime.observed(observer))
         yield

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import write_atomically
-from ..files import drawable
+from ..files import drawable, write_atomically
 
 DPI = 120
 LETTERS = 11  # of a title, in an inch

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backend import check_tensor
 from ..functional import check_number
-from ..model import CRATE
+from ..model.crate import CRATE
 from .views import InspectionError, layer_views, patch_grid
 
 COLOURS = 3

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..data.pictures import SUFFIXES, check_pixels, find_pictures, read_picture, tell_left_out
+from ..eval_transform import MAIN
 from ..files import parse_json
-from ..model import CRATE
-from ..pictures import SUFFIXES, check_pixels, find_pictures, read_picture, tell_left_out
-from ..transform import MAIN
+from ..model.crate import CRATE
 from .views import InspectionError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _of_run(source: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
 
 
 def _of_imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    from ..training.images import MEAN, STD
+    from ..data.loader import MEAN, STD
 
     if channels == 3:
         return MEAN, STD
@@ -133,7 +133,7 @@ def photo_batches(
 
 
 def _fitted(path: Path, size: tuple[int, int], crop: float) -> Image:
-    from ..training.augment import central_crop
+    from ..data.augment import central_crop
 
     image = read_photo(path)
     try:

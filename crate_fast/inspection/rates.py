@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backend import check_tensor
 from ..functional import check_number
-from ..model import CRATE
+from ..model.crate import CRATE
 from .views import InspectionError, layer_views, project
 
 PRECISION = 0.01

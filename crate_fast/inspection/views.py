@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..model import CRATE
-from ..modules import Layer
-from ..positions import resample_positions
-from ..transformer import layers_of
+from ..model.crate import CRATE
+from ..model.positions import resample_positions
+from ..model.transformer import layers_of
+from ..modules.layer import Layer
 
 
 class InspectionError(ValueError):

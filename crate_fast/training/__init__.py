@@ -1,13 +1,13 @@
 """Training and evaluating CRATE: settings in, a run directory out."""
 
-from .config import ConfigError, TrainConfig
+from ..data.loader import UnreadableError
+from ..settings import ConfigError, TrainConfig
+from ..signals import Stopped
+from .checkpoints import SavingError
 from .evaluation import evaluate_run
-from .images import UnreadableError
 from .loop import TrainingError
 from .resolve import resolve
 from .run import train
-from .saving import SavingError
-from .stop import Stopped
 
 __all__ = [
     "ConfigError",

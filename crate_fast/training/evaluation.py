@@ -10,17 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_checkpoint
-from ..model import CRATE, SIZES
-from ..reading import model_file
-from ..transform import transform_of
-from .compute import check_kernels, choose_compute
-from .config import ConfigError, TrainConfig
-from .data import Data, open_data
+from ..checkpoint.read import model_file
+from ..checkpoint.save_load import load_checkpoint
+from ..data.open import Data, open_data
+from ..device import check_kernels, choose_compute
+from ..eval_transform import transform_of
+from ..model.crate import CRATE
+from ..processes import process_group, read_ranks
+from ..settings import ConfigError, TrainConfig
+from ..sizes import SIZES
 from .metrics import Score, evaluate
-from .ranks import process_group, read_ranks
 from .resolve import resolve
-from .rundir import CLASS_NAMES, RunDirectory
+from .run_directory import CLASS_NAMES, RunDirectory
 
 SAID = ("dim", "depth", "heads")  # what --arch says of a model
 # Settings of the run's own data, which are no others'.

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ..model import CRATE
-from .compute import Compute
-from .config import TrainConfig
-from .contents import check_place
-from .data import Data
+from ..data.open import Data
+from ..data.order import Plan
+from ..device import Compute
+from ..model.crate import CRATE
+from ..settings import TrainConfig
+from ..signals import Signals, Stopped
+from .checkpoint_contents import check_place
+from .checkpoints import circumstances
+from .data_wait import Waiting
+from .ddp import parallel_kind
 from .metrics import Meter, Score, evaluate, measure
 from .mixing import mix
+from .monitor import Watch, peak_flops, training_flops
 from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
-from .parallel import parallel_kind
-from .plan import Plan
-from .rundir import RunDirectory
-from .saving import circumstances
-from .stop import Signals, Stopped
-from .waiting import Waiting
-from .watch import Watch, peak_flops, training_flops
+from .run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -106,7 +106,13 @@ class Trainer:
         Raises:
             CheckpointError: it is of another run, whatever its checksums say.
         """
-        check_place(self, checkpoint, Path(checkpoint["path"]))
+        check_place(
+            checkpoint,
+            Path(checkpoint["path"]),
+            epochs=self.config.epochs,
+            steps=self.plan.steps,
+            scaling=self.scaler.state_dict(),
+        )
         self.parallel.load(checkpoint, self.optimizer)
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.evaluated, self.best = checkpoint["step"], checkpoint["epoch"], checkpoint["best"]

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compute import Compute
-from .ranks import ALONE, Ranks
-
-IGNORED = -100  # label of an image that could not be read: it counts nowhere
+from ..data.loader import IGNORED
+from ..device import Compute
+from ..processes import ALONE, Ranks
 
 
 class Score(NamedTuple):

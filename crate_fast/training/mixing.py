@@ -9,7 +9,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import TrainConfig
+from ..settings import TrainConfig
 
 
 class Mixed(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..extras import require
-from .config import ConfigError, TrainConfig
+from ..optional import require
+from ..settings import ConfigError, TrainConfig
 
 MAIN_WARMUP = 20  # epochs, in the published main.py
 

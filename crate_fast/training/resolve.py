@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..files import check_regular, parse_json
-from ..model import SIZES
-from .config import ConfigError, TrainConfig, flag
+from ..settings import ConfigError, TrainConfig, flag
+from ..sizes import SIZES
 
 if sys.version_info >= (3, 11):
     import tomllib

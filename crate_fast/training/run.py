@@ -11,27 +11,29 @@ from pathlib import Path
 import torch
 
 from ..backend import choose_backend
-from ..checkpoint import constructor_arguments, save_model
-from ..extras import TRAIN, require
+from ..checkpoint.save_load import constructor_arguments, save_model
+from ..checkpoint.start_from import read_weights, start_from
+from ..data.loader import UnreadableError
+from ..data.open import Data, open_data
+from ..data.order import check_parts, make_plan
+from ..device import Compute, check_kernels, choose_compute
+from ..eval_transform import transform_of
 from ..files import is_text
-from ..model import CRATE
-from ..transform import transform_of
-from .compute import Compute, check_kernels, choose_compute
-from .config import ConfigError, TrainConfig
-from .data import Data, open_data
-from .graphs import check_graphs
+from ..locks import unlock
+from ..model.crate import CRATE
+from ..optional import TRAIN, require
+from ..processes import Ranks, process_group, read_ranks
+from ..settings import ConfigError, TrainConfig
+from ..signals import Signals, Stopped
+from .checkpoints import circumstances, warn_of_changes
+from .cuda_graphs import check_graphs
+from .ddp import check_strategy, parallel_kind
 from .loop import Trainer, TrainingError
 from .metrics import Score
+from .monitor import plot_curves
 from .optimizer import warmup_steps
-from .parallel import check_strategy, parallel_kind
-from .plan import check_parts, make_plan
-from .plots import plot_curves
-from .ranks import Ranks, process_group, read_ranks
 from .resolve import check_unchanged, check_written, describe
-from .rundir import RunDirectory, check_free, find_run, unlock
-from .saving import circumstances, warn_of_changes
-from .stop import Signals, Stopped
-from .weights import read_weights, start_from
+from .run_directory import RunDirectory, check_free, find_run
 
 LOST = {
     r"DataLoader worker .*(is killed|exited)|Pin memory thread exited": "a process that reads images was ended from outside, "
@@ -71,7 +73,7 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
             with process_group(ranks, choose_compute(config.device, config.precision, ranks).device):
                 return _start(config, given or {}, resume, ranks, signals)
         except RuntimeError as error:
-            if isinstance(error, TrainingError):
+            if isinstance(error, TrainingError | UnreadableError):
                 raise
             if signals.received is not None:  # the others were gone first, and the sum over all processes failed
                 raise Stopped(signals.received, f"stopped by signal {signals.received}") from error
@@ -151,7 +153,16 @@ def _train(
 def build_model(config: TrainConfig, data: Data) -> CRATE:
     """The CRATE that `config` asks for, with a head for `data`, on the CPU, its weights drawn from the seed."""
     torch.manual_seed(config.seed)
-    model = CRATE(
+    try:
+        model = _build(config, data)
+    except ValueError as error:  # sizes that are within their bounds one by one
+        raise ConfigError(str(error)) from error
+    model.transform = transform_of(config.eval_crop, data.describe())
+    return model
+
+
+def _build(config: TrainConfig, data: Data) -> CRATE:
+    return CRATE(
         image_size=config.image_size,
         patch_size=config.patch_size,
         num_classes=data.classes,
@@ -167,8 +178,6 @@ def build_model(config: TrainConfig, data: Data) -> CRATE:
         lambd=config.lambd,
         backend=config.backend,
     )
-    model.transform = transform_of(config.eval_crop, data.describe())
-    return model
 
 
 def _check_out(config: TrainConfig, ranks: Ranks, resume: str | None) -> None:

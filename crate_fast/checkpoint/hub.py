@@ -1,0 +1,99 @@
+"""Models on the Hugging Face Hub, through huggingface_hub's mixin; imported only where the Hub is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+
+from ..files import first_line, write_atomically
+from ..model.crate import CRATE
+from ..optional import MissingPackageError
+from .read import MODEL_NAME, CheckpointError
+from .save_load import constructor_arguments, load_file, save_model
+
+CONFIG_NAME = "config.json"
+PAPER = "https://arxiv.org/abs/2306.01129"
+CARD = """---
+{{ card_data }}
+---
+
+# CRATE, {{ depth }} layers of width {{ dim }}
+
+A white-box vision transformer ([White-Box Transformers via Sparse Rate Reduction]({{ paper_url }})) for images of
+{{ image_size[0] }}×{{ image_size[1] }} pixels in patches of {{ patch_size[0] }}×{{ patch_size[1] }}, {{ channels }} channel(s),
+{{ num_classes }} classes, {{ heads }} heads of width {{ dim_head }}: {{ parameters }} parameters.
+
+```python
+from crate_fast import CRATE
+
+model = CRATE.from_pretrained("{{ repo_id | default("ORGANISATION/NAME", true) }}")
+```
+
+`model.safetensors` has the weights under the names of the published class, and the constructor's arguments in its metadata.
+
+| argument | value |
+|---|---|
+{% for name, value in arguments.items() %}| `{{ name }}` | `{{ value }}` |
+{% endfor %}"""
+
+
+class Shelf(
+    ModelHubMixin,
+    library_name="crate-fast",
+    license="mit",
+    pipeline_tag="image-classification",
+    paper_url=PAPER,
+    tags=["crate", "white-box"],
+    model_card_template=CARD,
+):
+    """A CRATE as huggingface_hub sees it: what `CRATE.save_pretrained`, `from_pretrained` and `push_to_hub` call."""
+
+    def __init__(self, model: CRATE) -> None:
+        self.model = model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_model(self.model, save_directory / MODEL_NAME)
+        text = json.dumps(constructor_arguments(self.model), indent=2) + "\n"
+        write_atomically(save_directory / CONFIG_NAME, lambda file: file.write(text.encode()))
+
+    @classmethod
+    def from_pretrained(cls, source: str, **options) -> Shelf:  # pyright: ignore[reportIncompatibleMethodOverride] (its name)
+        try:
+            return super().from_pretrained(source, **options)
+        except (CheckpointError, MissingPackageError, TypeError):
+            raise
+        except Exception as error:
+            raise _unavailable(source, error) from error
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, device: str = "cpu", overrides: dict | None = None, **where) -> Shelf:
+        folder = Path(model_id)
+        path = folder / MODEL_NAME if folder.is_dir() else download(model_id, **where)
+        return cls(load_file(path, device, overrides or {}))
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        arguments = constructor_arguments(self.model)
+        parameters = f"{sum(p.numel() for p in self.model.parameters()):,}"
+        return super().generate_model_card(*args, **arguments, arguments=arguments, parameters=parameters, **kwargs)
+
+
+def download(name: str, **where) -> Path:
+    """The file of the model called `name`, ORGANISATION/NAME, brought here from the Hub or from its cache.
+
+    Args:
+        where: `revision`, `cache_dir`, `force_download`, `local_files_only`, `token` of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        CheckpointError: there is no such file here, and none on the Hub, or the Hub cannot be reached.
+    """
+    try:
+        return Path(hf_hub_download(name, MODEL_NAME, **where))
+    except Exception as error:
+        raise _unavailable(name, error) from error
+
+
+def _unavailable(name: str, error: Exception) -> CheckpointError:
+    """The Hub's many errors, of the network, of the Hub, of the name, as one."""
+    return CheckpointError(f"{name}: no such file or directory, and no model of the Hub that can be had ({first_line(error)})")

@@ -1,0 +1,293 @@
+"""Models and checkpoints as files: written whole or not at all, checked when read, never executed.
+
+A model file is safetensors with the published state_dict keys; the constructor's arguments stand as JSON in its metadata.
+A checkpoint is a `torch.save` archive of plain values and tensors, read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files import digest_of, first_line, shown, write_atomically
+from ..model.crate import CRATE
+from ..model.transformer import layers_of
+from ..optional import require
+from .published import WORDS, infer_arguments
+from .read import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, model_file, read_model
+
+# What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
+SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
+ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd")
+FREE = ("training", "backend", "stream", "transform", "frozen")  # settings that a model and what its file builds need not share
+CHANGED = "the model was changed after it was built"
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def constructor_arguments(model: CRATE) -> dict:
+    """The arguments of `CRATE` that build a model like this one, as plain numbers, strings and lists.
+
+    Raises:
+        ValueError: no arguments do, since the model was changed after it was built.
+    """
+    try:
+        return _arguments_of(model)
+    except (AttributeError, TypeError, IndexError) as error:  # a module in the place of another
+        raise ValueError(f"{CHANGED}: {first_line(error)}") from error
+
+
+def _arguments_of(model: CRATE) -> dict:
+    transformer = model.transformer
+    arguments = {
+        "image_size": list(model.image_size),
+        "patch_size": list(model.patch_size),
+        "num_classes": model.mlp_head[1].out_features,
+        "dim": transformer.dim,
+        "depth": transformer.depth,
+        "heads": transformer.heads,
+        "pool": model.pool,
+        "channels": model.channels,
+        "emb_dropout": float(model.dropout.p),
+    }
+    of_layers = [_layer_arguments(mssa.fn, ista.fn) for mssa, ista in layers_of(transformer)]
+    if any(layer != of_layers[0] for layer in of_layers):
+        raise ValueError("the layers differ in dim_head, dropout, ista or lambd; the constructor gives all the same")
+    return arguments | (of_layers[0] if of_layers else {})
+
+
+def _layer_arguments(attention, feed_forward) -> dict:
+    return {
+        "dim_head": attention.qkv.out_features // attention.heads,
+        "dropout": float(attention.dropout.p),
+        "ista": float(feed_forward.step_size),
+        "lambd": float(feed_forward.lambd),
+    }
+
+
+def save_model(model: CRATE, path: str | os.PathLike) -> None:
+    """Writes weights (in their own dtypes) and constructor arguments of `model` to `path`, as safetensors.
+
+    Raises:
+        TypeError: `model` is not a CRATE.
+        ValueError: it was changed after it was built, so that `load_checkpoint` could not build it again.
+        OSError: `path` cannot be written.
+    """
+    require("safetensors")
+    from safetensors.torch import save
+
+    arguments, weights = _describe(model)
+    tensors = _apart(weights)
+    values = arguments | transform_entry(model)
+    values |= {DIGEST: digest_of(values, {key: value.cpu() for key, value in tensors.items()})}
+    # One entry: safetensors does not keep the order of several, and equal models should be equal files.
+    data = save(tensors, metadata={METADATA_KEY: json.dumps(values)})
+    write_atomically(path, lambda file: file.write(data))
+
+
+def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, contiguous and each in memory of its own, as safetensors wants them; layers may share theirs."""
+    apart, places = {}, set()
+    for key, value in weights.items():
+        value = value.detach().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in places or storage.nbytes() != value.nbytes:
+            value = value.clone()
+        places.add(storage.data_ptr())
+        apart[key] = value
+    return apart
+
+
+def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
+    """Writes `model` and `state` (tensors and plain values: optimizer state, counters) to `path`, for `read_checkpoint`.
+
+    Raises: as `save_model`; also TypeError where `state` has what could not be read again, such as NumPy's numbers.
+    """
+    write_state(model, path, model=_describe(model)[1], **state)
+
+
+def write_state(model: CRATE, path: str | os.PathLike, /, **content) -> None:
+    """Writes `content` and what builds a model like this one, whose weights may lie elsewhere; raises as `save_checkpoint`."""
+    for name, value in content.items():
+        _check_readable(name, value)
+    content = {"arguments": constructor_arguments(model), **transform_entry(model), **content}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def _check_readable(name: str, value: object) -> None:
+    """Raises TypeError where nested `value` has something of a class that `torch.load` of weights alone does not know."""
+    if type(value).__module__.partition(".")[0] not in ("builtins", "collections", "torch"):
+        raise TypeError(f"{name} holds a {type(value).__name__}; a checkpoint holds tensors and Python's own values")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    for each in inner:
+        _check_readable(name, each)
+
+
+def transform_entry(model: CRATE) -> dict:
+    """What stands in a checkpoint of how the images of `model` are evaluated; nothing where that is not known."""
+    return {} if model.transform is None else {TRANSFORM: model.transform._asdict()}
+
+
+def _describe(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
+    """(constructor arguments, state_dict), checked to fit each other."""
+    if not isinstance(model, CRATE):
+        raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE")
+    arguments, weights = constructor_arguments(model), model.state_dict()
+    built = _skeleton(arguments)
+    difference = _difference(built, weights) or _change(built, model)
+    if difference:
+        raise ValueError(f"{CHANGED}: {difference}")
+    return arguments, weights
+
+
+def _change(built: CRATE, model: CRATE) -> str | None:
+    """The first thing beside the weights in which `model` computes otherwise than it was `built`, in words; None if nothing."""
+    own, expected = (dict(each.named_modules(remove_duplicate=False)) for each in (model, built))
+    odd = sorted(own.keys() ^ expected.keys())
+    if odd:
+        return f"its module {odd[0]!r} is {'new' if odd[0] in own else 'missing'}"
+    if type(model).forward is not CRATE.forward:
+        return f"{type(model).__name__} has a forward of its own"
+    for name, module in own.items():
+        other, settings = expected[name], vars(module)
+        if name and type(module) is not type(other):
+            return f"{name!r} is a {type(module).__name__}, not a {type(other).__name__}"
+        if "forward" in settings:
+            return f"{name or 'the model'!r} has another forward"
+        for setting, value in vars(other).items():
+            if setting.startswith("_") or setting in FREE:
+                continue
+            found = settings.get(setting, value)
+            if not (found == value or (isinstance(found, list) and tuple(found) == value)):
+                return f"{name or 'the model'!r} has {setting} {found!r}; as it is built, {value!r}"
+    return None
+
+
+def load_checkpoint(
+    source: str | os.PathLike, *, device: str | torch.device = "cpu", weights: str | None = None, **overrides
+) -> CRATE:
+    """The model in `source`, in evaluation mode, its dtypes as saved; nothing in a file is executed.
+
+    Read are files of `save_model` and `save_checkpoint` (of a training run's the mean of the weights, where it keeps one), and
+    those of the published scripts: bare state dicts, or under "state_dict" or "model", with the prefixes of DataParallel,
+    DistributedDataParallel or torch.compile; as PyTorch's archives or as safetensors. Where a file does not have the
+    constructor's arguments, they are what its shapes tell; what they cannot tell (heads, pool, ista, lambd) is taken as
+    published, and a line on stderr says so.
+
+    Args:
+        source: a file, a directory with a model.safetensors, or ORGANISATION/NAME of a model on the Hugging Face Hub (for that
+            `pip install 'crate-fast[hub]'`).
+        device: where the weights shall be.
+        weights: of a file that has both, "last" for the weights themselves or "mean" for their mean over the steps; None: the
+            mean, and a line on stderr says so.
+        overrides: keywords of `CRATE` that replace the file's, such as `backend`, or say what it leaves open.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, asks for code to be run, or holds no model, or one of other names or
+            shapes.
+        MissingPackageError: safetensors, or for the Hub huggingface-hub, is not installed.
+        TypeError: `overrides` has a keyword that CRATE does not take, or `source` is no path.
+        ValueError: `device` is none that PyTorch has here.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"source is a {type(source).__name__}; it must be a path or a name, as a str or os.PathLike")
+    return load_file(model_file(source), _check_device(device), overrides, weights)
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # RuntimeError, AssertionError or TypeError, as the kind of device has it
+        raise ValueError(f"device is {device!r}, which PyTorch does not have here ({first_line(error)})") from error
+
+
+def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: str | None = None) -> CRATE:
+    """`load_checkpoint` of a file."""
+    unknown = sorted(set(overrides) - set(inspect.signature(CRATE).parameters))
+    if unknown:
+        raise TypeError(f"CRATE takes no {', '.join(unknown)}")
+    if wanted not in (None, *WORDS):
+        raise ValueError(f"weights is {wanted!r}; allowed are {' and '.join(map(repr, WORDS))}")
+    arguments, weights, transform, note = read_model(path, wanted)
+    if note is not None:
+        _tell(f"{path}: {note}")
+    if arguments is None:
+        try:
+            known = {name: value for name, value in overrides.items() if name in ARGUMENTS}
+            arguments, taken = infer_arguments(weights, known)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: {first_line(error)}") from error
+        if taken:
+            words = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+            _tell(f"{path}: taken as published, since shapes do not tell it: {words}")
+    model = build(path, arguments, weights, overrides).to(device)
+    model.transform = transform
+    return model
+
+
+def _tell(line: str) -> None:
+    """Says it on stderr, once where torchrun started many processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"crate-fast: {line}", file=sys.stderr)
+
+
+def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict) -> CRATE:
+    """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
+    if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
+        raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {shown(arguments)}")
+    check_floating(path, weights)
+    arguments = arguments | overrides
+    number = next((name for name in ("ista", "lambd") if not _is_size(arguments.get(name, 0.0))), None)
+    if number is not None:
+        words = f"its argument {number} is {shown(arguments[number])}; it must be a finite number, at least 0"
+        raise CheckpointError(f"{path}: {words}")
+    # Before anything is built: a false depth could keep the constructor busy for ever.
+    layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
+    if arguments.get("depth") != len(layers):
+        raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {shown(arguments.get('depth'))}")
+    try:
+        model = _skeleton(arguments)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: its arguments build no CRATE ({first_line(error)})") from error
+    difference = _difference(model, weights)
+    if difference:
+        raise CheckpointError(f"{path}: {difference}")
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def check_floating(path: Path, weights: dict) -> None:
+    """Raises CheckpointError where one of the weights is no tensor that a model computes with, such as a quantised one."""
+    wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def _skeleton(arguments: dict) -> CRATE:
+    """The model without memory for its weights, and without drawing them."""
+    with torch.device("meta"):
+        return CRATE(**arguments)
+
+
+def _difference(model: CRATE, weights: dict[str, Tensor]) -> str | None:
+    """The first thing in which names and shapes of `weights` are not those of `model`, in words; None if nothing."""
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(weights))
+    surplus = sorted(set(weights) - set(expected), key=str)
+    if missing:
+        return f"{len(missing)} weights are missing, {missing[0]!r} first"
+    if surplus:
+        return f"{len(surplus)} weights do not belong to the model, {surplus[0]!r} first"
+    for key, value in expected.items():
+        if weights[key].shape != value.shape:
+            return f"{key!r} has shape {tuple(weights[key].shape)}; it must be {tuple(value.shape)}"
+    return None

@@ -1,0 +1,68 @@
+"""How words on the command line are read, and flags that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..checkpoint.published import WORDS
+from ..eval_transform import LEAST_CROP, allowed_crop
+from ..files import names_something
+
+
+def whole(text: str) -> int:
+    """A whole number in ASCII digits; raises argparse.ArgumentTypeError, as all here."""
+    return _read(int, text, "a whole number")
+
+
+def number(text: str) -> float:
+    """A number in ASCII characters."""
+    return _read(float, text, "a number")
+
+
+def _read(kind: type, text: str, words: str):
+    try:
+        if not text.isascii() or "_" in text:  # Python reads full-width and other digits too, and 1_0 as 10
+            raise ValueError
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {words}") from None
+
+
+def place(text: str) -> str:
+    """The name of a file or a folder, which is not blank (empty would be, to the system, the folder one is in)."""
+    if not names_something(text):
+        raise argparse.ArgumentTypeError(f"it is {text!r}, which names nothing")
+    return text
+
+
+def as_path(text: str) -> Path:
+    """`place`, as a path."""
+    return Path(place(text))
+
+
+def crop(text: str) -> float:
+    """A part of an image that evaluation sees."""
+    part = number(text)
+    if not allowed_crop(part):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be 0, or from {LEAST_CROP} to 1")
+    return part
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds --weights."""
+    parser.add_argument(
+        "--weights",
+        choices=WORDS,
+        help="of a checkpoint that has both: the last weights, or their mean over the steps (default: the mean, which is said)",
+    )
+
+
+def add_crop(parser: argparse.ArgumentParser) -> None:
+    """Adds --eval-crop."""
+    parser.add_argument(
+        "--eval-crop",
+        type=crop,
+        metavar="X",
+        help="part of the image that is seen, its middle; 0: all of it, squeezed (default: as stored with the weights)",
+    )

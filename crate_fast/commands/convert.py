@@ -1,0 +1,110 @@
+"""`crate-fast convert`: the same weights in another kind of file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.published import WRAPPERS, infer_arguments
+from ..checkpoint.read import CheckpointError
+from ..checkpoint.save_load import constructor_arguments, load_checkpoint, save_model, transform_entry
+from ..files import write_atomically
+from ..model.crate import CRATE
+from ..sizes import POOLS
+from .arguments import add_weights, as_path, number, place, whole
+
+LAYOUTS = ("state_dict", "model", "bare")
+ARCHIVES = (".pt", ".pth", ".tar")
+ADVICE = {
+    "heads": (whole, "heads of a layer"),
+    "pool": (str, "what the head reads"),
+    "ista": (number, "step size of the ISTA step"),
+    "lambd": (number, "threshold of the ISTA step"),
+    "image-size": (whole, "side of the images in pixels"),
+    "patch-size": (whole, "side of a patch in pixels"),
+}
+
+
+def add_convert(subcommands) -> None:
+    """Adds the subcommand to the command line's."""
+    parser = subcommands.add_parser(
+        "convert",
+        help="write a model's weights as another kind of file",
+        description="Reads a model (ours, the published scripts' checkpoints, safetensors, a run directory, a model of the "
+        "Hugging Face Hub) and writes it to TARGET: *.safetensors, or with *.pt, *.pth or *.pth.tar what the published scripts "
+        "read. Weights keep every bit and their dtype; optimizer state is left behind.",
+    )
+    parser.add_argument(
+        "source", type=place, metavar="SOURCE", help="a file, a run directory, or ORGANISATION/NAME on the Hugging Face Hub"
+    )
+    parser.add_argument("target", metavar="TARGET", type=as_path, help="the file to write; what it shall be tells its ending")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="of an archive: weights under 'state_dict' as main.py has them (the default), under 'model' as finetune.py has "
+        "them, or nothing else (bare)",
+    )
+    parser.add_argument("--prefix", choices=WRAPPERS, help="before every name in an archive (default: nothing)")
+    add_weights(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is there")
+    advice = parser.add_argument_group("what the shapes in a published checkpoint do not tell")
+    for name, (kind, text) in ADVICE.items():
+        choices = POOLS if name == "pool" else None
+        metavar = None if choices else {whole: "N", number: "X"}[kind]
+        advice.add_argument(f"--{name}", type=kind, choices=choices, metavar=metavar, help=f"{text} (default: as published)")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    target = arguments.target
+    if target.suffix != ".safetensors" and target.suffix not in ARCHIVES:
+        raise CheckpointError(f"{target}: its ending must be .safetensors, {', '.join(ARCHIVES)}")
+    if target.suffix == ".safetensors" and (arguments.layout or arguments.prefix):
+        raise CheckpointError(f"{target}: --layout and --prefix are of archives ({', '.join(ARCHIVES)}), not of safetensors")
+    if target.exists() and not arguments.overwrite:
+        raise CheckpointError(f"{target} is there already; --overwrite replaces it")
+    if not target.absolute().parent.is_dir():
+        raise CheckpointError(f"{target}: there is no directory {target.parent}")
+    names = [name.replace("-", "_") for name in ADVICE]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    model = load_checkpoint(arguments.source, weights=arguments.weights, **given)
+    if target.suffix == ".safetensors":
+        save_model(model, target)
+    else:
+        save_published(model, target, arguments.layout or LAYOUTS[0], arguments.prefix or "")
+    print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters in {len(model.state_dict())} tensors")
+
+
+def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix: str = "") -> None:
+    """Writes an archive that the published scripts read, and `load_checkpoint`.
+
+    Args:
+        model: what to write.
+        path: the file.
+        layout: "state_dict" or "model": under that name, the constructor's arguments beside it; "bare": weights alone.
+        prefix: before every name.
+
+    Raises:
+        CheckpointError: bare weights would not tell the model's arguments.
+        OSError: `path` cannot be written.
+    """
+    arguments, own = constructor_arguments(model), model.state_dict()
+    weights = {prefix + name: value for name, value in own.items()}
+    if layout == "bare":
+        _check_told(arguments, own, path)
+    content = weights if layout == "bare" else {layout: weights, "arguments": arguments, **transform_entry(model)}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def _check_told(arguments: dict, weights: dict, path: Path) -> None:
+    try:
+        told, _ = infer_arguments(weights, {})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: bare weights do not tell their model ({error}); use another --layout") from error
+    # Dropout leaves what a model computes as it is.
+    lost = [name for name, value in arguments.items() if name not in ("dropout", "emb_dropout") and told[name] != value]
+    if lost:
+        words = ", ".join(f"{name}={arguments[name]!r}" for name in lost)
+        raise CheckpointError(f"{path}: bare weights do not tell {words}; use another --layout")

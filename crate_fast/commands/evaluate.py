@@ -1,0 +1,46 @@
+"""`crate-fast evaluate`: the accuracy of a trained model."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..backend import BACKENDS
+from ..settings import ARCHITECTURES, PRECISIONS
+from ..training.evaluation import evaluate_run, is_first
+from .arguments import add_crop, add_weights, place, whole
+
+
+def add_evaluate(subcommands) -> None:
+    """Adds `evaluate` to the subcommands of a parser."""
+    parser = subcommands.add_parser(
+        "evaluate",
+        help="measure the accuracy of a trained model",
+        description="Reads a model back and prints its accuracy on its test images, computed as in its run unless flags say "
+        "otherwise.",
+    )
+    parser.add_argument(
+        "path",
+        type=place,
+        metavar="PATH",
+        help="a run directory, its model.safetensors, a checkpoint, or one of the published scripts'",
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, help="what computes the layers (default: as in the run)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="autocast dtype, or float32 for none (default: as in the run)")
+    parser.add_argument("--batch-size", type=whole, metavar="N", help="images at a time (default: as in the run)")
+    parser.add_argument("--data", metavar="NAME", help="a name as in training, or a folder (default: as in the run)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the files of the named data sets are (default: as in the run)")
+    parser.add_argument("--workers", type=whole, metavar="N", help="processes that read images (default: as in the run)")
+    parser.add_argument("--arch", choices=ARCHITECTURES, help="the size that the model must have (default: any)")
+    add_weights(parser)
+    add_crop(parser)
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    names = ("backend", "precision", "device", "batch_size", "data", "data_dir", "workers", "arch", "weights", "eval_crop")
+    score = evaluate_run(arguments.path, **{name: getattr(arguments, name) for name in names})
+    if is_first():
+        print(f"test {score}")

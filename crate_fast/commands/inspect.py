@@ -1,0 +1,142 @@
+"""`crate-fast inspect`: coding rates and sparsity of trained models, layer by layer, as numbers and figures."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+from pathlib import Path
+
+from ..checkpoint.save_load import load_checkpoint
+from ..device import choose_compute
+from ..files import as_bytes, write_atomically
+from ..inspection.figures import plot_rates, plot_sparsity
+from ..inspection.photos import Normalisation, PhotoError, find_photos, photo_batches
+from ..inspection.rates import PRECISION, measure_layers
+from ..inspection.views import InspectionError
+from ..optional import require
+from ..processes import Ranks
+from .arguments import add_crop, add_weights, as_path, place
+from .tune import positive
+
+DIGITS = "digits"
+
+
+def add_inspect(subcommands) -> None:
+    """Adds the subcommand to the command line's."""
+    parser = subcommands.add_parser(
+        "inspect",
+        help="measure what each layer of a model does",
+        description="Measures, layer by layer, the coding rate before and after attention, the share of non-zero entries after "
+        "ISTA, and the coding rate of all tokens; writes layers.json, layers.csv, coding-rate.png and sparsity.png. With "
+        "several checkpoints, such as those of several epochs, all stand in one figure.",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        type=place,
+        action="extend",
+        required=True,
+        metavar="PATH",
+        help="models: run directories, files of ours or of the published scripts, ORGANISATION/NAME on the Hugging Face Hub",
+    )
+    parser.add_argument(
+        "--images",
+        type=place,
+        required=True,
+        metavar="DIR",
+        help="a folder of images, or 'digits': the digits runs' test images",
+    )
+    parser.add_argument("--out", required=True, type=as_path, metavar="DIR", help="where to write; made if it is not there")
+    parser.add_argument("--limit", type=positive, metavar="N", help="take the first N images (default: all)")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
+    )
+    add_weights(parser)
+    add_crop(parser)
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    require("matplotlib", "numpy", "PIL")
+    device = choose_compute(arguments.device, "float32", Ranks()).device
+    paths = None if _is_digits(arguments.images) else find_photos(arguments.images)[: arguments.limit]
+    labels = unique_labels(arguments.checkpoint)
+    models = [load_checkpoint(source, device=device, weights=arguments.weights).float() for source in arguments.checkpoint]
+    results = []
+    for source, label, model in zip(arguments.checkpoint, labels, models, strict=True):
+        batches = _digits(model, arguments) if paths is None else _photos(model, source, paths, arguments)
+        try:
+            measures = measure_layers(model, batches)
+        except PhotoError:
+            raise
+        except InspectionError as error:
+            raise InspectionError(f"{source}: {error}") from error
+        results.append({"checkpoint": str(source), "label": label, "images": measures.rate.shape[1], "layers": measures.rows()})
+    _write(results, arguments.out)
+
+
+def _is_digits(images: str) -> bool:
+    return images == DIGITS and not Path(images).exists()
+
+
+def _photos(model, source: str, paths: list[Path], arguments: argparse.Namespace):
+    normalise = Normalisation(model, source)
+    print(f"{source}: {len(paths)} images, normalised by {normalise.origin} mean and deviation")
+    return photo_batches(paths, model, normalise, arguments.batch_size, arguments.eval_crop)
+
+
+def _digits(model, arguments: argparse.Namespace):
+    from ..data.digits import Digits
+
+    if model.channels != Digits.channels:
+        raise InspectionError(f"the model takes {model.channels} channels; the digits have {Digits.channels}")
+    images = Digits(model.image_size, model.pos_embedding.device)
+    count = min(images.test_count, arguments.limit or images.test_count)
+    print(f"the digits: {count} test images")
+    for batch, _ in images.test_batches(arguments.batch_size, Ranks()):
+        yield batch[:count]
+        count -= len(batch[:count])
+
+
+def unique_labels(sources: list[str]) -> list[str]:
+    """The shortest ends of the paths that tell them apart; "model.safetensors" is called as its directory."""
+    parts = [[part for part in Path(source).parts if part != "model.safetensors"] or [source] for source in sources]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(some[-length:]) for some in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{index}: {source}" for index, source in enumerate(sources, start=1)]
+
+
+def _write(results: list[dict], out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InspectionError(f"--out is {out}, which cannot be made a directory ({error.strerror})") from error
+    text = json.dumps({"precision": PRECISION, "checkpoints": results}, indent=2) + "\n"
+    write_atomically(out / "layers.json", lambda file: file.write(text.encode()))
+    table = io.StringIO()
+    rows = [{"checkpoint": result["label"], **row} for result in results for row in result["layers"]]
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(out / "layers.csv", lambda file: file.write(as_bytes(table.getvalue())))
+    measured = {result["label"]: result["layers"] for result in results}
+    plot_rates(measured, out / "coding-rate.png")
+    plot_sparsity(measured, out / "sparsity.png")
+    print(_table(results))
+    print(f"written to {out}: layers.json, layers.csv, coding-rate.png, sparsity.png")
+
+
+def _table(results: list[dict]) -> str:
+    lines = []
+    for result in results:
+        lines.append(f"{result['label']}: mean over {result['images']} images")
+        lines.append("layer  R^c before MSSA   after  non-zero after ISTA  R of all tokens")
+        for row in result["layers"]:
+            rates = f"{row['subspace_rate_mean']:15.2f} {row['compressed_rate_mean']:7.2f}"
+            lines.append(f"{row['layer']:5}  {rates}  {row['nonzero_mean']:19.2%}  {row['rate_mean']:15.2f}")
+    return "\n".join(lines)

@@ -1,0 +1,192 @@
+"""`crate-fast segment`: where the class token looks in photographs, head by head, and what the subspaces see, in colour."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.save_load import load_checkpoint
+from ..device import choose_compute
+from ..files import first_line
+from ..inspection.figures import blend, coloured, enlarged, plot_heads, save_picture
+from ..inspection.maps import attention_row, keep_mass, principal_colours
+from ..inspection.photos import Normalisation, PhotoError, cut_to_patches, read_photo, to_array
+from ..inspection.views import InspectionError, layer_views, patch_grid
+from ..model.crate import CRATE
+from ..optional import require
+from ..processes import Ranks
+from .arguments import add_weights, as_path, number, place
+from .tune import positive
+
+
+class Seen(NamedTuple):
+    """What a model sees of one photograph: (heads, rows, columns) maps, and (rows, columns, width) projections."""
+
+    maps: Tensor
+    projections: Tensor
+
+
+def add_segment(subcommands) -> None:
+    """Adds the subcommand to the command line's."""
+    parser = subcommands.add_parser(
+        "segment",
+        help="draw where a model looks in photographs",
+        description="Draws the class token's attention, head by head, for photographs of any size: for each, in a folder "
+        "of OUT called as it is, image.png, maps, overlays and masks of every head and of their mean, and heads.png with "
+        "all in one; in OUT pca-*.png, the main directions of the last layer's projections in common colours.",
+    )
+    parser.add_argument("images", nargs="+", type=as_path, metavar="IMAGE", help="photographs")
+    parser.add_argument(
+        "--checkpoint",
+        type=place,
+        required=True,
+        metavar="PATH",
+        help="a run directory, a file of ours or of the published scripts, or ORGANISATION/NAME",
+    )
+    parser.add_argument("--out", required=True, type=as_path, metavar="DIR", help="where to write; made if it is not there")
+    parser.add_argument("--layer", type=positive, metavar="N", help="whose attention, counted from 1 (default: the last layer)")
+    parser.add_argument("--heads", type=_numbers, metavar="N,N", help="which heads, counted from 1 (default: all)")
+    parser.add_argument("--mass", type=_share, default=0.6, metavar="X", help="share of the attention in a mask (default: 0.6)")
+    parser.add_argument(
+        "--size", type=positive, metavar="N", help="scale the shorter side to N pixels first (default: as it is)"
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
+    )
+    add_weights(parser)
+    parser.set_defaults(run=_segment)
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [positive(part) for part in text.split(",")]
+    if len(set(numbers)) != len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} names a head twice")
+    return numbers
+
+
+def _share(text: str) -> float:
+    share = number(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; it must be above 0 and at most 1")
+    return share
+
+
+def _segment(arguments: argparse.Namespace) -> None:
+    require("matplotlib", "numpy", "PIL")
+    device = choose_compute(arguments.device, "float32", Ranks()).device
+    paths, out = arguments.images, arguments.out
+    for photo in paths:
+        read_photo(photo)  # before anything is computed
+    model = load_checkpoint(arguments.checkpoint, device=device, weights=arguments.weights).float()
+    layer, heads = _check_layer(model, arguments.layer), _check_heads(model, arguments.heads)
+    normalise = Normalisation(model, arguments.checkpoint)
+    print(f"normalised by {normalise.origin} mean and deviation; layer {layer + 1} of {model.transformer.depth}")
+    names, seen = _names(paths), []
+    for path, name in zip(paths, names, strict=True):
+        image = _cut(path, model, arguments.size)
+        one = look(model, normalise(image), layer)
+        if not (one.maps.isfinite().all() and one.projections.isfinite().all()):
+            raise InspectionError(f"{path}: what {arguments.checkpoint} makes of it is not finite, so there is nothing to show")
+        seen.append(one.projections)
+        folder = _make(out / name)
+        pixels = to_array(image)
+        save_picture(pixels, folder / "image.png")
+        title = f"{path.name}: attention of the class token in layer {layer + 1} of {model.transformer.depth}"
+        numbers = [head + 1 for head in heads]
+        plot_heads(pixels, one.maps[heads], numbers, title, folder / "heads.png")
+        _draw(
+            pixels, {f"head-{number:02}": one.maps[number - 1] for number in numbers}, arguments.mass, model.patch_size, folder
+        )
+        _draw(pixels, {"mean": one.maps[heads].mean(0)}, arguments.mass, model.patch_size, folder)
+    for name, colours in zip(names, principal_colours(seen), strict=True):
+        picture = (colours * 255).round().byte()
+        save_picture(enlarged(picture, model.patch_size), out / f"pca-{name}.png")
+    print(f"written to {out}: {', '.join(f'{name}/, pca-{name}.png' for name in names)}")
+
+
+@torch.no_grad()
+def look(model: CRATE, image: Tensor, layer: int) -> Seen:
+    """Attention of the class token in `layer`, from 0, and the last layer's projections, in one run through the model.
+
+    Args:
+        model: on any device.
+        image: (1, channels, height, width), normalised; patches divide it.
+        layer: from 0.
+    """
+    image = image.to(model.pos_embedding.device)
+    grid = patch_grid(model, image)
+    maps = projection = torch.empty(0)
+    for index, view in enumerate(layer_views(model, image)):
+        projection = view.projection
+        if index == layer:
+            maps = attention_row(view.projection, view.heads, view.scale)[0, :, 1:].unflatten(-1, grid).cpu()
+    return Seen(maps, projection[0, 1:].unflatten(0, grid).cpu())
+
+
+def _draw(pixels: Tensor, maps: dict[str, Tensor], mass: float, patch_size: tuple[int, int], folder: Path) -> None:
+    """Each map in colours, over the image, and as the mask of its heaviest patches, at the image's size."""
+    for name, one in maps.items():
+        picture = enlarged(coloured(one), patch_size)
+        save_picture(picture, folder / f"{name}-map.png")
+        save_picture(blend(pixels, picture), folder / f"{name}-overlay.png")
+        mask = keep_mass(one, mass).byte().mul(255).unsqueeze(-1)
+        save_picture(enlarged(mask, patch_size), folder / f"{name}-mask.png")
+
+
+def _cut(path: Path, model: CRATE, short_side: int | None):
+    """The photograph, scaled and cut as asked and as patches divide it, saying so where something falls away."""
+    photo = read_photo(path)
+    try:
+        image = cut_to_patches(photo, model.patch_size, short_side)
+    except (ValueError, MemoryError, OverflowError) as error:  # too small for a patch, or --size too large for Pillow
+        raise PhotoError(f"{path}: {first_line(error)}") from error
+    words = f"{path}: {photo.height}×{photo.width}"
+    if short_side is not None:
+        words += f", its shorter side scaled to {short_side}"
+    patches = "×".join(map(str, model.patch_size))
+    print(f"{words}; {image.height}×{image.width} of it seen, in patches of {patches}")
+    return image
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """What the photographs are called in OUT: their stems, and where several have one, numbered.
+
+    The stem of "...png" is "..", which would be the folder that OUT lies in.
+    """
+    names: list[str] = []
+    for path in paths:
+        stem = path.stem if path.stem.strip(".") else f"{path.name}-"
+        name, number = stem, 2
+        while name in names:
+            name, number = f"{stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _make(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InspectionError(f"--out: {folder} cannot be made a directory ({error.strerror})") from error
+    return folder
+
+
+def _check_layer(model: CRATE, layer: int | None) -> int:
+    depth = model.transformer.depth
+    if not depth:
+        raise InspectionError("the model has no layers to show")
+    if layer is not None and layer > depth:
+        raise InspectionError(f"--layer is {layer}; the model has layers 1 to {depth}")
+    return (layer or depth) - 1
+
+
+def _check_heads(model: CRATE, heads: list[int] | None) -> list[int]:
+    count = model.transformer.heads
+    wrong = next((head for head in heads or () if head > count), None)
+    if wrong is not None:
+        raise InspectionError(f"--heads names {wrong}; the model has heads 1 to {count}")
+    return [head - 1 for head in heads] if heads else list(range(count))

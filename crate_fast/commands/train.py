@@ -1,0 +1,143 @@
+"""`crate-fast train` and `crate-fast finetune`: flags from the settings and from the published scripts."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import fields
+from itertools import groupby
+
+from ..training import ConfigError, TrainConfig, resolve, train
+from ..training.resolve import NAMES
+from .arguments import number, whole
+from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
+
+READERS = {"arch": architecture, "data": data_set, "optimizer": optimizer}
+TYPES = {int: whole, float: number, str: str}
+SWITCH = {"nargs": "?", "const": "yes"}  # a flag that may stand alone
+DESCRIPTIONS = {
+    "train": "Trains a CRATE and fills a run directory: config.json, metrics.jsonl, curves.png, checkpoints/ and "
+    "model.safetensors. Without --data and --recipe: on the 1,797 handwritten digits that scikit-learn carries. All flags are "
+    "optional; those of the published main.py work as well.",
+    "finetune": "Trains a CRATE on CIFAR10, CIFAR100 or a folder, from the weights that --init (or --ckpt_dir) names or from "
+    "random ones, and fills a run directory as `train` does. The flags of the published finetune.py work as well.",
+}
+
+
+def add_train(subcommands, command: str) -> None:
+    """Adds the subcommand `command`, "train" or "finetune"."""
+    summary = {"train": "train a CRATE", "finetune": "train a CRATE on a small data set, from published weights"}[command]
+    parser = subcommands.add_parser(command, help=summary, description=DESCRIPTIONS[command])
+    published = {entry.setting: entry for entry in PUBLISHED[command] if entry.fate == "known" and _is_plain(entry)}
+    recipes = parser.add_argument_group("recipe")
+    recipes.add_argument(
+        "--recipe", metavar="NAME", help=f"values to start from: {', '.join(NAMES)}, a .toml file, or a run's config.json"
+    )
+    for group, settings in groupby(fields(TrainConfig), key=lambda setting: setting.metadata["group"]):
+        section = parser.add_argument_group(group)
+        if group == "run":
+            section.add_argument(
+                "--resume",
+                type=resume_switch,
+                metavar="PATH",
+                help="go on with the run PATH (its directory or a checkpoint in it), or with 'auto' that in --out, if any",
+            )
+        for setting in settings:
+            _add_setting(section, setting, published.get(setting.name))
+    section = parser.add_argument_group(f"of the published {'finetune.py' if command == 'finetune' else 'main.py'}")
+    for entry in PUBLISHED[command]:
+        if entry.setting != "resume" and not (entry.fate == "known" and _is_plain(entry)):
+            _add_published(section, entry)
+    parser.set_defaults(run=_run, command=command, ignored=[])
+
+
+def _is_plain(entry: Published) -> bool:
+    """Whether the flag is another name of a setting, its values read in the same way."""
+    return entry.setting not in (None, "resume", "augment", "init") and entry.read is not None
+
+
+def _add_setting(section, setting, published: Published | None) -> None:
+    kind, choices, text = (setting.metadata[key] for key in ("kind", "choices", "text"))
+    name = f"--{setting.name.replace('_', '-')}"
+    others = [word for word in (published.names if published else ()) if word != name]
+    read = READERS.get(setting.name)
+    metavar = None if choices and not read else {int: "N", float: "X", str: "NAME"}[kind]
+    if setting.default is not None:
+        text += f" (digits: {setting.default})"
+    if choices and read:
+        text += f" ({', '.join(choices)})"
+    section.add_argument(
+        name,
+        *others,
+        dest=setting.name,
+        type=read or TYPES[kind],
+        choices=None if read else choices,
+        default=argparse.SUPPRESS,
+        metavar=metavar,
+        help=text,
+        **SWITCH if choices == ("no", "yes") else {},
+    )
+
+
+def _add_published(section, entry: Published) -> None:
+    text = {"known": entry.text, "ignored": f"no effect: {entry.text}", "refused": f"refused: {entry.text}"}[entry.fate]
+    action = {"known": "store", "ignored": _Ignore, "refused": _Refuse}[entry.fate]
+    options = {"help": text.replace("%", "%%"), "action": action, "default": argparse.SUPPRESS}
+    if entry.fate != "known":
+        options |= {"nargs": 0} if entry.read is None else {"type": entry.read, "metavar": "X"}
+        options |= {"reason": entry.text, "dest": "ignored"}
+    elif entry.read is None:
+        options |= {"action": "store_const", "const": entry.value, "dest": entry.setting}
+    else:
+        options |= {"type": entry.read, "metavar": "X", "dest": entry.setting}
+    section.add_argument(*entry.names, **options)
+
+
+class _Ignore(argparse.Action):
+    """Remembers a flag that has no effect here, to say so."""
+
+    def __init__(self, *args, reason: str, **options) -> None:
+        super().__init__(*args, **options)
+        self.reason = reason
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        namespace.ignored = [*namespace.ignored, f"{option_string} has no effect: {self.reason}"]
+
+
+class _Refuse(_Ignore):
+    """Refuses a flag, saying what to use instead."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        parser.error(f"{option_string} is not taken: {self.reason}")
+
+
+def given_settings(arguments: argparse.Namespace) -> dict:
+    """The settings that the command line names, by name."""
+    return {
+        setting.name: getattr(arguments, setting.name) for setting in fields(TrainConfig) if hasattr(arguments, setting.name)
+    }
+
+
+def warnings_of(arguments: argparse.Namespace, given: dict, config: TrainConfig) -> list[str]:
+    """What the command line asks for that has no effect, a line each."""
+    lines = list(arguments.ignored)
+    if "momentum" in given and config.optimizer != "SGD":
+        lines.append(f"--momentum has no effect: it is SGD's, and --optimizer is {config.optimizer}")
+    changes = any(name in given for name in ("randaugment_ops", "randaugment_magnitude"))
+    if changes and config.augment != "randaugment":
+        lines.append(f"--randaugment-ops and --randaugment-magnitude have no effect: --augment is {config.augment}")
+    return lines
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    given = given_settings(arguments)
+    if arguments.resume is not None and arguments.recipe is not None:
+        raise ConfigError(f"--recipe is {arguments.recipe!r}; a resumed run keeps its own settings")
+    config = resolve(given, arguments.recipe, command=arguments.command)
+    for line in warnings_of(arguments, given, config):
+        print(f"crate-fast: warning: {line}", file=sys.stderr)
+    run, score = train(config, given=given, resume=arguments.resume)
+    if run is not None:  # rank 0
+        print(f"test {score}")
+        print(f"evaluate it again with: crate-fast evaluate {shlex.quote(str(run.path))}")

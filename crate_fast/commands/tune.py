@@ -1,0 +1,157 @@
+"""`crate-fast tune`: measures the kernels' shapes on this machine's GPU and stores the fastest where the library looks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ..backend import BackendError, choose_backend
+from ..optional import require
+from ..sizes import SIZES
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Workload(NamedTuple):
+    """One kernel of a layer on tensors of the size asked for."""
+
+    kernel: str
+    sizes: tuple[int, ...]
+    run: Callable[[], object]
+
+
+def add_tune(subcommands) -> None:
+    """Adds the subcommand to the command line's."""
+    parser = subcommands.add_parser(
+        "tune",
+        help="find the fastest shapes of the kernels on this GPU",
+        description="Measures a handful of block shapes for each kernel of a layer on the GPU at hand (minutes) and stores the "
+        "fastest in $CRATE_FAST_CACHE/tuning.json, or ~/.cache/crate_fast/tuning.json, where every later run finds them. "
+        "Without it the kernels run with shapes chosen from what the compiler makes of them.",
+    )
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="a published size (default: tiny)")
+    for name, text in (("dim", "width of a token"), ("heads", "attention heads"), ("dim-head", "width of a head")):
+        parser.add_argument(f"--{name}", type=positive, metavar="N", help=f"{text} (default: the size's)")
+    parser.add_argument("--tokens", type=positive, default=197, metavar="N", help="tokens of an image (default: 197)")
+    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="images (default: 256)")
+    parser.add_argument("--precision", choices=DTYPES, default="float16", help="of matrix operands; 16-bit types share shapes")
+    parser.set_defaults(run=_tune)
+
+
+def positive(text: str) -> int:
+    """The number that a flag's `text` says, at least 1; raises argparse.ArgumentTypeError."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    require("tqdm")
+    if not torch.cuda.is_available():
+        raise BackendError("tune measures on a GPU, and PyTorch sees none here")
+    size = SIZES[arguments.size]
+    dim, heads = arguments.dim or size["dim"], arguments.heads or size["heads"]
+    head_width, dtype = arguments.dim_head or size["dim_head"], DTYPES[arguments.precision]
+    choose_backend("triton", torch.empty(0, dtype=dtype, device="cuda"), head_width)
+    torch.manual_seed(0)
+    tokens = torch.randn(arguments.batch_size, arguments.tokens, dim, dtype=dtype, device="cuda")
+    from ..kernels import shapes, tuning
+
+    winners = find_winners(workloads(tokens, heads, head_width), dtype, _milliseconds)
+    path = tuning.store(torch.cuda.get_device_name(), winners)
+    shapes.forget()
+    for name, config in winners.items():
+        print(f"{name:32} {config}")
+    print(f"stored in {path}")
+
+
+def find_winners(jobs: list[Workload], dtype: torch.dtype, clock: Callable[[Callable], float]) -> dict:
+    """The fastest `tuning.Config` of every job by `clock(run)`, under the key that the library looks it up by.
+
+    A shape that the GPU cannot run, because it wants more shared memory or registers than there are, is passed over.
+    """
+    from tqdm import tqdm
+    from triton.runtime.errors import OutOfResources
+
+    from ..kernels import tuning
+
+    pairs = [(job, config) for job in jobs for config in tuning.candidates(job.kernel, dtype)]
+    times: dict[str, dict] = {}
+    for job, config in tqdm(pairs, desc="measuring", disable=None):
+        with tuning.forced(job.kernel, config):
+            try:
+                taken = clock(job.run)
+            except OutOfResources:
+                continue
+        times.setdefault(tuning.key(job.kernel, dtype, *job.sizes), {})[config] = taken
+    return {name: min(measured, key=lambda config: measured[config]) for name, measured in times.items()}
+
+
+def _milliseconds(run: Callable) -> Any:
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=25, rep=100, return_mode="median")
+
+
+def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workload]:
+    """Every kernel of a layer on `tokens` (batch, tokens, dim), of the operands' dtype, as forward and backward launch it."""
+    from ..kernels import gradients, layer, linear, mssa, weight_gradients
+
+    batch, count, dim = tokens.shape
+    dtype, inner, scale = tokens.dtype, heads * head_width, head_width**-0.5
+    x = tokens.reshape(-1, dim)
+    gamma, beta = torch.ones(dim, device=x.device), torch.zeros(dim, device=x.device)
+    matrices = (_weight(x, inner, dim), _weight(x, dim, inner), beta, gamma, beta, _weight(x, dim, dim))
+    (prepared,) = layer.prepare_layers(layer.stack_weights([layer.LayerWeights(gamma, beta, *matrices)]), 0.01, dtype)
+    (project, step), out = prepared.folded(), prepared.out_weight.t()
+    statistics = linear.Statistics(*torch.empty(2, len(x), device=x.device))
+    rectified = gradients.Rectified(step.gain, step.offset, statistics.rstd)
+
+    moments = torch.stack((x.float().mean(1), x.float().var(1, correction=0) * dim))[:, None]
+    made = [linear.empty_moments(*of, len(x)) for of in (("out_project", out), ("ista", step.matrix))]
+    w = linear.norm_linear(x, moments, project, None, dtype, 1e-5, statistics).view(batch, count, inner)
+    o, lse = mssa.mssa_forward(w, heads, scale)
+    do, delta = gradients.attention_gradient(x, out, o, heads, scale)
+
+    def mssa_backward() -> tuple:
+        return mssa.mssa_backward(w, do, lse, delta, scale, project, statistics.rstd)
+
+    dw, sums, totals = mssa_backward()
+    dw = dw.view(-1, inner)
+
+    def weight_gradient(size: tuple[int, int], a, g, name: str = "weight_gradient", **norm) -> Workload:
+        return Workload(name, size, lambda: weight_gradients.weight_gradient(a, g, dtype, **norm))
+
+    jobs = [
+        Workload("project", (dim, inner), lambda: linear.norm_linear(x, moments, project, None, dtype, 1e-5, statistics)),
+        Workload("mssa_forward", (head_width,), lambda: mssa.mssa_forward(w, heads, scale)),
+        Workload(
+            "out_project",
+            (inner, dim),
+            lambda: linear.linear(o.view(-1, inner), out, dtype, offset=beta, residual=x, moments=made[0]),
+        ),
+        Workload("ista", (dim, dim), lambda: linear.norm_linear(x, moments, step, gamma, dtype, 1e-5, statistics, made[1])),
+        Workload("ista_gradient", (dim, dim), lambda: gradients.norm_data_gradient(x, sums, x, step, gamma, statistics)),
+        Workload(
+            "mixed_product", (dim, dim), lambda: gradients.data_gradient(x.float(), step.matrix, torch.float32, shrink=True)
+        ),
+        weight_gradient((dim, dim), x, x, mean=statistics.mean),
+        Workload("out_gradient", (inner, dim), lambda: gradients.attention_gradient(x, out, o, heads, scale)),
+        weight_gradient((inner, dim), o.view(-1, inner), x),
+        weight_gradient((dim, dim), x.float(), x.float(), "mixed_gradient", mean=statistics.mean),
+        Workload("mssa_backward", (head_width,), mssa_backward),
+        Workload(
+            "project_gradient",
+            (dim, inner),
+            lambda: gradients.norm_data_gradient(dw, sums, x, project, None, statistics, residual=x, rectified=rectified),
+        ),
+        weight_gradient((dim, inner), x, dw, mean=statistics.mean, totals=totals),
+    ]
+    return list({(job.kernel, job.sizes): job for job in jobs}.values())
+
+
+def _weight(like: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+    return torch.randn(outputs, inputs, device=like.device) / inputs**0.5

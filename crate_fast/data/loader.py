@@ -1,0 +1,315 @@
+"""From stored photographs to normalised batches on the device: workers read and change single images, bytes travel."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..files import PAUSES, as_bytes, is_of_system
+from ..locks import unlock
+from ..processes import Ranks
+from ..settings import TrainConfig
+from ..signals import hear_of_no_process, leave_signals_to_the_run
+from .augment import central_crop, erase, flip, randaugment, random_crop, trivialaugment
+from .order import Plan, epoch_order, share_of
+from .pictures import READER, READER_ENTRY
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, red, green, blue, in 0..1
+STD = (0.229, 0.224, 0.225)
+COLOUR = np.rint(np.array(MEAN) * 255).astype(np.uint8)  # of what is erased
+PREFETCH = 4  # batches that a worker is ahead
+
+
+class UnreadableError(RuntimeError):
+    """More images than allowed are damaged, or the system does not give one; the message names the last."""
+
+
+class Store(Protocol):
+    """Stored images, as `folder.Photographs` and `device_loader.Pictures` are."""
+
+    def __len__(self) -> int: ...
+    def label(self, index: int) -> int: ...
+    def place(self, index: int) -> str: ...
+    def read(self, index: int) -> Image.Image: ...
+
+
+class Problem(NamedTuple):
+    """Why an image is not there, in words that name it; whether it is damaged, or the system does not give it just now."""
+
+    text: str
+    is_damage: bool
+
+
+class Sample(NamedTuple):
+    """One image: (height, width, 3) uint8, its label, and what is wrong with it, if anything."""
+
+    pixels: np.ndarray
+    label: int
+    problem: Problem | None = None
+
+
+class TrainSamples(Dataset):
+    """Training images by (epoch, index), each changed as drawn from (seed, epoch, index) and from nothing else."""
+
+    def __init__(self, store: Store, config: TrainConfig) -> None:
+        self._store, self._config = store, config
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        size = (self._config.image_size, self._config.image_size)
+        return _read(self._store, index, size, lambda image: self._change(image, epoch, index))
+
+    def _change(self, image: Image.Image, epoch: int, index: int) -> np.ndarray:
+        config, draw = self._config, np.random.default_rng((self._config.seed, epoch, index))
+        image = flip(random_crop(image, config.image_size, config.crop_least, draw), draw)
+        if config.augment == "randaugment":
+            image = randaugment(image, config.randaugment_ops, config.randaugment_magnitude, draw)
+        elif config.augment == "trivial":
+            image = trivialaugment(image, draw)
+        return erase(np.asarray(image), config.erase, COLOUR, draw)
+
+
+class TestSamples(Dataset):
+    """Images by their index, as evaluation sees them."""
+
+    def __init__(self, store: Store, size: tuple[int, int], part: float) -> None:
+        self._store, self._size, self._part = store, size, part
+
+    def __getitem__(self, index: int) -> Sample:
+        return _read(self._store, index, self._size, lambda image: np.asarray(central_crop(image, self._size, self._part)))
+
+
+def _read(store: Store, index: int, size: tuple[int, int], change) -> Sample:
+    try:
+        return Sample(change(store.read(index)), store.label(index))
+    except Exception as error:  # whatever a damaged file makes of the decoder
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        problem = Problem(f"{store.place(index)}: {reason}", not is_of_system(error))
+        return Sample(np.zeros((*size, 3), np.uint8), IGNORED, problem)
+
+
+class Photos:
+    """Training and test images of a `Store` each, in batches on `device`; what is `quicker` is for advice.
+
+    Test images are of `evaluated_size`, (height, width) in pixels; None: squares of the training images' side.
+
+    Raises (while it is iterated):
+        UnreadableError: more than `config.max_unreadable` images are damaged, or the system does not give one.
+    """
+
+    channels = 3
+
+    def __init__(
+        self,
+        name: str,
+        train: Store,
+        test: Store,
+        classes: int,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks,
+        quicker: str,
+        class_names: list[str] | None = None,
+        evaluated_size: tuple[int, int] | None = None,
+    ) -> None:
+        self.name, self.classes, self._config, self._device = name, classes, config, device
+        self._train, self._test, self.class_names = train, test, class_names
+        self.advice = more_workers(config.workers, quicker)
+        self._workers = -(-config.workers // ranks.local_count)
+        self._unreadable: set[str] = set()
+        self._normalise = Normalise(device)
+        self._evaluated_size = evaluated_size or (config.image_size, config.image_size)
+        self.train_count, self.test_count = len(train), len(test)
+
+    def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parts of the steps of `epoch` from step `first` on, as `plan` cuts them: float32 images and int64 labels."""
+        order = epoch_order(plan.seed, epoch, self.train_count)
+        parts = (part for step in range(first, plan.steps) for part in plan.parts(step))
+        keys = ([(epoch, index) for index in order[part].tolist()] for part in parts)
+        yield from self._load(TrainSamples(self._train, self._config), list(keys))
+
+    def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the test images, in order."""
+        share = share_of(self.test_count, ranks)
+        keys = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
+        yield from self._load(TestSamples(self._test, self._evaluated_size, self._config.eval_crop), keys)
+
+    def describe(self) -> dict:
+        """What config.json says of them."""
+        return describe(self) | {READER_ENTRY: READER}
+
+    def _load(self, samples: Dataset, keys: list[list]) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            samples,
+            batch_sampler=keys,
+            num_workers=self._workers,
+            collate_fn=partial(_collate, self._evaluated_size),
+            pin_memory=self._device.type == "cuda",
+            prefetch_factor=PREFETCH if self._workers else None,
+            worker_init_fn=start_worker,
+            generator=torch.Generator().manual_seed(0),  # else it would draw from the global one, which the model draws from
+        )
+        for pixels, labels in ahead(self._arrive(loader), self._device):
+            yield self._normalise(pixels), labels
+
+    def _arrive(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+        for pixels, labels, problems in from_workers(loader):
+            for problem in problems:
+                self._report(problem)
+            yield pixels.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+
+    def _report(self, problem: Problem) -> None:
+        if problem.text in self._unreadable:
+            return
+        if not problem.is_damage:
+            raise UnreadableError(
+                f"{problem.text} ({1 + len(PAUSES)} times); what cannot be read just now is not left out; once it can, "
+                "a run goes on with --resume"
+            )
+        self._unreadable.add(problem.text)
+        print(f"crate-fast: warning: unreadable, skipped: {problem.text}", file=sys.stderr, flush=True)
+        if len(self._unreadable) > self._config.max_unreadable:
+            raise UnreadableError(
+                f"{len(self._unreadable)} images cannot be read, and --max-unreadable is {self._config.max_unreadable}; "
+                f"the last is {problem.text}"
+            )
+
+
+class Normalise:
+    """From pixels, (n, height, width, 3) uint8, to what a model takes, (n, 3, height, width) float32, by `MEAN` and `STD`."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Computed here and copied, which is over when it returns: they are read on another stream, that waits for nothing.
+        self._mean, self._std = (torch.tensor(values).mul(255).to(device) for values in (MEAN, STD))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        n, height, width, _ = pixels.shape
+        rows = pixels.flatten(2).float()  # in rows, along which a processor is quick
+        rows = rows.sub_(self._mean.repeat(width)).div_(self._std.repeat(width))
+        return rows.view(n, height, width, 3).permute(0, 3, 1, 2)
+
+
+def _collate(size: tuple[int, int], samples: list[Sample]) -> tuple[Tensor, Tensor, list[Problem]]:
+    pixels = np.stack([sample.pixels for sample in samples]) if samples else np.empty((0, *size, 3), np.uint8)
+    problems = [sample.problem for sample in samples if sample.problem]
+    return torch.from_numpy(pixels), torch.tensor([sample.label for sample in samples], dtype=torch.int64), problems
+
+
+def start_worker(_: int) -> None:
+    """Makes a process one that only reads images."""
+    leave_signals_to_the_run()
+    torch.set_num_threads(1)
+    unlock()  # a worker outlives a killed run for seconds, and must not keep its lock
+
+
+def from_workers(loader: DataLoader) -> Iterator:
+    """What the processes of a loader read, in order. They are started before this returns.
+
+    That one of them is gone is told where its batch is wanted, as a RuntimeError, and nowhere else: PyTorch's handler of
+    SIGCHLD would raise it within whatever the run does then, such as writing a checkpoint. Without it PyTorch looks after
+    its processes every 5 seconds that it waits.
+    """
+    batches = iter(loader)
+    if not loader.num_workers:
+        return batches
+    hear_of_no_process()
+    return _received(batches)
+
+
+def _received(batches: Iterator) -> Iterator:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (EOFError, ConnectionError, FileNotFoundError) as error:  # it was gone before its tensors were fetched from it
+            raise RuntimeError(f"a DataLoader worker has exited ({type(error).__name__})") from error
+        yield batch
+
+
+def ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, on a GPU each copied on a stream of its own while the one before it is computed with."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    batches, ready = iter(batches), None
+    while True:
+        with torch.cuda.stream(stream):
+            following = next(batches, None)
+        if ready is not None:
+            yield ready
+        if following is None:
+            return
+        computing.wait_stream(stream)
+        for tensor in following:
+            tensor.record_stream(computing)
+        ready = following
+
+
+def describe(data) -> dict:
+    """Name, classes, counts of images and how they are normalised, of data normalised by `Normalise`."""
+    counts = {"train_images": data.train_count, "test_images": data.test_count}
+    names = {} if data.class_names is None else {"class_names": digest(data.class_names)}
+    return {"name": data.name, "classes": data.classes, **names, **counts, "mean": MEAN, "std": STD}
+
+
+def digest(class_names: list[str]) -> str:
+    """What tells the classes of folders apart, names and order: the start of a SHA-256 of their names by lines."""
+    lines = "\n".join(name.replace("\n", "\0") for name in class_names)  # which no name of a folder has
+    return hashlib.sha256(as_bytes(lines)).hexdigest()[:16]
+
+
+class Synthetic:
+    """Random batches made on the device once, to time the loop alone: 1,281,167 images of 1,000 classes, as ImageNet has."""
+
+    name, classes, channels = "synthetic", 1000, 3
+    train_count, test_count = 1_281_167, 50_000
+    advice = None
+
+    def __init__(self, config: TrainConfig, size: tuple[int, int], device: torch.device) -> None:
+        self._shape, self._device, self._seed = (3, *size), device, config.seed
+        self.classes = config.classes or self.classes
+
+    def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parts of the steps of `epoch` from step `first` on: the same images in each."""
+        images, labels = self._make(plan.largest_part)
+        for step in range(first, plan.steps):
+            for part in plan.parts(step):
+                count = part.stop - part.start
+                yield images[:count], labels[:count]
+
+    def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the test images."""
+        share = share_of(self.test_count, ranks)
+        images, labels = self._make(batch_size)
+        for start in range(0, len(share), batch_size):
+            count = min(batch_size, len(share) - start)
+            yield images[:count], labels[:count]
+
+    def describe(self) -> dict:
+        """What config.json says of them."""
+        return {"name": self.name, "train_images": self.train_count, "test_images": self.test_count}
+
+    def _make(self, count: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(self._device).manual_seed(self._seed)
+        images = torch.randn(count, *self._shape, device=self._device, generator=generator)
+        return images, torch.randint(self.classes, (count,), device=self._device, generator=generator)
+
+
+def more_workers(workers: int, otherwise: str) -> str:
+    """Advice where `workers` processes read on this machine, and what `otherwise` helps."""
+    return f"more --workers (now {workers}; {os.cpu_count()} cores are here), or {otherwise}"
+
+
+IGNORED = -100  # label of an image that could not be read: it counts nowhere

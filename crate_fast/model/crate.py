@@ -1,0 +1,306 @@
+"""The CRATE classifier: the published class, on fused kernels."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+
+from ..backend import autocasts, check_backend, check_tensor, is_transformed
+from ..eval_transform import Transform
+from ..files import shown
+from ..functional import check_number, check_positive
+from ..modules.cpu_inference import evaluated_embedding
+from ..modules.plain import (
+    drops_nothing,
+    has_global_hooks,
+    is_exported,
+    is_plain,
+    keeps_forwards,
+    linear_is_plain,
+    norm_is_plain,
+    same_place,
+)
+from ..optional import require
+from ..sizes import POOLS, SIZES
+from .transformer import STREAMS, Transformer, pool_tokens
+
+MOST_LAYERS, MOST_WEIGHTS = 10_000, 10**10  # no machine trains more; the largest that is published has 24 and 78 million
+
+
+class CRATE(nn.Module):
+    """A white-box vision transformer (Yu et al., "White-Box Transformers via Sparse Rate Reduction", arXiv:2306.01129).
+
+    Takes the published class's arguments, draws the same weights from the same seed, and has the same state_dict.
+
+    Args:
+        image_size: side of the image in pixels, or (height, width).
+        patch_size: side of a patch in pixels, or (height, width); must divide `image_size`.
+        num_classes: number of logits.
+        dim: width of a token.
+        depth: number of layers.
+        heads: attention heads (subspaces) of a layer.
+        pool: what the head reads: "cls", the class token, or "mean", the mean of all tokens.
+        channels: channels of an image.
+        dim_head: width of a head (dimension of a subspace).
+        dropout: on attention probabilities and after the attention's projection back.
+        emb_dropout: on the embedded tokens.
+        ista: step size η of the ISTA step.
+        lambd: threshold λ of the ISTA step; 0.1 in the published code.
+        backend: "triton", "torch", "reference" or "auto"; see `crate_fast.choose_backend`.
+        stream: dtype of the activations between fused kernels under autocast: "float16" (as few bytes as bfloat16, 4 to 8
+            times as exact; what exceeds 65,504 becomes infinite), "bfloat16", "float32", or "auto": float16 under bfloat16
+            autocast and float32 under float16, each at least as precise as the published code under the same by the logits and
+            the median over gradients.
+
+    Raises:
+        TypeError: a size that is no integer, a step size, threshold or dropout that is no number.
+        ValueError: a size that does not divide or is too small, more than 10,000 layers or 10 billion weights, a dropout that
+            is no share, an unknown pool, backend or stream.
+    """
+
+    transform: Transform | None = None  # how its images are evaluated, where its file or its run says so
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        num_classes: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        pool: str = "cls",
+        channels: int = 3,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        emb_dropout: float = 0.0,
+        ista: float = 0.1,
+        lambd: float = 0.1,
+        backend: str = "auto",
+        stream: str = "auto",
+    ) -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f"pool is {shown(pool)}; allowed are 'cls' (class token) and 'mean' (mean of all tokens)")
+        if stream not in STREAMS:
+            raise ValueError(f"stream is {shown(stream)}; allowed are {', '.join(map(repr, STREAMS))}")
+        check_backend(backend)
+        sizes = {"dim": dim, "heads": heads, "dim_head": dim_head, "channels": channels}
+        for name, value in (sizes | {"depth": depth, "num_classes": num_classes}).items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} is {shown(value)}; it must be an integer")
+            if value < (name in sizes):
+                raise ValueError(f"{name} is {shown(value)}; it must be at least {int(name in sizes)}")
+        # Numbers of Python's own from here on, whatever NumPy's they were: a checkpoint with others could not be read again.
+        dropout, emb_dropout = check_number("dropout", dropout), check_number("emb_dropout", emb_dropout)
+        ista, lambd = check_positive("ista", ista), check_positive("lambd", lambd)
+        for name, share in (("dropout", dropout), ("emb_dropout", emb_dropout)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is {share}; it must be from 0 to 1")
+        self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
+        rows, columns = (_divide(i, p) for i, p in zip(self.image_size, self.patch_size, strict=True))
+        patch_height, patch_width = self.patch_size
+        patch_dim = channels * patch_height * patch_width
+        _check_buildable(dim, depth, heads * dim_head, patch_dim, rows * columns + 1, num_classes)
+        self.channels = channels
+
+        self.to_patch_embedding = nn.Sequential(
+            Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=patch_height, p2=patch_width),
+            nn.LayerNorm(patch_dim),
+            nn.Linear(patch_dim, dim),
+            nn.LayerNorm(dim),
+        )
+        self.pos_embedding = nn.Parameter(torch.randn(1, rows * columns + 1, dim))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.dropout = nn.Dropout(emb_dropout)
+        self.transformer = Transformer(dim, depth, heads, dim_head, dropout, ista, lambd, backend, stream)
+        self.pool = pool
+        self.to_latent = nn.Identity()
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(batch, channels, height, width) to logits (batch, num_classes).
+
+        Images smaller than `image_size` work where patches divide them; they use the first position embeddings.
+
+        Raises:
+            TypeError: the image is no dense tensor of real floating point, or, outside autocast, not of the model's dtype.
+            ValueError: its shape or device does not fit.
+        """
+        self._check_image(image)
+        x = self._embed(image)
+        if has_global_hooks() or not (is_plain(self.transformer, Transformer) and keeps_forwards(self.transformer)):
+            x = pool_tokens(self.transformer(x), self.pool)
+        else:
+            x = self.transformer.run(x, self.pool)
+        return self.mlp_head(self.to_latent(x))
+
+    def _embed(self, image: Tensor) -> Tensor:
+        """(batch, channels, height, width) to the tokens that enter the layers, (batch, 1 + patches, dim)."""
+        if self._embeds_at_once(image):
+            _, norm, linear, last_norm = self.to_patch_embedding
+            weights = [norm.weight, norm.bias, linear.weight, linear.bias, last_norm.weight, last_norm.bias]
+            eps = [norm.eps, last_norm.eps]
+            return evaluated_embedding(image, [*weights, self.cls_token, self.pos_embedding], list(self.patch_size), eps)
+        x = self.to_patch_embedding(image)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        return self.dropout(x + self.pos_embedding[:, : x.shape[1]])
+
+    def _embeds_at_once(self, image: Tensor) -> bool:
+        """Whether `evaluated_embedding` may stand for the modules, on a CPU: GPUs gain nothing from it."""
+        if image.device.type != "cpu" or image.numel() == 0 or torch.is_grad_enabled() or autocasts("cpu"):
+            return False
+        if has_global_hooks() or is_transformed() or is_exported() or self.transformer.backend == "reference":
+            return False
+        return self._embedding_is_plain() and same_place((image, *self.to_patch_embedding.parameters(), self.cls_token))
+
+    def _embedding_is_plain(self) -> bool:
+        modules = self.to_patch_embedding
+        if not is_plain(modules, nn.Sequential) or len(modules) != 4 or not is_plain(modules[0], Rearrange):
+            return False
+        linear = modules[2]
+        plain = linear_is_plain(linear) and linear.bias is not None and drops_nothing(self.dropout)
+        plain = plain and norm_is_plain(modules[1]) and norm_is_plain(modules[3])
+        return plain and keeps_forwards(modules, *modules, self.dropout)
+
+    def _check_image(self, image: Tensor) -> None:
+        check_tensor("the image", image)
+        model = self.cls_token
+        if image.device != model.device:
+            raise ValueError(f"the image is on {image.device} and the model on {model.device}; they must be on the same device")
+        if image.dtype != model.dtype and not autocasts(image.device.type):
+            raise TypeError(f"the image is {image.dtype} and the model {model.dtype}; outside autocast they must be the same")
+        if image.dim() != 4 or image.shape[1] != self.channels:
+            raise ValueError(f"the image has shape {tuple(image.shape)}; it must be (batch, {self.channels}, height, width)")
+        size = tuple(image.shape[2:])
+        if any(s % p or s == 0 for s, p in zip(size, self.patch_size, strict=True)):
+            raise ValueError(f"the image is {size[0]}×{size[1]}, which patches of {_times(self.patch_size)} do not divide")
+        patches = (size[0] // self.patch_size[0]) * (size[1] // self.patch_size[1])
+        if patches >= self.pos_embedding.shape[1]:
+            raise ValueError(
+                f"the image is {size[0]}×{size[1]}, {patches} patches; this model has position embeddings for "
+                f"{self.pos_embedding.shape[1] - 1} (image_size={_times(self.image_size)})"
+            )
+
+    def save_pretrained(self, directory: str | os.PathLike[str], **options) -> str | None:
+        """Writes model.safetensors, config.json and a model card to `directory`, which it makes if need be.
+
+        Args:
+            options: of `huggingface_hub.ModelHubMixin.save_pretrained`.
+
+        Returns:
+            The commit's address with `push_to_hub=True`, else None.
+
+        Raises:
+            MissingPackageError: huggingface-hub is not installed.
+            ValueError: the model was changed after it was built, so that it could not be built again.
+            OSError: `directory` cannot be written to.
+        """
+        return _shelf()(self).save_pretrained(os.fspath(directory), **options)
+
+    def push_to_hub(self, name: str, **options) -> str:
+        """Writes the same to the Hugging Face Hub, as the model `name`, ORGANISATION/NAME; returns the commit's address.
+
+        Args:
+            options: of `huggingface_hub.ModelHubMixin.push_to_hub`, such as `private` and `token`.
+
+        Raises: as `save_pretrained`, and what huggingface_hub raises where the Hub refuses.
+        """
+        return _shelf()(self).push_to_hub(name, **options)
+
+    @staticmethod
+    def from_pretrained(
+        source: str | os.PathLike,
+        *,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **overrides,
+    ) -> CRATE:
+        """The model in a directory of `save_pretrained`, or on the Hugging Face Hub, in evaluation mode.
+
+        Args:
+            source: the directory, or ORGANISATION/NAME.
+            device, overrides: as of `crate_fast.load_checkpoint`.
+            revision, cache_dir, force_download, local_files_only, token: of `huggingface_hub.hf_hub_download`.
+
+        Raises: as `crate_fast.load_checkpoint`.
+        """
+        where = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, token=token)
+        where |= dict(local_files_only=local_files_only)
+        return _shelf().from_pretrained(str(source), device=device, overrides=overrides, **where).model
+
+
+def _shelf():
+    require("huggingface_hub")
+    from ..checkpoint.hub import Shelf
+
+    return Shelf
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    sides = value if isinstance(value, tuple | list) else (value, value)
+    if len(sides) != 2 or not all(hasattr(side, "__index__") and not isinstance(side, bool) for side in sides):
+        raise TypeError(f"{name} is {shown(value)}; it must be an integer, or two: height and width")
+    height, width = map(int, sides)
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} is {shown(value)}; it must be positive")
+    return height, width
+
+
+def _divide(image: int, patch: int) -> int:
+    if image % patch:
+        raise ValueError(f"image_size {shown(image)} is not divisible by patch_size {shown(patch)}")
+    return image // patch
+
+
+def _check_buildable(dim: int, depth: int, inner: int, patch_dim: int, tokens: int, num_classes: int) -> None:
+    """Raises ValueError where a model of these sizes would keep the constructor busy, or ask for memory, without end."""
+    if depth > MOST_LAYERS:
+        raise ValueError(f"depth is {shown(depth)}; it must be at most {MOST_LAYERS:,}")
+    weights = dim * (depth * (2 * inner + dim) + patch_dim + tokens + num_classes) + patch_dim
+    if weights > MOST_WEIGHTS:
+        count = f"{weights:,}" if weights < 10**30 else "more than 10^30"
+        layers = f"{depth:,} layers of {shown(inner)} in all heads"
+        words = f"{layers}, patches of {shown(patch_dim)} values, {shown(tokens)} tokens and {shown(num_classes)} classes"
+        raise ValueError(f"a model of width {shown(dim)}, {words} has {count} weights; it must have at most {MOST_WEIGHTS:,}")
+
+
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def build(size: str, num_classes: int = 1000, **options) -> CRATE:
+    """A CRATE of a published size ("tiny", "small", "base", "large") for 224 px and patches of 16, unless `options` differ."""
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}; allowed are {', '.join(map(repr, SIZES))}")
+    arguments: dict[str, Any] = dict(image_size=224, patch_size=16, num_classes=num_classes)
+    arguments |= SIZES[size] | options
+    return CRATE(**arguments)
+
+
+def CRATE_tiny(num_classes: int = 1000, **options) -> CRATE:
+    """CRATE-Tiny: width 384, 12 layers, 6 heads; 6,090,856 parameters. `options` are keywords of `CRATE`."""
+    return build("tiny", num_classes, **options)
+
+
+def CRATE_small(num_classes: int = 1000, **options) -> CRATE:
+    """CRATE-Small: width 576, 12 layers, 12 heads; 13,116,328 parameters. `options` are keywords of `CRATE`."""
+    return build("small", num_classes, **options)
+
+
+def CRATE_base(num_classes: int = 1000, **options) -> CRATE:
+    """CRATE-Base: width 768, 12 layers, 12 heads; 22,796,008 parameters. `options` are keywords of `CRATE`."""
+    return build("base", num_classes, **options)
+
+
+def CRATE_large(num_classes: int = 1000, **options) -> CRATE:
+    """CRATE-Large: width 1024, 24 layers, 16 heads; 77,641,192 parameters. `options` are keywords of `CRATE`."""
+    return build("large", num_classes, **options)

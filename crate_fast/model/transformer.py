@@ -1,0 +1,158 @@
+"""The layers of CRATE in a row, those that can be run by fused kernels, the others by their modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..backend import autocasts, choose_backend
+from ..modules.kernel_weights import fresh_weights, fused_weights
+from ..modules.layer import Attention, FeedForward, Layer, PreNorm
+from ..modules.plain import has_global_hooks, same_place
+
+if TYPE_CHECKING:
+    from ..kernels import Stream
+    from ..modules.kernel_weights import Weights
+
+STREAMS = ("auto", "float16", "bfloat16", "float32")
+
+
+class Transformer(nn.Module):
+    """`depth` layers on (batch, tokens, dim), each run by fused kernels where that is possible and nobody could tell.
+
+    Args:
+        dim, depth, heads, dim_head: sizes.
+        dropout: in the attention.
+        ista, lambd: step size η and threshold λ of the ISTA step.
+        backend: see `crate_fast.choose_backend`.
+        stream: dtype of the activations that fused layers keep under autocast; see `crate_fast.CRATE`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        dim_head: int,
+        dropout: float = 0.0,
+        ista: float = 0.1,
+        lambd: float = 0.1,
+        backend: str = "auto",
+        stream: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.heads = heads
+        self.depth = depth
+        self.dim = dim
+        self.backend = backend
+        self.stream = stream
+        for _ in range(depth):
+            attention = Attention(dim, heads=heads, dim_head=dim_head, dropout=dropout, backend=backend)
+            mssa = PreNorm(dim, attention)
+            feed_forward = FeedForward(dim, dim, dropout=dropout, step_size=ista, lambd=lambd, backend=backend)
+            self.layers.append(Layer(mssa, PreNorm(dim, feed_forward)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, None)
+
+    def run(self, x: Tensor, pool: str | None) -> Tensor:
+        """The layers, then the pooling: (batch, dim) with pool "cls" or "mean", all tokens with None.
+
+        Pooling belongs here because a fused run can pool what it holds in 16 bit without writing all tokens in 32.
+        """
+        watched = x.dim() != 3 or x.numel() == 0 or has_global_hooks()
+        cast, chosen = autocasts(x.device.type), {}
+        runs: list[tuple[bool, list[Any]]] = [  # of `Layer` where they are fused, else of whatever modules there are
+            (fused, list(layers))
+            for fused, layers in groupby(self.layers, key=lambda layer: not watched and self._fuses(layer, x, cast, chosen))
+        ]
+        for index, (fused, layers) in enumerate(runs):
+            last = index == len(runs) - 1
+            if fused:
+                x = self._run_fused(layers, x, pool if last else None)
+                if last:
+                    return x
+                continue
+            for layer in layers[:-1]:
+                x = layer(x)
+            end = layers[-1]
+            alone = last and pool == "cls" and isinstance(end, Layer) and end.runs_unwatched(x)
+            x = end.through(Layer.class_token, x) if alone else end(x)
+        return pool_tokens(x, pool)
+
+    def _fuses(self, layer: nn.Module, x: Tensor, cast: bool, chosen: dict[int, str]) -> bool:
+        """Whether kernels run `layer` on x, `cast` by autocast or not; `chosen` is filled with the backend by head width."""
+        if not isinstance(layer, Layer) or not layer.is_fusable():
+            return False
+        weights = layer.weights()
+        if not layer.fits(weights, x.shape[-1]) or not same_place(weights) or weights[0].device != x.device:
+            return False  # the composed path says what is wrong
+        if not cast and weights[0].dtype != x.dtype:
+            return False
+        head_width = weights[2].shape[0] // layer[0].fn.heads
+        if head_width not in chosen:
+            chosen[head_width] = choose_backend(self.backend, x, head_width).name
+        return chosen[head_width] == "triton"
+
+    def _run_fused(self, layers: list[Layer], x: Tensor, pool: str | None) -> Tensor:
+        from ..kernels import enter_stack, leave_stack
+
+        device = x.device.type
+        autocast = autocasts(device)
+        stream, operand = stream_dtypes(self.stream, torch.get_autocast_dtype(device)) if autocast else (x.dtype, x.dtype)
+        result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
+        with torch.autocast(device, enabled=False):
+            together = [layer for layer in layers if not layer.is_sharded()]
+            weights = iter(fused_weights(together, operand) if together else ())
+            handed_on = enter_stack(x, stream)
+            for layer in layers:
+                if layer.is_sharded():
+                    handed_on = layer(handed_on, partial(_run_alone, operand=operand))
+                else:
+                    handed_on = _run_layer(layer, handed_on, next(weights))
+            return leave_stack(handed_on, result, pool, scaled=operand == torch.float16)
+
+
+def layers_of(transformer: Transformer) -> Iterator[Layer]:
+    """Its layers, taken for what it was built with."""
+    return cast("Iterator[Layer]", iter(transformer.layers))
+
+
+def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of the activations between kernels, dtype of matrix operands) of fused layers under autocast.
+
+    "auto" is the leanest stream that is no less precise than the published code under the same autocast, for logits and
+    the median over gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`). A 16-bit
+    stream rounds a token with its mean: where that is many times the deviation, "float32" is more precise.
+    """
+    if stream == "auto":
+        stream = "float32" if autocast == torch.float16 else "float16"
+    if stream == "float32":
+        return torch.float32, torch.float16
+    dtype = torch.bfloat16 if stream == "bfloat16" else torch.float16
+    return dtype, dtype
+
+
+def pool_tokens(x: Tensor, pool: str | None) -> Tensor:
+    """The class token ("cls"), the mean over all tokens ("mean"), or all tokens (None) of (batch, tokens, dim)."""
+    if pool is None:
+        return x
+    return x.mean(dim=1) if pool == "mean" else x[:, 0]
+
+
+def _run_layer(layer: Layer, stream: Stream, weights: Weights) -> Stream:
+    """The fused `layer` with its `weights` as `fresh_weights` gives them."""
+    from ..kernels import fused_layer
+
+    return fused_layer(stream, *weights, layer.settings())
+
+
+def _run_alone(layer: Layer, stream: Stream, operand: torch.dtype) -> Stream:
+    """The fused `layer`, whose weights are whole just now."""
+    return _run_layer(layer, stream, *fresh_weights([layer], operand))

@@ -1,0 +1,267 @@
+"""A layer of CRATE as modules, with the published names, parameters and order of random draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional, reference
+from ..backend import autocasts, choose_backend, is_transformed
+from ..reference import constant_to_compile
+from .cpu_inference import evaluated_layer, kept_operator
+from .plain import (
+    has_global_hooks,
+    has_weights,
+    is_exported,
+    is_plain,
+    is_sharded,
+    keeps_forwards,
+    linear_is_plain,
+    norm_is_plain,
+    same_place,
+)
+
+
+class PreNorm(nn.Module):
+    """`fn` of the layer-normalised input; (batch, tokens, dim) to the same."""
+
+    fn: Any  # in a layer an Attention or a FeedForward, which its place tells
+    _modules: dict[str, Any]  # read as it is, here and below, since attributes of modules are found slowly
+
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fn = fn
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        return self.fn(self.norm(x), **kwargs)
+
+
+class Attention(nn.Module):
+    """The MSSA step without its residual: project on the subspaces, attend, project back (arXiv:2306.01129, equation 12).
+
+    Args:
+        dim: width of a token.
+        heads: number of subspaces.
+        dim_head: dimension of a subspace.
+        dropout: on the attention probabilities, and again after the projection back.
+        backend: see `crate_fast.choose_backend`.
+    """
+
+    _modules: dict[str, Any]
+
+    def __init__(self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.0, backend: str = "auto") -> None:
+        super().__init__()
+        inner_dim = heads * dim_head
+        self.heads = heads
+        self.scale = dim_head**-0.5
+        self.backend = backend
+        self.attend = nn.Softmax(dim=-1)
+        self.dropout = nn.Dropout(dropout)
+        self.qkv = nn.Linear(dim, inner_dim, bias=False)
+        if heads == 1 and dim_head == dim:
+            self.to_out: nn.Module = nn.Identity()
+        else:
+            self.to_out = nn.Sequential(nn.Linear(inner_dim, dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.qkv(x)
+        if self._needs_probabilities():
+            return self.to_out(self._attend_openly(w))
+        return self.to_out(functional.mssa(w, self.heads, self.scale, self.backend))
+
+    def _needs_probabilities(self) -> bool:
+        """Whether the matrix of probabilities must exist: it is dropped from, or somebody watches it."""
+        plain = is_plain(self.attend, nn.Softmax) and _is_over_keys(self.attend) and is_plain(self.dropout, nn.Dropout)
+        return not plain or has_global_hooks() or (self.training and self.dropout.p > 0)
+
+    def _attend_openly(self, w: Tensor) -> Tensor:
+        split = w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        scores = torch.matmul(split, split.transpose(-1, -2)) * self.scale
+        return torch.matmul(self.dropout(self.attend(scores)), split).transpose(1, 2).flatten(2)
+
+
+class FeedForward(nn.Module):
+    """The ISTA step on a learned dictionary `weight` (arXiv:2306.01129, equation 17).
+
+    In evaluation without gradients, on a CPU, M = η(D − DᵀD) is kept beside a copy of the `weight` it was made of, and used
+    again where that is still the same to the bit; else every call forms it.
+
+    Args:
+        dim, hidden_dim: width of a token; the published class takes it twice and uses the first.
+        dropout: accepted as in the published class, which does not use it.
+        step_size: η, finite and at least 0, as the next.
+        lambd: λ.
+        backend: see `crate_fast.choose_backend`.
+
+    Raises:
+        ValueError: η or λ is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int | None = None,
+        dropout: float = 0.0,
+        step_size: float = 0.1,
+        lambd: float = 0.1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim))
+        nn.init.kaiming_uniform_(self.weight)
+        self.step_size = functional.check_positive("step_size", step_size)
+        self.lambd = functional.check_positive("lambd", lambd)
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        choice = choose_backend(self.backend, x)
+        if choice.name == "reference":
+            return reference.ista(x, self.weight, self.step_size, self.lambd)
+        kept = not (self.training or torch.is_grad_enabled() or is_transformed())
+        operator = kept_operator(self.weight, self.step_size) if kept else None
+        return functional.ista_with_operator(x, self.weight, operator, self.step_size, self.lambd, choice.name)
+
+
+class Layer(nn.Sequential):
+    """One step of compression and one of sparsification: x ← ISTA(x + MSSA(x)).
+
+    Indexed like the published list of the two; FSDP2 of torch 2.11 takes no nn.ModuleList, even with a forward.
+    """
+
+    frozen: dict[torch.dtype, tuple] | None = None
+    """What `fresh_weights` gave, by the operands' dtype, in a copy that `crate_fast.freeze` made; else None."""
+    _modules: dict[str, Any]
+
+    if TYPE_CHECKING:  # nn.Sequential tells no more of the two than that they are modules
+
+        def __getitem__(self, idx: int | slice) -> Any: ...
+        def __iter__(self) -> Iterator[PreNorm]: ...
+
+    def __init__(self, mssa: PreNorm, ista: PreNorm) -> None:
+        super().__init__(mssa, ista)
+
+    def forward(self, x, run: Callable | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """(batch, tokens, dim) to the same; with `run` what that makes of this layer and x, see `through`."""
+        if run is not None:
+            return run(self, x)
+        if not self._is_evaluated(x):
+            return self[1](self[0](x) + x)
+        mssa, ista = self
+        numbers = (mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, ista.norm.eps, ista.fn.step_size, ista.fn.lambd)
+        return evaluated_layer(x, list(self.weights()), *numbers)
+
+    def through(self, run: Callable, x):
+        """`run(self, x)`, as a call of this layer where it is sharded, so that its weights are whole."""
+        return self(x, run) if self.is_sharded() else run(self, x)
+
+    def is_sharded(self) -> bool:
+        """Whether `torch.distributed.fsdp.fully_shard` has taken this layer, and nobody watches it."""
+        return is_sharded(self, Layer)
+
+    def _is_evaluated(self, x: Tensor) -> bool:
+        """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
+        if self.training or torch.is_grad_enabled() or is_transformed() or autocasts(x.device.type):
+            return False
+        return self.runs_unwatched(x) and not is_exported()
+
+    def runs_unwatched(self, x: Tensor) -> bool:
+        """Whether modules may be passed by on "torch": all are plain and nobody watches, and the backend, asked for or chosen,
+        is that one."""
+        if x.dim() != 3 or x.numel() == 0 or has_global_hooks() or not self.is_fusable(("auto", "torch")):
+            return False
+        attention = self[0].fn
+        weights = self.weights()
+        if not self.fits(weights, x.shape[-1]) or not same_place(weights) or weights[0].device != x.device:
+            return False  # the modules say what is wrong
+        return choose_backend(attention.backend, x, attention.qkv.out_features // attention.heads).name == "torch"
+
+    def fits(self, weights: tuple[Tensor, ...], dim: int) -> bool:
+        """Whether the sizes of its `weights` are those of a layer of width `dim`, and vectors in one piece, as what passes
+        modules by takes them to be."""
+        attention = self[0].fn
+        heads, scale, inner = attention.heads, attention.scale, weights[2].shape[0]
+        if type(heads) is not int or heads < 1 or inner % heads or not isinstance(scale, (int, float)) or not isfinite(scale):
+            return False
+        shapes = [(dim,), (dim,), (inner, dim), (dim, inner), (dim,), (dim,), (dim,), (dim, dim)]
+        return [w.shape for w in weights] == shapes and all(w.is_contiguous() for w in weights if w.dim() == 1)
+
+    def is_fusable(self, backends: tuple[str, ...] = ("auto", "triton")) -> bool:
+        """Whether one fused computation may stand for all modules of this layer: none is hooked, changed or dropping out,
+        and their backends are among `backends`."""
+        if not self._is_plain() or (torch.compiler.is_compiling() and not keeps_forwards(*self.modules())):
+            return False
+        attention, feed_forward = (part._modules["fn"] for part in self._modules.values())
+        if attention.backend not in backends or feed_forward.backend not in backends:
+            return False
+        inner = attention._modules
+        linear, dropout = inner["to_out"]._modules.values()
+        if any(d.training and d.p > 0 for d in (inner["dropout"], dropout)):
+            return False
+        biases = inner["qkv"]._parameters["bias"], linear._parameters["bias"]
+        return _is_over_keys(inner["attend"]) and biases[0] is None and biases[1] is not None
+
+    # Constant to torch.compile, as hooks are to it anyway, and it guards classes itself: else it guards 500 facts, 0.27 ms
+    # before each call of a layer.
+    @constant_to_compile
+    def _is_plain(self) -> bool:
+        sharded = self.is_sharded()
+        if len(self) != 2 or not (sharded or is_plain(self, Layer)):
+            return False
+        mssa, ista = self._modules.values()
+        for part in (mssa, ista):
+            if not (is_plain(part, PreNorm) and norm_is_plain(part._modules["norm"], sharded)):
+                return False
+        feed_forward = ista._modules["fn"]
+        dictionary = is_plain(feed_forward, FeedForward, sharded) and has_weights(feed_forward, "weight")
+        return dictionary and _attention_is_plain(mssa._modules["fn"], sharded)
+
+    def class_token(self, x: Tensor) -> Tensor:
+        """The class token that this layer makes of x: (batch, tokens, dim) to (batch, 1, dim), all it reads computed once.
+
+        After the last layer nobody reads the other tokens, so what only they need is left out: nearly all of the layer.
+        """
+        mssa, ista = self
+        attention = mssa.fn
+        out = functional.class_token_mssa(mssa.norm(x), attention.qkv.weight, attention.heads, attention.scale)
+        return ista(attention.to_out(out) + x[:, :1])
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The eight parameters: `kernels.LayerWeights` in order, with the dictionary D where that has M."""
+        mssa, ista = (part._modules for part in self._modules.values())  # attributes of modules are found slowly
+        attention = mssa["fn"]._modules
+        norm1, project, norm2 = (part._parameters for part in (mssa["norm"], attention["qkv"], ista["norm"]))
+        out = attention["to_out"]._modules["0"]._parameters
+        dictionary = ista["fn"]._parameters["weight"]
+        vectors = norm2["weight"], norm2["bias"]
+        return norm1["weight"], norm1["bias"], project["weight"], out["weight"], out["bias"], *vectors, dictionary
+
+    def settings(self):
+        """The numbers that are not learned, as `kernels.LayerSettings`."""
+        from ..kernels import LayerSettings
+
+        mssa, ista = (part._modules for part in self._modules.values())
+        attention, feed_forward = mssa["fn"], ista["fn"]
+        shrinkage = feed_forward.step_size * feed_forward.lambd
+        return LayerSettings(attention.heads, attention.scale, mssa["norm"].eps, ista["norm"].eps, shrinkage)
+
+
+def _attention_is_plain(attention: nn.Module, sharded: bool) -> bool:
+    if not is_plain(attention, Attention):
+        return False
+    inner = attention._modules
+    if not (is_plain(inner["attend"], nn.Softmax) and linear_is_plain(inner["qkv"], sharded)):
+        return False
+    project_back = inner["to_out"]
+    if not is_plain(project_back, nn.Sequential) or len(project_back._modules) != 2:
+        return False
+    linear, dropout = project_back._modules.values()
+    return linear_is_plain(linear, sharded) and is_plain(dropout, nn.Dropout) and is_plain(inner["dropout"], nn.Dropout)
+
+
+def _is_over_keys(softmax: nn.Module) -> bool:
+    return type(softmax) is nn.Softmax and softmax.dim == -1

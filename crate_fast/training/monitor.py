@@ -1,0 +1,167 @@
+"""Watching a run: scalars for TensorBoard, a trace of a few steps, and the part of a device's peak that is used."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from ..device import Compute
+from ..files import drawable, write_atomically
+from ..model.crate import CRATE
+from ..model.transformer import layers_of
+from ..optional import require
+from ..settings import TrainConfig
+from .checkpoints import SavingError
+from .run_directory import RunDirectory
+
+SKIPPED, WARMED, TRACED = 3, 2, 3  # steps: before anything, with the profiler on but not kept, kept
+NO_SCALARS = ("split", "step")
+# Dense 16-bit products as the vendor states them, in TFLOP/s; the first name that is part of the device's counts.
+PEAKS = {
+    **{"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0},
+    **{"L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0, "RTX A6000": 155.0},
+}
+
+
+def training_flops(model: CRATE) -> float:
+    """Flops of the products of one image's forward and backward pass, the usual numerator of model-flops utilisation.
+
+    Three times those forward: the embedding, in a layer two projections, the ISTA step as the one product h M and two
+    products of attention, the head. What the tied attention's symmetry saves is not taken off.
+    """
+    tokens, dim = model.pos_embedding.shape[1:]
+    embedding: Any = model.to_patch_embedding[2]
+    head: Any = model.mlp_head[1]
+    total = (tokens - 1) * embedding.in_features * dim + dim * head.out_features
+    for mssa, _ in layers_of(model.transformer):
+        inner = mssa.fn.qkv.out_features
+        total += tokens * dim * (2 * inner + dim) + 2 * tokens * tokens * inner
+    return 6.0 * total
+
+
+def peak_flops(config: TrainConfig, compute: Compute) -> float | None:
+    """Flops a second that a device can make at most: as --peak-tflops says, or for a known GPU in 16 bit; else None."""
+    if config.peak_tflops:
+        return 1e12 * config.peak_tflops
+    if compute.device.type != "cuda" or compute.precision == "float32":  # how float32 multiplies is not for its name to say
+        return None
+    return next((1e12 * peak for name, peak in PEAKS.items() if name in compute.describe()), None)
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Errors of the system in other threads, which their owners are told of, are not printed besides."""
+    before = threading.excepthook
+
+    def tell(happened: threading.ExceptHookArgs) -> None:
+        if not issubclass(happened.exc_type, OSError):
+            before(happened)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+class Watch:
+    """What `config` asks for beside metrics.jsonl, in the first process; while entered, it is told of steps and rows."""
+
+    def __init__(self, config: TrainConfig, run: RunDirectory, first: bool, step: int) -> None:
+        self._run = run
+        self._wants_board = first and config.tensorboard == "yes"
+        self._wants_trace = first and config.profile == "yes"
+        self._step, self._board, self._profiler = step, None, None
+
+    def __enter__(self) -> Watch:
+        self._stack = ExitStack()
+        if self._wants_board:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._stack.enter_context(_quiet_threads())
+            with self._naming_the_board():
+                # What a killed run wrote after its last checkpoint comes again.
+                self._board = SummaryWriter(str(self._run.tensorboard), purge_step=self._step + 1)
+        if self._wants_trace:
+            plan = schedule(skip_first=SKIPPED, wait=0, warmup=WARMED, active=TRACED, repeat=1)
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+            self._stack.enter_context(self._profiler)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._wants_trace and error[0] is None:
+            steps = SKIPPED + WARMED + TRACED
+            print(f"crate-fast: warning: no trace: --profile needs {steps} steps, and fewer were left", file=sys.stderr)
+        with self._stack:
+            if self._board is not None:
+                self._close_board(self._board, error[0] is None)
+
+    def _close_board(self, board, tell: bool) -> None:
+        """Writes what is left; an error is told where it is the first."""
+        try:
+            with self._naming_the_board():
+                board.close()
+        except SavingError:
+            if tell:
+                raise
+
+    @contextmanager
+    def _naming_the_board(self) -> Iterator[None]:
+        """Turns an error of the system, which comes from a thread of TensorBoard's, into a line that names its folder."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            words = "--resume goes on from the last checkpoint, with --tensorboard no without it"
+            raise SavingError(f"{self._run.tensorboard} cannot be written ({reason}); {words}") from error
+
+    def step(self) -> None:
+        """After a step of training."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def row(self, row: dict) -> None:
+        """After a line of metrics."""
+        if self._board is not None:
+            with self._naming_the_board():
+                for name, value in row.items():
+                    if name not in NO_SCALARS:
+                        self._board.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+    def _write(self, profiler: profile) -> None:
+        self._wants_trace = False
+        write_atomically(self._run.trace, lambda file: profiler.export_chrome_trace(file.name))
+
+
+def plot_curves(rows: list[dict], path: Path, title: str) -> None:
+    """Draws loss and accuracy over the epochs, in training and on the test split, as a PNG at `path`.
+
+    `rows` are those of metrics.jsonl.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    steps_per_epoch = rows[-1]["step"] / rows[-1]["epoch"] if rows else 1  # all of its lines may be damaged
+    figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
+    loss_axes, top1_axes = figure.subplots(1, 2)
+    for split, label, colour in (("train", "training (augmented)", "tab:blue"), ("test", "test", "tab:orange")):
+        chosen = [row for row in rows if row["split"] == split]
+        epochs = [row["step"] / steps_per_epoch for row in chosen]
+        style = {"label": label, "color": colour, "linewidth": 1.8, "marker": "o", "markersize": 2.5}
+        loss_axes.plot(epochs, [row["loss"] for row in chosen], **style)
+        top1_axes.plot(epochs, [100 * row["top1"] for row in chosen], **style)
+    loss_axes.set(title="loss", xlabel="epoch", ylabel="cross-entropy (in training with label smoothing)", ylim=(0, None))
+    top1_axes.set(title="accuracy", xlabel="epoch", ylabel="top-1 accuracy in %", ylim=(0, 101))
+    for axes in (loss_axes, top1_axes):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(drawable(title))
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))

@@ -1,0 +1,268 @@
+"""The directory of a run: what was asked, what was measured, what was learned."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ..checkpoint.distributed import SUFFIX
+from ..checkpoint.read import MODEL_NAME
+from ..data.pictures import READER_ENTRY
+from ..files import naming, open_own, parse_json, remove, write_atomically
+from ..locks import lock
+from ..settings import ConfigError, TrainConfig
+
+RUNS = Path("runs")
+MOST_STEPS = 2**53  # of a run: what is more is no number of its metrics
+TEMPORARY = ".*.tmp"  # what is written aside, see `write_atomically`
+CLASS_NAMES = {"class_names": "the classes have other names, or another order"}
+COUNTED_ANEW = (
+    "; a run begun before this version may have counted hidden files, passed over linked folders and *.jfif, or read images of "
+    "16 bits, transparent or turned ones otherwise: go on with --data and a folder of just the images that it had, or begin a "
+    "new run from its weights with --init"
+)
+READ_ANEW = (
+    "begun before images of 16 bits, transparent and turned ones were read as they are now; with such images the run does not "
+    "go on to the same bits"
+)
+FACTS = {
+    "name": "they are of another kind",
+    "classes": "the number of classes is another",
+    **CLASS_NAMES,
+    "train_images": "the number of training images is another",
+    "test_images": "the number of test images is another",
+}
+"""What must not differ where a run goes on, by its name in config.json."""
+
+PACKAGES = (
+    *("crate-fast", "torch", "triton", "lion-pytorch", "numpy", "opencv-python-headless", "pillow", "safetensors"),
+    *("scikit-learn", "simplejpeg"),
+)
+
+
+class RunDirectory:
+    """Paths in a run directory, and writing to them. `create` makes one; the constructor takes one that exists."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.curves = self.path / "curves.png"
+        self.tensorboard = self.path / "tensorboard"
+        self.trace = self.path / "trace.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.last_checkpoint = self.checkpoints / "last.pt"
+        self.model = self.path / MODEL_NAME
+
+    @classmethod
+    def create(cls, out: str | None, name: str) -> RunDirectory:
+        """Makes the directory `out`, or with None a new one under runs/, called by `name` and the time, and locks it.
+
+        Raises:
+            ConfigError: `out` exists and is not an empty directory, or cannot be made, or a run is making it.
+        """
+        run = cls(_make_new(name) if out is None else _make(Path(out)))
+        run.lock()
+        run.tidy()
+        run.checkpoints.mkdir(exist_ok=True)
+        return run
+
+    def lock(self, who: str = "a run that is not over") -> None:
+        """Keeps other runs out of the directory until this process ends, however it ends.
+
+        Raises:
+            ConfigError: `who`, in words, is in it.
+        """
+        if not lock(self.path):
+            raise ConfigError(f"{self.path}: {who} is in it")
+
+    def tidy(self) -> None:
+        """Removes what a run that was killed has left half written; for who holds the lock."""
+        for folder in (self.path, self.checkpoints):
+            for aside in folder.glob(TEMPORARY):
+                remove(aside)
+
+    def write_config(self, config: dict) -> None:
+        """Writes config.json: `config`, and the versions of everything that computes."""
+        text = json.dumps(config | {"versions": versions()}, indent=2) + "\n"
+        write_atomically(self.config, lambda file: file.write(text.encode()))
+
+    def log(self, **row) -> None:
+        """Adds one line to metrics.jsonl; a number that is not finite is null in it."""
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        with naming(self.metrics), open_own(self.metrics, "a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def logged(self) -> int:
+        """Bytes of metrics.jsonl, all of them on the disk."""
+        with naming(self.metrics), open_own(self.metrics, "a") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def cut_log(self, length: int) -> None:
+        """Takes off metrics.jsonl what was written after its first `length` bytes.
+
+        Raises:
+            ConfigError: it is shorter.
+        """
+        if length and not self.metrics.exists():
+            raise ConfigError(f"{self.metrics}: missing; the last checkpoint was written after its first {length:,} bytes")
+        with naming(self.metrics), open_own(self.metrics, "ab") as file:
+            if length > file.tell():
+                raise ConfigError(f"{self.metrics}: shorter than at the last checkpoint")
+            file.truncate(length)
+
+    def check_begun(self, checkpoint_every: int) -> None:
+        """For a run in whose folder there is no checkpoint: raises ConfigError where it must have had one."""
+        rows = self.read_metrics() if self.metrics.exists() else []
+        if self.model.exists() or any(row["epoch"] > checkpoint_every for row in rows):
+            words = "the checkpoints that this run had written are gone; bring them back, or begin another run elsewhere"
+            raise ConfigError(f"{self.checkpoints}: {words}")
+
+    def read_config(self) -> TrainConfig:
+        """The settings in config.json, with the precision that "auto" turned out to mean.
+
+        Raises:
+            ConfigError: the file is missing or damaged.
+        """
+        config = self._read()
+        try:
+            return TrainConfig(**config["config"] | {"precision": config["resolved"]["precision"]})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{self.config}: not the configuration of a run ({error})") from error
+
+    def _read(self) -> dict:
+        """What config.json holds: a dictionary whose "data" are one too; raises ConfigError where it is damaged."""
+        try:
+            content = parse_json(self.config.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{self.config}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"{self.config}: not the configuration of a run ({error})") from error
+        if not isinstance(content, dict) or not isinstance(content.setdefault("data", {}), dict):
+            raise ConfigError(f"{self.config}: not the configuration of a run (no table, or its data are none)")
+        return content
+
+    def check_same_data(self, now: dict, facts: dict[str, str] = FACTS) -> None:
+        """Compares data, as they `describe` themselves, with what the run was started with.
+
+        Raises:
+            ConfigError: one of the `facts` differs, which are in words beside their names.
+        """
+        before = self._read()["data"]
+        for name, words in facts.items():
+            if name in before and name in now and before[name] != now[name]:
+                why = COUNTED_ANEW if before.get(READER_ENTRY) != now.get(READER_ENTRY) else ""
+                raise ConfigError(
+                    f"--data: not what the run in {self.path} was started with: {words} ({now[name]}, not {before[name]}){why}"
+                )
+
+    def warn_of_reader(self, now: dict) -> None:
+        """Says on stderr where the run was started when images were read otherwise than `now`."""
+        if READER_ENTRY in now and self._read()["data"].get(READER_ENTRY) != now[READER_ENTRY]:
+            print(f"crate-fast: warning: {self.path}: {READ_ANEW}", file=sys.stderr)
+
+    def read_launch(self) -> str | None:
+        """The name of the launch that made the run, or None."""
+        try:
+            return self._read().get("launch")
+        except ConfigError:
+            return None
+
+    def read_metrics(self) -> list[dict]:
+        """The rows of metrics.jsonl; lines that are damaged are passed over, with a warning."""
+        rows, damaged = [], []
+        with naming(self.metrics), open_own(self.metrics, "rb") as file:
+            lines = file.read().splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = parse_json(line)
+                if not all(0 < row[name] < MOST_STEPS for name in ("step", "epoch")):
+                    raise ValueError
+                if not (row["loss"] is None or math.isfinite(row["loss"])) or not math.isfinite(row["top1"]):
+                    raise ValueError
+                rows.append({"split": row["split"]} | row)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                damaged.append(number)
+        if damaged:
+            told = f"{len(damaged):,} lines are damaged, line {damaged[0]} first; they are passed over"
+            print(f"crate-fast: warning: {self.metrics}: {told}", file=sys.stderr)
+        return rows
+
+
+def find_run(resume: str, out: str | None) -> RunDirectory | None:
+    """The run that `--resume` names: its directory or a checkpoint in it, or with "auto" what is in `out`; None: start one.
+
+    Raises:
+        ConfigError: there is none in the path, or "auto" has no `out` to look in.
+    """
+    if resume != "auto":
+        path = Path(resume)
+        run = RunDirectory(path.parent.parent if path.suffix in (".pt", SUFFIX) else path)
+        if not path.exists() or not run.config.is_file():
+            raise ConfigError(
+                f"--resume is {resume}, which is neither a run directory nor a checkpoint in one; to start from "
+                "weights alone, which have no optimizer: --init"
+            )
+        return run
+    if out is None:
+        raise ConfigError("--resume is 'auto', which goes on with the run in --out DIR; --out is not given")
+    run = RunDirectory(out)
+    return run if run.config.is_file() else None
+
+
+def check_free(out: str) -> None:
+    """Raises ConfigError unless `out` is, or can be made, an empty directory; makes nothing."""
+    path = Path(out)
+    try:
+        # A run that was killed before it had its configuration leaves half of that and an empty folder of checkpoints.
+        if any(entry != path / "checkpoints" and not entry.match(TEMPORARY) for entry in path.rglob("*")):
+            raise ConfigError(f"--out is {path}, which is not empty: a run needs a directory of its own, or --resume auto")
+        above = next(place for place in (path, *path.absolute().parents) if place.exists())
+    except OSError as error:
+        raise ConfigError(f"--out is {path}, which cannot be made a directory ({error.strerror})") from error
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = f"{above} cannot be written to" if above.is_dir() else f"{above} is a file"
+        raise ConfigError(f"--out is {path}, which cannot be made a directory ({why})")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that a run depends on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _make(path: Path) -> Path:
+    check_free(str(path))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out is {path}, which cannot be made a directory ({error.strerror})") from error
+    return path
+
+
+def _make_new(name: str) -> Path:
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        RUNS.mkdir(exist_ok=True)
+        for attempt in range(1, 1000):
+            path = RUNS / (stem if attempt == 1 else f"{stem}-{attempt}")
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                continue  # another run took the name in the same second
+    except OSError as error:
+        raise ConfigError(f"{RUNS} cannot be written to ({error.strerror}); choose a place with --out") from error
+    raise ConfigError(f"{RUNS / stem} and 998 more exist; choose a name with --out")

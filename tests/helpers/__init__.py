@@ -1,0 +1,1 @@
+"""What several tests and the long trials beside them use."""
