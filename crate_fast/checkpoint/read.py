@@ -176,10 +176,7 @@ def read_state(path: Path, whole: bool = True) -> dict:
     file = path / distributed.STATE
     if path.is_dir() and not file.exists():
         raise DamagedError(f"{path}: damaged: it has no {distributed.STATE}")
-    content = _read_archive(file, "damaged, or no checkpoint of crate-fast")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "parts")):
-        raise CheckpointError(f"{path}: no checkpoint of crate-fast: its {distributed.STATE} has no 'arguments' and 'parts'")
-    _check_all_plain(path, content)
+    content = _read_state(file, "parts")
     try:
         distributed.read_table(path / distributed.TABLE)  # before PyTorch does, which runs what a table asks for
         if whole:
@@ -197,11 +194,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     Raises:
         CheckpointError: the file is missing or damaged, or holds something else.
     """
-    path = Path(path)
-    content = _read_archive(path, "damaged, or no checkpoint of crate-fast")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "model")):
-        raise CheckpointError(f"{path}: no checkpoint of crate-fast: it has no 'arguments' and 'model'")
-    _check_all_plain(path, content)
+    return _read_state(Path(path), "model")
+
+
+def _read_state(file: Path, what: str) -> dict:
+    """An archive of `save_load.write_state` in which there is `what`, a dictionary."""
+    content = _read_archive(file, "damaged, or no checkpoint of crate-fast")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", what)):
+        raise CheckpointError(f"{file}: no checkpoint of crate-fast: it has no 'arguments' and {what!r}")
+    _check_all_plain(file, content)
     return content
 
 

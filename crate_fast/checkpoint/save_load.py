@@ -109,10 +109,14 @@ def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
 
     Raises: as `save_model`; also TypeError where `state` has what could not be read again, such as NumPy's numbers.
     """
-    for name, value in state.items():
+    write_state(model, path, model=_describe(model)[1], **state)
+
+
+def write_state(model: CRATE, path: str | os.PathLike, /, **content) -> None:
+    """Writes `content` and what builds a model like this one, whose weights may lie elsewhere; raises as `save_checkpoint`."""
+    for name, value in content.items():
         _check_readable(name, value)
-    arguments, weights = _describe(model)
-    content = {"arguments": arguments, "model": weights, **transform_entry(model), **state}
+    content = {"arguments": constructor_arguments(model), **transform_entry(model), **content}
     write_atomically(path, lambda file: torch.save(content, file))
 
 

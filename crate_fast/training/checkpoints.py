@@ -95,13 +95,15 @@ class Checkpoints:
         for old in self.numbered()[self._keep :]:
             self._remove(old)
 
-    def read(self, path: Path) -> dict:
-        """The checkpoint `path`, looked at whole; raises CheckpointError where it is damaged, or no run can go on from it."""
-        return check_values(path, read_checkpoint(path))
+    def read(self, path: Path, whole: bool = True) -> dict:
+        """The checkpoint `path`, and its "path"; `whole`: after a look at all of it, which another process may have had.
 
-    def read_checked(self, path: Path) -> dict:
-        """The checkpoint `path`, which another process has looked at; its "path" is there too."""
-        return check_values(path, read_checkpoint(path)) | {"path": str(path)}
+        Raises CheckpointError where it is damaged, or no run can go on from it.
+        """
+        return check_values(path, self._content(path, whole)) | {"path": str(path)}
+
+    def _content(self, path: Path, whole: bool) -> dict:
+        return read_checkpoint(path)  # which looks at all of it in any case
 
     def load_newest(self) -> tuple[Path, dict] | None:
         """The newest checkpoint that is whole, or None in a folder that has had none.
@@ -154,11 +156,14 @@ class Checkpoints:
         """Makes `name` another name of the file `path`, at once: it is the old file or the new one."""
         aside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
         aside.unlink(missing_ok=True)
-        try:
-            os.link(path, aside)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, aside)
+        self._name_too(path, aside)
         os.replace(aside, name)
+
+    def _name_too(self, path: Path, name: Path) -> None:
+        try:
+            os.link(path, name)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, name)
 
 
 def circumstances(compute: Compute, ranks: Ranks) -> dict[str, str | int]:

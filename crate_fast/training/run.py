@@ -233,7 +233,7 @@ def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks:
     path = ranks.share(lock_and_find)
     if path is None:
         return None
-    checkpoint = checkpoints.read_checked(Path(path))
+    checkpoint = checkpoints.read(Path(path), whole=False)
     check_written(config, checkpoint.get("settings", {}), run.config)
     return checkpoint
 
