@@ -5,6 +5,8 @@ import functools
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -322,3 +324,15 @@ def test_the_value_at_fault_is_named_before_anything_is_read_or_written(capsys, 
     monkeypatch.setattr("crate_fast.training.run.open_data", lambda *_: pytest.fail("data was looked for"))
     assert reason in refusal(capsys, [word.format(here=here) for word in line.split()])
     assert not any(tmp_path.iterdir())
+
+
+def test_without_pydantic_settings_are_the_same_but_unchecked():
+    """As on a machine lent for its GPU, which has PyTorch and can fetch nothing."""
+    lines = [
+        "import sys; sys.modules['pydantic'] = None",
+        "from crate_fast.settings import SETTINGS, TrainConfig",
+        "print([*map(tuple, SETTINGS.values())], TrainConfig(tensorboard='yes', epochs=3))",
+    ]
+    done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{[*map(tuple, SETTINGS.values())]} {TrainConfig(tensorboard=True, epochs=3)}"
+    assert done.stderr.strip() == "crate-fast: warning: pydantic is not installed: settings are taken unchecked"

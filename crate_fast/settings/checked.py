@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args
 
-import pydantic.dataclasses
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
-from typing_extensions import dataclass_transform  # which pydantic brings; Python 3.10's typing has it not
+from typing_extensions import dataclass_transform  # which PyTorch brings; Python 3.10's typing has it not
 
 from ..files import names_something, shown
+
+if TYPE_CHECKING or find_spec("pydantic"):
+    from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+    from pydantic.dataclasses import dataclass as checked_dataclass
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
+else:
+    from .unchecked import AfterValidator, BeforeValidator, ConfigDict, Field, FieldInfo, ValidationError
+    from .unchecked import dataclass as checked_dataclass
 
 LARGEST = 1_000_000  # of any size; memory ends long before
 SWITCHES = {"no": False, "yes": True}
@@ -65,6 +71,13 @@ class _Told(type):
     if not TYPE_CHECKING:  # which takes the settings from the class
 
         def __call__(cls, **settings):
+            fields = fields_of(cls)
+            for name in settings:
+                if name not in fields:
+                    raise ConfigError(f"unknown setting {shown(name)}")
+            settings = {
+                name: read_switch(value) if kind_of(fields[name]) is bool else value for name, value in settings.items()
+            }
             try:
                 return super().__call__(**settings)
             except ValidationError as error:
@@ -82,7 +95,7 @@ def checked(cls: Class) -> Class:
     Raises (as it is made):
         ConfigError: a value of the wrong type or out of its bounds, or a name that is no setting's.
     """
-    return cast("Class", pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=STRICT))
+    return cast("Class", checked_dataclass(cls, frozen=True, kw_only=True, config=STRICT))
 
 
 def fields_of(cls: type) -> dict[str, FieldInfo]:
@@ -124,8 +137,6 @@ def _explain(error: ErrorDetails, fields: dict[str, FieldInfo]) -> str:
     if isinstance(told, ConfigError):  # of settings that do not fit each other
         return str(told)
     name, value, problem = str(error["loc"][0]), error["input"], error["type"]
-    if name not in fields:
-        return f"unknown setting {shown(name)}"
     field, word = fields[name], flag(name)
     choices, kind = choices_of(field), kind_of(field)
     if problem == "names_nothing":

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
-
 from ..backend import BACKENDS
 from ..data_sets import DATA_SETS, UNCHANGED, images_of
 from ..eval_transform import LEAST_CROP, allowed_crop
 from ..optimizers import OPTIMIZERS
 from ..sizes import ARCHITECTURES, POOLS, STREAMS
-from .checked import LARGEST, ConfigError, OneOf, Part, Switch, Text, checked, flag
+from .checked import LARGEST, ConfigError, Field, OneOf, Part, Switch, Text, checked, flag
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 PRECISIONS = get_args(Precision)
