@@ -28,6 +28,7 @@ from .pictures import READER, READER_ENTRY
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, red, green, blue, in 0..1
 STD = (0.229, 0.224, 0.225)
 COLOUR = np.rint(np.array(MEAN) * 255).astype(np.uint8)  # of what is erased
+IGNORED = -100  # label of an image that could not be read: it counts nowhere
 PREFETCH = 4  # batches that a worker is ahead
 
 
@@ -316,6 +317,3 @@ def open_set(settings: DataSettings, device: torch.device, ranks: Ranks, size: t
 def more_workers(workers: int, otherwise: str) -> str:
     """Advice where `workers` processes read on this machine, and what `otherwise` helps."""
     return f"more --workers (now {workers}; {os.cpu_count()} cores are here), or {otherwise}"
-
-
-IGNORED = -100  # label of an image that could not be read: it counts nowhere

@@ -47,7 +47,7 @@ def read_picture(source: str | Path | BinaryIO) -> Image:
         if not isinstance(source, str | Path):
             return _read(source)
         check_regular(source)
-        with open(source, "rb") as file:  # of which Pillow maps no part, as it does by a name: see `packfile.Pack`
+        with open(source, "rb") as file:  # of which Pillow maps no part, as it does by a name: see `pack_file.Pack`
             return _read(file)
 
 
