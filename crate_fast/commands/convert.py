@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.published import WRAPPERS, infer_arguments
+from ..checkpoint.layouts import WRAPPERS
+from ..checkpoint.published import infer_arguments
 from ..checkpoint.read import CheckpointError
 from ..checkpoint.save_load import constructor_arguments, load_checkpoint, save_model, transform_entry
 from ..files import write_atomically
