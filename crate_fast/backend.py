@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .files import shown
 from .reference import constant_to_compile, has_autocast
 
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -64,7 +65,7 @@ def _is_in_functorch() -> bool:
 def check_backend(backend: str) -> str:
     """`backend` itself; raises ValueError if it is not one of `BACKENDS`."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"backend is {shown(backend)}; allowed are {', '.join(map(repr, BACKENDS))}")
     return backend
 
 

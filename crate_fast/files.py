@@ -8,12 +8,48 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+PAUSES = (0.1, 0.4, 1.5)  # seconds, after each of which what the system could not read is asked for once more
+
+
+def is_of_system(error: BaseException) -> bool:
+    """Whether it tells of the system (a disk, a server, memory, permissions) and nothing of what is in a file.
+
+    Decoders raise OSError too, of no number, and EINVAL where damage sends them to a place before a file's begin.
+    """
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.EINVAL)
+    return isinstance(error, MemoryError)
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` gives, asked again after each of `PAUSES` where the system fails it; then raises what it raises."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if not is_of_system(error):
+                raise
+        time.sleep(pause)
+    return read()
+
+
+def shown(value: object) -> str:
+    """`value` as a line says it, cut where it is long; Python writes no whole number of more than 4,300 digits."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def parse_json(text: str | bytes):
@@ -55,6 +91,17 @@ def names_something(word: str) -> bool:
 def drawable(name: str) -> str:
     """The name of a file as a figure can show it: what is no UTF-8 in escapes, dollars as themselves and not as formulas."""
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has errors of the system name the file, which they do not where it is written to, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def open_own(path: Path, mode: str) -> IO:
@@ -104,7 +151,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], objec
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open_own(aside, "wb") as file:
+        with naming(path), open_own(aside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

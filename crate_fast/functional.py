@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .backend import autocasts, check_tensor, choose_backend, is_transformed, without_autocast
+from .files import shown
 
 __all__ = ["ista", "ista_operator", "mssa"]
 
@@ -45,9 +46,9 @@ def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto
         raise ValueError(f"w has shape {tuple(w.shape)}; it must be (batch, tokens, heads × head width)")
     _, tokens, width = w.shape
     if not isinstance(heads, int) or isinstance(heads, bool):
-        raise TypeError(f"heads is {heads!r}; it must be an integer")
+        raise TypeError(f"heads is {shown(heads)}; it must be an integer")
     if heads < 1 or width % heads or width == 0:
-        raise ValueError(f"w has width {width}, which {heads} heads do not divide")
+        raise ValueError(f"w has width {width}, which {shown(heads)} heads do not divide")
     dtype = operand_dtype(w)
     w = w if w.dtype == dtype else w.to(dtype)
     head_width = width // heads
@@ -159,7 +160,7 @@ def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, 
             h's, as with the published module.
         weight: (dim, dim), the dictionary D, of h's dtype outside autocast.
         step_size: η.
-        lambd: λ, the price of a non-zero entry.
+        lambd: λ, the price of a non-zero entry; both at least 0 and finite.
         backend: "auto", "triton", "torch" or "reference" (see `crate_fast.choose_backend`).
 
     Returns:
@@ -168,11 +169,11 @@ def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, 
     Raises:
         TypeError: a tensor is not dense and of real floating point, the two differ in dtype outside autocast, or η or λ is no
             number.
-        ValueError: `weight` is not square or does not fit `h`, the two are on different devices, η or λ is not finite, or the
-            backend is unknown.
+        ValueError: `weight` is not square or does not fit `h`, the two are on different devices, η or λ is negative or not
+            finite, or the backend is unknown.
         BackendError: backend="triton" where the kernels cannot run.
     """
-    step_size, lambd = check_number("step_size", step_size), check_number("lambd", lambd)
+    step_size, lambd = check_positive("step_size", step_size), check_positive("lambd", lambd)
     check_tensor("h", h)
     choice = choose_backend(backend, h)
     if choice.name == "reference" or 0 in h.shape[-1:]:
@@ -282,11 +283,19 @@ def check_number(name: str, value: float) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}; it must be a number") from None
+        raise TypeError(f"{name} is {shown(value)}; it must be a number") from None
     except OverflowError:
         raise ValueError(f"{name} is larger than any float; it must be finite") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}; it must be finite")
+    return number
+
+
+def check_positive(name: str, value: float) -> float:
+    """`check_number`, of what is at least 0."""
+    number = check_number(name, value)
+    if number < 0:
+        raise ValueError(f"{name} is {number}; it must be at least 0")
     return number
 
 

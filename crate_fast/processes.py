@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
+import socket
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .files import patiently
 from .settings import ConfigError
 
 T = TypeVar("T")
 MEETING = 600.0  # seconds that processes started together may be apart
+ANSWERING = 30.0  # seconds in which what listens at MASTER_PORT must answer as it should
 # Seconds before the interpreter ends in which gloo's threads drop the tensors of their last sum. They need its lock for that,
 # and Python ends a thread that asks for the lock too late, which C++ answers by aborting the process: 5 of 66 runs of a
 # script without this wait ended so on a loaded machine, all of their work done.
@@ -73,21 +79,33 @@ def read_ranks() -> Ranks:
     Raises:
         ConfigError: a variable is no number, or the numbers are impossible.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if not given or (given == ["WORLD_SIZE"] and _variable("WORLD_SIZE", 1, 1) == 1):
         return ALONE
-    defaults = (0, 1, 0, 1, 0)
-    try:
-        ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in zip(names, defaults, strict=True)))
-    except ValueError as error:
-        raise ConfigError(f"the environment variables {', '.join(names)} are not torchrun's ({error})") from error
-    for name, rank, count in zip(names[::2], (ranks.rank, ranks.local_rank), (ranks.count, ranks.local_count), strict=False):
-        if not 0 <= rank < count:
-            raise ConfigError(f"the environment variable {name} is {rank}; of {count} processes it must be 0 to {count - 1}")
-    if not ranks.local_count <= ranks.count < 2**31 or ranks.restarts < 0:
-        words = f"LOCAL_WORLD_SIZE is {ranks.local_count}, TORCHELASTIC_RESTART_COUNT {ranks.restarts}"
-        raise ConfigError(f"the environment variables are not torchrun's: of {ranks.count} processes {words}")
-    return ranks
+    if len(given) == 1:  # each process would be a run by itself
+        missing = "WORLD_SIZE" if given == ["RANK"] else "RANK"
+        raise ConfigError(
+            f"the environment variable {given[0]} is set and {missing} is not; torchrun sets both, one process none"
+        )
+    count, local_count = _variable("WORLD_SIZE", 1, 1), _variable("LOCAL_WORLD_SIZE", 1, 1)
+    if local_count > count:
+        raise ConfigError(f"the environment variable LOCAL_WORLD_SIZE is {local_count}, of {count} processes (WORLD_SIZE)")
+    ranks = {name: _variable(name, 0, 0) for name in ("RANK", "LOCAL_RANK")}
+    for (name, rank), most in zip(ranks.items(), (count, local_count), strict=True):
+        if rank >= most:
+            raise ConfigError(f"the environment variable {name} is {rank}; of {most} processes it must be 0 to {most - 1}")
+    restarts = _variable("TORCHELASTIC_RESTART_COUNT", 0, 0)
+    return Ranks(ranks["RANK"], count, ranks["LOCAL_RANK"], local_count, restarts)
+
+
+def _variable(name: str, default: int | None, least: int, most: int = 2**31 - 1) -> int:
+    """A whole number in the environment; raises ConfigError where it is none, not within its bounds, or not there."""
+    text = os.environ.get(name, "" if default is None else str(default)).strip()
+    number = int(text) if text.isascii() and text.lstrip("-").isdigit() and len(text) < 20 else None
+    if number is None or not least <= number <= most:
+        said = "not set" if name not in os.environ else repr(text[:40])
+        raise ConfigError(f"the environment variable {name} is {said}; it must be a whole number from {least} to {most}")
+    return number
 
 
 @contextmanager
@@ -124,20 +142,58 @@ def _join(ranks: Ranks, device: torch.device) -> None:
         return
     try:
         _meet_by(backend, ranks)
-    except (KeyError, ValueError, RuntimeError) as error:
-        place = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        reason = str(error).strip().partition("\n")[0]
+    except (OSError, ValueError, RuntimeError) as error:
+        place = ":".join(os.environ.get(name, f"({name} is not set)")[:100] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
         raise ConfigError(f"the {ranks.count} processes of the run cannot meet at {place}: {reason}") from error
 
 
 def _meet_by(backend: str, ranks: Ranks) -> None:
     """Makes the process group where the environment says."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend)
-        return
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+    address, port = os.environ.get("MASTER_ADDR", "").strip(), _variable("MASTER_PORT", None, 1, 65535)
+    if not address:
+        raise ConfigError("the environment variable MASTER_ADDR is not set; it must be the first process's machine")
+    patiently(partial(_resolve, address))
+    listens = ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if listens:
+        _check_free(port)
+    else:
+        _wait_for(address, port)
+    answering = timedelta(seconds=ANSWERING)
+    store = dist.TCPStore(address, port, is_master=listens, wait_for_workers=False, timeout=answering)
+    store.set_timeout(timedelta(seconds=MEETING))
     store = dist.PrefixStore(meet(store, ranks), store)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.count)
+
+
+# What PyTorch would wait for outside of Python, where it hears no signal, and with lines of its own.
+
+
+def _resolve(address: str) -> None:
+    try:
+        socket.getaddrinfo(address, None)
+    except UnicodeError as error:  # a name of more than 63 letters, for one
+        raise OSError(errno.EINVAL, "no name of a machine") from error
+
+
+def _check_free(port: int) -> None:
+    """Raises OSError where another process listens at `port` of this machine."""
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        tried.bind(("", port))
+        tried.listen()
+
+
+def _wait_for(address: str, port: int) -> None:
+    """Returns when somebody listens at `port`; raises OSError where nobody does within `MEETING` seconds."""
+    end = time.monotonic() + MEETING
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=5).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.2)
 
 
 def meet(store: dist.Store, ranks: Ranks, seconds: float = MEETING) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+LARGEST = torch.finfo(torch.float64).max
+
 
 def mssa(w: Tensor, heads: int, scale: float | None = None) -> Tensor:
     """Multi-head subspace self-attention, equation (12) of the paper: softmax(w wᵀ · scale) w for each head.
@@ -65,11 +67,23 @@ def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1) 
 
     Returns:
         (..., dim), at least 0 everywhere.
+
+    Raises:
+        ValueError: η or λ is negative or not finite.
     """
+    check_numbers(step_size, lambd)
     correlation = nn.functional.linear(nn.functional.linear(h, weight), weight.t())
     projection = nn.functional.linear(h, weight.t())
     update = step_size * (projection - correlation) - step_size * lambd
     return torch.relu(h + update)
+
+
+def check_numbers(step_size: float, lambd: float) -> None:
+    """Raises ValueError where η or λ, unless they are tensors, are negative or not finite."""
+    for name, number in (("step_size", step_size), ("lambd", lambd)):
+        if isinstance(number, int | float) and not 0 <= number <= LARGEST:
+            said = number if isinstance(number, float) else "beyond any float" if number > 0 else "a negative whole number"
+            raise ValueError(f"{name} is {said}; it must be finite and at least 0")
 
 
 class PreNorm(nn.Module):
@@ -116,6 +130,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, dim))
         nn.init.kaiming_uniform_(self.weight)
+        check_numbers(step_size, lambd)
         self.step_size = step_size
         self.lambd = lambd
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .backend import BACKENDS
 from .eval_transform import LEAST_CROP, allowed_crop
-from .files import names_something
+from .files import names_something, shown
 from .sizes import ARCHITECTURES, POOLS
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -161,19 +161,19 @@ class TrainConfig:
 def check_value(name: str, value, *, kind: type, choices=None, bounds: dict, **_) -> None:
     """Raises ConfigError, naming `name` and `value`, unless the value is of its kind, among its choices, within its bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be of type {kind.__name__}")
     if isinstance(value, str) and not names_something(value):
-        raise ConfigError(f"{name} is {value!r}, which names nothing")
+        raise ConfigError(f"{name} is {shown(value)}, which names nothing")
     if choices and value not in choices:
-        raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(choices)}")
+        raise ConfigError(f"{name} is {shown(value)}; allowed are {', '.join(choices)}")
     # A whole number may be beyond any float.
     if kind is float and not (isinstance(value, float | int) and -sys.float_info.max <= value <= sys.float_info.max):
         raise ConfigError(f"{name} is {value if isinstance(value, float) else 'beyond any float'}; it must be finite")
     if "least" in bounds and value < bounds["least"]:
-        raise ConfigError(f"{name} is {value}; it must be at least {bounds['least']}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be at least {bounds['least']}")
     if "most" in bounds and value > bounds["most"]:
-        raise ConfigError(f"{name} is {value}; it must be at most {bounds['most']}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be at most {bounds['most']}")
     if "above" in bounds and value <= bounds["above"]:
-        raise ConfigError(f"{name} is {value}; it must be above {bounds['above']}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be above {bounds['above']}")
     if "below" in bounds and value >= bounds["below"]:
-        raise ConfigError(f"{name} is {value}; it must be below {bounds['below']}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be below {bounds['below']}")

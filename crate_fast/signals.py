@@ -11,8 +11,12 @@ from types import FrameType
 from .files import as_bytes
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+PROMPT = 3.0  # seconds in which Python must have heard of a signal that ends a process which has nothing to save
 AGAIN = 1.0  # seconds between Ctrl-C and one that is meant as another: torchrun passes on what a terminal has sent to all
 LONGEST_STEP = 600.0  # seconds that a process which reads images stays after SIGTERM, for the step that wants them
+
+
+BEFORE = "stopped by signal {} before the first step"
 
 
 class Stopped(Exception):
@@ -28,9 +32,10 @@ class Stopped(Exception):
 class Signals:
     """While entered, remembers the first signal in `received`, says so at once, and leaves it to the run to save and end.
 
-    Before `training` is set there is nothing to save: the first signal raises `Stopped`. Afterwards nothing ends a process
-    between two steps but a second Ctrl-C. A signal is told, and the second obeyed, by a thread that the interpreter writes to
-    where it is interrupted: its own handlers wait for the end of what is computed outside of Python, such as a backward pass.
+    Before `training` is set there is nothing to save: the first signal raises `Stopped`, or ends a process that waits outside
+    of Python, as for other processes. Afterwards nothing ends a process between two steps but a second Ctrl-C. A signal is
+    told, and the second obeyed, by a thread that the interpreter writes to where it is interrupted: its own handlers wait for
+    the end of what is computed outside of Python, such as a backward pass.
     A signal that is ignored when this is entered (nohup, a shell's background) stays ignored.
 
     Args:
@@ -39,7 +44,7 @@ class Signals:
 
     def __init__(self, tell: bool) -> None:
         self.received: int | None = None
-        self.training = False
+        self.training = self._heard = False
         self._tell = tell
         self._before: dict = {}
 
@@ -67,8 +72,9 @@ class Signals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number  # the listener may be later than the end of the step
+        self._heard = True
         if not self.training:
-            raise Stopped(number, f"stopped by signal {number} before the first step")
+            raise Stopped(number, BEFORE.format(number))
 
     def _listen(self, reader: int) -> None:
         """Acts on signals as they come, until there comes a 0."""
@@ -80,9 +86,20 @@ class Signals:
                 if first is None:
                     self.received, first = number, time.monotonic()
                     self._say(f"{signal.Signals(number).name}: stopping after this step; again to stop now, unsaved")
+                    if not self.training:
+                        timer = threading.Timer(PROMPT, self._leave_unheard, (number,))
+                        timer.daemon = True
+                        timer.start()
                 elif number == signal.SIGINT and time.monotonic() - first > AGAIN:
                     self._say("stopped at once; what was not saved is lost")
                     os._exit(128 + number)
+
+    def _leave_unheard(self, number: int) -> None:
+        """Ends a process with nothing to save, whose main thread does not come back to Python to hear that it is to end."""
+        if not (self._heard or self.training):
+            if self._tell:
+                os.write(2, as_bytes(f"crate-fast: {BEFORE.format(number)}\n"))
+            os._exit(128 + number)
 
     def _say(self, text: str) -> None:
         if self._tell and self.training:

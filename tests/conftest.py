@@ -37,7 +37,9 @@ def pytest_make_parametrize_id(config, val, argname):
 
 def pytest_addoption(parser):
     parser.addoption("--published", metavar="DIR", help="a checkout of the published repository, compared with as well")
-    parser.addoption("--seed", type=int, default=0, metavar="N", help="other numbers: 1000 N more for every torch.manual_seed")
+    parser.addoption(
+        "--seed", type=int, default=0, metavar="N", help="other numbers: 1000 N more for a test's torch.manual_seed"
+    )
     parser.addoption("--quick", action="store_true", help="the first case of every test that is not marked slow, and no other")
     parser.addoption("--threads", type=int, default=1, metavar="N", help="threads of the process that runs a test")
 
@@ -149,10 +151,15 @@ def threads(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def other_numbers(request):
-    """Fixtures of any scope draw those that `--seed` asks for."""
-    shift, seed = 1000 * request.config.getoption("seed"), torch.manual_seed
+    """Tests, and fixtures of any scope, draw those that `--seed` asks for. A run that a test starts has its own --seed, here as
+    in another process."""
+    shift, original, here = 1000 * request.config.getoption("seed"), torch.manual_seed, str(Path(__file__).parent)
+
+    def seed(value):
+        return original(value + shift if sys._getframe(1).f_code.co_filename.startswith(here) else value)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "manual_seed", lambda value: seed(value + shift))
+        patch.setattr(torch, "manual_seed", seed)
         yield
 
 

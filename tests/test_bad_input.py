@@ -8,8 +8,19 @@ import sys
 import pytest
 import torch
 
-from crate_fast import CRATE, BackendError, CRATE_tiny, choose_backend, freeze, functional, inspection, load_checkpoint
+from crate_fast import (
+    CRATE,
+    BackendError,
+    CRATE_tiny,
+    choose_backend,
+    freeze,
+    functional,
+    inspection,
+    load_checkpoint,
+    reference,
+)
 from crate_fast.model import build
+from crate_fast.modules import FeedForward
 
 SMALL = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=1, heads=2, dim_head=16)
 BACKENDS = ("torch", "triton", "reference")
@@ -67,6 +78,24 @@ REFUSED = {
     "threshold without end": (lambda: CRATE(**SMALL, lambd=float("inf")), ValueError, "lambd is inf"),
     "threshold below zero": (lambda: CRATE(**SMALL, lambd=-1), ValueError, "lambd is -1.*at least 0"),
     "step size below zero": (lambda: CRATE(**SMALL, ista=-0.1), ValueError, "ista is -0.1.*at least 0"),
+    "depth without end": (lambda: CRATE(**SMALL | {"depth": 10**9}), ValueError, "depth is 1000000000; .*at most 10,000"),
+    "width for no machine": (lambda: CRATE(**SMALL | {"dim": 10**9}), ValueError, "width 1000000000.*at most 10,000,000,000"),
+    "classes for no machine": (lambda: CRATE(**SMALL | {"num_classes": 10**400}), ValueError, "1000.*401 characters.* classes"),
+    "heads of all digits": (lambda: CRATE(**SMALL | {"heads": 10**5000}), ValueError, "a number of thousands of digits in all"),
+    "head width of all digits": (lambda: CRATE(**SMALL | {"dim_head": 10**5000}), ValueError, "digits in all heads"),
+    "side of all digits": (lambda: CRATE(**SMALL | {"image_size": 10**5000}), ValueError, "digits tokens"),
+    "channels without end": (lambda: CRATE(**SMALL | {"channels": 10**30}), ValueError, "at most 10,000,000,000"),
+    "pool of all digits": (lambda: CRATE(**SMALL, pool=10**5000), ValueError, "pool is a number of thousands of digits"),
+    "backend of all digits": (lambda: CRATE(**SMALL, backend=10**5000), ValueError, "backend is a number of thousands"),
+    "negative threshold of a function": (lambda: functional.ista(H, D, lambd=-1), ValueError, "lambd is -1.*at least 0"),
+    "negative step of a function": (lambda: functional.ista(H, D, -0.1), ValueError, "step_size is -0.1.*at least 0"),
+    "threshold of NaN, in a function": (lambda: functional.ista(H, D, lambd=float("nan")), ValueError, "lambd is nan"),
+    "negative threshold of a layer": (lambda: FeedForward(32, lambd=-1), ValueError, "lambd is -1.*at least 0"),
+    "step of a layer without end": (lambda: FeedForward(32, step_size=float("inf")), ValueError, "step_size is inf"),
+    "negative threshold, published": (lambda: reference.ista(H, D, lambd=-1.0), ValueError, "lambd is -1.*at least 0"),
+    "step beyond floats, published": (lambda: reference.ista(H, D, 10**5000), ValueError, "step_size is beyond any float"),
+    "threshold of NaN, published": (lambda: reference.FeedForward(32, 0.1, float("nan")), ValueError, "lambd is nan"),
+    "negative step, published": (lambda: reference.CRATE(**SMALL, ista=-1.0), ValueError, "step_size is -1.*at least 0"),
     "threshold beyond all floats": (lambda: CRATE(**SMALL, lambd=10**400), ValueError, "lambd is larger.*finite"),
     "dropout of NaN": (lambda: CRATE(**SMALL, dropout=float("nan")), ValueError, "dropout is nan"),
     "dropout above all": (lambda: CRATE(**SMALL, emb_dropout=1.5), ValueError, "emb_dropout is 1.5.*from 0 to 1"),

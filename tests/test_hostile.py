@@ -1,5 +1,6 @@
 """Files from strangers: nothing in them is executed, nothing takes more memory than they have bytes, no link is followed."""
 
+import json
 import os
 import random
 import resource
@@ -12,9 +13,12 @@ from collections import OrderedDict
 import pytest
 import torch
 from conftest import call
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from crate_fast import load_checkpoint
-from crate_fast.checkpoint.read import CheckpointError
+from crate_fast.checkpoint import constructor_arguments
+from crate_fast.checkpoint.read import DIGEST, METADATA_KEY, CheckpointError
 from crate_fast.training.run_directory import RunDirectory
 
 DEEP = "[" * 200_000
@@ -217,3 +221,29 @@ def test_no_run_goes_on_from_wrong_contents_under_right_checksums(tmp_path, run,
     assert (status, err.count("\n")) == (2, 1), err
     assert "crate-fast: error: " in err and "checkpoint" in err
     assert (newest.read_bytes(), copy.metrics.read_bytes()) == (before, metrics)
+
+
+HUGE = {"1e9": "1000000000", "10**400": "1" + "0" * 400, "5,000 digits": "9" * 5000, "hex": "0x" + "f" * 5000}
+
+
+@pytest.mark.parametrize("value", HUGE.values(), ids=HUGE)
+@pytest.mark.parametrize("name", ["depth", "dim", "lambd"])
+def test_sizes_that_no_machine_has_are_told_in_a_line(tmp_path, run, capsys, name, value):
+    """In metadata, in a checkpoint and in a recipe; memory is taken for what is there alone."""
+    number, model = int(value, 0) if value[1:2] == "x" or len(value) < 4300 else 10**5000, load_checkpoint(run.model)
+    torch.save({"model": model.state_dict(), "arguments": constructor_arguments(model) | {name: number}}, tmp_path / "a.pt")
+    with safe_open(run.model, framework="pt") as file:
+        metadata = {key: text for key, text in file.metadata().items() if key != DIGEST}
+    changed = json.dumps(json.loads(metadata[METADATA_KEY]) | {name: "@"}).replace('"@"', value)
+    save_file(model.state_dict(), tmp_path / "b.safetensors", metadata=metadata | {METADATA_KEY: changed})
+    setting = {"num_classes": "classes"}.get(name, name)
+    (tmp_path / "c.toml").write_text(f"data = 'digits'\n{setting} = {value}\n")
+    files = ["a.pt", "b.safetensors"] if (name, value) != ("lambd", HUGE["1e9"]) else []  # which is only a large number
+    commands = [
+        *(("inspect", tmp_path / file, "--images", tmp_path) for file in files),
+        ("train", "--recipe", tmp_path / "c.toml"),
+    ]
+    for command in commands:
+        status, _, err = call(capsys, *command, "--out", tmp_path / "out")
+        assert (status, err.count("\n"), "Traceback" in err) == (2, 1, False), err
+        assert len(err) < 1000 and not (tmp_path / "out").exists()

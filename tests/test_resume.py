@@ -441,3 +441,14 @@ def test_metrics_shorter_than_the_checkpoint_are_refused(finished, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["circumstances"]["ranks"] == 1
     assert re.fullmatch("[0-9a-f]{16}", config["circumstances"]["kernels"])
+
+
+def test_a_signal_ends_what_waits_outside_of_python(monkeypatch, capfd):
+    def waiting() -> None:
+        monkeypatch.setattr("crate_fast.signals.PROMPT", 0.2)
+        with Signals(tell=True):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            torch.linalg.eigvals(torch.randn(3000, 3000))  # seconds in which Python runs no handler
+
+    assert in_a_process(waiting) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == "crate-fast: stopped by signal 15 before the first step\n"

@@ -1,6 +1,8 @@
 """What a run shows beside its metrics."""
 
+import errno
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import torch
 from conftest import call
 from helpers.pictures import make_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import CRATE
@@ -130,3 +133,32 @@ def test_only_known_peaks_are_taken():
     assert peak_flops(TrainConfig(), compute) is None
     assert peak_flops(TrainConfig(peak_tflops=2.0), compute) == 2e12
     assert peak_flops(TrainConfig(), Compute(torch.device("cpu"), "float32")) is None
+
+
+@pytest.mark.parametrize("good", [0, 1, 5])  # records before the disk is full
+def test_a_disk_that_is_full_for_tensorboard_is_told_in_a_line(tmp_path, capsys, monkeypatch, good):
+    write, written = RecordWriter.write, []
+
+    def full(writer, data):
+        written.append(data)
+        if len(written) > good:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(writer, data)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    status, _, err = call(capsys, "train", *SMALL, "--tensorboard", "--log-every", "5", "--out", tmp_path / "run")
+    start = f"crate-fast: error: {tmp_path / 'run' / 'tensorboard'} cannot be written (No space left on device); "
+    assert (status, err.startswith(start), err.count("\n")) == (2, True, 1), err
+
+
+def test_files_of_a_run_that_do_not_fit_on_the_disk_are_named(tmp_path, capsys, monkeypatch):
+    flush = os.fsync
+
+    def full(descriptor):
+        if "metrics" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, err = call(capsys, "train", *SMALL, "--out", tmp_path / "run")
+    assert (status, err.count("\n"), str(tmp_path / "run" / "metrics.jsonl") in err) == (2, 1, True), err

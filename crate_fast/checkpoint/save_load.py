@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import digest_of, first_line, write_atomically
+from ..files import digest_of, first_line, shown, write_atomically
 from ..model.crate import CRATE
 from ..optional import require
 from .constructor import ARGUMENTS, CHANGED, constructor_arguments
@@ -237,17 +237,17 @@ def _tell(line: str) -> None:
 def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict) -> CRATE:
     """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
     if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
-        raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {str(arguments)[:200]}")
+        raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {shown(arguments)}")
     check_floating(path, weights)
     arguments = arguments | overrides
     number = next((name for name in ("ista", "lambd") if not _is_size(arguments.get(name, 0.0))), None)
     if number is not None:
-        words = f"its argument {number} is {str(arguments[number])[:200]!r}; it must be a finite number, at least 0"
+        words = f"its argument {number} is {shown(arguments[number])}; it must be a finite number, at least 0"
         raise CheckpointError(f"{path}: {words}")
     # Before anything is built: a false depth could keep the constructor busy for ever.
     layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
     if arguments.get("depth") != len(layers):
-        raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {arguments.get('depth')!r}")
+        raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {shown(arguments.get('depth'))}")
     try:
         model = _skeleton(arguments)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

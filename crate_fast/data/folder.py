@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..settings import ConfigError
-from .pictures import SUFFIXES, find_pictures, read_picture, tell_left_out
+from .pictures import SUFFIXES, find_pictures, read_or_stop, tell_left_out
 
 
 class Photographs:
@@ -28,8 +28,8 @@ class Photographs:
         return self._files[index][0]
 
     def read(self, index: int) -> Image.Image:
-        """The image, as RGB; raises OSError or another exception where it is damaged."""
-        return read_picture(self._files[index][0])
+        """The image, as RGB; raises as `read_or_stop`."""
+        return read_or_stop(self._files[index][0])
 
 
 def open_folder(path: str | Path, word: str = "--data") -> tuple[Photographs, Photographs, list[str]]:

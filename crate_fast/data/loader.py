@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..files import as_bytes
+from ..files import PAUSES, as_bytes, is_of_system
 from ..locks import unlock
 from ..processes import Ranks
 from ..settings import TrainConfig
@@ -31,7 +31,7 @@ PREFETCH = 4  # batches that a worker is ahead
 
 
 class UnreadableError(RuntimeError):
-    """More images than allowed cannot be read; the message names the last."""
+    """More images than allowed are damaged, or the system does not give one; the message names the last."""
 
 
 class Store(Protocol):
@@ -43,12 +43,19 @@ class Store(Protocol):
     def read(self, index: int) -> Image.Image: ...
 
 
+class Problem(NamedTuple):
+    """Why an image is not there, in words that name it; whether it is damaged, or the system does not give it just now."""
+
+    text: str
+    is_damage: bool
+
+
 class Sample(NamedTuple):
     """One image: (height, width, 3) uint8, its label, and what is wrong with it, if anything."""
 
     pixels: np.ndarray
     label: int
-    problem: str | None = None
+    problem: Problem | None = None
 
 
 class TrainSamples(Dataset):
@@ -86,7 +93,8 @@ def _read(store: Store, index: int, size: tuple[int, int], change) -> Sample:
     try:
         return Sample(change(store.read(index)), store.label(index))
     except Exception as error:  # whatever a damaged file makes of the decoder
-        problem = f"{store.place(index)}: {str(error).strip() or type(error).__name__}"
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        problem = Problem(f"{store.place(index)}: {reason}", not is_of_system(error))
         return Sample(np.zeros((*size, 3), np.uint8), IGNORED, problem)
 
 
@@ -96,7 +104,7 @@ class Photos:
     Test images are of `evaluated_size`, (height, width) in pixels; None: squares of the training images' side.
 
     Raises (while it is iterated):
-        UnreadableError: more than `config.max_unreadable` images cannot be read.
+        UnreadableError: more than `config.max_unreadable` images are damaged, or the system does not give one.
     """
 
     channels = 3
@@ -160,15 +168,20 @@ class Photos:
                 self._report(problem)
             yield pixels.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
 
-    def _report(self, problem: str) -> None:
-        if problem in self._unreadable:
+    def _report(self, problem: Problem) -> None:
+        if problem.text in self._unreadable:
             return
-        self._unreadable.add(problem)
-        print(f"crate-fast: warning: unreadable, skipped: {problem}", file=sys.stderr, flush=True)
+        if not problem.is_damage:
+            raise UnreadableError(
+                f"{problem.text} ({1 + len(PAUSES)} times); what cannot be read just now is not left out; once it can, "
+                "a run goes on with --resume"
+            )
+        self._unreadable.add(problem.text)
+        print(f"crate-fast: warning: unreadable, skipped: {problem.text}", file=sys.stderr, flush=True)
         if len(self._unreadable) > self._config.max_unreadable:
             raise UnreadableError(
                 f"{len(self._unreadable)} images cannot be read, and --max-unreadable is {self._config.max_unreadable}; "
-                f"the last is {problem}"
+                f"the last is {problem.text}"
             )
 
 
@@ -186,7 +199,7 @@ class Normalise:
         return rows.view(n, height, width, 3).permute(0, 3, 1, 2)
 
 
-def _collate(size: tuple[int, int], samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+def _collate(size: tuple[int, int], samples: list[Sample]) -> tuple[Tensor, Tensor, list[Problem]]:
     pixels = np.stack([sample.pixels for sample in samples]) if samples else np.empty((0, *size, 3), np.uint8)
     problems = [sample.problem for sample in samples if sample.problem]
     return torch.from_numpy(pixels), torch.tensor([sample.label for sample in samples], dtype=torch.int64), problems

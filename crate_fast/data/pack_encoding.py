@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
-from ..files import first_line
+from ..files import first_line, patiently
 from .augment import cover
 from .pack_file import JPEG, RAW, Encoded, Unreadable
 from .pack_folder import decode_jpeg
@@ -42,15 +41,13 @@ def encode(path: str, name: str, label: int, lossless: bool, settings: Settings)
     Raises:
         OSError, MemoryError: it cannot be read just now, which says nothing of the image.
     """
-    content = Path(path).read_bytes()
+    content = patiently(Path(path).read_bytes)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is odd in a file that can be read
             return _encode(content, name, label, lossless, settings)
     except MemoryError:
         raise
-    except UnidentifiedImageError:
-        return Unreadable(name, "no image that can be read")
     except Exception as error:  # whatever a damaged file makes of the decoder
         return Unreadable(name, re.sub(r" at 0x[0-9a-f]+", "", first_line(error)))
 

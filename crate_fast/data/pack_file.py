@@ -18,13 +18,13 @@ import struct
 import weakref
 import zlib
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..files import first_line, parse_json, write_atomically
+from ..files import first_line, parse_json, patiently, write_atomically
 from ..settings import ConfigError
 from .pictures import MOST_PIXELS
 
@@ -149,7 +149,7 @@ class Pack:
         got = 0
         while got < size:
             try:
-                more = os.preadv(self._file, [content[got:].data], place + got)
+                more = patiently(partial(os.preadv, self._file, [content[got:].data], place + got))
             except OSError as error:
                 raise PackError(f"{self.path}: {error.strerror}") from error
             if not more:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
-from ..files import check_regular
+from ..files import check_regular, is_of_system, patiently
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +27,7 @@ WHITE_IS_ZERO, SIGNED = 0, 2  # in the latter two
 MOST_PIXELS = 89_478_485  # of an image: from there on Pillow warns of a bomb; a quarter of a GiB of colours
 KINDS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")  # none starts a program
 TILE = (322, 323)  # of TIFF: width and height of the parts that are unpacked at a time
+LARGEST_FILE = 1 << 30  # bytes, that are read a second time
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
@@ -41,7 +44,34 @@ def read_picture(source: str | Path | BinaryIO) -> Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is odd in a file that can be read
-        return _read(source)
+        if not isinstance(source, str | Path):
+            return _read(source)
+        check_regular(source)
+        with open(source, "rb") as file:  # of which Pillow maps no part, as it does by a name: see `packfile.Pack`
+            return _read(file)
+
+
+def read_or_stop(path: str | Path) -> Image:
+    """`read_picture` of a file, which is tried again where the system fails it for a moment.
+
+    Raises:
+        OSError, MemoryError: so that `is_of_system` says yes, where the system goes on failing; nothing tells of the image.
+        Exception: whatever Pillow makes of a damaged file, all of which could be read.
+    """
+    try:
+        return read_picture(path)
+    except Exception as error:
+        patiently(partial(check_regular, path))
+        if os.stat(path).st_size > LARGEST_FILE:
+            raise
+        # Pillow's decoders do not tell that a disk failed from that a file is damaged.
+        content = patiently(Path(path).read_bytes)
+        try:
+            return read_picture(io.BytesIO(content))
+        except MemoryError:
+            raise
+        except Exception as damage:
+            raise (damage if is_of_system(error) else error) from None
 
 
 def check_pixels(*sides: int) -> None:
@@ -51,15 +81,15 @@ def check_pixels(*sides: int) -> None:
         raise ValueError(f"it has {pixels:,} pixels; at most {MOST_PIXELS:,} are read")
 
 
-def _open(source: str | Path | BinaryIO) -> Image:
+def _open(source: BinaryIO) -> Image:
     """The image, its header read and nothing decoded."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     Image.init()
-    if isinstance(source, str | Path):
-        check_regular(source)
     try:
         file = Image.open(source, formats=[kind for kind in KINDS if kind in Image.OPEN])
+    except UnidentifiedImageError as error:  # whose own words name an object of Python's
+        raise UnidentifiedImageError("no image that can be read") from error
     except Image.DecompressionBombError as error:  # Pillow's own bound, twice ours
         check_pixels(int(re.findall(r"\d+", str(error))[0]))
         raise
@@ -72,7 +102,7 @@ def _open(source: str | Path | BinaryIO) -> Image:
     return file
 
 
-def _read(source: str | Path | BinaryIO) -> Image:
+def _read(source: BinaryIO) -> Image:
     from PIL import Image
 
     with _open(source) as file:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..backend import autocasts, check_backend, check_tensor, is_transformed
 from ..eval_transform import Transform
-from ..functional import check_number
+from ..files import shown
+from ..functional import check_number, check_positive
 from ..modules.cpu_inference import evaluated_embedding
 from ..modules.plain import (
     drops_nothing,
@@ -26,6 +27,8 @@ from ..modules.plain import (
 from ..optional import require
 from ..sizes import POOLS, SIZES
 from .transformer import STREAMS, Transformer, pool_tokens
+
+MOST_LAYERS, MOST_WEIGHTS = 10_000, 10**10  # no machine trains more; the largest that is published has 24 and 78 million
 
 
 class CRATE(nn.Module):
@@ -55,7 +58,8 @@ class CRATE(nn.Module):
 
     Raises:
         TypeError: a size that is no integer, a step size, threshold or dropout that is no number.
-        ValueError: a size that does not divide or is too small, a dropout that is no share, an unknown pool, backend or stream.
+        ValueError: a size that does not divide or is too small, more than 10,000 layers or 10 billion weights, a dropout that
+            is no share, an unknown pool, backend or stream.
     """
 
     transform: Transform | None = None  # how its images are evaluated, where its file or its run says so
@@ -81,29 +85,27 @@ class CRATE(nn.Module):
     ) -> None:
         super().__init__()
         if pool not in POOLS:
-            raise ValueError(f"pool is {pool!r}; allowed are 'cls' (class token) and 'mean' (mean of all tokens)")
+            raise ValueError(f"pool is {shown(pool)}; allowed are 'cls' (class token) and 'mean' (mean of all tokens)")
         if stream not in STREAMS:
-            raise ValueError(f"stream is {stream!r}; allowed are {', '.join(map(repr, STREAMS))}")
+            raise ValueError(f"stream is {shown(stream)}; allowed are {', '.join(map(repr, STREAMS))}")
         check_backend(backend)
         sizes = {"dim": dim, "heads": heads, "dim_head": dim_head, "channels": channels}
         for name, value in (sizes | {"depth": depth, "num_classes": num_classes}).items():
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; it must be an integer")
+                raise TypeError(f"{name} is {shown(value)}; it must be an integer")
             if value < (name in sizes):
-                raise ValueError(f"{name} is {value}; it must be at least {int(name in sizes)}")
+                raise ValueError(f"{name} is {shown(value)}; it must be at least {int(name in sizes)}")
         # Numbers of Python's own from here on, whatever NumPy's they were: a checkpoint with others could not be read again.
         dropout, emb_dropout = check_number("dropout", dropout), check_number("emb_dropout", emb_dropout)
-        ista, lambd = check_number("ista", ista), check_number("lambd", lambd)
+        ista, lambd = check_positive("ista", ista), check_positive("lambd", lambd)
         for name, share in (("dropout", dropout), ("emb_dropout", emb_dropout)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share}; it must be from 0 to 1")
-        for name, number in (("ista", ista), ("lambd", lambd)):
-            if number < 0:
-                raise ValueError(f"{name} is {number}; it must be at least 0")
         self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
         rows, columns = (_divide(i, p) for i, p in zip(self.image_size, self.patch_size, strict=True))
         patch_height, patch_width = self.patch_size
         patch_dim = channels * patch_height * patch_width
+        _check_buildable(dim, depth, heads * dim_head, patch_dim, rows * columns + 1, num_classes)
         self.channels = channels
 
         self.to_patch_embedding = nn.Sequential(
@@ -251,17 +253,29 @@ def pair(t: Any) -> tuple:
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     sides = value if isinstance(value, tuple | list) else (value, value)
     if len(sides) != 2 or not all(hasattr(side, "__index__") and not isinstance(side, bool) for side in sides):
-        raise TypeError(f"{name} is {value!r}; it must be an integer, or two: height and width")
+        raise TypeError(f"{name} is {shown(value)}; it must be an integer, or two: height and width")
     height, width = map(int, sides)
     if height < 1 or width < 1:
-        raise ValueError(f"{name} is {value}; it must be positive")
+        raise ValueError(f"{name} is {shown(value)}; it must be positive")
     return height, width
 
 
 def _divide(image: int, patch: int) -> int:
     if image % patch:
-        raise ValueError(f"image_size {image} is not divisible by patch_size {patch}")
+        raise ValueError(f"image_size {shown(image)} is not divisible by patch_size {shown(patch)}")
     return image // patch
+
+
+def _check_buildable(dim: int, depth: int, inner: int, patch_dim: int, tokens: int, num_classes: int) -> None:
+    """Raises ValueError where a model of these sizes would keep the constructor busy, or ask for memory, without end."""
+    if depth > MOST_LAYERS:
+        raise ValueError(f"depth is {shown(depth)}; it must be at most {MOST_LAYERS:,}")
+    weights = dim * (depth * (2 * inner + dim) + patch_dim + tokens + num_classes) + patch_dim
+    if weights > MOST_WEIGHTS:
+        count = f"{weights:,}" if weights < 10**30 else "more than 10^30"
+        layers = f"{depth:,} layers of {shown(inner)} in all heads"
+        words = f"{layers}, patches of {shown(patch_dim)} values, {shown(tokens)} tokens and {shown(num_classes)} classes"
+        raise ValueError(f"a model of width {shown(dim)}, {words} has {count} weights; it must have at most {MOST_WEIGHTS:,}")
 
 
 def _times(size: tuple[int, int]) -> str:

@@ -94,9 +94,12 @@ class FeedForward(nn.Module):
     Args:
         dim, hidden_dim: width of a token; the published class takes it twice and uses the first.
         dropout: accepted as in the published class, which does not use it.
-        step_size: η.
+        step_size: η, finite and at least 0, as the next.
         lambd: λ.
         backend: see `crate_fast.choose_backend`.
+
+    Raises:
+        ValueError: η or λ is negative or not finite.
     """
 
     def __init__(
@@ -111,8 +114,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, dim))
         nn.init.kaiming_uniform_(self.weight)
-        self.step_size = step_size
-        self.lambd = lambd
+        self.step_size = functional.check_positive("step_size", step_size)
+        self.lambd = functional.check_positive("lambd", lambd)
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:

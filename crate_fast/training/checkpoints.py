@@ -32,6 +32,16 @@ class SavingError(RuntimeError):
     """A checkpoint cannot be written; the message names it and the one before it."""
 
 
+def _reason(error: BaseException) -> str:
+    """Why a file was not written, as the system says it: PyTorch's own error comes after that."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.strerror:
+            return behind.strerror
+        behind = behind.__context__
+    return str(error).strip().partition("\n")[0]
+
+
 class Checkpoints:
     """The folder of a run's checkpoints: `step-N.pt`, the newest of them also as `last.pt`, the best as `best.pt`.
 
@@ -75,7 +85,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, RuntimeError) as error:  # PyTorch's writer makes RuntimeErrors of the system's
-            reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+            reason = _reason(error)
             kept = f"{before} is kept" if before else "there was none before it"
             raise SavingError(f"{path} cannot be written ({reason}); {kept}") from error
 

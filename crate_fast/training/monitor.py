@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ..model.crate import CRATE
 from ..model.transformer import layers_of
 from ..optional import require
 from ..settings import TrainConfig
+from .checkpoints import SavingError
 from .run_directory import RunDirectory
 
 SKIPPED, WARMED, TRACED = 3, 2, 3  # steps: before anything, with the profiler on but not kept, kept
@@ -52,6 +55,22 @@ def peak_flops(config: TrainConfig, compute: Compute) -> float | None:
     return next((1e12 * peak for name, peak in PEAKS.items() if name in compute.describe()), None)
 
 
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Errors of the system in other threads, which their owners are told of, are not printed besides."""
+    before = threading.excepthook
+
+    def tell(happened: threading.ExceptHookArgs) -> None:
+        if not issubclass(happened.exc_type, OSError):
+            before(happened)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 class Watch:
     """What `config` asks for beside metrics.jsonl, in the first process; while entered, it is told of steps and rows."""
 
@@ -66,8 +85,10 @@ class Watch:
         if self._wants_board:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What a killed run wrote after its last checkpoint comes again.
-            self._board = self._stack.enter_context(SummaryWriter(str(self._run.tensorboard), purge_step=self._step + 1))
+            self._stack.enter_context(_quiet_threads())
+            with self._naming_the_board():
+                # What a killed run wrote after its last checkpoint comes again.
+                self._board = SummaryWriter(str(self._run.tensorboard), purge_step=self._step + 1)
         if self._wants_trace:
             plan = schedule(skip_first=SKIPPED, wait=0, warmup=WARMED, active=TRACED, repeat=1)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
@@ -79,7 +100,28 @@ class Watch:
         if self._wants_trace and error[0] is None:
             steps = SKIPPED + WARMED + TRACED
             print(f"crate-fast: warning: no trace: --profile needs {steps} steps, and fewer were left", file=sys.stderr)
-        self._stack.close()
+        with self._stack:
+            if self._board is not None:
+                self._close_board(self._board, error[0] is None)
+
+    def _close_board(self, board, tell: bool) -> None:
+        """Writes what is left; an error is told where it is the first."""
+        try:
+            with self._naming_the_board():
+                board.close()
+        except SavingError:
+            if tell:
+                raise
+
+    @contextmanager
+    def _naming_the_board(self) -> Iterator[None]:
+        """Turns an error of the system, which comes from a thread of TensorBoard's, into a line that names its folder."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            words = "--resume goes on from the last checkpoint, with --tensorboard no without it"
+            raise SavingError(f"{self._run.tensorboard} cannot be written ({reason}); {words}") from error
 
     def step(self) -> None:
         """After a step of training."""
@@ -89,9 +131,10 @@ class Watch:
     def row(self, row: dict) -> None:
         """After a line of metrics."""
         if self._board is not None:
-            for name, value in row.items():
-                if name not in NO_SCALARS:
-                    self._board.add_scalar(f"{row['split']}/{name}", value, row["step"])
+            with self._naming_the_board():
+                for name, value in row.items():
+                    if name not in NO_SCALARS:
+                        self._board.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
     def _write(self, profiler: profile) -> None:
         self._wants_trace = False

@@ -13,6 +13,7 @@ import torch
 from ..backend import choose_backend
 from ..checkpoint.save_load import constructor_arguments, save_model
 from ..checkpoint.start_from import read_weights, start_from
+from ..data.loader import UnreadableError
 from ..data.open import Data, open_data
 from ..data.order import check_parts, make_plan
 from ..device import Compute, check_kernels, choose_compute
@@ -72,7 +73,7 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
             with process_group(ranks, choose_compute(config.device, config.precision, ranks).device):
                 return _start(config, given or {}, resume, ranks, signals)
         except RuntimeError as error:
-            if isinstance(error, TrainingError):
+            if isinstance(error, TrainingError | UnreadableError):
                 raise
             if signals.received is not None:  # the others were gone first, and the sum over all processes failed
                 raise Stopped(signals.received, f"stopped by signal {signals.received}") from error
@@ -152,7 +153,16 @@ def _train(
 def build_model(config: TrainConfig, data: Data) -> CRATE:
     """The CRATE that `config` asks for, with a head for `data`, on the CPU, its weights drawn from the seed."""
     torch.manual_seed(config.seed)
-    model = CRATE(
+    try:
+        model = _build(config, data)
+    except ValueError as error:  # sizes that are within their bounds one by one
+        raise ConfigError(str(error)) from error
+    model.transform = transform_of(config.eval_crop, data.describe())
+    return model
+
+
+def _build(config: TrainConfig, data: Data) -> CRATE:
+    return CRATE(
         image_size=config.image_size,
         patch_size=config.patch_size,
         num_classes=data.classes,
@@ -168,8 +178,6 @@ def build_model(config: TrainConfig, data: Data) -> CRATE:
         lambd=config.lambd,
         backend=config.backend,
     )
-    model.transform = transform_of(config.eval_crop, data.describe())
-    return model
 
 
 def _check_out(config: TrainConfig, ranks: Ranks, resume: str | None) -> None:

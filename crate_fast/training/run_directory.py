@@ -14,7 +14,7 @@ from pathlib import Path
 from ..checkpoint.distributed import SUFFIX
 from ..checkpoint.read import MODEL_NAME
 from ..data.pictures import READER_ENTRY
-from ..files import open_own, parse_json, remove, write_atomically
+from ..files import naming, open_own, parse_json, remove, write_atomically
 from ..locks import lock
 from ..settings import ConfigError, TrainConfig
 
@@ -96,12 +96,12 @@ class RunDirectory:
     def log(self, **row) -> None:
         """Adds one line to metrics.jsonl; a number that is not finite is null in it."""
         row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
-        with open_own(self.metrics, "a") as file:
+        with naming(self.metrics), open_own(self.metrics, "a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def logged(self) -> int:
         """Bytes of metrics.jsonl, all of them on the disk."""
-        with open_own(self.metrics, "a") as file:
+        with naming(self.metrics), open_own(self.metrics, "a") as file:
             os.fsync(file.fileno())
             return file.tell()
 
@@ -113,7 +113,7 @@ class RunDirectory:
         """
         if length and not self.metrics.exists():
             raise ConfigError(f"{self.metrics}: missing; the last checkpoint was written after its first {length:,} bytes")
-        with open_own(self.metrics, "ab") as file:
+        with naming(self.metrics), open_own(self.metrics, "ab") as file:
             if length > file.tell():
                 raise ConfigError(f"{self.metrics}: shorter than at the last checkpoint")
             file.truncate(length)
@@ -178,7 +178,7 @@ class RunDirectory:
     def read_metrics(self) -> list[dict]:
         """The rows of metrics.jsonl; lines that are damaged are passed over, with a warning."""
         rows, damaged = [], []
-        with open_own(self.metrics, "rb") as file:
+        with naming(self.metrics), open_own(self.metrics, "rb") as file:
             lines = file.read().splitlines()
         for number, line in enumerate(lines, start=1):
             try:
