@@ -129,7 +129,7 @@ def _check_plain(path: Path, name: object, value: object) -> None:
         raise CheckpointError(f"{path}: {str(name)[:200]!r} says it has {value.numel()} values, and fewer are stored")
 
 
-def _check_all_plain(path: Path, content: dict) -> None:
+def check_all_plain(path: Path, content: dict) -> None:
     """Raises CheckpointError as `_check_plain` for anything in nested `content`, which may lead back to itself."""
     left: list[tuple[object, object]] = [("it", content)]
     seen = set()
@@ -176,7 +176,7 @@ def read_state(path: Path, whole: bool = True) -> dict:
     content = read_archive(file, "damaged, or no checkpoint of crate-fast")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "parts")):
         raise CheckpointError(f"{path}: no checkpoint of crate-fast: its {distributed.STATE} has no 'arguments' and 'parts'")
-    _check_all_plain(path, content)
+    check_all_plain(path, content)
     try:
         distributed.read_table(path / distributed.TABLE)  # before PyTorch does, which runs what a table asks for
         if whole:
@@ -198,7 +198,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     content = read_archive(path, "damaged, or no checkpoint of crate-fast")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "model")):
         raise CheckpointError(f"{path}: no checkpoint of crate-fast: it has no 'arguments' and 'model'")
-    _check_all_plain(path, content)
+    check_all_plain(path, content)
     return content
 
 
