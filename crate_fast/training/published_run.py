@@ -57,6 +57,8 @@ def read_start(path: Path) -> Start:
         CheckpointError: it is missing, damaged, or something else.
         ConfigError: it has weights and no optimizer or epoch.
     """
+    if path.suffix == ".safetensors":  # which have no optimizer, whoever wrote them
+        raise ConfigError(f"--resume is {path}, which {NO_RUN}")
     content, _ = read_beside_others(path, "damaged, or no checkpoint of main.py")
     try:
         weights = find_weights(content, "last").weights if isinstance(content, dict) else {}
