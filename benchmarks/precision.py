@@ -49,14 +49,14 @@ from crate_fast.training.resolve import resolve
 from ratios import compare, summarise
 
 
-def _prepare_weights(project, gamma1, beta1, out, operator, gamma2, beta2, operand: torch.dtype, shrinkage: float) -> tuple:
+def _prepare_weights(project, gamma1, beta1, out, square, gamma2, beta2, operand: torch.dtype, shrinkage: float) -> tuple:
     def fold(weight: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, gamma, beta = weight.float(), gamma.float(), beta.float()
         matrix = (gamma[..., None] * weight).to(operand)
         return matrix, matrix.float().sum(1), (beta[:, None] @ weight)[:, 0]
 
     matrix, *project_ends = fold(project.mT, gamma1, beta1)
-    step, gain, offset = fold(operator, gamma2, beta2)
+    step, gain, offset = fold(square, gamma2, beta2)
     return matrix.mT, *project_ends, out.to(operand), step, gain + gamma2, offset + beta2 - shrinkage
 
 

@@ -37,9 +37,10 @@ from prediction.machine_code import walk
 from prediction.pipes import Kernel, kernel_of, least_times, resident, work
 from prediction.replay import clocks_of_program
 from prediction.step import PASSES, TOKENS, WIDTHS, Call, Operation, Recorded, inner_of, record, record_attention
+from workloads import largest_batch
 
 RESULTS = Path(__file__).parent / "results"
-BATCH = {"tiny": 1024, "small": 1024, "base": 1024, "large": 512}
+BATCH = {size: largest_batch(size) for size in SIZES}
 ATTENTION = "attention"  # alone, for every width of heads
 TIMED, OTHERS = "sm_90", ("sm_80", "sm_100")
 FLOORS = {

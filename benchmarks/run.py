@@ -35,7 +35,7 @@ from judge import Judge, make_ready
 from peers import MODES, Peer, Unavailable, all_peers, load_published
 from report import SCHEMA, compare, plot, print_rows, update_readme
 from timing import Timing, ceilings, conditions, current, interleave, machine, steady_allocator
-from workloads import DTYPES, Workload, optimizer_name
+from workloads import DTYPES, Workload, largest_batch, optimizer_name
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = ("ops", "layer", "inference", "train")
@@ -58,7 +58,7 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Workload]:
 
 
 def _workloads(suite: str, size: str, dtype: str, batches: list[int] | None, gpu: bool) -> list[Workload]:
-    large = {"tiny": 1024, "small": 1024, "base": 1024, "large": 512}[size] if gpu else 8
+    large = largest_batch(size) if gpu else 8
     if suite == "inference":
         return [Workload(suite, suite, size, b, dtype) for b in batches or ([1, 8, 64, 256, 1024] if gpu else [1, 8])]
     if suite == "train":

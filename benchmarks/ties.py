@@ -35,7 +35,7 @@ def recorded() -> Iterator[list[Tensor]]:
     with (
         mock.patch.object(torch, "relu", recording(torch.relu)),
         mock.patch.object(kernels.ISTA, "apply", recording(kernels.ISTA.apply)),
-        mock.patch.object(kernels, "fused_layer", recording(kernels.fused_layer, lambda stream: stream.x)),
+        mock.patch.object(kernels, "fused_layer", recording(kernels.fused_layer, lambda state: state.x)),
     ):
         yield sides
 

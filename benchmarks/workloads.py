@@ -22,6 +22,12 @@ IMAGE, PATCH, TOKENS, CLASSES = 224, 16, 197, 1000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def largest_batch(size: str) -> int:
+    """Images of a step with which a size is measured on a GPU: 1,024, or the power of two for which its layers have room."""
+    room = (1 << 24) // (SIZES[size]["dim"] * SIZES[size]["depth"])
+    return min(1024, 1 << (room.bit_length() - 1))
+
+
 class Workload(NamedTuple):
     """One thing to do. `suite` is "ops", "layer", "inference" or "train"; `what` the operation and pass."""
 

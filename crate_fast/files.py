@@ -47,6 +47,8 @@ def shown(value: object) -> str:
     """`value` as a line says it, cut where it is long; Python writes no whole number of more than 4,300 digits."""
     try:
         text = " ".join(repr(value).split())
+    except RecursionError:
+        return "nested too deeply to be shown"
     except ValueError:
         return "a number of thousands of digits"
     return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
@@ -175,6 +177,11 @@ def flush_folder(path: Path) -> None:
 def first_line(error: BaseException) -> str:
     """An error's message, cut off at its first line; the name of its class where it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def reason_of(error: BaseException) -> str:
+    """What the system says of an error, where it is the system's; else `first_line`."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def remove(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import reference
 from .backend import autocasts, check_tensor, choose_backend, is_transformed, without_autocast
 from .files import shown
+from .operators import operator
 
-__all__ = ["ista", "ista_operator", "mssa"]
+__all__ = ["ista", "ista_matrix", "mssa"]
 
 
 def mssa(w: Tensor, heads: int, scale: float | None = None, backend: str = "auto") -> Tensor:
@@ -176,71 +176,40 @@ def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, 
     step_size, lambd = check_positive("step_size", step_size), check_positive("lambd", lambd)
     check_tensor("h", h)
     choice = choose_backend(backend, h)
+    check_ista(h, weight)
     if choice.name == "reference" or 0 in h.shape[-1:]:
-        _check_ista(h, weight)
         return reference.ista(h, weight, step_size, lambd)
-    return ista_with_operator(h, weight, None, step_size, lambd, choice.name)
+    return rectified_product(h, ista_matrix(weight, step_size), step_size * lambd, choice.name)
 
 
-def ista_operator(weight: Tensor, step_size: float) -> Tensor:
-    """M = η(D − DᵀD), (dim, dim), in float32 or better whatever autocast says; differentiable."""
+def ista_matrix(weight: Tensor, step_size: float) -> Tensor:
+    """M = η(D − DᵀD) of a dictionary D, (dim, dim), or of several, (layers, dim, dim) in one batched product; in float32 or
+    better whatever autocast says; differentiable."""
     with without_autocast(weight.device.type):
         d = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return torch.addmm(d, d.t(), d, beta=step_size, alpha=-step_size)
+        product = torch.addmm if d.dim() == 2 else torch.baddbmm
+        return product(d, d.mT, d, beta=step_size, alpha=-step_size)
 
 
-class _Operator(torch.autograd.Function):
-    """M, at hand, as a function of D: the gradient goes on as dD = η(dM − D(dM + dMᵀ)), in two products' worth of launches."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, operator: Tensor, step_size: float) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.step_size = step_size
-        return operator.view_as(operator)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dm: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (weight,) = ctx.saved_tensors
-        d = weight.to(dm.dtype)
-        return torch.addmm(dm, d, dm + dm.t(), beta=ctx.step_size, alpha=-ctx.step_size).to(weight.dtype), None, None
-
-
-def ista_operators(weights: Sequence[Tensor], stacked: Tensor, step_size: float) -> tuple[Tensor, list[Tensor]]:
-    """`ista_operator` of like weights and of a stack of copies of them, in one batched product: (layers, dim, dim), and one by
-    one, differentiable once."""
-    with without_autocast(stacked.device.type):
-        d = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
-        operators = torch.baddbmm(d, d.mT, d, beta=step_size, alpha=-step_size)
-    each = operators.unbind()
-    if torch.is_grad_enabled():
-        each = [_Operator.apply(w, m, step_size) for w, m in zip(weights, each, strict=True)]
-    return operators, list(each)
-
-
-def ista_with_operator(
-    h: Tensor, weight: Tensor, operator: Tensor | None, step_size: float, lambd: float, backend: str
-) -> Tensor:
-    """`ista` on "triton" or "torch" with M = `ista_operator(weight, step_size)` at hand, or formed here when None."""
-    _check_ista(h, weight)
-    operator = ista_operator(weight, step_size) if operator is None else operator
+def rectified_product(h: Tensor, matrix: Tensor, shrinkage: float, backend: str) -> Tensor:
+    """relu(h + h M − ηλ) on "triton" or "torch"; h: (..., dim), matrix: M, (dim, dim) float32 or better, shrinkage: ηλ."""
     operand = operand_dtype(h)
     if backend == "torch":
-        return _ista_torch(h, operator, step_size * lambd, operand)
+        return _rectified_product_torch(h, matrix, shrinkage, operand)
     from .kernels import ISTA
 
-    return ISTA.apply(h.to(torch.promote_types(h.dtype, operand)), operator, step_size * lambd, operand)
+    return ISTA.apply(h.to(torch.promote_types(h.dtype, operand)), matrix, shrinkage, operand)
 
 
-def _ista_torch(h: Tensor, operator: Tensor, shrinkage: float, operand: torch.dtype) -> Tensor:
+def _rectified_product_torch(h: Tensor, matrix: Tensor, shrinkage: float, operand: torch.dtype) -> Tensor:
     """relu(h + h M − ηλ) in plain PyTorch, the product taken in dtype `operand`."""
-    if operand == h.dtype == operator.dtype and not is_transformed():  # vmap knows no product in place with a batch of M
+    if operand == h.dtype == matrix.dtype and not is_transformed():  # vmap knows no product in place with a batch of M
         # The residual goes in as the product's addend: I + M would save its copy, but rounds M to the precision of I.
         rows = h.reshape(-1, h.shape[-1])
-        shrunk = torch.sub(rows, shrinkage).addmm_(rows, operator)
+        shrunk = torch.sub(rows, shrinkage).addmm_(rows, matrix)
         compiled = torch.compiler.is_compiling() and h.device.type == "cpu" and torch.is_grad_enabled()
         return (_CompiledRelu.apply(shrunk) if compiled else shrunk.relu_()).view(h.shape)
-    return torch.relu(h + F.linear(h.to(operand), operator.t().to(operand)) - shrinkage)
+    return torch.relu(h + F.linear(h.to(operand), matrix.t().to(operand)) - shrinkage)
 
 
 class _CompiledRelu(torch.autograd.Function):
@@ -260,15 +229,10 @@ class _CompiledRelu(torch.autograd.Function):
         return _relu_gradient(gradient, *ctx.saved_tensors)
 
 
-@torch.library.custom_op("crate_fast::relu_gradient", mutates_args=())
+@operator(fake=lambda gradient, result: torch.empty_like(gradient, memory_format=torch.contiguous_format))
 def _relu_gradient(gradient: Tensor, result: Tensor) -> Tensor:
     """`gradient` where relu's `result` is not zero: an operator that the compiler cannot take apart and move to the forward."""
     return torch.ops.aten.threshold_backward(gradient.contiguous(), result, 0)
-
-
-@_relu_gradient.register_fake
-def _(gradient, result):
-    return torch.empty_like(gradient, memory_format=torch.contiguous_format)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
@@ -286,7 +250,7 @@ def check_number(name: str, value: float) -> float:
         raise TypeError(f"{name} is {shown(value)}; it must be a number") from None
     except OverflowError:
         raise ValueError(f"{name} is larger than any float; it must be finite") from None
-    if not math.isfinite(number):
+    if not abs(number) < math.inf:  # as PyTorch traces it, of a symbolic number too
         raise ValueError(f"{name} is {number}; it must be finite")
     return number
 
@@ -299,7 +263,8 @@ def check_positive(name: str, value: float) -> float:
     return number
 
 
-def _check_ista(h: Tensor, weight: Tensor) -> None:
+def check_ista(h: Tensor, weight: Tensor) -> None:
+    """Raises TypeError or ValueError, as `ista`, where `weight` is no dictionary that fits `h`."""
     check_tensor("h", h)
     check_tensor("weight", weight)
     if weight.dim() != 2 or weight.shape[0] != weight.shape[1]:

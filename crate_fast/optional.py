@@ -11,6 +11,7 @@ DISTRIBUTIONS = {
     "lion_pytorch": "lion-pytorch",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
+    "pydantic": "pydantic",
     "safetensors": "safetensors",
     "scipy": "scipy",
     "simplejpeg": "simplejpeg",
@@ -20,7 +21,7 @@ DISTRIBUTIONS = {
     "tqdm": "tqdm",
 }
 """Import name to package name, for all that the extras bring."""
-OTHERS = dict.fromkeys(("cv2", "lion_pytorch", "simplejpeg", "torchvision"), "train") | {
+OTHERS = dict.fromkeys(("cv2", "lion_pytorch", "pydantic", "simplejpeg", "torchvision"), "train") | {
     "huggingface_hub": "hub",
     "tensorboard": "tensorboard",
 }

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .files import patiently
+from .files import patiently, reason_of
 from .settings import ConfigError
 
 T = TypeVar("T")
@@ -144,8 +144,7 @@ def _join(ranks: Ranks, device: torch.device) -> None:
         _meet_by(backend, ranks)
     except (OSError, ValueError, RuntimeError) as error:
         place = ":".join(os.environ.get(name, f"({name} is not set)")[:100] for name in ("MASTER_ADDR", "MASTER_PORT"))
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-        raise ConfigError(f"the {ranks.count} processes of the run cannot meet at {place}: {reason}") from error
+        raise ConfigError(f"the {ranks.count} processes of the run cannot meet at {place}: {reason_of(error)}") from error
 
 
 def _meet_by(backend: str, ranks: Ranks) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 from .files import as_bytes
@@ -97,13 +98,17 @@ class Signals:
     def _leave_unheard(self, number: int) -> None:
         """Ends a process with nothing to save, whose main thread does not come back to Python to hear that it is to end."""
         if not (self._heard or self.training):
-            if self._tell:
-                os.write(2, as_bytes(f"crate-fast: {BEFORE.format(number)}\n"))
+            _write(f"crate-fast: {BEFORE.format(number)}\n", self._tell)
             os._exit(128 + number)
 
     def _say(self, text: str) -> None:
-        if self._tell and self.training:
-            os.write(2, as_bytes(f"crate-fast: {text}\n"))
+        _write(f"crate-fast: {text}\n", self._tell and self.training)
+
+
+def _write(text: str, tell: bool) -> None:
+    with suppress(OSError):  # nobody reads it
+        if tell:
+            os.write(2, as_bytes(text))
 
 
 def hear_of_no_process() -> None:

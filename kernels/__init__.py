@@ -1,10 +1,10 @@
-"""Triton kernels of CRATE with their autograd functions. Depends on torch and triton alone."""
+"""Triton kernels of CRATE with their autograd functions. Depends on torch, triton and `crate_fast.operators` alone."""
 
 from .ista import ISTA
 from .layer import LayerSettings, LayerWeights, PreparedWeights, fused_layer, prepare_layers, stack_weights
 from .mssa import MSSA
 from .runtime import INTERPRETED
-from .stack import Stream, enter_stack, leave_stack
+from .stack import StackState, enter_stack, leave_stack
 
 __all__ = [
     "INTERPRETED",
@@ -13,7 +13,7 @@ __all__ = [
     "LayerSettings",
     "LayerWeights",
     "PreparedWeights",
-    "Stream",
+    "StackState",
     "enter_stack",
     "fused_layer",
     "leave_stack",

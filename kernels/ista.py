@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crate_fast.operators import operator
+
 from .gradients import data_gradient
 from .linear import linear
-from .runtime import operator, readable
+from .runtime import readable
 from .weight_gradients import weight_gradient
 
 

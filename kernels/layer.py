@@ -9,7 +9,7 @@
     z  = x + o Woᵀ + b                  linear             normalised, nothing tokens × tokens
     y  = relu(h + h M − ηλ), h = LN(z)  norm_linear
 
-The stream (x, z, y) and the operands (w, o, weights) have dtypes of their own; stack.py has how layers are strung together.
+The activations x, z, y and the operands w, o and weights have dtypes of their own; stack.py has how layers are strung together.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crate_fast.operators import operator
+
 from .attention import padded_tokens
 from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient, row_blocks
 from .linear import Folded, Statistics, empty_moments, linear, norm_linear
 from .mssa import mssa_backward, mssa_forward
-from .runtime import operator
-from .stack import Stream, fit_sums
+from .stack import StackState, fit_sums
 from .weight_gradients import weight_gradient
 from .weights import NormProduct, finish_layer, prepare_weights
 
@@ -41,7 +42,7 @@ class LayerWeights(NamedTuple):
     out_bias: Tensor  # (dim,)
     norm2_weight: Tensor  # (dim,)
     norm2_bias: Tensor  # (dim,)
-    operator: Tensor  # (dim, dim) float32, M = η(D − DᵀD)
+    matrix: Tensor  # (dim, dim) float32, M of the step of sparsification, relu(h + h M − ηλ): for ISTA η(D − DᵀD)
 
 
 class PreparedWeights(NamedTuple):
@@ -71,25 +72,29 @@ class LayerSettings(NamedTuple):
     shrinkage: float  # ηλ
 
 
-def stack_weights(layers: Sequence[LayerWeights]) -> LayerWeights:
+def stack_weights(layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """The weights of like layers, stacked by kind, contiguous, in one copy, which is one launch up to 18 layers (torch.cat
-    takes 128 tensors at a time); without out_bias, which needs no preparation."""
-    kinds = [kind for kind in zip(*(w._replace(out_bias=None) for w in layers), strict=True) if kind[0] is not None]
+    takes 128 tensors at a time); None for out_bias, which needs no preparation.
+
+    layers: of each as `LayerWeights`, with what M is made of, any number of tensors, in its place.
+    """
+    kinds, out_bias = list(zip(*layers, strict=True)), LayerWeights._fields.index("out_bias")
+    del kinds[out_bias]
     with torch.no_grad():
         flat = torch.cat([w.reshape(-1) for kind in kinds for w in kind])
     parts = flat.split([len(kind) * kind[0].numel() for kind in kinds])
     stacked = [part.view(-1, *kind[0].shape) for part, kind in zip(parts, kinds, strict=True)]
-    return LayerWeights(*stacked[:4], None, *stacked[4:])
+    return [*stacked[:out_bias], None, *stacked[out_bias:]]
 
 
-def prepare_layers(stacked: LayerWeights, shrinkage: float, operand: torch.dtype) -> list[PreparedWeights]:
+def prepare_layers(stacked: Sequence[Tensor], shrinkage: float, operand: torch.dtype) -> list[PreparedWeights]:
     """Folds the norms into the weights of all layers and rounds them to `operand`; no gradient. One launch.
 
     stacked: `stack_weights` of them, with their M. shrinkage: ηλ.
     """
-    w = stacked
+    w = LayerWeights(*stacked)
     prepared = prepare_weights(
-        w.project, w.norm1_weight, w.norm1_bias, w.out_weight, w.operator, w.norm2_weight, w.norm2_bias, operand, shrinkage
+        w.project, w.norm1_weight, w.norm1_bias, w.out_weight, w.matrix, w.norm2_weight, w.norm2_bias, operand, shrinkage
     )
     return [PreparedWeights(*layer) for layer in zip(*(p.unbind() for p in prepared), strict=True)]
 
@@ -97,11 +102,11 @@ def prepare_layers(stacked: LayerWeights, shrinkage: float, operand: torch.dtype
 class Activations(NamedTuple):
     """What a layer keeps for backward: `8 · dim + 4 · heads + 16` bytes a token in 16 bit, y being the next layer's x."""
 
-    x: Tensor  # (batch, tokens, dim) stream
-    w: Tensor  # (batch, tokens, inner) operand
-    o: Tensor  # (batch, tokens, inner) operand
-    z: Tensor  # (batch, tokens, dim) stream
-    y: Tensor  # (batch, tokens, dim) stream
+    x: Tensor  # (batch, tokens, dim) activation_dtype
+    w: Tensor  # (batch, tokens, inner) operand_dtype
+    o: Tensor  # (batch, tokens, inner) operand_dtype
+    z: Tensor  # (batch, tokens, dim) activation_dtype
+    y: Tensor  # (batch, tokens, dim) activation_dtype
     lse: Tensor  # (batch, heads, tokens rounded up to a multiple of 16) float32
     statistics: Tensor  # (4, batch * tokens) float32: mean and 1/deviation of x, then of z
 
@@ -194,7 +199,7 @@ def layer_backward(
     dz = norm_data_gradient(dy, sums, z, ista, w.norm2_weight, stats2)
     if wanted[2]:
         product = weight_gradient(z, dy, operand, mean=mean2, totals=totals)
-        of_ista = NormProduct(product, w.operator, w.norm2_weight, w.norm2_bias)
+        of_ista = NormProduct(product, w.matrix, w.norm2_weight, w.norm2_bias)
     do, delta = attention_gradient(dz.dx, prepared[3].t(), a.o, a.lse.shape[1], scale)
     if wanted[1]:
         of_out = weight_gradient(o, dz.dx, operand, totals=dz.totals, transposed=True)
@@ -247,8 +252,8 @@ def _in_dtype(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient if gradient.dtype is weight.dtype else gradient.to(weight.dtype)
 
 
-def fused_layer(stream: Stream, weights: LayerWeights, prepared: PreparedWeights, settings: LayerSettings) -> Stream:
+def fused_layer(state: StackState, weights: LayerWeights, prepared: PreparedWeights, settings: LayerSettings) -> StackState:
     """One layer, between `enter_stack` and `leave_stack`; differentiable once. The result may go to one place only."""
-    writer = stream.writer or (None, None, None)
-    *handed_on, rstd = _Layer.apply(*stream[:4], *writer, settings, *weights, *prepared)
-    return Stream(*handed_on, Rectified(prepared.ista_gain, prepared.ista_offset, rstd))
+    writer = state.writer or (None, None, None)
+    *handed_on, rstd = _Layer.apply(*state[:4], *writer, settings, *weights, *prepared)
+    return StackState(*handed_on, Rectified(prepared.ista_gain, prepared.ista_offset, rstd))

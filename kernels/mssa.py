@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crate_fast.operators import operator
+
 from .attention import empty_results, mssa_forward
 from .attention_gradient import mssa_backward
 from .attention_sums import head_products
-from .runtime import operator, readable
+from .runtime import readable
 
 
 def _addressable(x: Tensor) -> Tensor:

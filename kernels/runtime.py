@@ -1,16 +1,12 @@
-# A function may have attributes, of which its type does not know.
-# pyright: reportAttributeAccessIssue=false
-"""How kernels are launched and registered: the one place that knows the device, the interpreter and who is watching."""
+"""How kernels are launched: the one place that knows the device and the interpreter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 
 import torch
 import triton
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 @triton.jit
@@ -66,35 +62,3 @@ def float32_precision() -> str:
 def product_precision(operand: torch.dtype) -> str:
     """`float32_precision` for float32 operands; others have but one, "ieee"."""
     return float32_precision() if operand is torch.float32 else "ieee"
-
-
-def operator(fake: Callable):
-    """Registers a function as `torch.ops.crate_fast.<name>`, so that torch.compile takes it whole.
-
-    `fake` takes the same arguments, the first a tensor, and returns empty tensors of the results' shapes. What is returned
-    calls the function itself where nobody would see the operator: PyTorch's dispatch of one takes as long as three launches.
-    """
-
-    def register(function: Callable):
-        name = function.__name__.lstrip("_")
-        registered = torch.library.custom_op(f"crate_fast::{name}", function, mutates_args=())
-        registered.register_fake(fake)
-
-        @wraps(function)
-        def call(*arguments):
-            return (registered if _is_seen(arguments[0]) else function)(*arguments)
-
-        call.body = function
-        return call
-
-    return register
-
-
-def _is_seen(argument: torch.Tensor) -> bool:
-    """Whether somebody records or replaces operators: a compiler, a tracer, a dispatch mode, a tensor of another class."""
-    return (
-        torch.compiler.is_compiling()
-        or type(argument) not in (torch.Tensor, torch.nn.Parameter)
-        or is_in_torch_dispatch_mode()
-        or torch.jit.is_tracing()
-    )

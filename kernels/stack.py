@@ -2,10 +2,10 @@
 # pyright: reportIncompatibleMethodOverride=false
 # Types tell neither how long a shape or a list of tensors is, nor which of them are there.
 # pyright: reportOptionalIterable=false
-"""What strings fused layers together: where the stream is entered and left, and what goes beside it.
+"""What strings fused layers together: where their stack is entered and left, and what goes beside the activations.
 
 A layer's backward pass needs more of the layer above than y's gradient. It comes as the gradients of small tensors that the
-layers hand on beside the stream and whose values nobody reads, so it stays on the device, every backward pass has its own,
+layers hand on beside them and whose values nobody reads, so it stays on the device, every backward pass has its own,
 and autograd orders the uses:
 
 - With float16 operands gradients are float16 too, multiplied by one power of two: `leave_stack` sets it from the gradient
@@ -25,16 +25,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crate_fast.operators import operator
+
 from .gradients import Rectified
 from .linear import _merge
-from .runtime import launch, operator, readable
+from .runtime import launch, readable
 from .shapes import blocks
 
 SCALE_EXPONENT = 4
 """The largest gradient that enters the stack is scaled to [2^3, 2^4): a factor 4,096 of room above, 10^8 below."""
 
 
-class Stream(NamedTuple):
+class StackState(NamedTuple):
     """What fused layers hand on. Values of the second and fourth are never read; their gradients come from the layer above."""
 
     x: Tensor  # (batch, tokens, dim), contiguous
@@ -46,10 +48,10 @@ class Stream(NamedTuple):
 
 class _EnterStack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, stream: torch.dtype):
+    def forward(ctx, x: Tensor, activation_dtype: torch.dtype):
         ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)  # else the moments get a gradient of zeros
-        result, moments = enter_forward(x, stream)
+        result, moments = enter_forward(x, activation_dtype)
         return result, x.new_empty((), dtype=torch.float32), moments
 
     @staticmethod
@@ -91,15 +93,15 @@ def _enter_kernel(
     tl.store(p_moments + rows + row, b_square, mask=m_row)
 
 
-def _enter_shapes(x: Tensor, stream: torch.dtype) -> tuple[Tensor, Tensor]:
-    result = torch.empty_like(x, dtype=stream, memory_format=torch.contiguous_format)
+def _enter_shapes(x: Tensor, activation_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    result = torch.empty_like(x, dtype=activation_dtype, memory_format=torch.contiguous_format)
     return result, x.new_empty(2, 1, x.shape[0] * x.shape[1], dtype=torch.float32)
 
 
 @operator(fake=_enter_shapes)
-def enter_forward(x: Tensor, stream: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x in dtype `stream`, contiguous; its moments in one part); x: (batch, tokens, dim)."""
-    x, results, block = readable(x), _enter_shapes(x, stream), 16
+def enter_forward(x: Tensor, activation_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x in `activation_dtype`, contiguous; its moments in one part); x: (batch, tokens, dim)."""
+    x, results, block = readable(x), _enter_shapes(x, activation_dtype), 16
     batch, tokens, dim = x.shape
     launch(
         _enter_kernel, blocks(batch * tokens, block), x, *results, batch * tokens, tokens, dim, *x.stride(), BLOCK_M=block,
@@ -215,15 +217,15 @@ def _power_of_two_scale(largest: Tensor) -> Tensor:
     return torch.where(torch.isfinite(largest) & (largest > 0), scale, 1.0)
 
 
-def enter_stack(x: Tensor, stream: torch.dtype) -> Stream:
-    """The stream of x, in dtype `stream`."""
-    return Stream(*_EnterStack.apply(x, stream))
+def enter_stack(x: Tensor, activation_dtype: torch.dtype) -> StackState:
+    """What the first layer takes of x: (batch, tokens, dim), any strides."""
+    return StackState(*_EnterStack.apply(x, activation_dtype))
 
 
-def leave_stack(stream: Stream, out: torch.dtype, pool: str | None, scaled: bool) -> Tensor:
+def leave_stack(state: StackState, out: torch.dtype, pool: str | None, scaled: bool) -> Tensor:
     """All tokens in dtype `out`, or their pooling ("cls", "mean") as (batch, dim); `scaled` where operands are float16.
 
-    stream: what `fused_layer` returned.
+    state: what `fused_layer` returned.
     """
-    x, gradient_scale, moments, totals, writer = stream
+    x, gradient_scale, moments, totals, writer = state
     return _LeaveStack.apply(x, gradient_scale, moments, totals, *writer, out, pool, scaled)

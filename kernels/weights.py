@@ -29,7 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import launch, operator
+from crate_fast.operators import operator
+
+from .runtime import launch
 from .shapes import blocks
 from .weight_gradients import Parts
 
@@ -45,7 +47,7 @@ def _prepare_kernel(
     shrinkage,
     BLOCK: tl.constexpr,
 ):
-    p_project, p_gamma1, p_beta1, p_out, p_operator, p_gamma2, p_beta2 = weights
+    p_project, p_gamma1, p_beta1, p_out, p_matrix, p_gamma2, p_beta2 = weights
     p_project_matrix, p_project_gain, p_project_offset, p_out_matrix, p_ista_matrix, p_ista_gain, p_ista_offset = prepared
     projects = tl.cdiv(inner, BLOCK)
     steps = tl.cdiv(dim, BLOCK)
@@ -60,7 +62,7 @@ def _prepare_kernel(
         )  # fmt: skip
     elif block < projects + steps:
         _fold_columns(
-            (p_operator + layer * dim * dim, p_gamma2 + layer * dim, p_beta2 + layer * dim),
+            (p_matrix + layer * dim * dim, p_gamma2 + layer * dim, p_beta2 + layer * dim),
             (p_ista_matrix + layer * dim * dim, p_ista_gain + layer * dim, p_ista_offset + layer * dim),
             (dim, dim, dim, 1), block - projects, shrinkage, True, BLOCK,
         )  # fmt: skip
@@ -108,10 +110,10 @@ def _round_rows(p_weight, p_matrix, block, inputs, outputs, BLOCK: tl.constexpr)
         tl.store(p_matrix + tile, tl.load(p_weight + tile, mask=m_tile).to(p_matrix.dtype.element_ty), mask=m_tile)
 
 
-def _prepared_shapes(project, gamma1, beta1, out, operator, gamma2, beta2, operand, shrinkage):
+def _prepared_shapes(project, gamma1, beta1, out, matrix, gamma2, beta2, operand, shrinkage):
     vectors = [(len(w), w.shape[1]) for w in (project, out)]
     gains = [torch.empty(shape, dtype=torch.float32, device=out.device) for shape in vectors for _ in range(2)]
-    matrices = [torch.empty_like(w, dtype=operand) for w in (project, out, operator)]
+    matrices = [torch.empty_like(w, dtype=operand) for w in (project, out, matrix)]
     return matrices[0], *gains[:2], *matrices[1:], *gains[2:]
 
 
@@ -121,7 +123,7 @@ def prepare_weights(
     gamma1: Tensor,
     beta1: Tensor,
     out: Tensor,
-    operator: Tensor,
+    matrix: Tensor,
     gamma2: Tensor,
     beta2: Tensor,
     operand: torch.dtype,
@@ -129,13 +131,13 @@ def prepare_weights(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`PreparedWeights` of all layers, each with the layers in front, in one launch.
 
-    project: (layers, inner, dim); gamma1, beta1, gamma2, beta2: (layers, dim); out: (layers, dim, inner); operator: M,
+    project: (layers, inner, dim); gamma1, beta1, gamma2, beta2: (layers, dim); out: (layers, dim, inner); matrix: M,
     (layers, dim, dim) float32; all contiguous. shrinkage: ηλ.
     """
-    results = _prepared_shapes(project, gamma1, beta1, out, operator, gamma2, beta2, operand, shrinkage)
+    results = _prepared_shapes(project, gamma1, beta1, out, matrix, gamma2, beta2, operand, shrinkage)
     layers, inner, dim = project.shape
     programs = layers * (blocks(inner, BLOCK) + 2 * blocks(dim, BLOCK))
-    weights = (project, gamma1, beta1, out, operator, gamma2, beta2)
+    weights = (project, gamma1, beta1, out, matrix, gamma2, beta2)
     launch(_prepare_kernel, programs, weights, results, dim, inner, shrinkage, BLOCK=BLOCK, num_warps=4, num_stages=2)
     return results
 

@@ -205,10 +205,14 @@ def test_hostile_pickle_is_not_executed(tmp_path):
     assert (tmp_path / "marker").exists()
 
 
-def test_out_of_memory_is_one_line(capsys, tmp_path):
-    assert_refused(
-        call(capsys, "train", "--dim", "1000000", "--dim-head", "1000000", "--out", tmp_path / "run"), "out of memory"
-    )
+def test_out_of_memory_is_one_line(capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    too_large = ["train", "--dim", "1000000", "--dim-head", "1000000", "--out", tmp_path / "run"]
+    assert_refused(call(capsys, *too_large), "it must have at most 10,000,000,000")
+    monkeypatch.setattr("crate_fast.training.run.open_data", full)
+    assert_refused(call(capsys, "train", "--out", tmp_path / "run"), "out of memory")
     assert not (tmp_path / "run").exists()
 
 

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ from crate_fast.data.folder import open_folder
 from crate_fast.data.loader import MEAN, STD
 from crate_fast.data.open import open_data
 from crate_fast.data.order import Plan
+from crate_fast.data.published_sets import SETS
+from crate_fast.data_sets import DATA_SETS, UNCHANGED
 from crate_fast.processes import ALONE, Ranks
-from crate_fast.training import ConfigError, UnreadableError, resolve, train
+from crate_fast.training import ConfigError, TrainConfig, UnreadableError, resolve, train
 
 CPU = torch.device("cpu")
 SMALL = dict(
@@ -204,3 +207,19 @@ def test_synthetic_batches_time_the_loop_alone():
     assert images.shape == (3, 3, 16, 16)
     assert (labels < 7).all()
     assert sum(len(labels) for _, labels in data.test_batches(4096, Ranks(2, 3))) == 50_000 - 2 * 50_000 // 3
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_every_data_set_has_what_opens_it_and_takes_what_changes_its_images_alone(name):
+    known = DATA_SETS[name]
+    assert callable(import_module(f"crate_fast.data.{known.module}").open_set)
+    assert (name in SETS) == (known.module == "published_sets")
+    still = {setting: none for settings in UNCHANGED.values() for setting, none in settings.items()} | {"data": name}
+    for setting, none in still.items() - {("data", name)}:
+        kind = next(kind for kind in UNCHANGED if setting in UNCHANGED[kind])
+        some = "trivial" if none == "none" else 0.5
+        if kind == known.images:
+            assert getattr(TrainConfig(**still | {setting: some}), setting) == some
+        else:
+            with pytest.raises(ConfigError, match=f"--{setting} is {some!r}; it changes {kind}, and --data is {name}"):
+                TrainConfig(**still | {setting: some})

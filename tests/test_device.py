@@ -28,7 +28,7 @@ from crate_fast.data.augment_batch import ERASING, Changes, change_each, erased_
 from crate_fast.data.device_loader import Pictures, Resident, resample
 from crate_fast.data.loader import COLOUR, MEAN, STD
 from crate_fast.data.order import Plan
-from crate_fast.data.philox import CHANGES, CROP, CROP_DRAWS, crop_boxes, philox, uniforms
+from crate_fast.data.philox import CHANGES, CROP, CROP_UNIFORMS, crop_boxes, philox, uniforms
 from crate_fast.processes import ALONE, Ranks
 from crate_fast.settings import TrainConfig
 
@@ -149,7 +149,7 @@ def test_crops_are_distributed_as_on_the_host():
     for _ in range(8000):
         random_crop(Spy(), 224, 0.08, draw)
     sides = np.full(8000, 256), np.full(8000, 341)
-    boxes = crop_boxes(uniforms(0, 1, np.arange(8000), CROP, CROP_DRAWS), *sides, 0.08)
+    boxes = crop_boxes(uniforms(0, 1, np.arange(8000), CROP, CROP_UNIFORMS), *sides, 0.08)
     assert (boxes[:, 0] + boxes[:, 2] <= 256).all() and (boxes[:, 1] + boxes[:, 3] <= 341).all()
     for moment in (np.mean, np.std):
         ours, theirs = moment(boxes, axis=0), moment(np.array(seen), axis=0)
@@ -158,7 +158,7 @@ def test_crops_are_distributed_as_on_the_host():
 
 @given(st.integers(1, 500), st.integers(1, 500), st.floats(0.01, 1), st.integers(0, 2**32 - 1))
 def test_crops_stay_in_the_image(height, width, least, index):
-    boxes = crop_boxes(uniforms(7, 1, np.array([index]), CROP, CROP_DRAWS), np.array([height]), np.array([width]), least)
+    boxes = crop_boxes(uniforms(7, 1, np.array([index]), CROP, CROP_UNIFORMS), np.array([height]), np.array([width]), least)
     top, left, h, w = boxes[0].tolist()
     assert min(top, left) >= 0 and min(h, w) > 0 and top + h <= height and left + w <= width
 
@@ -189,7 +189,7 @@ def test_a_mirror_turns_those_that_are_chosen(size):
 def test_rectangles_are_squeezed_as_torchvision_does(size):
     """To the bit where they are enlarged; where they shrink, to one value of 256, for Pillow then takes either pass first."""
     pixels = batch(32, 32)
-    boxes = crop_boxes(uniforms(0, 1, np.arange(8), CROP, CROP_DRAWS), np.full(8, 32), np.full(8, 32), 0.08)
+    boxes = crop_boxes(uniforms(0, 1, np.arange(8), CROP, CROP_UNIFORMS), np.full(8, 32), np.full(8, 32), 0.08)
     got = resample(torch.from_numpy(pixels), boxes, (size, size)).numpy()
     for image, other, (top, left, height, width) in zip(pixels, got, boxes.tolist(), strict=True):
         cropped = Image.fromarray(image).crop((left, top, left + width, top + height))

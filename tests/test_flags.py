@@ -1,8 +1,12 @@
 """The command lines of the published scripts: what every flag of them does here; recipes; what is refused."""
 
 import argparse
+import functools
 import json
+import math
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +17,8 @@ from crate_fast.commands.main import build_parser, main
 from crate_fast.commands.published_flags import PUBLISHED
 from crate_fast.commands.train import given_settings, warnings_of
 from crate_fast.model import SIZES
-from crate_fast.training import TrainConfig, resolve
+from crate_fast.settings import SETTINGS
+from crate_fast.training import ConfigError, TrainConfig, resolve
 from crate_fast.training.resolve import NAMES, describe, read_recipe
 
 DOCS = Path(__file__).parent.parent / "docs" / "training.md"
@@ -120,8 +125,8 @@ def test_all_published_flags_are_tried_and_in_the_documentation():
         names = {name for entry in PUBLISHED[command] for name in entry.names}
         assert names - tried == {"--resume"}  # tried in test_resume.py
         for entry in PUBLISHED[command]:
-            row = next(line for line in text.splitlines() if line.startswith(f"| `{entry.names[0]}`") and entry.text in line)
-            assert entry.fate in row
+            rows = [line for line in text.splitlines() if line.startswith(f"| `{entry.names[0]}`")]
+            assert any(entry.text in row and entry.fate in row for row in rows), f"a row of {DOCS.name} must have: {entry.text}"
 
 
 def test_published_lines_mean_what_they_mean_there():
@@ -162,6 +167,43 @@ def test_a_printed_configuration_is_a_recipe(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": asdict(config)}))
     for file in ("again.toml", "config.json"):
         assert resolve({"out": "away"}, str(tmp_path / file)) == config
+
+
+SWITCHES = [name for name, setting in SETTINGS.items() if setting.kind is bool]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_stands_alone_or_says_yes_or_no_and_is_a_boolean(tmp_path, name):
+    flag = f"--{name.replace('_', '-')}"
+    for words, meant in ((flag, True), (f"{flag} yes", True), (f"{flag} no", False), ("", False)):
+        assert getattr(parsed(f"train {words}")[0], name) is meant
+    for text, meant in (("true", True), ("false", False), ('"yes"', True), ('"no"', False)):
+        (tmp_path / "recipe.toml").write_text(f"data = 'digits'\n{name} = {text}")
+        assert getattr(resolve({}, str(tmp_path / "recipe.toml")), name) is meant
+    for value, words in (("maybe", "allowed are no, yes"), (1, "must be of type bool"), (None, "must be of type bool")):
+        with pytest.raises(ConfigError, match=f"{flag} is {value!r}; .*{words}"):
+            TrainConfig(**{name: value})
+
+
+# What no setting takes: of any type that TOML, JSON or a caller can bring.
+NEVER = [math.nan, -math.inf, 10**400, -(10**5000), 1j, b"1", [1], {"a": 1}, object(), "\u0661", "", " ", functools.reduce(
+    lambda inner, _: [inner], range(100_000), [])]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_setting_takes_what_it_is_not_and_each_says_so_in_a_line(name):
+    setting = SETTINGS[name]
+    taken = ["\u0661"] if setting.kind is str and not setting.choices else [10**400] if setting.kind is int else []
+    for value in [value for value in NEVER if value not in taken]:  # a batch has no largest
+        with pytest.raises(ConfigError) as caught:
+            TrainConfig(**{name: value})
+        assert str(caught.value).startswith(f"--{name.replace('_', '-')} is ")
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 700
+    for value in (True, 1.5, "1"):
+        if setting.kind is int:
+            with pytest.raises(ConfigError, match="must be of type int"):
+                TrainConfig(**{name: value})
 
 
 WRONG = """
@@ -282,3 +324,15 @@ def test_the_value_at_fault_is_named_before_anything_is_read_or_written(capsys, 
     monkeypatch.setattr("crate_fast.training.run.open_data", lambda *_: pytest.fail("data was looked for"))
     assert reason in refusal(capsys, [word.format(here=here) for word in line.split()])
     assert not any(tmp_path.iterdir())
+
+
+def test_without_pydantic_settings_are_the_same_but_unchecked():
+    """As on a machine lent for its GPU, which has PyTorch and can fetch nothing."""
+    lines = [
+        "import sys; sys.modules['pydantic'] = None",
+        "from crate_fast.settings import SETTINGS, TrainConfig",
+        "print([*map(tuple, SETTINGS.values())], TrainConfig(tensorboard='yes', epochs=3))",
+    ]
+    done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{[*map(tuple, SETTINGS.values())]} {TrainConfig(tensorboard=True, epochs=3)}"
+    assert done.stderr.strip() == "crate-fast: warning: pydantic is not installed: settings are taken unchecked"

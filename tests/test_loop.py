@@ -1,5 +1,6 @@
 """The loop's parts: gradients of parts and processes, schedules, masks, mixing, and what waits for the device."""
 
+import copy
 import json
 import math
 import os
@@ -14,11 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crate_fast.data.digits import Digits
 from crate_fast.data.order import Plan, make_plan, share_of
 from crate_fast.device import choose_compute
+from crate_fast.optimizers import OPTIMIZERS
 from crate_fast.processes import ALONE, Ranks
-from crate_fast.settings import OPTIMIZERS
 from crate_fast.signals import Signals
 from crate_fast.training import TrainConfig, TrainingError, train
-from crate_fast.training.checkpoint_contents import MOMENTS
 from crate_fast.training.ddp import Flat
 from crate_fast.training.loop import Trainer
 from crate_fast.training.mixing import mix
@@ -79,7 +79,7 @@ with process_group(ranks, torch.device("cpu")):
 
 def torchrun(ranks: int, *words, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False, **options)
 
 
@@ -141,8 +141,20 @@ def test_published_schedules_are_those_of_the_scripts(epochs):
 def test_a_checkpoint_is_held_to_what_the_optimizer_keeps(name):
     trainer = make_trainer(optimizer=name)
     step(trainer)
-    assert [set(kept) for kept in trainer.optimizer.state.values()] == [MOMENTS[name]] * len(trainer.optimizer.state)
+    assert type(trainer.optimizer).__name__ == name  # by which a checkpoint's state of it is judged
+    assert [set(kept) for kept in trainer.optimizer.state.values()] == [OPTIMIZERS[name].keeps] * len(trainer.optimizer.state)
     assert trainer.optimizer.state
+
+
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_checkpoint_is_taken_up_by_the_run_that_wrote_it(name, decay):
+    trainer, other = (make_trainer(optimizer=name, decay=decay, seed=seed) for seed in (0, 1))
+    step(trainer)
+    other.load(copy.deepcopy({"model": trainer.model.state_dict(), "path": "here", **trainer.state()}))
+    for each in (trainer, other):
+        each._train_step(1, trainer.data.train_batches(trainer.plan, 1, 1))
+    assert torch.equal(trainer.flat.weights, other.flat.weights)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -254,3 +266,7 @@ def test_16_bit_training_learns(tmp_path, precision):
     run, score = train(config)
     assert score.top1 > 0.5
     assert run.path == tmp_path / "run"
+
+
+def test_the_stream_of_the_fused_kernels_is_a_setting():
+    assert [make_trainer(**given).model.transformer.stream for given in ({}, {"stream": "float32"})] == ["auto", "float32"]

@@ -10,8 +10,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
+import crate_fast
 from crate_fast import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny, reference
 from crate_fast.kernels import runtime
+from crate_fast.model import SIZES
 
 SMALL = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=2, heads=2, dim_head=16)
 CONFIGURATIONS = {
@@ -67,6 +69,15 @@ def test_weights_are_the_published_ones_bit_by_bit(published_class, options):
 def test_the_published_sizes(factory, parameters):
     with torch.device("meta"):
         assert sum(p.numel() for p in factory().parameters()) == parameters
+
+
+def test_a_size_of_the_table_is_built_by_its_name(monkeypatch):
+    monkeypatch.setitem(SIZES, "micro", dict(dim=192, depth=2, heads=3, dim_head=64))
+    for module in (crate_fast, crate_fast.model):
+        assert module.CRATE_micro(num_classes=7, image_size=32).transformer.dim == 192
+        for name in ("CRATE_nano", "micro", "CRATE"[:4]):
+            with pytest.raises(AttributeError, match=f"'{module.__name__}' has no attribute '{name}'"):
+                getattr(module, name)
 
 
 @configurations
@@ -355,14 +366,15 @@ def test_a_layer_keeps_four_activations_and_small_statistics():
     assert 8 * 64 < per_token_and_layer <= 8 * 64 + 4 * 2 + 64
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("training", [True, False])
-def test_torch_compile_takes_the_whole_model(backend, training):
+def test_torch_compile_takes_the_whole_model(backend, training, dynamic):
     torch._dynamo.reset()
     model = build(backend=backend).train(training)
     x = images(model)
     expected = gradients(model, x)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
     for got, want in zip(gradients(compiled, x), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -30,7 +30,7 @@ def run(script: Path, *flags) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def counted():
-    return json.loads(run(Path(__file__).with_name("counted_kernels.py")).stdout)
+    return json.loads(run(Path(__file__).with_name("helpers") / "counted_kernels.py").stdout)
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_programs_go_their_own_ways(counted):
 
 @pytest.mark.slow
 def test_a_bound_that_memory_holds_is_an_error_that_names_its_line(counted):
-    path = Path(__file__).with_name("counted_kernels.py")
+    path = Path(__file__).with_name("helpers") / "counted_kernels.py"
     line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "range(0, tl.load(p_count))" in text)
     assert f"{path.name}:{line}" in counted["blind"]["error"]  # Triton's cache may have it from a checkout elsewhere
 

@@ -21,6 +21,7 @@ import torch
 from crate_fast.checkpoint.read import CheckpointError, read_checkpoint
 from crate_fast.commands.main import main
 from crate_fast.locks import unlock
+from crate_fast.settings import SETTINGS
 from crate_fast.signals import Signals
 from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, train
 from crate_fast.training.loop import Trainer
@@ -263,6 +264,27 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 def test_a_resumed_run_keeps_its_settings(finished, given, words):
     with pytest.raises(ConfigError, match=words):
         train(replace(SMALL, **given), given=given, resume=str(finished.path))
+
+
+def test_a_run_of_before_has_switches_in_words_and_goes_on(finished, tmp_path):
+    run = RunDirectory(shutil.copytree(finished.path, tmp_path / "run"))
+    (newest,) = (path for path in run.checkpoints.glob("step-*.pt") if path.name.endswith("24.pt"))
+    content, checkpoint = json.loads(run.config.read_text()), torch.load(newest)
+    switches = [name for name, setting in SETTINGS.items() if setting.kind is bool]
+    for settings in (content["config"], checkpoint["settings"]):
+        assert [settings[name] for name in switches] == [False] * len(switches)
+        settings |= dict.fromkeys(switches, "no")
+        del settings["stream"]  # which there was not
+    run.config.write_text(json.dumps(content))
+    torch.save(checkpoint, newest)
+    train(SMALL, given={"compile": "no", "cuda_graphs": False}, resume=str(run.path))
+    for value in (True, "yes"):
+        with pytest.raises(ConfigError, match=r"--compile is yes; the run in .* was started with no, which"):
+            train(SMALL, given={"compile": value}, resume=str(run.path))
+    checkpoint["settings"]["compile"] = "yes"
+    torch.save(checkpoint, newest)
+    with pytest.raises(ConfigError, match="compile is False; the run's checkpoints were written with True"):
+        train(SMALL, resume=str(run.path))
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_a_run_is_watched(tmp_path, capsys):
 def test_input_that_cannot_keep_up_is_told_once(tmp_path, capsys, monkeypatch, late):
     """Whatever the machine does meanwhile, none of the time is too much waiting, or all of it would not be."""
     folder = make_folder(tmp_path / "folder", train=24, val=3)
-    monkeypatch.setattr(data_wait, "WATCHED", 0.0)
+    monkeypatch.setattr(data_wait, "WINDOW", 0.0)
     monkeypatch.setattr(data_wait, "LATE", late)
     words = ["train", "--data", folder, *SMALL, "--image-size", 8, "--patch-size", 4, "--log-every", 1, "--batch-size", 8]
     status, _, err = call(capsys, *words, "--workers", 0, "--out", tmp_path / "run")
@@ -76,7 +76,7 @@ def test_input_that_cannot_keep_up_is_told_once(tmp_path, capsys, monkeypatch, l
 def test_waiting_is_told_where_it_is_a_tenth_of_ten_seconds(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(data_wait.time, "perf_counter", lambda: clock[0])
-    times = data_wait.Waiting(torch.device("cpu"), "patience")
+    times = data_wait.DataWait(torch.device("cpu"), "patience")
 
     def wait(seconds: float) -> None:
         with times:
@@ -108,7 +108,7 @@ def test_on_a_gpu_the_devices_own_pauses_count(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
-    times = data_wait.Waiting(torch.device("cuda:1"), "patience")
+    times = data_wait.DataWait(torch.device("cuda:1"), "patience")
     for _ in range(2):
         with times:
             pass

@@ -160,7 +160,7 @@ WRONG = {
     "{a} {here}/b.pth --layout tar": "--layout",
     "{a} {here}/b.pth --prefix x.": "--prefix",
     "{a} {here}/b.safetensors --layout bare": "--layout and --prefix are of archives",
-    "{a} {here}/c.pth --ista nan": "its argument ista is 'nan'",
+    "{a} {here}/c.pth --ista nan": "its argument ista is nan",
     "{a} {here}/b.pth --heads 3": "shape",
     "{a}": "TARGET",
     "{here} {here}/b.pth": "no model.safetensors in it",

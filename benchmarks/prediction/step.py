@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 import crate_fast
 import crate_fast.functional
-from crate_fast import kernels
+from crate_fast import kernels, operators
 from crate_fast.kernels import runtime, shapes, tuning
 from crate_fast.model import SIZES
 from crate_fast.modules import plain
@@ -126,7 +126,7 @@ def _recorded(arch: int, calls: list[Call]) -> Iterator[None]:
         stack.enter_context(mock.patch.object(shapes, "matrix", naming(shapes.matrix)))
         stack.enter_context(mock.patch.object(shapes, "attention", naming(shapes.attention)))
         stack.enter_context(mock.patch.object(kernels, "INTERPRETED", True))  # so that the backend takes the CPU's tensors
-        stack.enter_context(mock.patch.object(runtime, "_is_seen", lambda argument: False))
+        stack.enter_context(mock.patch.object(operators, "_is_seen", lambda argument: False))
         stack.enter_context(mock.patch.object(triton.JITFunction, "run", lambda *arguments, **named: None))
         stack.enter_context(mock.patch.object(plain, "PLAIN", (*plain.PLAIN, FakeTensor)))
         stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", lambda x: 0))

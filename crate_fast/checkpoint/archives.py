@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..files import check_regular, first_line
+from ..files import check_regular, first_line, reason_of
 from .marks import Mark, Table, marked, names_of_objects
 
 ZIP_SIGNATURE = b"PK\x03\x04"
@@ -120,7 +120,7 @@ def unread(path: Path, error: OSError | MemoryError) -> CheckpointError:
     """What to raise where reading failed, for a cause that may pass: nothing is known of the file."""
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path}: {error.strerror}")
-    reason = "not enough memory" if isinstance(error, MemoryError) else error.strerror or first_line(error)
+    reason = "not enough memory" if isinstance(error, MemoryError) else reason_of(error)
     return CheckpointError(f"{path}: cannot be read ({reason})")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from ..files import first_line
 from ..model.crate import CRATE
 from ..model.transformer import layers_of
+from ..modules.step import PUBLISHED_STEP
 
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
-ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd")
+ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd", "step")
 CHANGED = "the model was changed after it was built"
 
 
@@ -37,16 +38,16 @@ def _arguments_of(model: CRATE) -> dict:
         "channels": model.channels,
         "emb_dropout": float(model.dropout.p),
     }
-    of_layers = [_layer_arguments(mssa.fn, ista.fn) for mssa, ista in layers_of(transformer)]
+    of_layers = [_layer_arguments(mssa.fn, sparse.fn) for mssa, sparse in layers_of(transformer)]
     if any(layer != of_layers[0] for layer in of_layers):
-        raise ValueError("the layers differ in dim_head, dropout, ista or lambd; the constructor gives all the same")
+        raise ValueError("the layers differ in dim_head, dropout, ista, lambd or step; the constructor gives all the same")
     return arguments | (of_layers[0] if of_layers else {})
 
 
-def _layer_arguments(attention, feed_forward) -> dict:
+def _layer_arguments(attention, step) -> dict:
     return {
         "dim_head": attention.qkv.out_features // attention.heads,
         "dropout": float(attention.dropout.p),
-        "ista": float(feed_forward.step_size),
-        "lambd": float(feed_forward.lambd),
-    }
+        "ista": float(step.step_size),
+        "lambd": float(step.lambd),
+    } | ({} if step.name == PUBLISHED_STEP else {"step": step.name})

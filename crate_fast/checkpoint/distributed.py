@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import check_regular
+from ..files import check_regular, first_line
 from .pickles import AdmittingUnpickler
 
 SUFFIX = ".dcp"
@@ -135,7 +135,7 @@ def _reason(error: BaseException) -> str:
     """An error in a line; of a part that is no tensor without PyTorch's advice to read it all the same."""
     if isinstance(error, pickle.UnpicklingError):
         return "a part of it holds something else than a tensor"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 def _check_chunks(path: Path, name: str, entry, places: dict) -> None:
@@ -179,8 +179,8 @@ def read_table(file: Path):
         raise DamagedError(f"{file.name} cannot be read ({str(error).strip() or type(error).__name__})") from error
     if not isinstance(table, Metadata):
         raise DamagedError(f"{file.name} holds a {type(table).__name__}")
-    told = vars(table)
-    if not all(isinstance(told.get(name), dict) for name in ("state_dict_metadata", "storage_data")):
+    fields = vars(table)
+    if not all(isinstance(fields.get(name), dict) for name in ("state_dict_metadata", "storage_data")):
         raise DamagedError(f"{file.name} has no tables of tensors and of files")
     odd = [(name, entry) for name, entry in table.state_dict_metadata.items() if not _is_entry(name, entry)]
     if odd:

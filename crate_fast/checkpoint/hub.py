@@ -39,7 +39,7 @@ model = CRATE.from_pretrained("{{ repo_id | default("ORGANISATION/NAME", true) }
 {% endfor %}"""
 
 
-class Shelf(
+class HubModel(
     ModelHubMixin,
     library_name="crate-fast",
     license="mit",
@@ -59,7 +59,7 @@ class Shelf(
         write_atomically(save_directory / CONFIG_NAME, lambda file: file.write(text.encode()))
 
     @classmethod
-    def from_pretrained(cls, source: str, **options) -> Shelf:  # pyright: ignore[reportIncompatibleMethodOverride] (its name)
+    def from_pretrained(cls, source: str, **options) -> HubModel:  # pyright: ignore[reportIncompatibleMethodOverride] (its name)
         try:
             return super().from_pretrained(source, **options)
         except (CheckpointError, MissingPackageError, TypeError):
@@ -68,7 +68,7 @@ class Shelf(
             raise _unavailable(source, error) from error
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, device: str = "cpu", overrides: dict | None = None, **where) -> Shelf:
+    def _from_pretrained(cls, *, model_id: str, device: str = "cpu", overrides: dict | None = None, **where) -> HubModel:
         folder = Path(model_id)
         path = folder / MODEL_NAME if folder.is_dir() else download(model_id, **where)
         return cls(load_file(path, device, overrides or {}))

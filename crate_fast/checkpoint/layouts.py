@@ -11,13 +11,13 @@ from torch import Tensor
 WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
 WRAPPED = {*(name[:-1] for name in WRAPPERS), "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module"}
 """Modules around others, whose names may stand anywhere in that of a weight; the last two are FSDP1's."""
-SHELVES = ("state_dict", "model")  # where main.py and finetune.py put the weights in their checkpoints
+MODEL_KEYS = ("state_dict", "model")  # where main.py and finetune.py put the weights in their checkpoints
 OTHERS = ("net", "model_state_dict", "model_state", "module", "network", "weights", "params")  # where others do
 MEANS = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema")  # where others put their mean
 MEANT = re.compile(r"(?i)(?<![a-z])(ema|swa|polyak|shadow|mean|avg|averaged?)(?![a-z])")  # and whatever is called so
 COUNTER = "n_averaged"  # beside the weights of PyTorch's AveragedModel
 COUNTED = ("total_ops", "total_params")  # what thop hangs on every module it counts
-INNER = ("module", *SHELVES)  # in one of these, in a checkpoint of ours
+INNER = ("module", *MODEL_KEYS)  # in one of these, in a checkpoint of ours
 WORDS = {"last": "last weights", "mean": "mean of the weights"}
 FIRST = "pos_embedding"  # which every CRATE has, and whose prefix is that of all
 DEEPEST = 3  # dictionaries in one another
@@ -28,7 +28,7 @@ class Found(NamedTuple):
     """Weights in a checkpoint by the names of `CRATE`, under which name they lay (None: bare), and a line on others beside."""
 
     weights: dict[str, Tensor]
-    shelf: str | None = None
+    key: str | None = None
     note: str | None = None
 
 
@@ -70,7 +70,7 @@ def choose(found: dict[str, Found], wanted: str | None) -> Found:
     other = next((kind for kind in found if kind != taken), None)
     if other is None:
         return found[taken]
-    names = " and ".join(f"{WORDS[kind]} ({found[kind].shelf!r})" for kind in sorted(found))
+    names = " and ".join(f"{WORDS[kind]} ({found[kind].key!r})" for kind in sorted(found))
     note = f"it has the {names}; taken: the {WORDS[taken]} (--weights {other} takes the other)"
     return found[taken]._replace(note=joined(note, found[taken].note))
 
@@ -82,7 +82,7 @@ def joined(*notes: str | None) -> str | None:
 
 def _own(content: dict) -> dict[str, Found]:
     found = {}
-    for kind, names in (("last", SHELVES), ("mean", MEANS)):
+    for kind, names in (("last", MODEL_KEYS), ("mean", MEANS)):
         shelf = next((name for name in names if isinstance(content.get(name), dict)), None)
         if shelf is not None or kind == "last":
             weights = content if shelf is None else content[shelf]
@@ -147,18 +147,18 @@ def _by_prefix(shelf: dict) -> Iterator[tuple[str, dict[str, Tensor], list[str]]
 
 
 def _rank(name: str) -> int:
-    known = (*SHELVES, *OTHERS, *MEANS)
+    known = (*MODEL_KEYS, *OTHERS, *MEANS)
     return known.index(name) if name in known else len(known)
 
 
 def _likeliest(found: list[Found]) -> Found:
     """Of several models the one that lies on a known shelf; raises ValueError where that does not tell."""
-    ranks = [sum(map(_rank, (one.shelf or "").split("."))) if one.shelf else -1 for one in found]
+    ranks = [sum(map(_rank, (one.key or "").split("."))) if one.key else -1 for one in found]
     best = min(ranks)
     if ranks.count(best) > 1 or (len(found) > 1 and best >= _rank("")):
-        names = ", ".join(repr(one.shelf) for one in found[:5])
+        names = ", ".join(repr(one.key) for one in found[:5])
         raise ValueError(f"it has several models ({names}), and nothing tells which is meant; save one of them by itself")
     chosen = found[ranks.index(best)]
-    others = ", ".join(repr(one.shelf) for one in found if one is not chosen)
-    note = f"it has other weights beside: {others}; taken: {chosen.shelf!r}" if others else None
+    others = ", ".join(repr(one.key) for one in found if one is not chosen)
+    note = f"it has other weights beside: {others}; taken: {chosen.key!r}" if others else None
     return chosen._replace(note=joined(note, chosen.note))

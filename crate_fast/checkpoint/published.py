@@ -32,7 +32,7 @@ def without_unused(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict,
 
 
 def infer_arguments(weights: dict[str, Tensor], known: dict, image_size=None) -> tuple[dict, dict]:
-    """The arguments of `CRATE` that fit `weights`: those that shapes tell, and those that had to be taken as published.
+    """The arguments of `CRATE` that fit `weights`: those that shapes tell, and those that are assumed to be as published.
 
     Args:
         weights: by the names of `CRATE`.
@@ -40,7 +40,7 @@ def infer_arguments(weights: dict[str, Tensor], known: dict, image_size=None) ->
         image_size: likewise, where it has as many patches as the weights have positions; else it counts for nothing.
 
     Returns:
-        (all arguments, those of them that were taken because neither shapes nor `known` tell them).
+        (all arguments, those of them that are assumed because neither shapes nor `known` tell them).
 
     Raises:
         ValueError: shapes tell too little; the message names what has to be said.
@@ -57,9 +57,9 @@ def infer_arguments(weights: dict[str, Tensor], known: dict, image_size=None) ->
         if math.prod(i // max(1, p) for i, p in zip(_as_pair(image_size), sizes["patch_size"], strict=True)) == tokens - 1:
             known = known | {"image_size": image_size}
     arguments |= _infer_sizes(values, tokens - 1, known)
-    told, taken = _infer_heads(weights, dim, arguments["depth"], known)
-    taken |= {name: value for name, value in OPEN.items() if name not in known}
-    return arguments | told | taken | known, taken
+    inferred, assumed = _infer_heads(weights, dim, arguments["depth"], known)
+    assumed |= {name: value for name, value in OPEN.items() if name not in known}
+    return arguments | inferred | assumed | known, assumed
 
 
 def _depth(weights: dict[str, Tensor]) -> int:
@@ -87,7 +87,7 @@ def _infer_sizes(values: int, patches: int, known: dict) -> dict:
 
 
 def _infer_heads(weights: dict[str, Tensor], dim: int, depth: int, known: dict) -> tuple[dict, dict]:
-    """(heads and dim_head that are told, those that are taken)."""
+    """(heads and dim_head that are inferred, those that are assumed)."""
     first = "transformer.layers.0.0.fn."
     if depth and f"{first}to_out.0.weight" not in weights:
         return {"heads": 1, "dim_head": dim}, {}  # the only case without a projection back

@@ -100,7 +100,7 @@ def _read_file(path: Path, wanted: str | None) -> Model:
     weights = _stored(path, found.weights)
     if isinstance(content.get("arguments"), dict):
         return Model(content["arguments"], weights, _transform_of(content), found.note)
-    return _foreign(found._replace(weights=weights), None if found.note else PUBLISHED.get(found.shelf))
+    return _foreign(found._replace(weights=weights), None if found.note else PUBLISHED.get(found.key))
 
 
 def _foreign(found: Found, transform: Transform | None = None) -> Model:
@@ -156,7 +156,7 @@ def _read_parts(path: Path, wanted: str | None) -> Model:
     try:
         parts, kinds = distributed.find_parts(path), {"last": "model", "mean": "ema"}
         chosen = choose({kind: Found({}, part) for kind, part in kinds.items() if part in parts}, wanted)
-        weights = distributed.read_tensors(path, chosen.shelf or kinds["last"])
+        weights = distributed.read_tensors(path, chosen.key or kinds["last"])
     except distributed.DamagedError as error:
         raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast: {error}") from error
     except (OSError, MemoryError) as error:
@@ -173,10 +173,7 @@ def read_state(path: Path, whole: bool = True) -> dict:
     file = path / distributed.STATE
     if path.is_dir() and not file.exists():
         raise DamagedError(f"{path}: damaged: it has no {distributed.STATE}")
-    content = read_archive(file, "damaged, or no checkpoint of crate-fast")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "parts")):
-        raise CheckpointError(f"{path}: no checkpoint of crate-fast: its {distributed.STATE} has no 'arguments' and 'parts'")
-    check_all_plain(path, content)
+    content = _read_state(file, "parts")
     try:
         distributed.read_table(path / distributed.TABLE)  # before PyTorch does, which runs what a table asks for
         if whole:
@@ -194,11 +191,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     Raises:
         CheckpointError: the file is missing or damaged, or holds something else.
     """
-    path = Path(path)
-    content = read_archive(path, "damaged, or no checkpoint of crate-fast")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", "model")):
-        raise CheckpointError(f"{path}: no checkpoint of crate-fast: it has no 'arguments' and 'model'")
-    check_all_plain(path, content)
+    return _read_state(Path(path), "model")
+
+
+def _read_state(file: Path, what: str) -> dict:
+    """An archive of `save_load.write_state` in which there is `what`, a dictionary."""
+    content = read_archive(file, "damaged, or no checkpoint of crate-fast")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", what)):
+        raise CheckpointError(f"{file}: no checkpoint of crate-fast: it has no 'arguments' and {what!r}")
+    check_all_plain(file, content)
     return content
 
 

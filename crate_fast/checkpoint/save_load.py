@@ -69,10 +69,14 @@ def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
 
     Raises: as `save_model`; also TypeError where `state` has what could not be read again, such as NumPy's numbers.
     """
-    for name, value in state.items():
+    write_state(model, path, model=_describe(model)[1], **state)
+
+
+def write_state(model: CRATE, path: str | os.PathLike, /, **content) -> None:
+    """Writes `content` and what builds a model like this one, whose weights may lie elsewhere; raises as `save_checkpoint`."""
+    for name, value in content.items():
         _check_readable(name, value)
-    arguments, weights = _describe(model)
-    content = {"arguments": arguments, "model": weights, **transform_entry(model), **state}
+    content = {"arguments": constructor_arguments(model), **transform_entry(model), **content}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -201,11 +205,11 @@ def _settle(path: Path, weights: dict[str, Tensor], told: Mapping, overrides: di
     """The arguments that fit weights which come without; says those that neither they nor `overrides` tell."""
     known = {**told, **{name: value for name, value in overrides.items() if name in ARGUMENTS and name not in RESIZED}}
     try:
-        arguments, taken = infer_arguments(weights, known, overrides.get("image_size"))
+        arguments, assumed = infer_arguments(weights, known, overrides.get("image_size"))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
-    if taken:
-        words = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+    if assumed:
+        words = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
         _tell(f"{path}: taken as published, since shapes do not tell it: {words}")
     return arguments
 

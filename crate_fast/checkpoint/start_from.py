@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..model.crate import CRATE
 from ..model.positions import resample_positions
+from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
 from .read import CheckpointError, Model, model_file, read_model
 from .resize import HEAD, grid_of
@@ -42,9 +43,9 @@ def start_from(model: CRATE, source: Model, path: str | Path) -> str:
         CheckpointError: nothing fits, a weight has another shape, or the file says that they are of a model that computes
             something else with them.
     """
-    weights, own, told = dict(source.weights), model.state_dict(), source.arguments or {}
-    _check_same(constructor_arguments(model), told or source.told, path)
-    fresh = [key for key in own if key.startswith(HEAD)]
+    weights, own, stated = dict(source.weights), model.state_dict(), source.arguments or {}
+    _check_same(constructor_arguments(model), stated or source.told, path)
+    head = [key for key in own if key.startswith(HEAD)]
     wanted = [key for key in own if not key.startswith(HEAD)]
     missing = [key for key in wanted if key not in weights]
     surplus = [key for key in weights if key not in own]
@@ -53,7 +54,7 @@ def start_from(model: CRATE, source: Model, path: str | Path) -> str:
     resampled = ""
     if "pos_embedding" in weights:
         embedding, grid = weights["pos_embedding"], grid_of(model.image_size, model.patch_size)
-        there = _grid_there(embedding, told, grid, path)
+        there = _grid_there(embedding, stated, grid, path)
         if there != grid:
             resampled = ", position embeddings resampled"
             weights["pos_embedding"] = resample_positions(embedding.float(), there, grid)
@@ -64,39 +65,42 @@ def start_from(model: CRATE, source: Model, path: str | Path) -> str:
             )
     loaded = {key: weights[key] for key in wanted if key in weights}
     model.load_state_dict(loaded, strict=False)
-    line = f"{path}: {len(loaded)} weights loaded{resampled}; new: the head ({len(fresh)})"
-    if told.get("pool", model.pool) != model.pool:
-        line += f", which reads by pool {model.pool!r}, not {told['pool']!r} as there"
+    line = f"{path}: {len(loaded)} weights loaded{resampled}; new: the head ({len(head)})"
+    if stated.get("pool", model.pool) != model.pool:
+        line += f", which reads by pool {model.pool!r}, not {stated['pool']!r} as there"
     line += f"; {source.note}" if source.note else ""
     line += f"; missing there, and random: {', '.join(missing)}" if missing else ""
     return line + (f"; not of this model, and left out: {', '.join(map(str, surplus))}" if surplus else "")
 
 
-def _check_same(own: dict, told: Mapping, path: str | Path) -> None:
+def _check_same(own: dict, stated: Mapping, path: str | Path) -> None:
     """Raises CheckpointError where the file says of its weights what makes something else of them than the model does."""
     for name in SAME:
-        if name in told and own.get(name, told[name]) != told[name]:
+        if name in stated and own.get(name, stated[name]) != stated[name]:
             raise CheckpointError(
-                f"{path}: {name} is {told[name]} in it and {own[name]} in this run, which may start from it with "
-                f"{_flags(told, path)}"
+                f"{path}: {name} is {stated[name]} in it and {own[name]} in this run, which may start from it with "
+                f"{_flags(stated, path)}"
             )
+    there, here = (arguments.get("step", PUBLISHED_STEP) for arguments in (stated, own))
+    if stated and there != here:
+        raise CheckpointError(f"{path}: step is {there!r} in it and {here!r} in this run, for which its weights mean nothing")
 
 
-def _flags(told: Mapping, path: str | Path) -> str:
+def _flags(stated: Mapping, path: str | Path) -> str:
     """The flags that say what the file does."""
-    values = {name: told[name] for name in SAME if name in told and name != "channels"}
-    if "patch_size" in told:
-        height, width = told["patch_size"]
+    values = {name: stated[name] for name in SAME if name in stated and name != "channels"}
+    if "patch_size" in stated:
+        height, width = stated["patch_size"]
         if height != width:
             raise CheckpointError(f"{path}: its patches are {height}×{width}, and those of a run are squares")
         values["patch_size"] = height
     return " ".join(f"{flag(name)} {value}" for name, value in values.items())
 
 
-def _grid_there(embedding: Tensor, told: dict, own: tuple[int, int], path: str | Path) -> tuple[int, int]:
+def _grid_there(embedding: Tensor, stated: dict, own: tuple[int, int], path: str | Path) -> tuple[int, int]:
     """(rows, columns) of the patches of `embedding`, (1, 1 + patches, dim): as the file says, else of a square."""
-    if told:
-        return grid_of(told["image_size"], told["patch_size"])
+    if stated:
+        return grid_of(stated["image_size"], stated["patch_size"])
     patches = embedding.shape[1] - 1 if embedding.dim() == 3 else 0
     side = math.isqrt(max(0, patches))
     if patches > 0 and side**2 == patches:

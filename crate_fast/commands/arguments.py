@@ -8,6 +8,7 @@ from pathlib import Path
 from ..checkpoint.layouts import WORDS
 from ..eval_transform import LEAST_CROP, allowed_crop
 from ..files import names_something
+from ..settings import SWITCHES
 
 
 def whole(text: str) -> int:
@@ -27,6 +28,13 @@ def _read(kind: type, text: str, words: str):
         return kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {words}") from None
+
+
+def switch(text: str) -> bool:
+    """Whether a switch is on: "yes" or "no"."""
+    if text not in SWITCHES:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; allowed are {', '.join(SWITCHES)}")
+    return SWITCHES[text]
 
 
 def place(text: str) -> str:

@@ -130,18 +130,18 @@ def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix:
     arguments, own = constructor_arguments(model), model.state_dict()
     weights = {prefix + name: value for name, value in own.items()}
     if layout == "bare":
-        _check_told(arguments, own, path)
+        _check_inferred(arguments, own, path)
     content = weights if layout == "bare" else {layout: weights, "arguments": arguments, **transform_entry(model)}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def _check_told(arguments: dict, weights: dict, path: Path) -> None:
+def _check_inferred(arguments: dict, weights: dict, path: Path) -> None:
     try:
-        told, _ = infer_arguments(weights, {})
+        inferred, _ = infer_arguments(weights, {})
     except ValueError as error:
         raise CheckpointError(f"{path}: bare weights do not tell their model ({error}); use another --layout") from error
     # Dropout leaves what a model computes as it is.
-    lost = [name for name, value in arguments.items() if name not in ("dropout", "emb_dropout") and told[name] != value]
+    lost = [name for name, value in arguments.items() if name not in ("dropout", "emb_dropout") and inferred.get(name) != value]
     if lost:
         words = ", ".join(f"{name}={arguments[name]!r}" for name in lost)
         raise CheckpointError(f"{path}: bare weights do not tell {words}; use another --layout")

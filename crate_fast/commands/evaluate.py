@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from ..backend import BACKENDS
-from ..settings import ARCHITECTURES, PRECISIONS
+from ..settings import PRECISIONS
+from ..sizes import ARCHITECTURES
 from ..training.evaluation import evaluate_run, is_first
 from .arguments import add_crop, add_weights, place, whole
 

@@ -14,6 +14,7 @@ from ..backend import BackendError
 from ..checkpoint.read import CheckpointError
 from ..inspection import InspectionError
 from ..optional import MissingPackageError
+from ..streams import keep_printing
 from ..training import ConfigError, SavingError, Stopped, TrainingError, UnreadableError
 from .convert import add_convert
 from .evaluate import add_evaluate
@@ -54,6 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: an error that the caller can mend, told in one line on stderr. 128 + N: ended by signal N (143 SIGTERM, 138
     SIGUSR1, 130 Ctrl-C), a training run after it was saved.
     """
+    printed = keep_printing() if argv is None else []
+    status = _run(argv)
+    for stream in (sys.stdout, sys.stderr) if printed else ():
+        stream.flush()
+    lost = next((file.failed for file in printed if file.failed is not None), None)
+    return _fail(f"error: what was printed is lost: {lost.strerror}", FAILED) if lost is not None else status
+
+
+def _run(argv: Sequence[str] | None) -> int:
     _print_any_name()
     arguments = build_parser().parse_args(argv)
     try:

@@ -6,7 +6,10 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..settings import ARCHITECTURES, OPTIMIZERS
+from ..data_sets import DATA_SETS
+from ..optimizers import OPTIMIZERS
+from ..settings import listed
+from ..sizes import ARCHITECTURES
 from .arguments import number, place, whole
 
 VISION = "the published vit_* models are not part of this package (timm has them); use " + ", ".join(ARCHITECTURES)
@@ -50,7 +53,7 @@ def optimizer(text: str) -> str:
 
 def data_set(text: str) -> str:
     """A data set in finetune.py's names, or a folder."""
-    return "flowers102" if text == "flower" else text
+    return next((name for name, known in DATA_SETS.items() if known.finetune == text), text)
 
 
 def augmentation(text: str) -> str:
@@ -71,13 +74,24 @@ def resume_switch(text: str) -> str | None:
     return {"0": None, "1": "auto"}.get(text, text) if text in ("0", "1") else place(text)
 
 
+def _optimizers(script: str) -> str:
+    """The optimizers of a published script, as it calls them, and those that it has not."""
+    theirs = {name: getattr(known, script) for name, known in OPTIMIZERS.items()}
+    others = listed(name for name, own in theirs.items() if own is None)
+    return f"{', '.join(own for own in theirs.values() if own)}, and also {others}"
+
+
+def _data_sets() -> str:
+    """finetune.py's data sets as it calls them, with our names where they differ."""
+    theirs = {name: known.finetune for name, known in DATA_SETS.items() if known.finetune}
+    return ", ".join(own if own == name else f"{own} ({name})" for name, own in theirs.items())
+
+
 LAUNCHER = "torchrun says it: torchrun --nproc_per_node=N -m crate_fast train ..."
 
 MAIN = (
     Published(("--data",), "data", "folder with train/ and val/, or a data set's name", read=data_set),
-    Published(
-        ("--arch", "-a"), "arch", "CRATE_tiny, CRATE_small, CRATE_base, CRATE_large; vit_* are refused", read=architecture
-    ),
+    Published(("--arch", "-a"), "arch", f"{', '.join(ARCHITECTURES)}; vit_* are refused", read=architecture),
     Published(("--workers", "-j"), "workers", "processes that read images, on each machine", read=whole),
     Published(("--epochs",), "epochs", "passes over the training images", read=whole),
     Published(("--start-epoch",), None, "--resume knows the epoch of a checkpoint", "refused"),
@@ -96,17 +110,17 @@ MAIN = (
     Published(("--dist-backend",), None, "nccl on GPUs and gloo elsewhere", "ignored"),
     Published(("--seed",), "seed", "of weights, order and augmentation; 0 if not given", read=whole),
     Published(("--gpu",), None, "use --device cuda:N to choose a GPU", "ignored", whole),
-    Published(("--optimizer",), "optimizer", "Lion, AdamW, and also Adam and SGD", read=optimizer),
+    Published(("--optimizer",), "optimizer", _optimizers("main"), read=optimizer),
     Published(("--multiprocessing-distributed",), None, LAUNCHER, "ignored", None),
     Published(("--dummy",), "data", "is --data synthetic", read=None, value="synthetic"),
 )
 
 FINETUNE = (
     Published(("--lr",), "lr", "learning rate", read=number),
-    Published(("--opt",), "optimizer", "adamW, adam, sgd, and also Lion; decay only with adamW, unless asked", read=optimizer),
+    Published(("--opt",), "optimizer", f"{_optimizers('finetune')}; decay only with adamW, unless asked", read=optimizer),
     Published(("--net",), "arch", "CRATE_tiny (if not given), CRATE_small, ...; vit_* are refused", read=architecture),
     Published(("--bs",), "batch_size", "is --batch-size", read=whole),
-    Published(("--data",), "data", "cifar10, cifar100, flower (flowers102), pets, or a folder", read=data_set),
+    Published(("--data",), "data", f"{_data_sets()}, or a folder", read=data_set),
     Published(("--classes",), "classes", "the data says it; must agree with the data", read=whole),
     Published(("--resume",), "resume", "0; 1 is --resume auto, which needs --out; or a run", read=resume_switch),
     Published(("--randomaug",), "augment", "1: RandAugment; 0: TrivialAugment, as there", read=augmentation),

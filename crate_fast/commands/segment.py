@@ -23,7 +23,7 @@ from .arguments import add_weights, as_path, number, place
 from .tune import positive
 
 
-class Seen(NamedTuple):
+class PhotoViews(NamedTuple):
     """What a model sees of one photograph: (heads, rows, columns) maps, and (rows, columns, width) projections."""
 
     maps: Tensor
@@ -85,13 +85,13 @@ def _segment(arguments: argparse.Namespace) -> None:
     layer, heads = _check_layer(model, arguments.layer), _check_heads(model, arguments.heads)
     normalise = Normalisation(model, arguments.checkpoint)
     print(f"normalised by {normalise.origin} mean and deviation; layer {layer + 1} of {model.transformer.depth}")
-    names, seen = _names(paths), []
+    names, projections = _names(paths), []
     for path, name in zip(paths, names, strict=True):
         image = _cut(path, model, arguments.size)
         one = look(model, normalise(image), layer)
         if not (one.maps.isfinite().all() and one.projections.isfinite().all()):
             raise InspectionError(f"{path}: what {arguments.checkpoint} makes of it is not finite, so there is nothing to show")
-        seen.append(one.projections)
+        projections.append(one.projections)
         folder = _make(out / name)
         pixels = to_array(image)
         save_picture(pixels, folder / "image.png")
@@ -102,14 +102,14 @@ def _segment(arguments: argparse.Namespace) -> None:
             pixels, {f"head-{number:02}": one.maps[number - 1] for number in numbers}, arguments.mass, model.patch_size, folder
         )
         _draw(pixels, {"mean": one.maps[heads].mean(0)}, arguments.mass, model.patch_size, folder)
-    for name, colours in zip(names, principal_colours(seen), strict=True):
+    for name, colours in zip(names, principal_colours(projections), strict=True):
         picture = (colours * 255).round().byte()
         save_picture(enlarged(picture, model.patch_size), out / f"pca-{name}.png")
     print(f"written to {out}: {', '.join(f'{name}/, pca-{name}.png' for name in names)}")
 
 
 @torch.no_grad()
-def look(model: CRATE, image: Tensor, layer: int) -> Seen:
+def look(model: CRATE, image: Tensor, layer: int) -> PhotoViews:
     """Attention of the class token in `layer`, from 0, and the last layer's projections, in one run through the model.
 
     Args:
@@ -124,7 +124,7 @@ def look(model: CRATE, image: Tensor, layer: int) -> Seen:
         projection = view.projection
         if index == layer:
             maps = attention_row(view.projection, view.heads, view.scale)[0, :, 1:].unflatten(-1, grid).cpu()
-    return Seen(maps, projection[0, 1:].unflatten(0, grid).cpu())
+    return PhotoViews(maps, projection[0, 1:].unflatten(0, grid).cpu())
 
 
 def _draw(pixels: Tensor, maps: dict[str, Tensor], mass: float, patch_size: tuple[int, int], folder: Path) -> None:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from dataclasses import fields
 from itertools import groupby
 
-from ..training import ConfigError, TrainConfig, resolve, train
+from ..data_sets import DATA_SETS
+from ..optimizers import OPTIMIZERS
+from ..settings import SETTINGS, ConfigError, Setting, TrainConfig, flag, listed
+from ..training import resolve, train
 from ..training.published_run import names_published
 from ..training.resolve import NAMES
-from .arguments import number, whole
+from .arguments import number, switch, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 
 READERS = {"arch": architecture, "data": data_set, "optimizer": optimizer}
-TYPES = {int: whole, float: number, str: str}
-SWITCH = {"nargs": "?", "const": "yes"}  # a flag that may stand alone
+TYPES = {bool: switch, int: whole, float: number, str: str}
+METAVARS = {bool: "{no,yes}", int: "N", float: "X", str: "NAME"}
+SECTIONS = {
+    "data": "; ".join(f"{name}: {known.text}" for name, known in DATA_SETS.items()),
+    "optimisation": "; ".join(f"{name}: {known.text}" for name, known in OPTIMIZERS.items()),
+}
 DESCRIPTIONS = {
     "train": "Trains a CRATE and fills a run directory: config.json, metrics.jsonl, curves.png, checkpoints/ and "
     "model.safetensors. Without --data and --recipe: on the 1,797 handwritten digits that scikit-learn carries. All flags are "
@@ -35,8 +41,8 @@ def add_train(subcommands, command: str) -> None:
     recipes.add_argument(
         "--recipe", metavar="NAME", help=f"values to start from: {', '.join(NAMES)}, a .toml file, or a run's config.json"
     )
-    for group, settings in groupby(fields(TrainConfig), key=lambda setting: setting.metadata["group"]):
-        section = parser.add_argument_group(group)
+    for group, settings in groupby(SETTINGS.values(), key=lambda setting: setting.section):
+        section = parser.add_argument_group(group, SECTIONS.get(group))
         if group == "run":
             section.add_argument(
                 "--resume",
@@ -59,13 +65,12 @@ def _is_plain(entry: Published) -> bool:
     return entry.setting not in (None, "resume", "augment", "init") and entry.read is not None
 
 
-def _add_setting(section, setting, published: Published | None) -> None:
-    kind, choices, text = (setting.metadata[key] for key in ("kind", "choices", "text"))
-    name = f"--{setting.name.replace('_', '-')}"
+def _add_setting(section, setting: Setting, published: Published | None) -> None:
+    choices, text, name = setting.choices, setting.text, flag(setting.name)
     others = [word for word in (published.names if published else ()) if word != name]
     read = READERS.get(setting.name)
-    metavar = None if choices and not read else {int: "N", float: "X", str: "NAME"}[kind]
-    if setting.default is not None:
+    metavar = None if choices and not read else METAVARS[setting.kind]
+    if setting.default is not None and setting.kind is not bool:
         text += f" (digits: {setting.default})"
     if choices and read:
         text += f" ({', '.join(choices)})"
@@ -73,12 +78,12 @@ def _add_setting(section, setting, published: Published | None) -> None:
         name,
         *others,
         dest=setting.name,
-        type=read or TYPES[kind],
-        choices=None if read else choices,
+        type=read or TYPES[setting.kind],
+        choices=None if read else choices or None,
         default=argparse.SUPPRESS,
         metavar=metavar,
         help=text,
-        **SWITCH if choices == ("no", "yes") else {},
+        **{"nargs": "?", "const": True} if setting.kind is bool else {},  # a flag that may stand alone
     )
 
 
@@ -116,16 +121,16 @@ class _Refuse(_Ignore):
 
 def given_settings(arguments: argparse.Namespace) -> dict:
     """The settings that the command line names, by name."""
-    return {
-        setting.name: getattr(arguments, setting.name) for setting in fields(TrainConfig) if hasattr(arguments, setting.name)
-    }
+    return {name: getattr(arguments, name) for name in SETTINGS if hasattr(arguments, name)}
 
 
 def warnings_of(arguments: argparse.Namespace, given: dict, config: TrainConfig) -> list[str]:
     """What the command line asks for that has no effect, a line each."""
     lines = list(arguments.ignored)
-    if "momentum" in given and config.optimizer != "SGD":
-        lines.append(f"--momentum has no effect: it is SGD's, and --optimizer is {config.optimizer}")
+    own = {name for known in OPTIMIZERS.values() for name in known.takes} - {*OPTIMIZERS[config.optimizer].takes}
+    for name in sorted(own & given.keys()):
+        takers = listed(f"{other}'s" for other, known in OPTIMIZERS.items() if name in known.takes)
+        lines.append(f"{flag(name)} has no effect: it is {takers}, and --optimizer is {config.optimizer}")
     changes = any(name in given for name in ("randaugment_ops", "randaugment_magnitude"))
     if changes and config.augment != "randaugment":
         lines.append(f"--randaugment-ops and --randaugment-magnitude have no effect: --augment is {config.augment}")

@@ -83,10 +83,10 @@ def find_winners(jobs: list[Workload], dtype: torch.dtype, clock: Callable[[Call
     for job, config in tqdm(pairs, desc="measuring", disable=None):
         with tuning.forced(job.kernel, config):
             try:
-                taken = clock(job.run)
+                duration = clock(job.run)
             except OutOfResources:
                 continue
-        times.setdefault(tuning.key(job.kernel, dtype, *job.sizes), {})[config] = taken
+        times.setdefault(tuning.key(job.kernel, dtype, *job.sizes), {})[config] = duration
     return {name: min(measured, key=lambda config: measured[config]) for name, measured in times.items()}
 
 

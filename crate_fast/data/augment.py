@@ -31,15 +31,15 @@ TRIVIALAUGMENT_RANGES = {
 }
 
 
-def random_crop(image: Image.Image, size: int, least: float, draw: np.random.Generator) -> Image.Image:
+def random_crop(image: Image.Image, size: int, least: float, rng: np.random.Generator) -> Image.Image:
     """A rectangle of `least` to all of the image's area, squeezed into (size, size) pixels, bilinearly with antialiasing."""
     width, height = image.size
     for _ in range(CROP_TRIES):
-        area = width * height * draw.uniform(least, 1.0)
-        aspect = math.exp(draw.uniform(math.log(ASPECTS[0]), math.log(ASPECTS[1])))
+        area = width * height * rng.uniform(least, 1.0)
+        aspect = math.exp(rng.uniform(math.log(ASPECTS[0]), math.log(ASPECTS[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(draw.integers(width - w + 1)), int(draw.integers(height - h + 1))
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             break
     else:  # a very long image: as much of its middle as a crop may have
         w, h = min(width, max(1, round(height * ASPECTS[1]))), min(height, max(1, round(width / ASPECTS[0])))
@@ -71,25 +71,25 @@ def cover(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize(new, Image.Resampling.BILINEAR)
 
 
-def flip(image: Image.Image, draw: np.random.Generator) -> Image.Image:
+def flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """The image, or its mirror image as often."""
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else image
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
 
-def randaugment(image: Image.Image, count: int, level: int, draw: np.random.Generator) -> Image.Image:
+def randaugment(image: Image.Image, count: int, level: int, rng: np.random.Generator) -> Image.Image:
     """`count` random operations one after the other, all of strength `level`, 0 to 30 (arXiv:1909.13719)."""
     for _ in range(count):
-        operation = OPERATIONS[draw.integers(len(OPERATIONS))]
+        operation = OPERATIONS[rng.integers(len(OPERATIONS))]
         value = strength(operation, level, randaugment_ranges(*image.size))
-        image = change(image, operation, _signed(operation, value, draw))
+        image = change(image, operation, _signed(operation, value, rng))
     return image
 
 
-def trivialaugment(image: Image.Image, draw: np.random.Generator) -> Image.Image:
+def trivialaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """One random operation of random strength, from wider ranges (arXiv:2103.10158)."""
-    operation = OPERATIONS[draw.integers(len(OPERATIONS))]
-    value = strength(operation, int(draw.integers(LEVELS + 1)), TRIVIALAUGMENT_RANGES)
-    return change(image, operation, _signed(operation, value, draw))
+    operation = OPERATIONS[rng.integers(len(OPERATIONS))]
+    value = strength(operation, int(rng.integers(LEVELS + 1)), TRIVIALAUGMENT_RANGES)
+    return change(image, operation, _signed(operation, value, rng))
 
 
 def randaugment_ranges(width: int, height: int) -> dict[str, float]:
@@ -128,22 +128,22 @@ def change(image: Image.Image, operation: str, value: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, maps[operation])
 
 
-def erase(pixels: np.ndarray, chance: float, colour: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+def erase(pixels: np.ndarray, chance: float, colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """`pixels` (height, width, 3), with probability `chance` a rectangle of them set to `colour` (arXiv:1708.04896)."""
-    if chance == 0 or draw.random() >= chance:
+    if chance == 0 or rng.random() >= chance:
         return pixels
     height, width = pixels.shape[:2]
     for _ in range(CROP_TRIES):
-        area = height * width * draw.uniform(*ERASED_AREAS)
-        aspect = math.exp(draw.uniform(math.log(ERASED_ASPECTS[0]), math.log(ERASED_ASPECTS[1])))
+        area = height * width * rng.uniform(*ERASED_AREAS)
+        aspect = math.exp(rng.uniform(math.log(ERASED_ASPECTS[0]), math.log(ERASED_ASPECTS[1])))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h < height and w < width:
-            top, left = int(draw.integers(height - h + 1)), int(draw.integers(width - w + 1))
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             pixels = pixels.copy()
             pixels[top : top + h, left : left + w] = colour
             break
     return pixels
 
 
-def _signed(operation: str, value: float, draw: np.random.Generator) -> float:
-    return -value if operation in SIGNED and draw.random() < 0.5 else value
+def _signed(operation: str, value: float, rng: np.random.Generator) -> float:
+    return -value if operation in SIGNED and rng.random() < 0.5 else value

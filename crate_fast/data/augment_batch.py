@@ -1,4 +1,4 @@
-"""Random changes of a batch where it lies, each image by its own draws: flip, RandAugment, TrivialAugment, erasing.
+"""Random changes of a batch where it lies, each image by its own random numbers: flip, RandAugment, TrivialAugment, erasing.
 
 The operations are those of `augment.change`, bit for bit: Pillow's arithmetic in whole numbers, in tables of 256 values, or in
 float32 as Pillow has it. What is drawn is a function of seed, epoch and image, made on the host, so that nothing waits for
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..settings import TrainConfig
+from ..settings import DataSettings
 from .augment import (
     CROP_TRIES,
     ERASED_AREAS,
@@ -31,41 +31,41 @@ from .philox import CHANGES, uniforms
 MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 TABLES = ("brightness", "contrast", "posterize", "solarize", "autocontrast", "equalize")
 ONE = 1 << 16  # Pillow moves images in fixed point, 16 bits of them behind the point
-ERASING = 2 * CROP_TRIES + 3  # draws: whether, areas, aspects, place
+ERASING = 2 * CROP_TRIES + 3  # random numbers: whether, areas, aspects, place
 
 
 class Changes:
-    """What `config` asks for beside the crop, for batches (n, height, width, 3) uint8 on `device`."""
+    """What `settings` ask for beside the crop, for batches (n, height, width, 3) uint8 on `device`."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, colour: np.ndarray) -> None:
-        self._config, self._device = config, device
+    def __init__(self, settings: DataSettings, device: torch.device, colour: np.ndarray) -> None:
+        self._settings, self._device = settings, device
         self._colour = torch.from_numpy(colour).to(device)
-        self._operations = {"none": 0, "randaugment": config.randaugment_ops, "trivial": 1}[config.augment]
+        self._operations = {"none": 0, "randaugment": settings.randaugment_ops, "trivial": 1}[settings.augment]
 
     def __call__(self, pixels: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
         """The images called `indices`, (n,), changed as drawn for `epoch`; `pixels` are given up."""
-        config, count = self._config, 1 + 3 * self._operations + ERASING
-        draws = uniforms(config.seed, epoch, indices, CHANGES, count)
-        pixels = mirror(pixels, draws[:, 0] < 0.5)
+        settings, count = self._settings, 1 + 3 * self._operations + ERASING
+        uniform = uniforms(settings.seed, epoch, indices, CHANGES, count)
+        pixels = mirror(pixels, uniform[:, 0] < 0.5)
         _, height, width, _ = pixels.shape
         for number in range(self._operations):
-            names, values = self._choose(draws[:, 1 + 3 * number :][:, :3], (height, width))
+            names, values = self._choose(uniform[:, 1 + 3 * number :][:, :3], (height, width))
             pixels = change_each(pixels, names, values)
-        if config.erase:
-            pixels = self._erase(pixels, draws[:, -ERASING:])
+        if settings.erase:
+            pixels = self._erase(pixels, uniform[:, -ERASING:])
         return pixels
 
-    def _choose(self, draws: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """An operation, as its place in OPERATIONS, and its value for each row of `draws`: which, how strong, which sign."""
-        chosen = (draws[:, 0] * len(OPERATIONS)).astype(np.int64)
-        fixed = self._config.augment == "randaugment"
-        level = self._config.randaugment_magnitude if fixed else (draws[:, 1] * (LEVELS + 1)).astype(np.int64)
+    def _choose(self, uniform: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """An operation, as its place in OPERATIONS, and its value for each row of `uniform`: which, how strong, which sign."""
+        chosen = (uniform[:, 0] * len(OPERATIONS)).astype(np.int64)
+        fixed = self._settings.augment == "randaugment"
+        level = self._settings.randaugment_magnitude if fixed else (uniform[:, 1] * (LEVELS + 1)).astype(np.int64)
         values, signed = _strengths(fixed, *size)[chosen, level], np.isin(np.array(OPERATIONS)[chosen], SIGNED)
-        return chosen, np.where(signed & (draws[:, 2] < 0.5), -values, values)
+        return chosen, np.where(signed & (uniform[:, 2] < 0.5), -values, values)
 
-    def _erase(self, pixels: Tensor, draws: np.ndarray) -> Tensor:
+    def _erase(self, pixels: Tensor, uniform: np.ndarray) -> Tensor:
         _, height, width, _ = pixels.shape
-        boxes = erased_boxes(draws, height, width, self._config.erase)
+        boxes = erased_boxes(uniform, height, width, self._settings.erase)
         return fill(pixels, boxes, self._colour)
 
 
@@ -223,19 +223,19 @@ def look_up(pixels: Tensor, table: Tensor) -> Tensor:
     return table.expand(-1, -1, 3).gather(1, places).view_as(pixels)
 
 
-def erased_boxes(draws: np.ndarray, height: int, width: int, chance: float) -> np.ndarray:
+def erased_boxes(uniform: np.ndarray, height: int, width: int, chance: float) -> np.ndarray:
     """(n, 4) int64, top, bottom, left and right of what is erased, distributed as in `augment.erase`; all 0 for nothing."""
     tries = slice(1, 1 + CROP_TRIES), slice(1 + CROP_TRIES, 1 + 2 * CROP_TRIES)
     low, high = ERASED_AREAS
-    areas = height * width * (low + (high - low) * draws[:, tries[0]])
+    areas = height * width * (low + (high - low) * uniform[:, tries[0]])
     low, high = map(math.log, ERASED_ASPECTS)
-    ratios = np.exp(low + (high - low) * draws[:, tries[1]])
+    ratios = np.exp(low + (high - low) * uniform[:, tries[1]])
     h, w = (np.rint(np.sqrt(area)).astype(np.int64) for area in (areas * ratios, areas / ratios))
     fits = (h < height) & (w < width)
     first = fits.argmax(axis=1)[:, None]
     h, w = (np.take_along_axis(side, first, 1)[:, 0] for side in (h, w))
-    top, left = ((draws[:, -2] * (height - h + 1)).astype(np.int64), (draws[:, -1] * (width - w + 1)).astype(np.int64))
-    erased = (draws[:, 0] < chance) & fits.any(axis=1)
+    top, left = ((uniform[:, -2] * (height - h + 1)).astype(np.int64), (uniform[:, -1] * (width - w + 1)).astype(np.int64))
+    erased = (uniform[:, 0] < chance) & fits.any(axis=1)
     return np.stack([top, top + h, left, left + w], axis=1) * erased[:, None]
 
 

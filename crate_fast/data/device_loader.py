@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..processes import Ranks
-from ..settings import TrainConfig
+from ..settings import DataSettings
 from .augment_batch import Changes, send
 from .loader import COLOUR, Normalise, describe
 from .order import Plan, epoch_order, share_of
-from .philox import CROP, CROP_DRAWS, crop_boxes, uniforms
+from .philox import CROP, CROP_UNIFORMS, crop_boxes, uniforms
 
 BITS, HALF = 22, 11  # of Pillow's weights
 
@@ -49,34 +49,34 @@ class Resident:
         train: Pictures,
         test: Pictures,
         classes: int,
-        config: TrainConfig,
+        settings: DataSettings,
         device: torch.device,
         size: tuple[int, int] | None = None,
     ) -> None:
-        self._size = size or (config.image_size, config.image_size)
-        self.name, self.classes, self._config, self._device = name, classes, config, device
+        self._size = size or (settings.image_size, settings.image_size)
+        self.name, self.classes, self._settings, self._device = name, classes, settings, device
         self._train, self._test = ((_to(part.pixels, device), _to(part.labels, device)) for part in (train, test))
-        self._normalise, self._changes = Normalise(device), Changes(config, device, COLOUR)
+        self._normalise, self._changes = Normalise(device), Changes(settings, device, COLOUR)
         self.train_count, self.test_count = len(train), len(test)
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The parts of the steps of `epoch` from step `first` on, as `plan` cuts them: float32 images and int64 labels."""
-        config, order = self._config, epoch_order(plan.seed, epoch, self.train_count)
+        settings, order = self._settings, epoch_order(plan.seed, epoch, self.train_count)
         pixels, labels = self._train
         sides = np.full(self.train_count, pixels.shape[1])
         for step in range(first, plan.steps):
             for part in plan.parts(step):
                 indices = order[part].numpy()
-                draws = uniforms(config.seed, epoch, indices, CROP, CROP_DRAWS)
-                boxes = crop_boxes(draws, sides[indices], sides[indices], config.crop_least)
+                uniform = uniforms(settings.seed, epoch, indices, CROP, CROP_UNIFORMS)
+                boxes = crop_boxes(uniform, sides[indices], sides[indices], settings.crop_least)
                 chosen = send(indices, self._device)
-                images = resample(pixels[chosen], boxes, (config.image_size, config.image_size))
+                images = resample(pixels[chosen], boxes, (settings.image_size, settings.image_size))
                 yield self._normalise(self._changes(images, epoch, indices)), labels[chosen]
 
     def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the test images, in order."""
         pixels, labels = self._test
-        part, side = self._config.eval_crop, pixels.shape[1]
+        part, side = self._settings.eval_crop, pixels.shape[1]
         # As `augment.central_crop`: a square covers both sides of the model's image.
         square = max(max(length, round(length / part)) for length in self._size) if part else 0
         scaled = (square, square) if part else self._size

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..optional import require
 from ..processes import Ranks
+from ..settings import DataSettings
 from .order import Plan, epoch_generator, share_of
 
 CLASSES = 10
@@ -109,6 +110,11 @@ class Digits:
 
     def _normalise(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
+
+
+def open_set(settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int]) -> Digits:
+    """The digits as `settings` ask for them, of `size`, (height, width)."""
+    return Digits(size, device, rotate=settings.rotate, zoom=settings.zoom, shift=settings.shift)
 
 
 def transforms(count: int, generator: torch.Generator, *, rotate: float, zoom: float, shift: float) -> Tensor:

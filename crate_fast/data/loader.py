@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from ..files import PAUSES, as_bytes, is_of_system
 from ..locks import unlock
 from ..processes import Ranks
-from ..settings import TrainConfig
+from ..settings import DataSettings
 from ..signals import hear_of_no_process, leave_signals_to_the_run
 from .augment import central_crop, erase, flip, randaugment, random_crop, trivialaugment
 from .order import Plan, epoch_order, share_of
+from .philox import image_generator
 from .pictures import READER, READER_ENTRY
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, red, green, blue, in 0..1
@@ -61,22 +62,22 @@ class Sample(NamedTuple):
 class TrainSamples(Dataset):
     """Training images by (epoch, index), each changed as drawn from (seed, epoch, index) and from nothing else."""
 
-    def __init__(self, store: Store, config: TrainConfig) -> None:
-        self._store, self._config = store, config
+    def __init__(self, store: Store, settings: DataSettings) -> None:
+        self._store, self._settings = store, settings
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        size = (self._config.image_size, self._config.image_size)
+        size = (self._settings.image_size, self._settings.image_size)
         return _read(self._store, index, size, lambda image: self._change(image, epoch, index))
 
     def _change(self, image: Image.Image, epoch: int, index: int) -> np.ndarray:
-        config, draw = self._config, np.random.default_rng((self._config.seed, epoch, index))
-        image = flip(random_crop(image, config.image_size, config.crop_least, draw), draw)
-        if config.augment == "randaugment":
-            image = randaugment(image, config.randaugment_ops, config.randaugment_magnitude, draw)
-        elif config.augment == "trivial":
-            image = trivialaugment(image, draw)
-        return erase(np.asarray(image), config.erase, COLOUR, draw)
+        settings, rng = self._settings, image_generator(self._settings.seed, epoch, index)
+        image = flip(random_crop(image, settings.image_size, settings.crop_least, rng), rng)
+        if settings.augment == "randaugment":
+            image = randaugment(image, settings.randaugment_ops, settings.randaugment_magnitude, rng)
+        elif settings.augment == "trivial":
+            image = trivialaugment(image, rng)
+        return erase(np.asarray(image), settings.erase, COLOUR, rng)
 
 
 class TestSamples(Dataset):
@@ -104,7 +105,7 @@ class Photos:
     Test images are of `evaluated_size`, (height, width) in pixels; None: squares of the training images' side.
 
     Raises (while it is iterated):
-        UnreadableError: more than `config.max_unreadable` images are damaged, or the system does not give one.
+        UnreadableError: more than `settings.max_unreadable` images are damaged, or the system does not give one.
     """
 
     channels = 3
@@ -115,20 +116,20 @@ class Photos:
         train: Store,
         test: Store,
         classes: int,
-        config: TrainConfig,
+        settings: DataSettings,
         device: torch.device,
         ranks: Ranks,
         quicker: str,
         class_names: list[str] | None = None,
         evaluated_size: tuple[int, int] | None = None,
     ) -> None:
-        self.name, self.classes, self._config, self._device = name, classes, config, device
+        self.name, self.classes, self._settings, self._device = name, classes, settings, device
         self._train, self._test, self.class_names = train, test, class_names
-        self.advice = more_workers(config.workers, quicker)
-        self._workers = -(-config.workers // ranks.local_count)
+        self.advice = more_workers(settings.workers, quicker)
+        self._workers = -(-settings.workers // ranks.local_count)
         self._unreadable: set[str] = set()
         self._normalise = Normalise(device)
-        self._evaluated_size = evaluated_size or (config.image_size, config.image_size)
+        self._evaluated_size = evaluated_size or (settings.image_size, settings.image_size)
         self.train_count, self.test_count = len(train), len(test)
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,13 +137,13 @@ class Photos:
         order = epoch_order(plan.seed, epoch, self.train_count)
         parts = (part for step in range(first, plan.steps) for part in plan.parts(step))
         keys = ([(epoch, index) for index in order[part].tolist()] for part in parts)
-        yield from self._load(TrainSamples(self._train, self._config), list(keys))
+        yield from self._load(TrainSamples(self._train, self._settings), list(keys))
 
     def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the test images, in order."""
         share = share_of(self.test_count, ranks)
         keys = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
-        yield from self._load(TestSamples(self._test, self._evaluated_size, self._config.eval_crop), keys)
+        yield from self._load(TestSamples(self._test, self._evaluated_size, self._settings.eval_crop), keys)
 
     def describe(self) -> dict:
         """What config.json says of them."""
@@ -178,9 +179,9 @@ class Photos:
             )
         self._unreadable.add(problem.text)
         print(f"crate-fast: warning: unreadable, skipped: {problem.text}", file=sys.stderr, flush=True)
-        if len(self._unreadable) > self._config.max_unreadable:
+        if len(self._unreadable) > self._settings.max_unreadable:
             raise UnreadableError(
-                f"{len(self._unreadable)} images cannot be read, and --max-unreadable is {self._config.max_unreadable}; "
+                f"{len(self._unreadable)} images cannot be read, and --max-unreadable is {self._settings.max_unreadable}; "
                 f"the last is {problem.text}"
             )
 
@@ -277,9 +278,9 @@ class Synthetic:
     train_count, test_count = 1_281_167, 50_000
     advice = None
 
-    def __init__(self, config: TrainConfig, size: tuple[int, int], device: torch.device) -> None:
-        self._shape, self._device, self._seed = (3, *size), device, config.seed
-        self.classes = config.classes or self.classes
+    def __init__(self, settings: DataSettings, size: tuple[int, int], device: torch.device) -> None:
+        self._shape, self._device, self._seed = (3, *size), device, settings.seed
+        self.classes = settings.classes or self.classes
 
     def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The parts of the steps of `epoch` from step `first` on: the same images in each."""
@@ -302,9 +303,14 @@ class Synthetic:
         return {"name": self.name, "train_images": self.train_count, "test_images": self.test_count}
 
     def _make(self, count: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(self._device).manual_seed(self._seed)
-        images = torch.randn(count, *self._shape, device=self._device, generator=generator)
-        return images, torch.randint(self.classes, (count,), device=self._device, generator=generator)
+        numbers = torch.Generator(self._device).manual_seed(self._seed)
+        images = torch.randn(count, *self._shape, device=self._device, generator=numbers)
+        return images, torch.randint(self.classes, (count,), device=self._device, generator=numbers)
+
+
+def open_set(settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int]) -> Synthetic:
+    """Images by chance of `size`, (height, width)."""
+    return Synthetic(settings, size, device)
 
 
 def more_workers(workers: int, otherwise: str) -> str:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..data_sets import DATA_SETS
 from ..optional import require
 from ..processes import Ranks
-from ..settings import ConfigError, TrainConfig
-from .device_loader import Pictures, Resident
-from .digits import Digits
+from ..settings import ConfigError, DataSettings
 from .folder import open_folder
-from .loader import Photos, Synthetic
+from .loader import Photos
 from .order import Plan
 from .pack_folder import is_packed, open_packs
 from .pack_loader import Packed
-from .published_sets import SETS, open_published
 
 
 class Data(Protocol):
@@ -41,40 +40,27 @@ class Data(Protocol):
     def describe(self) -> dict: ...
 
 
-def open_data(config: TrainConfig, device: torch.device, ranks: Ranks, size: tuple[int, int] | None = None) -> Data:
-    """The data that `config` asks for; test images of `size`, (height, width), or None: of --image-size.
+def open_data(settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int] | None = None) -> Data:
+    """The data that `settings` ask for; test images of `size`, (height, width), or None: of --image-size.
 
     Raises:
         ConfigError: it is not there or damaged, or --classes is another number than it has.
     """
-    data = _open(config, device, ranks, size or (config.image_size, config.image_size))
-    if config.classes is not None and config.classes != data.classes:
-        raise ConfigError(f"--classes is {config.classes}; {data.name} has {data.classes}")
+    data = _open(settings, device, ranks, size or (settings.image_size, settings.image_size))
+    if settings.classes is not None and settings.classes != data.classes:
+        raise ConfigError(f"--classes is {settings.classes}; {data.name} has {data.classes}")
     return data
 
 
-def _open(config: TrainConfig, device: torch.device, ranks: Ranks, size: tuple[int, int]) -> Data:
-    if config.data == "digits":
-        return Digits(size, device, rotate=config.rotate, zoom=config.zoom, shift=config.shift)
-    if config.data == "synthetic":
-        return Synthetic(config, size, device)
+def _open(settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int]) -> Data:
+    """Data by their name in `DATA_SETS`, else a folder of packs or of photographs."""
+    if settings.data in DATA_SETS:
+        module = import_module(f"{__package__}.{DATA_SETS[settings.data].module}")
+        return module.open_set(settings, device, ranks, size)
     require("PIL")
-    if config.data in SETS:
-        train, test, classes = _open_published(config, ranks)
-        if not isinstance(train, Pictures):
-            return Photos(config.data, train, test, classes, config, device, ranks, "a smaller --image-size", None, size)
-        require("cv2")
-        return Resident(config.data, train, test, classes, config, device, size)
-    if is_packed(config.data):
+    if is_packed(settings.data):
         require("cv2", "simplejpeg")
-        return Packed(open_packs(config.data), config, device, ranks, size)
-    train, test, names = open_folder(config.data)
-    packs = f"packs: crate-fast prepare imagenet {shlex.quote(config.data)} DST, then train --data DST"
-    return Photos("folder", train, test, len(names), config, device, ranks, packs, names, size)
-
-
-def _open_published(config: TrainConfig, ranks: Ranks) -> tuple:
-    """The data set, opened by the first process before all others, so that it alone downloads, and says what is wrong."""
-    opened: list = []
-    ranks.share(lambda: opened.append(open_published(config.data, config.data_dir)))
-    return opened[0] if opened else open_published(config.data, config.data_dir)
+        return Packed(open_packs(settings.data), settings, device, ranks, size)
+    train, test, names = open_folder(settings.data)
+    packs = f"packs: crate-fast prepare imagenet {shlex.quote(settings.data)} DST, then train --data DST"
+    return Photos("folder", train, test, len(names), settings, device, ranks, packs, names, size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..processes import ALONE, Ranks
-from ..settings import ConfigError, TrainConfig
+from ..settings import ConfigError, StepSettings
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -59,26 +59,26 @@ class Plan:
         return [slice(a, b) for a, b in pairwise(cuts)]
 
 
-def check_parts(config: TrainConfig, ranks: Ranks) -> None:
+def check_parts(settings: StepSettings, ranks: Ranks) -> None:
     """Raises ConfigError unless the batch size divides by processes times parts."""
-    parts = config.accumulate * ranks.count
-    if config.batch_size % parts:
+    parts = settings.accumulate * ranks.count
+    if settings.batch_size % parts:
         raise ConfigError(
-            f"--batch-size is {config.batch_size}, over all processes; it must divide by {parts}: {ranks.count} processes × "
-            f"--accumulate {config.accumulate}"
+            f"--batch-size is {settings.batch_size}, over all processes; it must divide by {parts}: {ranks.count} processes × "
+            f"--accumulate {settings.accumulate}"
         )
 
 
-def make_plan(config: TrainConfig, count: int, ranks: Ranks) -> Plan:
+def make_plan(settings: StepSettings, count: int, ranks: Ranks) -> Plan:
     """The plan for `count` training images.
 
     Raises:
         ConfigError: as `check_parts`, or no step would be full where it must.
     """
-    check_parts(config, ranks)
-    plan = Plan(count, config.batch_size, config.seed, config.accumulate, config.last_batch == "drop", ranks)
+    check_parts(settings, ranks)
+    plan = Plan(count, settings.batch_size, settings.seed, settings.accumulate, settings.last_batch == "drop", ranks)
     if not plan.steps:
-        raise ConfigError(f"--batch-size is {config.batch_size}; there are {count} training images")
+        raise ConfigError(f"--batch-size is {settings.batch_size}; there are {count} training images")
     return plan
 
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..processes import Ranks
-from ..settings import TrainConfig
+from ..settings import DataSettings
 from .augment import central_crop
 from .augment_batch import Changes
 from .loader import COLOUR, PREFETCH, Normalise, ahead, describe, from_workers, more_workers, start_worker
 from .order import Plan, epoch_order, share_of
 from .pack_file import PackError
 from .pack_folder import Packs, Split
-from .philox import CROP, CROP_DRAWS, crop_boxes, uniforms
+from .philox import CROP, CROP_UNIFORMS, crop_boxes, uniforms
 
 CHUNK = 128  # images that a worker fills at a time, where they are not so large
 LARGEST = 20 << 20  # bytes that it fills at a time, unless one image has more
@@ -99,8 +99,8 @@ class Slots:
 class Reader(Dataset):
     """What a worker does: fills a slot, and says what is wrong with the pack, if anything."""
 
-    def __init__(self, packs: Packs, config: TrainConfig, slots: Slots) -> None:
-        self._packs, self._config, self._slots = packs, config, slots
+    def __init__(self, packs: Packs, settings: DataSettings, slots: Slots) -> None:
+        self._packs, self._settings, self._slots = packs, settings, slots
 
     def __getitem__(self, task: Task) -> str | None:
         out = self._slots.arrays[task.slot]
@@ -114,15 +114,15 @@ class Reader(Dataset):
         return None
 
     def _fill_training(self, out: np.ndarray, epoch: int, indices: np.ndarray) -> None:
-        split, config = self._packs.train, self._config
-        draws = uniforms(config.seed, epoch, indices, CROP, CROP_DRAWS)
-        boxes = crop_boxes(draws, split.heights[indices], split.widths[indices], config.crop_least)
+        split, settings = self._packs.train, self._settings
+        uniform = uniforms(settings.seed, epoch, indices, CROP, CROP_UNIFORMS)
+        boxes = crop_boxes(uniform, split.heights[indices], split.widths[indices], settings.crop_least)
         split.want(indices)
         for place, (index, box) in enumerate(zip(indices.tolist(), boxes.tolist(), strict=True)):
             read_crop(split, index, box, out[place])
 
     def _fill_test(self, out: np.ndarray, indices: np.ndarray) -> None:
-        size, part = out.shape[1:3], self._config.eval_crop
+        size, part = out.shape[1:3], self._settings.eval_crop
         self._packs.val.want(indices)
         for place, index in enumerate(indices.tolist()):
             image = Image.fromarray(self._packs.val.pixels(index))
@@ -164,21 +164,21 @@ class Packed:
     name, channels = "packs", 3
 
     def __init__(
-        self, packs: Packs, config: TrainConfig, device: torch.device, ranks: Ranks, size: tuple[int, int] | None = None
+        self, packs: Packs, settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int] | None = None
     ) -> None:
-        self._size = size = size or (config.image_size, config.image_size)
-        self._packs, self._config, self._device = packs, config, device
+        self._size = size = size or (settings.image_size, settings.image_size)
+        self._packs, self._settings, self._device = packs, settings, device
         self.class_names = packs.classes
         self.classes, self.train_count, self.test_count = len(packs.classes), len(packs.train), len(packs.val)
-        workers = -(-config.workers // ranks.local_count)
-        part = -(-config.batch_size // (config.accumulate * ranks.count))
+        workers = -(-settings.workers // ranks.local_count)
+        part = -(-settings.batch_size // (settings.accumulate * ranks.count))
         self._chunk = max(1, min(CHUNK, LARGEST // (3 * math.prod(size))))
         # Two parts ahead at least, else workers that are fast enough would still be waited for.
         prefetch = max(PREFETCH, -(-2 * part // (self._chunk * max(1, workers))))
         self._slots = Slots(workers * prefetch + 2, self._chunk, size, device)
         self._tasks = Tasks()
         self._loader: Any = DataLoader(
-            Reader(packs, config, self._slots),
+            Reader(packs, settings, self._slots),
             batch_size=None,
             sampler=self._tasks,
             num_workers=workers,
@@ -193,8 +193,8 @@ class Packed:
         quicker = (
             "a quicker disk, or more memory to keep packs in" if packs.train.is_raw else "raw packs: crate-fast prepare --raw"
         )
-        self.advice = more_workers(config.workers, quicker)
-        self._normalise, self._changes = Normalise(device), Changes(config, device, COLOUR)
+        self.advice = more_workers(settings.workers, quicker)
+        self._normalise, self._changes = Normalise(device), Changes(settings, device, COLOUR)
 
     def close(self) -> None:
         """Ends the workers."""

@@ -12,7 +12,7 @@ import numpy as np
 
 CROP, CHANGES = 0, 1  # purposes
 CROP_TRIES = 10
-CROP_DRAWS = 2 * CROP_TRIES + 2
+CROP_UNIFORMS = 2 * CROP_TRIES + 2
 LOW = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)
 MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -30,6 +30,12 @@ def philox(counter: tuple[Any, ...], key: tuple[int, int]) -> tuple[np.ndarray, 
     return a, b, c, d
 
 
+def image_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers of one image that a worker changes by itself: a function of seed, epoch and image, as `uniforms` are
+    for many at once, but others."""
+    return np.random.default_rng((seed, epoch, index))
+
+
 def uniforms(seed: int, epoch: int, indices: np.ndarray, purpose: int, count: int) -> np.ndarray:
     """(n, count) float64 in [0, 1): `count` numbers for each of the n images called `indices`, (n,), all below 2³²."""
     blocks = np.arange(-(-count // 4), dtype=np.uint64)
@@ -38,19 +44,21 @@ def uniforms(seed: int, epoch: int, indices: np.ndarray, purpose: int, count: in
     return np.stack(np.broadcast_arrays(*bits), axis=2).reshape(len(images), 4 * len(blocks))[:, :count] * 2.0**-32
 
 
-def crop_boxes(draws: np.ndarray, heights: np.ndarray, widths: np.ndarray, least: float, aspects=(3 / 4, 4 / 3)) -> np.ndarray:
+def crop_boxes(
+    uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, least: float, aspects=(3 / 4, 4 / 3)
+) -> np.ndarray:
     """(n, 4) int64, top, left, height and width of a random crop of each image, distributed as `augment.random_crop`'s.
 
     Args:
-        draws: (n, `CROP_DRAWS`) in [0, 1).
+        uniform: (n, `CROP_UNIFORMS`) in [0, 1).
         heights, widths: (n,) of the images.
         least: the smallest part of an image's area that a crop takes.
         aspects: its least and its largest width over height.
     """
     heights, widths = heights[:, None], widths[:, None]
-    areas = heights * widths * (least + (1 - least) * draws[:, :CROP_TRIES])
+    areas = heights * widths * (least + (1 - least) * uniform[:, :CROP_TRIES])
     low, high = map(math.log, aspects)
-    ratios = np.exp(low + (high - low) * draws[:, CROP_TRIES : 2 * CROP_TRIES])
+    ratios = np.exp(low + (high - low) * uniform[:, CROP_TRIES : 2 * CROP_TRIES])
     w, h = (np.rint(np.sqrt(area)).astype(np.int64) for area in (areas * ratios, areas / ratios))
     # As much of the middle as a crop may have, where no try fits.
     w = np.concatenate([w, np.minimum(widths, np.maximum(1, np.rint(heights * aspects[1]).astype(np.int64)))], axis=1)
@@ -59,5 +67,5 @@ def crop_boxes(draws: np.ndarray, heights: np.ndarray, widths: np.ndarray, least
     first = fits.argmax(axis=1)[:, None]
     w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]
     room = np.stack([heights[:, 0] - h, widths[:, 0] - w], axis=1)
-    places = np.where(first < CROP_TRIES, ((room + 1) * draws[:, -2:]).astype(np.int64), room // 2)
+    places = np.where(first < CROP_TRIES, ((room + 1) * uniform[:, -2:]).astype(np.int64), room // 2)
     return np.concatenate([places, h[:, None], w[:, None]], axis=1)

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from ..files import first_line
 from ..optional import require
-from ..settings import ConfigError
-from .device_loader import Pictures
+from ..processes import Ranks
+from ..settings import ConfigError, DataSettings
+from .device_loader import Pictures, Resident
 from .download import Source, bring, is_published
 from .folder import Photographs
+from .loader import Photos
 
 Files = list[tuple[Path, str]]
 
@@ -32,6 +36,24 @@ class PublishedSet(NamedTuple):
     sources: Callable[[type], list[Source]]
     checked: Callable[[type, Path], Files]
     open: Callable[[type, Path], tuple[Pictures | Photographs, Pictures | Photographs]]
+
+
+def open_set(settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int]) -> Photos | Resident:
+    """The data set as `settings` ask for it: where all images have one size, all of them on the device."""
+    require("PIL")
+    name = settings.data
+    train, test, classes = _open_in_turn(name, settings.data_dir, ranks)
+    if isinstance(train, Pictures):
+        require("cv2")
+        return Resident(name, train, test, classes, settings, device, size)
+    return Photos(name, train, test, classes, settings, device, ranks, "a smaller --image-size", None, size)
+
+
+def _open_in_turn(name: str, directory: str, ranks: Ranks) -> tuple:
+    """`open_published`, by the first process before all others, so that it alone downloads, and says what is wrong."""
+    opened: list = []
+    ranks.share(lambda: opened.append(open_published(name, directory)))
+    return opened[0] if opened else open_published(name, directory)
 
 
 def open_published(name: str, directory: str | Path) -> tuple[Pictures | Photographs, Pictures | Photographs, int]:
@@ -67,8 +89,7 @@ def _bring_and_open(name: str, data: PublishedSet, kind: type, directory: Path) 
         raise
     except Exception as error:  # a damaged list can raise anything, and torchvision does not tell which file it refuses
         _name_refused(name, checked, directory, {directory / source.made for source in data.sources(kind)})
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"{directory}: the files of {name} are damaged, or others ({reason})") from error
+        raise ConfigError(f"{directory}: the files of {name} are damaged, or others ({first_line(error)})") from error
 
 
 def _find_kind(name: str) -> type:
@@ -76,8 +97,7 @@ def _find_kind(name: str) -> type:
     try:
         from torchvision import datasets
     except Exception as error:  # beside a PyTorch that it was not made for
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"torchvision cannot be imported: is it the one for this PyTorch? ({reason})") from error
+        raise ConfigError(f"torchvision cannot be imported: is it the one for this PyTorch? ({first_line(error)})") from error
     return getattr(datasets, name)
 
 

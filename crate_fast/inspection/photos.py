@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.pictures import SUFFIXES, check_pixels, find_pictures, read_picture, tell_left_out
 from ..eval_transform import MAIN
-from ..files import parse_json
+from ..files import parse_json, reason_of
 from ..model.crate import CRATE
 from .views import InspectionError
 
@@ -98,8 +98,7 @@ def read_photo(path: str | Path) -> Image:
     try:
         return read_picture(path)
     except Exception as error:  # whatever a damaged file makes of the decoder
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
-        raise PhotoError(f"{path}: cannot be read as an image ({reason})") from error
+        raise PhotoError(f"{path}: cannot be read as an image ({reason_of(error)})") from error
 
 
 def find_photos(folder: str | Path) -> list[Path]:

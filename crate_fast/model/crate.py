@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,20 +17,24 @@ from ..files import shown
 from ..functional import check_number, check_positive
 from ..modules.cpu_inference import evaluated_embedding
 from ..modules.plain import (
+    Place,
+    PlainTree,
     drops_nothing,
     has_global_hooks,
     is_exported,
     is_plain,
     keeps_forwards,
-    linear_is_plain,
-    norm_is_plain,
+    linear_at,
+    norm_at,
     same_place,
 )
+from ..modules.step import STEPS
 from ..optional import require
-from ..sizes import POOLS, SIZES
-from .transformer import STREAMS, Transformer, pool_tokens
+from ..sizes import POOLS, SIZES, STREAMS
+from .transformer import Transformer, pool_tokens
 
 MOST_LAYERS, MOST_WEIGHTS = 10_000, 10**10  # no machine trains more; the largest that is published has 24 and 78 million
+_PLAIN_EMBEDDING = PlainTree(Place("0", (Rearrange,)), norm_at("1"), linear_at("2"), norm_at("3"))
 
 
 class CRATE(nn.Module):
@@ -56,10 +62,12 @@ class CRATE(nn.Module):
             autocast and float32 under float16, each at least as precise as the published code under the same by the logits and
             the median over gradients.
 
+        step: name of the step of sparsification: "ista", or another `SparseStep` of `crate_fast.modules.STEPS`.
+
     Raises:
         TypeError: a size that is no integer, a step size, threshold or dropout that is no number.
         ValueError: a size that does not divide or is too small, more than 10,000 layers or 10 billion weights, a dropout that
-            is no share, an unknown pool, backend or stream.
+            is no share, an unknown pool, backend, stream or step.
     """
 
     transform: Transform | None = None  # how its images are evaluated, where its file or its run says so
@@ -82,12 +90,15 @@ class CRATE(nn.Module):
         lambd: float = 0.1,
         backend: str = "auto",
         stream: str = "auto",
+        step: str = "ista",
     ) -> None:
         super().__init__()
         if pool not in POOLS:
             raise ValueError(f"pool is {shown(pool)}; allowed are 'cls' (class token) and 'mean' (mean of all tokens)")
         if stream not in STREAMS:
             raise ValueError(f"stream is {shown(stream)}; allowed are {', '.join(map(repr, STREAMS))}")
+        if step not in STEPS:
+            raise ValueError(f"step is {shown(step)}; allowed are {', '.join(map(repr, STEPS))}")
         check_backend(backend)
         sizes = {"dim": dim, "heads": heads, "dim_head": dim_head, "channels": channels}
         for name, value in (sizes | {"depth": depth, "num_classes": num_classes}).items():
@@ -117,7 +128,7 @@ class CRATE(nn.Module):
         self.pos_embedding = nn.Parameter(torch.randn(1, rows * columns + 1, dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.dropout = nn.Dropout(emb_dropout)
-        self.transformer = Transformer(dim, depth, heads, dim_head, dropout, ista, lambd, backend, stream)
+        self.transformer = Transformer(dim, depth, heads, dim_head, dropout, ista, lambd, backend, stream, step)
         self.pool = pool
         self.to_latent = nn.Identity()
         self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
@@ -160,11 +171,9 @@ class CRATE(nn.Module):
 
     def _embedding_is_plain(self) -> bool:
         modules = self.to_patch_embedding
-        if not is_plain(modules, nn.Sequential) or len(modules) != 4 or not is_plain(modules[0], Rearrange):
+        if not is_plain(modules, nn.Sequential) or not _PLAIN_EMBEDDING.holds(modules):
             return False
-        linear = modules[2]
-        plain = linear_is_plain(linear) and linear.bias is not None and drops_nothing(self.dropout)
-        plain = plain and norm_is_plain(modules[1]) and norm_is_plain(modules[3])
+        plain = modules[2].bias is not None and drops_nothing(self.dropout)
         return plain and keeps_forwards(modules, *modules, self.dropout)
 
     def _check_image(self, image: Tensor) -> None:
@@ -200,7 +209,7 @@ class CRATE(nn.Module):
             ValueError: the model was changed after it was built, so that it could not be built again.
             OSError: `directory` cannot be written to.
         """
-        return _shelf()(self).save_pretrained(os.fspath(directory), **options)
+        return _hub_model()(self).save_pretrained(os.fspath(directory), **options)
 
     def push_to_hub(self, name: str, **options) -> str:
         """Writes the same to the Hugging Face Hub, as the model `name`, ORGANISATION/NAME; returns the commit's address.
@@ -210,7 +219,7 @@ class CRATE(nn.Module):
 
         Raises: as `save_pretrained`, and what huggingface_hub raises where the Hub refuses.
         """
-        return _shelf()(self).push_to_hub(name, **options)
+        return _hub_model()(self).push_to_hub(name, **options)
 
     @staticmethod
     def from_pretrained(
@@ -235,14 +244,14 @@ class CRATE(nn.Module):
         """
         where = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, token=token)
         where |= dict(local_files_only=local_files_only)
-        return _shelf().from_pretrained(str(source), device=device, overrides=overrides, **where).model
+        return _hub_model().from_pretrained(str(source), device=device, overrides=overrides, **where).model
 
 
-def _shelf():
+def _hub_model():
     require("huggingface_hub")
-    from ..checkpoint.hub import Shelf
+    from ..checkpoint.hub import HubModel
 
-    return Shelf
+    return HubModel
 
 
 def pair(t: Any) -> tuple:
@@ -289,6 +298,14 @@ def build(size: str, num_classes: int = 1000, **options) -> CRATE:
     arguments: dict[str, Any] = dict(image_size=224, patch_size=16, num_classes=num_classes)
     arguments |= SIZES[size] | options
     return CRATE(**arguments)
+
+
+def constructor(name: str, module: str) -> Callable[..., CRATE]:
+    """What `CRATE_NAME` means for a size that has no function below: for `__getattr__` of a `module`."""
+    size = name.removeprefix("CRATE_")
+    if name == size or size not in SIZES:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return partial(build, size)
 
 
 def CRATE_tiny(num_classes: int = 1000, **options) -> CRATE:

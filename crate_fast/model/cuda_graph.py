@@ -13,6 +13,12 @@ from ..backend import BackendError, check_tensor
 WARMUP = 3  # runs before recording, in which kernels are compiled and libraries set up
 
 
+def record(call: Any, images: Tensor) -> Any:
+    """`call`, a module or a function of images like these, as CUDA graphs: replayed forward, and backward where it has one."""
+    with torch.cuda.device(images.device):  # whose streams are recorded from
+        return torch.cuda.make_graphed_callables(call, (images,), num_warmup_iters=WARMUP)
+
+
 def graphed(model: nn.Module, images: Tensor) -> Graphed:
     """`model` for inference on batches like `images`, recorded as a CUDA graph now and replayed by every call.
 
@@ -66,9 +72,8 @@ class Graphed:
     def _record(self) -> None:
         if self._model.training:
             raise ValueError("graphed records inference, and the model is in training mode; call model.eval() first")
-        off = torch.autocast(self._images.device.type, enabled=False)
-        with torch.inference_mode(False), off, torch.cuda.device(self._images.device):
-            self._replay = torch.cuda.make_graphed_callables(self._run, (self._images,), num_warmup_iters=WARMUP)
+        with torch.inference_mode(False), torch.autocast(self._images.device.type, enabled=False):
+            self._replay = record(self._run, self._images)
         self._facts = [fact for module in self._model.modules() for fact in _facts(module)]
         self._places = [(p, _place(p)) for p in (*self._model.parameters(), *self._model.buffers())]
 

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import autocasts, choose_backend
-from ..modules.kernel_weights import fresh_weights, fused_weights
-from ..modules.layer import Attention, FeedForward, Layer, PreNorm
+from ..modules.kernel_weights import kernel_weights, make_weights
+from ..modules.layer import Attention, Layer, PreNorm
 from ..modules.plain import has_global_hooks, same_place
+from ..modules.step import STEPS
 
 if TYPE_CHECKING:
-    from ..kernels import Stream
+    from ..kernels import StackState
     from ..modules.kernel_weights import Weights
-
-STREAMS = ("auto", "float16", "bfloat16", "float32")
 
 
 class Transformer(nn.Module):
@@ -31,6 +30,7 @@ class Transformer(nn.Module):
         ista, lambd: step size η and threshold λ of the ISTA step.
         backend: see `crate_fast.choose_backend`.
         stream: dtype of the activations that fused layers keep under autocast; see `crate_fast.CRATE`.
+        step: name of the step of sparsification, in `crate_fast.modules.STEPS`.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Transformer(nn.Module):
         lambd: float = 0.1,
         backend: str = "auto",
         stream: str = "auto",
+        step: str = "ista",
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
@@ -55,8 +56,8 @@ class Transformer(nn.Module):
         for _ in range(depth):
             attention = Attention(dim, heads=heads, dim_head=dim_head, dropout=dropout, backend=backend)
             mssa = PreNorm(dim, attention)
-            feed_forward = FeedForward(dim, dim, dropout=dropout, step_size=ista, lambd=lambd, backend=backend)
-            self.layers.append(Layer(mssa, PreNorm(dim, feed_forward)))
+            sparse = STEPS[step](dim, dim, dropout=dropout, step_size=ista, lambd=lambd, backend=backend)
+            self.layers.append(Layer(mssa, PreNorm(dim, sparse)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, None)
@@ -88,7 +89,7 @@ class Transformer(nn.Module):
 
     def _fuses(self, layer: nn.Module, x: Tensor, cast: bool, chosen: dict[int, str]) -> bool:
         """Whether kernels run `layer` on x, `cast` by autocast or not; `chosen` is filled with the backend by head width."""
-        if not isinstance(layer, Layer) or not layer.is_fusable():
+        if not isinstance(layer, Layer) or not layer.is_fusable() or not layer[1].fn.folds:
             return False
         weights = layer.weights()
         if not layer.fits(weights, x.shape[-1]) or not same_place(weights) or weights[0].device != x.device:
@@ -105,18 +106,20 @@ class Transformer(nn.Module):
 
         device = x.device.type
         autocast = autocasts(device)
-        stream, operand = stream_dtypes(self.stream, torch.get_autocast_dtype(device)) if autocast else (x.dtype, x.dtype)
+        activation_dtype = operand_dtype = x.dtype
+        if autocast:
+            activation_dtype, operand_dtype = stack_dtypes(self.stream, torch.get_autocast_dtype(device))
         result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
         with torch.autocast(device, enabled=False):
             together = [layer for layer in layers if not layer.is_sharded()]
-            weights = iter(fused_weights(together, operand) if together else ())
-            handed_on = enter_stack(x, stream)
+            weights = iter(kernel_weights(together, operand_dtype) if together else ())
+            state = enter_stack(x, activation_dtype)
             for layer in layers:
                 if layer.is_sharded():
-                    handed_on = layer(handed_on, partial(_run_alone, operand=operand))
+                    state = layer(state, partial(_run_alone, operand_dtype=operand_dtype))
                 else:
-                    handed_on = _run_layer(layer, handed_on, next(weights))
-            return leave_stack(handed_on, result, pool, scaled=operand == torch.float16)
+                    state = _run_layer(layer, state, next(weights))
+            return leave_stack(state, result, pool, scaled=operand_dtype == torch.float16)
 
 
 def layers_of(transformer: Transformer) -> Iterator[Layer]:
@@ -124,12 +127,12 @@ def layers_of(transformer: Transformer) -> Iterator[Layer]:
     return cast("Iterator[Layer]", iter(transformer.layers))
 
 
-def stream_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype of the activations between kernels, dtype of matrix operands) of fused layers under autocast.
+def stack_dtypes(stream: str, autocast: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of the activations between kernels, dtype of the operands of their products) of fused layers under autocast.
 
-    "auto" is the leanest stream that is no less precise than the published code under the same autocast, for logits and
-    the median over gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`). A 16-bit
-    stream rounds a token with its mean: where that is many times the deviation, "float32" is more precise.
+    "auto" has the leanest activations that are no less precise than the published code under the same autocast, for logits and
+    the median over gradients: float16 under bfloat16 autocast, float32 under float16 (`benchmarks/precision.py`). 16-bit
+    activations round a token with its mean: where that is many times the deviation, "float32" is more precise.
     """
     if stream == "auto":
         stream = "float32" if autocast == torch.float16 else "float16"
@@ -146,13 +149,13 @@ def pool_tokens(x: Tensor, pool: str | None) -> Tensor:
     return x.mean(dim=1) if pool == "mean" else x[:, 0]
 
 
-def _run_layer(layer: Layer, stream: Stream, weights: Weights) -> Stream:
-    """The fused `layer` with its `weights` as `fresh_weights` gives them."""
+def _run_layer(layer: Layer, state: StackState, weights: Weights) -> StackState:
+    """The fused `layer` with its `weights` as `make_weights` gives them."""
     from ..kernels import fused_layer
 
-    return fused_layer(stream, *weights, layer.settings())
+    return fused_layer(state, *weights, layer.settings())
 
 
-def _run_alone(layer: Layer, stream: Stream, operand: torch.dtype) -> Stream:
+def _run_alone(layer: Layer, state: StackState, operand_dtype: torch.dtype) -> StackState:
     """The fused `layer`, whose weights are whole just now."""
-    return _run_layer(layer, stream, *fresh_weights([layer], operand))
+    return _run_layer(layer, state, *make_weights([layer], operand_dtype))

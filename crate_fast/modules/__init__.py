@@ -1,5 +1,7 @@
 """A layer of CRATE as modules, with the published names, and what runs in their place."""
 
-from .layer import Attention, FeedForward, Layer, PreNorm
+from .ista import FeedForward
+from .layer import Attention, Layer, PreNorm
+from .step import STEPS, SparseStep
 
-__all__ = ["Attention", "FeedForward", "Layer", "PreNorm"]
+__all__ = ["STEPS", "Attention", "FeedForward", "Layer", "PreNorm", "SparseStep"]

@@ -2,92 +2,53 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import functional
-from .plain import PLAIN, keeps_nothing
-
-_ATTRIBUTE = "_crate_fast_kept"  # of a dictionary D
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
-
-
-class Kept(NamedTuple):
-    """M, beside the proof of what it was made of; on the D it belongs to, so that it goes when that goes."""
-
-    source: Tensor  # a copy of D, (dim, dim)
-    step_size: float
-    operator: Tensor  # M, (dim, dim)
-
-    def __reduce__(self):
-        return set, ()  # copies and pickles of D hold nothing, in a type that every unpickler knows
+from ..operators import operator
+from .kept import kept_matrix
+from .step import STEPS
 
 
-def kept_operator(weight: Tensor, step_size: float) -> Tensor:
-    """`functional.ista_operator`; on a CPU kept from call to call, as long as D is bit for bit what it was made of.
-
-    Nothing but the contents tells: fused optimizers, writes through `.data`, NumPy and shared memory move no version counter.
-    A comparison reads 2·dim² values, where M costs 2·dim³ operations; on a GPU the host would have to wait for it.
-    """
-    if weight.device.type != "cpu" or type(weight) not in PLAIN or keeps_nothing() or is_in_torch_dispatch_mode():
-        return functional.ista_operator(weight, step_size)
-    kept = getattr(weight, _ATTRIBUTE, None)
-    if not (isinstance(kept, Kept) and kept.step_size == step_size and _same_bits(kept.source, weight)):
-        with torch.inference_mode(False), torch.no_grad():
-            source = weight.detach().clone()  # M is made of the copy: another process may be writing
-            kept = Kept(source, step_size, functional.ista_operator(source, step_size))
-        setattr(weight, _ATTRIBUTE, kept)
-    return kept.operator
+def _like(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same to the bit: NaN is itself, and -0.0 is not 0.0."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    integers = torch.int64 if all(map(_is_words, (a, b))) else _INTEGERS[a.element_size()]
-    return torch.equal(a.view(integers), b.view(integers))
-
-
-def _is_words(x: Tensor) -> bool:
-    """Whether the rows of x may be read in words of eight bytes."""
-    size = x.element_size()
-    in_step = x.storage_offset() * size % 8 == 0 and x.shape[-1] * size % 8 == 0
-    return in_step and x.is_contiguous()  # pyright: ignore[reportReturnType] (nothing is symbolic here)
-
-
-@torch.library.custom_op("crate_fast::evaluated_layer", mutates_args=())
+@operator(fake=_like)
 def evaluated_layer(
     x: Tensor,
     weights: list[Tensor],
     heads: int,
     scale: float,
     eps_mssa: float,
-    eps_ista: float,
+    eps_step: float,
+    step: str,
     step_size: float,
     lambd: float,
 ) -> Tensor:
-    """A plain layer of (batch, tokens, dim), its `weights` as `Layer.weights` gives them.
+    """A plain layer of (batch, tokens, dim), its `weights` as `Layer.weights` gives them, its step of sparsification by name.
 
     One operator, so that M is kept from call to call under torch.compile too.
     """
-    norm1_weight, norm1_bias, project, out_weight, out_bias, norm2_weight, norm2_bias, dictionary = weights
+    norm1_weight, norm1_bias, project, out_weight, out_bias, norm2_weight, norm2_bias, *of_step = weights
     width = x.shape[-1:]
     w = F.linear(F.layer_norm(x, width, norm1_weight, norm1_bias, eps_mssa), project)
     z = F.linear(functional.attend(w, heads, scale), out_weight, out_bias).add_(x)
-    h = F.layer_norm(z, width, norm2_weight, norm2_bias, eps_ista)
-    return functional.ista_with_operator(h, dictionary, kept_operator(dictionary, step_size), step_size, lambd, "torch")
+    h = F.layer_norm(z, width, norm2_weight, norm2_bias, eps_step)
+    sparse = STEPS[step]
+    matrix = kept_matrix(sparse, of_step, step_size) if sparse.folds else None
+    return sparse.sparsify(h, of_step, matrix, step_size, lambd, "torch")
 
 
-@evaluated_layer.register_fake
-def _(x, weights, heads, scale, eps_mssa, eps_ista, step_size, lambd):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _embedded_shape(image, weights, patch_size, eps):
+    batch, _, height, width = image.shape
+    count = (height // patch_size[0]) * (width // patch_size[1])
+    return image.new_empty(batch, 1 + count, weights[4].shape[0])
 
 
-@torch.library.custom_op("crate_fast::evaluated_embedding", mutates_args=())
+@operator(fake=_embedded_shape)
 def evaluated_embedding(image: Tensor, weights: list[Tensor], patch_size: list[int], eps: list[float]) -> Tensor:
     """The class token and the embedded patches, with their positions: (batch, 1 + patches, dim).
 
@@ -110,13 +71,6 @@ def evaluated_embedding(image: Tensor, weights: list[Tensor], patch_size: list[i
     embedded[:, :1] = class_token + positions[:, :1]
     torch.add(tokens, positions[:, 1 : 1 + count], out=embedded[:, 1:])
     return embedded
-
-
-@evaluated_embedding.register_fake
-def _(image, weights, patch_size, eps):
-    batch, _, height, width = image.shape
-    count = (height // patch_size[0]) * (width // patch_size[1])
-    return image.new_empty(batch, 1 + count, weights[4].shape[0])
 
 
 def _patches(image: Tensor, height: int, width: int) -> Tensor:

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import isfinite
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional, reference
+from .. import functional
 from ..backend import autocasts, choose_backend, is_transformed
 from ..reference import constant_to_compile
-from .cpu_inference import evaluated_layer, kept_operator
+from .cpu_inference import evaluated_layer
 from .plain import (
+    Place,
+    PlainTree,
     has_global_hooks,
     has_weights,
     is_exported,
     is_plain,
     is_sharded,
     keeps_forwards,
-    linear_is_plain,
-    norm_is_plain,
+    linear_at,
+    norm_at,
     same_place,
 )
+from .step import STEPS, SparseStep
 
 
 class PreNorm(nn.Module):
     """`fn` of the layer-normalised input; (batch, tokens, dim) to the same."""
 
-    fn: Any  # in a layer an Attention or a FeedForward, which its place tells
+    fn: Any  # in a layer an Attention or a SparseStep, which its place tells
     _modules: dict[str, Any]  # read as it is, here and below, since attributes of modules are found slowly
 
     def __init__(self, dim: int, fn: nn.Module) -> None:
@@ -85,50 +88,8 @@ class Attention(nn.Module):
         return torch.matmul(self.dropout(self.attend(scores)), split).transpose(1, 2).flatten(2)
 
 
-class FeedForward(nn.Module):
-    """The ISTA step on a learned dictionary `weight` (arXiv:2306.01129, equation 17).
-
-    In evaluation without gradients, on a CPU, M = η(D − DᵀD) is kept beside a copy of the `weight` it was made of, and used
-    again where that is still the same to the bit; else every call forms it.
-
-    Args:
-        dim, hidden_dim: width of a token; the published class takes it twice and uses the first.
-        dropout: accepted as in the published class, which does not use it.
-        step_size: η, finite and at least 0, as the next.
-        lambd: λ.
-        backend: see `crate_fast.choose_backend`.
-
-    Raises:
-        ValueError: η or λ is negative or not finite.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int | None = None,
-        dropout: float = 0.0,
-        step_size: float = 0.1,
-        lambd: float = 0.1,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, dim))
-        nn.init.kaiming_uniform_(self.weight)
-        self.step_size = functional.check_positive("step_size", step_size)
-        self.lambd = functional.check_positive("lambd", lambd)
-        self.backend = backend
-
-    def forward(self, x: Tensor) -> Tensor:
-        choice = choose_backend(self.backend, x)
-        if choice.name == "reference":
-            return reference.ista(x, self.weight, self.step_size, self.lambd)
-        kept = not (self.training or torch.is_grad_enabled() or is_transformed())
-        operator = kept_operator(self.weight, self.step_size) if kept else None
-        return functional.ista_with_operator(x, self.weight, operator, self.step_size, self.lambd, choice.name)
-
-
 class Layer(nn.Sequential):
-    """One step of compression and one of sparsification: x ← ISTA(x + MSSA(x)).
+    """One step of compression and one of sparsification, a `SparseStep`: x ← ISTA(x + MSSA(x)).
 
     Indexed like the published list of the two; FSDP2 of torch 2.11 takes no nn.ModuleList, even with a forward.
     """
@@ -142,8 +103,8 @@ class Layer(nn.Sequential):
         def __getitem__(self, idx: int | slice) -> Any: ...
         def __iter__(self) -> Iterator[PreNorm]: ...
 
-    def __init__(self, mssa: PreNorm, ista: PreNorm) -> None:
-        super().__init__(mssa, ista)
+    def __init__(self, mssa: PreNorm, sparse: PreNorm) -> None:
+        super().__init__(mssa, sparse)
 
     def forward(self, x, run: Callable | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """(batch, tokens, dim) to the same; with `run` what that makes of this layer and x, see `through`."""
@@ -151,9 +112,10 @@ class Layer(nn.Sequential):
             return run(self, x)
         if not self._is_evaluated(x):
             return self[1](self[0](x) + x)
-        mssa, ista = self
-        numbers = (mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, ista.norm.eps, ista.fn.step_size, ista.fn.lambd)
-        return evaluated_layer(x, list(self.weights()), *numbers)
+        mssa, sparse = self
+        step: SparseStep = sparse.fn
+        numbers = (mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, sparse.norm.eps)
+        return evaluated_layer(x, list(self.weights()), *numbers, step.name, step.step_size, step.lambd)
 
     def through(self, run: Callable, x):
         """`run(self, x)`, as a call of this layer where it is sharded, so that its weights are whole."""
@@ -185,9 +147,10 @@ class Layer(nn.Sequential):
         modules by takes them to be."""
         attention = self[0].fn
         heads, scale, inner = attention.heads, attention.scale, weights[2].shape[0]
-        if type(heads) is not int or heads < 1 or inner % heads or not isinstance(scale, (int, float)) or not isfinite(scale):
+        if type(heads) is not int or heads < 1 or inner % heads or not isinstance(scale, (int, float)) or not abs(scale) < inf:
             return False
-        shapes = [(dim,), (dim,), (inner, dim), (dim, inner), (dim,), (dim,), (dim,), (dim, dim)]
+        of_step = self._modules["1"]._modules["fn"].shapes(dim).values()
+        shapes = [(dim,), (dim,), (inner, dim), (dim, inner), (dim,), (dim,), (dim,), *of_step]
         return [w.shape for w in weights] == shapes and all(w.is_contiguous() for w in weights if w.dim() == 1)
 
     def is_fusable(self, backends: tuple[str, ...] = ("auto", "triton")) -> bool:
@@ -195,8 +158,8 @@ class Layer(nn.Sequential):
         and their backends are among `backends`."""
         if not self._is_plain() or (torch.compiler.is_compiling() and not keeps_forwards(*self.modules())):
             return False
-        attention, feed_forward = (part._modules["fn"] for part in self._modules.values())
-        if attention.backend not in backends or feed_forward.backend not in backends:
+        attention, step = (part._modules["fn"] for part in self._modules.values())
+        if attention.backend not in backends or step.backend not in backends:
             return False
         inner = attention._modules
         linear, dropout = inner["to_out"]._modules.values()
@@ -210,57 +173,61 @@ class Layer(nn.Sequential):
     @constant_to_compile
     def _is_plain(self) -> bool:
         sharded = self.is_sharded()
-        if len(self) != 2 or not (sharded or is_plain(self, Layer)):
+        if not (sharded or is_plain(self, Layer)) or not _PLAIN.holds(self, sharded):
             return False
-        mssa, ista = self._modules.values()
-        for part in (mssa, ista):
-            if not (is_plain(part, PreNorm) and norm_is_plain(part._modules["norm"], sharded)):
-                return False
-        feed_forward = ista._modules["fn"]
-        dictionary = is_plain(feed_forward, FeedForward, sharded) and has_weights(feed_forward, "weight")
-        return dictionary and _attention_is_plain(mssa._modules["fn"], sharded)
+        step = self._modules["1"]._modules["fn"]
+        return has_weights(step, *step.weight_names)
 
     def class_token(self, x: Tensor) -> Tensor:
         """The class token that this layer makes of x: (batch, tokens, dim) to (batch, 1, dim), all it reads computed once.
 
         After the last layer nobody reads the other tokens, so what only they need is left out: nearly all of the layer.
         """
-        mssa, ista = self
+        mssa, sparse = self
         attention = mssa.fn
         out = functional.class_token_mssa(mssa.norm(x), attention.qkv.weight, attention.heads, attention.scale)
-        return ista(attention.to_out(out) + x[:, :1])
+        return sparse(attention.to_out(out) + x[:, :1])
 
     def weights(self) -> tuple[Tensor, ...]:
-        """The eight parameters: `kernels.LayerWeights` in order, with the dictionary D where that has M."""
-        mssa, ista = (part._modules for part in self._modules.values())  # attributes of modules are found slowly
+        """The parameters: `kernels.LayerWeights` in order, with the step's weights where that has M."""
+        mssa, sparse = (part._modules for part in self._modules.values())  # attributes of modules are found slowly
         attention = mssa["fn"]._modules
-        norm1, project, norm2 = (part._parameters for part in (mssa["norm"], attention["qkv"], ista["norm"]))
-        out = attention["to_out"]._modules["0"]._parameters
-        dictionary = ista["fn"]._parameters["weight"]
+        norm1, project, norm2 = (part._parameters for part in (mssa["norm"], attention["qkv"], sparse["norm"]))
+        out, step = attention["to_out"]._modules["0"]._parameters, sparse["fn"]
+        of_step = [step._parameters[name] for name in step.weight_names]
         vectors = norm2["weight"], norm2["bias"]
-        return norm1["weight"], norm1["bias"], project["weight"], out["weight"], out["bias"], *vectors, dictionary
+        return norm1["weight"], norm1["bias"], project["weight"], out["weight"], out["bias"], *vectors, *of_step
 
     def settings(self):
         """The numbers that are not learned, as `kernels.LayerSettings`."""
         from ..kernels import LayerSettings
 
-        mssa, ista = (part._modules for part in self._modules.values())
-        attention, feed_forward = mssa["fn"], ista["fn"]
-        shrinkage = feed_forward.step_size * feed_forward.lambd
-        return LayerSettings(attention.heads, attention.scale, mssa["norm"].eps, ista["norm"].eps, shrinkage)
+        mssa, sparse = (part._modules for part in self._modules.values())
+        attention, step = mssa["fn"], sparse["fn"]
+        shrinkage = step.step_size * step.lambd
+        return LayerSettings(attention.heads, attention.scale, mssa["norm"].eps, sparse["norm"].eps, shrinkage)
+
+    def flops(self, tokens: int) -> int:
+        """Multiplications of the products of `tokens` tokens, forward: two projections, two products of attention, the step."""
+        mssa, sparse = self
+        inner, dim = mssa.fn.qkv.weight.shape
+        return tokens * (2 * inner * (dim + tokens) + sparse.fn.flops(dim))
 
 
-def _attention_is_plain(attention: nn.Module, sharded: bool) -> bool:
-    if not is_plain(attention, Attention):
-        return False
-    inner = attention._modules
-    if not (is_plain(inner["attend"], nn.Softmax) and linear_is_plain(inner["qkv"], sharded)):
-        return False
-    project_back = inner["to_out"]
-    if not is_plain(project_back, nn.Sequential) or len(project_back._modules) != 2:
-        return False
-    linear, dropout = project_back._modules.values()
-    return linear_is_plain(linear, sharded) and is_plain(dropout, nn.Dropout) and is_plain(inner["dropout"], nn.Dropout)
+_PLAIN = PlainTree(  # what is below a layer that one computation may stand for
+    Place("0", (PreNorm,)),
+    norm_at("0.norm"),
+    Place("0.fn", (Attention,)),
+    Place("0.fn.attend", (nn.Softmax,)),
+    Place("0.fn.dropout", (nn.Dropout,)),
+    linear_at("0.fn.qkv"),
+    Place("0.fn.to_out", (nn.Sequential,)),
+    linear_at("0.fn.to_out.0"),
+    Place("0.fn.to_out.1", (nn.Dropout,)),
+    Place("1", (PreNorm,)),
+    norm_at("1.norm"),
+    Place("1.fn", STEPS.values()),
+)
 
 
 def _is_over_keys(softmax: nn.Module) -> bool:

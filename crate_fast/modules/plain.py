@@ -6,8 +6,9 @@ FSDP2's `fully_shard` is watched by nobody: its hooks make its weights whole for
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import MethodType
-from typing import TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,8 @@ def is_plain(module: nn.Module, cls: type[Kind], sharded: bool = False) -> TypeG
     """
     if type(module) is not cls or is_hooked(module) or "forward" in module.__dict__:
         return False
-    return all(p is None or type(p) in PLAIN or (sharded and _is_part(p)) for p in module._parameters.values())
+    parameters = module._parameters
+    return not parameters or all(p is None or type(p) in PLAIN or (sharded and _is_part(p)) for p in parameters.values())
 
 
 def is_sharded(module: nn.Module, cls: type[nn.Module]) -> bool:
@@ -83,15 +85,58 @@ def _is_part(parameter: Tensor) -> bool:
     return placements is not None and all(place.is_replicate() for place in placements[:-1])
 
 
-def norm_is_plain(norm: nn.Module, sharded: bool = False) -> bool:
-    """True for a plain LayerNorm with weight and bias; `sharded` as in `is_plain`."""
-    plain = is_plain(norm, nn.LayerNorm, sharded) and has_weights(norm, "weight", "bias")
-    return plain and norm.weight is not None and norm.bias is not None
+class Place(NamedTuple):
+    """What has to be at one place of a tree of modules for the tree to be plain."""
+
+    path: str  # as `nn.Module.get_submodule` takes it; below "", the root, and behind what is around it
+    classes: Collection[type[nn.Module]]
+    needed: tuple[str, ...] = ()  # parameters, no buffers or attributes instead
+    optional: tuple[str, ...] = ()  # the same, or None
 
 
-def linear_is_plain(linear: nn.Module, sharded: bool = False) -> bool:
-    """True for a plain Linear, with bias or without; `sharded` as in `is_plain`."""
-    return is_plain(linear, nn.Linear, sharded) and has_weights(linear, "weight", "bias")
+def norm_at(path: str) -> Place:
+    """A LayerNorm with weight and bias."""
+    return Place(path, (nn.LayerNorm,), ("weight", "bias"))
+
+
+def linear_at(path: str) -> Place:
+    """A Linear with bias or without."""
+    return Place(path, (nn.Linear,), ("weight",), ("bias",))
+
+
+class PlainTree:
+    """Which modules a tree has to have, and nothing else in an nn.Sequential, for one computation to stand for all of them."""
+
+    def __init__(self, *places: Place) -> None:
+        paths = ["", *(place.path for place in places)]
+        parents = [path.rpartition(".")[0] for path in paths[1:]]
+        self._length = parents.count("")
+        self._places = [
+            (paths.index(parent), path.rpartition(".")[2], classes, needed, optional, parents.count(path))
+            for parent, (path, classes, needed, optional) in zip(parents, places, strict=True)
+        ]
+
+    def holds(self, root: nn.Module, sharded: bool = False) -> bool:
+        """Whether all modules below `root` are plain and what they have to be; `sharded` as in `is_plain`."""
+        if isinstance(root, nn.Sequential) and len(root._modules) != self._length:
+            return False
+        modules = [root]
+        for parent, name, classes, needed, optional, length in self._places:
+            module: Any = modules[parent]._modules.get(name)
+            kind = type(module)
+            if kind not in classes or not is_plain(module, kind, sharded):
+                return False
+            if kind is nn.Sequential and len(module._modules) != length:
+                return False
+            parameters = module._parameters
+            for weight in needed:
+                if parameters.get(weight) is None:
+                    return False
+            for weight in optional:
+                if weight not in parameters:
+                    return False
+            modules.append(module)
+        return True
 
 
 def drops_nothing(dropout: nn.Module) -> bool:

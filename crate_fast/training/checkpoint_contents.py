@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..checkpoint.read import CheckpointError
-
-MOMENTS = {
-    **{name: {"step", "exp_avg", "exp_avg_sq"} for name in ("AdamW", "Adam")},
-    **{"Lion": {"exp_avg"}, "SGD": {"momentum_buffer"}},
-}
-"""What each optimizer keeps of a parameter."""
+from ..optimizers import OPTIMIZERS
 
 
 def is_count(value: object) -> bool:
@@ -41,6 +37,8 @@ PLAIN = {
 }
 """The plain values of a checkpoint by name, and what they must be."""
 
+WEIGHTS_ALONE = "a new run may start from its weights with --init"
+
 
 def check_values(path: Path, checkpoint: dict) -> dict:
     """The `checkpoint` read from `path`, whose plain values are what the loop will take them for.
@@ -51,7 +49,7 @@ def check_values(path: Path, checkpoint: dict) -> dict:
     for name, is_right in PLAIN.items():
         if name not in checkpoint or not is_right(checkpoint[name]):
             found = str(checkpoint[name])[:100] if name in checkpoint else "missing"
-            raise CheckpointError(f"{path}: no checkpoint of a run that can go on: its {name!r} is {found}")
+            raise CheckpointError(f"{path}: no checkpoint of a run that can go on: its {name!r} is {found}; {WEIGHTS_ALONE}")
     if not isinstance(checkpoint.get("settings", {}), dict):
         raise CheckpointError(f"{path}: no checkpoint of a run that can go on: its 'settings' are none")
     return checkpoint
@@ -70,24 +68,25 @@ def check_place(checkpoint: dict, where: Path, *, epochs: int, steps: int, scali
         raise CheckpointError(f"{where}: the checkpoint's scaling of the loss has not counted its steps")
 
 
-def check_whole(model: nn.Module, checkpoint: dict, optimizer: str, wants_mean: bool, where: Path) -> None:
+def check_whole(model: nn.Module, optimizer: Optimizer, checkpoint: dict, wants_mean: bool, where: Path) -> None:
     """Raises CheckpointError unless the tensors of a checkpoint in one file are those of `model` and of its `optimizer`."""
+    kind = type(optimizer).__name__
     for part in ("model", "ema") if wants_mean else ("model",):
         _check_like(model.state_dict(), checkpoint.get(part), part, where)
     found = checkpoint.get("optimizer")
     state = found.get("state") if isinstance(found, dict) else None
-    parameters = list(model.parameters())
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]  # which its state is numbered by
     if not isinstance(state, dict) or (state and set(state) != set(range(len(parameters)))):
-        raise CheckpointError(f"{where}: the checkpoint has no state of {optimizer} for each of {len(parameters)} parameters")
+        raise CheckpointError(f"{where}: the checkpoint has no state of {kind} for each of {len(parameters)} parameters")
     for number, moments in state.items():
-        if not isinstance(moments, dict) or set(moments) != MOMENTS[optimizer]:
-            raise CheckpointError(f"{where}: the checkpoint's state of the optimizer is none of {optimizer}")
+        if not isinstance(moments, dict) or set(moments) != OPTIMIZERS[kind].keeps:
+            raise CheckpointError(f"{where}: the checkpoint's state of the optimizer is none of {kind}")
         for name, value in moments.items():
-            if optimizer == "SGD" and value is None:  # without momentum
+            if value is None and name in OPTIMIZERS[kind].may_lack:
                 continue
             expected = () if name == "step" else parameters[number].shape
             if not isinstance(value, Tensor) or value.shape != expected or not value.is_floating_point():
-                raise CheckpointError(f"{where}: the checkpoint's {name!r} of parameter {number} is none of {optimizer}")
+                raise CheckpointError(f"{where}: the checkpoint's {name!r} of parameter {number} is none of {kind}")
 
 
 def _check_like(own: dict[str, Tensor], found: object, part: str, where: Path) -> None:

@@ -19,10 +19,10 @@ import torch
 from ..checkpoint.read import CheckpointError, DamagedError, read_checkpoint
 from ..checkpoint.save_load import save_checkpoint
 from ..device import Compute
-from ..files import remove
+from ..files import first_line, remove
 from ..model.crate import CRATE
 from ..processes import Ranks
-from .checkpoint_contents import check_values
+from .checkpoint_contents import WEIGHTS_ALONE, check_values
 
 NAME = "step-{:08d}"
 ASIDE = 3  # files of a kind that are set aside and not deleted: the newest
@@ -39,7 +39,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(behind, OSError) and behind.strerror:
             return behind.strerror
         behind = behind.__context__
-    return str(error).strip().partition("\n")[0]
+    return first_line(error)
 
 
 class Checkpoints:
@@ -85,9 +85,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, RuntimeError) as error:  # PyTorch's writer makes RuntimeErrors of the system's
-            reason = _reason(error)
             kept = f"{before} is kept" if before else "there was none before it"
-            raise SavingError(f"{path} cannot be written ({reason}); {kept}") from error
+            raise SavingError(f"{path} cannot be written ({_reason(error)}); {kept}") from error
 
     def name(self, path: Path, best: bool) -> None:
         """Makes `path` the last checkpoint, and the best if it is that, and removes those that are no longer to be kept."""
@@ -96,13 +95,15 @@ class Checkpoints:
         for old in self.numbered()[self._keep :]:
             self._remove(old)
 
-    def read(self, path: Path) -> dict:
-        """The checkpoint `path`, looked at whole; raises CheckpointError where it is damaged, or no run can go on from it."""
-        return check_values(path, read_checkpoint(path))
+    def read(self, path: Path, whole: bool = True) -> dict:
+        """The checkpoint `path`, and its "path"; `whole`: after a look at all of it, which another process may have had.
 
-    def read_checked(self, path: Path) -> dict:
-        """The checkpoint `path`, which another process has looked at; its "path" is there too."""
-        return check_values(path, read_checkpoint(path)) | {"path": str(path)}
+        Raises CheckpointError where it is damaged, or no run can go on from it.
+        """
+        return check_values(path, self._content(path, whole)) | {"path": str(path)}
+
+    def _content(self, path: Path, whole: bool) -> dict:
+        return read_checkpoint(path)  # which looks at all of it in any case
 
     def load_newest(self) -> tuple[Path, dict] | None:
         """The newest checkpoint that is whole, or None in a folder that has had none.
@@ -128,7 +129,9 @@ class Checkpoints:
             raise CheckpointError(f"{damaged[0][1]}; no checkpoint in {self.folder} is whole, so the run cannot go on")
         left = sorted(name for name in os.listdir(self.folder) if not name.startswith("."))
         if left:
-            raise CheckpointError(f"{self.folder}: no checkpoint step-*{self.suffix} to go on from, but {left[-1]}")
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint step-*{self.suffix} to go on from, but {left[-1]}; {WEIGHTS_ALONE}"
+            )
         return None
 
     def set_aside_after(self, step: int) -> None:
@@ -153,11 +156,14 @@ class Checkpoints:
         """Makes `name` another name of the file `path`, at once: it is the old file or the new one."""
         aside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
         aside.unlink(missing_ok=True)
-        try:
-            os.link(path, aside)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, aside)
+        self._name_too(path, aside)
         os.replace(aside, name)
+
+    def _name_too(self, path: Path, name: Path) -> None:
+        try:
+            os.link(path, name)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, name)
 
 
 def circumstances(compute: Compute, ranks: Ranks) -> dict[str, str | int]:

@@ -5,15 +5,12 @@ Not run on a GPU yet. What decides between graph and model runs everywhere and i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..device import Compute
-from ..settings import ConfigError, TrainConfig
-
-WARMUP = 3  # rounds before recording, in which kernels are compiled and libraries set up
+from ..model import cuda_graph
+from ..settings import ConfigError, MachineSettings
 
 
 class Graphed(nn.Module):
@@ -53,15 +50,12 @@ def record(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> nn
 
     Dropout draws anew at every replay, from the seed that is set before it.
     """
-    images = torch.zeros(shape, device=device)
-    with torch.cuda.device(device):  # whose streams are recorded from
-        recorded: Any = torch.cuda.make_graphed_callables(model.train(), (images,), num_warmup_iters=WARMUP)
-    return recorded
+    return cuda_graph.record(model.train(), torch.zeros(shape, device=device))
 
 
-def check_graphs(config: TrainConfig, compute: Compute) -> None:
+def check_graphs(settings: MachineSettings, compute: Compute) -> None:
     """Raises ConfigError where --cuda-graphs is "yes" and `compute` is no CUDA GPU."""
-    if config.cuda_graphs == "yes" and compute.device.type != "cuda":
+    if settings.cuda_graphs and compute.device.type != "cuda":
         raise ConfigError(
-            f"--cuda-graphs is 'yes', which needs a CUDA GPU; --device is {config.device!r}, here {compute.device.type}"
+            f"--cuda-graphs is 'yes', which needs a CUDA GPU; --device is {settings.device!r}, here {compute.device.type}"
         )

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 LATE = 0.1  # part of the time; more of it is told
-WATCHED = 10.0  # seconds that are looked at together
+WINDOW = 10.0  # seconds that are looked at together
 
 
-class Waiting:
+class DataWait:
     """While entered, data are waited for; `read` tells how long.
 
     On a GPU what was launched goes on while the host waits, often for long: there it is the device's own pause that counts,
@@ -25,7 +25,7 @@ class Waiting:
     def __init__(self, device: torch.device, advice: str | None) -> None:
         self._advice, self._pauses, self._seconds = advice, [], 0.0
         self._device, self._is_gpu = device, device.type == "cuda"
-        self._begun, self._watched, self._late = False, 0.0, 0.0
+        self._begun, self._window, self._late = False, 0.0, 0.0
 
     def __enter__(self) -> None:
         self._start = self._now()
@@ -48,10 +48,10 @@ class Waiting:
         return waited / seconds, line
 
     def _complain(self, waited: float, seconds: float) -> str | None:
-        self._watched, self._late = self._watched + seconds, self._late + waited
-        if self._watched < WATCHED or self._advice is None:
+        self._window, self._late = self._window + seconds, self._late + waited
+        if self._window < WINDOW or self._advice is None:
             return None
-        part, self._watched, self._late = self._late / self._watched, 0.0, 0.0
+        part, self._window, self._late = self._late / self._window, 0.0, 0.0
         if part <= LATE:
             return None
         advice, self._advice = self._advice, None

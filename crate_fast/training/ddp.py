@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.order import Plan
 from ..device import Compute
 from ..model.crate import CRATE
-from ..settings import ConfigError, TrainConfig
+from ..settings import ConfigError, MachineSettings
 from .checkpoint_contents import check_whole
 from .checkpoints import Checkpoints
 from .collectives import Together
@@ -25,15 +25,15 @@ class Replicated(Together):
 
     checkpoints = Checkpoints
 
-    def __init__(self, model: CRATE, average: CRATE | None, config: TrainConfig, plan: Plan, compute: Compute) -> None:
+    def __init__(self, model: CRATE, average: CRATE | None, settings: MachineSettings, plan: Plan, compute: Compute) -> None:
         super().__init__(plan.ranks)
-        self._model, self._average, self._optimizer = model, average, config.optimizer
+        self._model, self._average = model, average
         self.flat = Flat(model)
         self.flat_average = None if average is None else Flat(average, gradients=False)
-        if config.compile == "yes":
+        if settings.compile:
             model.compile()
         part = (plan.largest_part, model.channels, *model.image_size)
-        net = Graphed(model, part, compute) if config.cuda_graphs == "yes" else model
+        net = Graphed(model, part, compute) if settings.cuda_graphs else model
         self.net: Any = replicate(net, compute) if plan.ranks.count > 1 else net
 
     def summing(self, last: bool) -> AbstractContextManager:
@@ -53,8 +53,7 @@ class Replicated(Together):
 
     def load(self, checkpoint: dict, optimizer: torch.optim.Optimizer) -> None:
         """Takes model, optimizer and mean from a checkpoint."""
-        kind, mean = self._optimizer, self._average is not None
-        check_whole(self._model, checkpoint, kind, mean, Path(checkpoint["path"]))
+        check_whole(self._model, optimizer, checkpoint, self._average is not None, Path(checkpoint["path"]))
         self._model.load_state_dict(checkpoint["model"])
         # The groups are of this run's settings, which the checkpoint's were found to be.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
@@ -66,19 +65,21 @@ class Replicated(Together):
         return model if self._ranks.first else None
 
 
-def parallel_kind(config: TrainConfig) -> type:
+def parallel_kind(settings: MachineSettings) -> type:
     """How processes share the work: `Replicated`, or `fsdp.Sharded`, imported where it is asked for."""
-    if config.strategy == "ddp":
+    if settings.strategy == "ddp":
         return Replicated
     from .fsdp import Sharded
 
     return Sharded
 
 
-def check_strategy(config: TrainConfig, compute: Compute) -> None:
+def check_strategy(settings: MachineSettings, compute: Compute) -> None:
     """Raises ConfigError where --strategy is "fsdp" and `compute` is on no device that FSDP2 knows."""
-    if config.strategy == "fsdp" and compute.device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--strategy is 'fsdp', for CPUs and CUDA GPUs; --device is {config.device!r}, here {compute.device}")
+    if settings.strategy == "fsdp" and compute.device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"--strategy is 'fsdp', for CPUs and CUDA GPUs; --device is {settings.device!r}, here {compute.device}"
+        )
 
 
 def replicate(model: nn.Module, compute: Compute) -> DistributedDataParallel:

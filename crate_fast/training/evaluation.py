@@ -13,11 +13,12 @@ from torch import Tensor
 from ..checkpoint.read import model_file
 from ..checkpoint.save_load import load_checkpoint
 from ..data.open import Data, open_data
+from ..data_sets import UNCHANGED
 from ..device import check_kernels, choose_compute
 from ..eval_transform import transform_of
 from ..model.crate import CRATE
 from ..processes import process_group, read_ranks
-from ..settings import ConfigError, TrainConfig
+from ..settings import ConfigError, DataSettings, MachineSettings, TrainConfig
 from ..sizes import SIZES
 from .metrics import Score, evaluate
 from .resolve import resolve
@@ -25,7 +26,7 @@ from .run_directory import CLASS_NAMES, RunDirectory
 
 SAID = ("dim", "depth", "heads")  # what --arch says of a model
 # Settings of the run's own data, which are no others'.
-UNMOVED = {"rotate": 0.0, "zoom": 0.0, "shift": 0.0, "augment": "none", "erase": 0.0}
+UNMOVED = {name: none for settings in UNCHANGED.values() for name, none in settings.items()}
 
 
 def evaluate_run(
@@ -99,11 +100,11 @@ def _settings(path: Path, asked: dict) -> TrainConfig:
     if run is None:
         return resolve(asked)
     own = run.read_config()
-    still = {} if asked.get("data", own.data) == own.data else dict(UNMOVED)
+    still = {} if asked.get("data", own.data) == own.data else UNMOVED
     return replace(own, classes=None, **still | asked)
 
 
-def _crop_of(model: CRATE, file: Path, settings: TrainConfig, known: bool, tell: bool) -> float:
+def _crop_of(model: CRATE, file: Path, settings: DataSettings, known: bool, tell: bool) -> float:
     """--eval-crop of a model: what its file says, else its run (`known`), else main.py, which a line on stderr says."""
     if model.transform is not None:
         return model.transform.crop
@@ -129,7 +130,7 @@ def _normalised_for(
         yield images * factor + addend, labels
 
 
-def _load(file: Path, settings: TrainConfig, arch: str | None, weights: str | None) -> CRATE:
+def _load(file: Path, settings: MachineSettings, arch: str | None, weights: str | None) -> CRATE:
     """The model in float32, to which `precision` refers, whatever its file has."""
     model = load_checkpoint(file, backend=settings.backend, weights=weights).float()
     if arch is not None and any(getattr(model.transformer, name) != SIZES[arch.removeprefix("CRATE_")][name] for name in SAID):

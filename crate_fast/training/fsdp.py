@@ -26,7 +26,7 @@ from ..checkpoint.save_load import constructor_arguments
 from ..data.order import Plan
 from ..device import Compute
 from ..model.crate import CRATE
-from ..settings import TrainConfig
+from ..settings import MachineSettings
 from .collectives import Together
 from .sharded_checkpoints import ShardedCheckpoints
 
@@ -70,7 +70,7 @@ class Sharded(Together):
 
     checkpoints = ShardedCheckpoints
 
-    def __init__(self, model: CRATE, average: CRATE | None, config: TrainConfig, plan: Plan, compute: Compute) -> None:
+    def __init__(self, model: CRATE, average: CRATE | None, settings: MachineSettings, plan: Plan, compute: Compute) -> None:
         super().__init__(plan.ranks)
         self._model: Any = model  # an FSDPModule too, below
         self._average = average

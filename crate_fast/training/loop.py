@@ -21,11 +21,11 @@ from ..settings import TrainConfig
 from ..signals import Signals, Stopped
 from .checkpoint_contents import check_place
 from .checkpoints import circumstances
-from .data_wait import Waiting
+from .data_wait import DataWait
 from .ddp import parallel_kind
 from .metrics import Meter, Score, evaluate, measure
 from .mixing import mix
-from .monitor import Watch, peak_flops, training_flops
+from .monitor import Monitor, peak_flops, training_flops
 from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from .run_directory import RunDirectory
 
@@ -57,7 +57,7 @@ class Trainer:
         self.score: Score | None = None
         self.best = -1.0
         self.meter = Meter(compute.device)
-        self.waiting = Waiting(compute.device, data.advice)
+        self.data_wait = DataWait(compute.device, data.advice)
         self.bad_step = torch.full((), NEVER, device=compute.device)
         self._saved = time.monotonic()
 
@@ -75,7 +75,7 @@ class Trainer:
         self.signals.training = True
         hide = None if self.ranks.first else True  # None: hidden unless stderr is a terminal
         bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=hide, dynamic_ncols=True)
-        with bar, Watch(self.config, run, self.ranks.first, self.step) as self.watch:
+        with bar, Monitor(self.config, run, self.ranks.first, self.step) as self.monitor:
             while self.evaluated < self.config.epochs:
                 self._train_epoch(bar)
                 self._evaluate_epoch(bar)
@@ -128,7 +128,7 @@ class Trainer:
         for place in range(first, self.plan.steps):
             self._train_step(place, batches)
             bar.update()
-            self.watch.step()
+            self.monitor.step()
             if self.step % self.config.log_every == 0 or place + 1 == self.plan.steps:
                 self._log_training(bar, start, self.step - logged)
                 start, logged = time.perf_counter(), self.step
@@ -142,7 +142,7 @@ class Trainer:
         self.flat.zero()
         sums = torch.zeros_like(self.meter.sums)
         for part in range(self.plan.accumulate):
-            with self.waiting:
+            with self.data_wait:
                 images, labels = next(batches)
             sums += self._accumulate(images, labels, part, self.plan.images(place))
         self._update(self.ranks.sum(sums))
@@ -184,7 +184,7 @@ class Trainer:
         """A line of metrics, and of the bar, for the steps since `start`; waits for the device."""
         self._check_finite()
         seconds = time.perf_counter() - start
-        waiting, line = self.waiting.read(seconds)
+        waiting, line = self.data_wait.read(seconds)
         if line is not None and self.ranks.first:
             bar.write(f"crate-fast: warning: {line}", file=sys.stderr)
         score, self.meter = self.meter.read(), Meter(self.compute.device)
@@ -232,7 +232,7 @@ class Trainer:
             counts = {"top1": score.top1, "top5": score.top5, "correct": score.correct, "count": score.count}
             row = {"step": self.step, "epoch": epoch, "split": split, "loss": score.loss, **counts, **more}
             self.run.log(**row)
-            self.watch.row(row)
+            self.monitor.row(row)
 
     def _check_finite(self) -> None:
         bad_step = int(self.bad_step.item())
@@ -252,8 +252,8 @@ class Trainer:
         if number is not None:
             path = self._save(False)
             self.parallel.wait_for_first()
-            told = f"stopped by signal {number} after step {self.step}, saved as {path}"
-            raise Stopped(number, told if self.ranks.first else "")
+            message = f"stopped by signal {number} after step {self.step}, saved as {path}"
+            raise Stopped(number, message if self.ranks.first else "")
         if due:
             self._save(False)
 

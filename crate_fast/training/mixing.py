@@ -9,7 +9,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..settings import TrainConfig
+from ..settings import OptimisationSettings
 
 
 class Mixed(NamedTuple):
@@ -29,29 +29,29 @@ class Mixed(NamedTuple):
         return self.part * own + (1 - self.part) * F.cross_entropy(logits, self.others, **options)
 
 
-def mix(images: Tensor, labels: Tensor, config: TrainConfig, key: tuple[int, ...]) -> Mixed:
-    """The batch (images, labels), mixed with itself backwards as `config` asks; what is drawn depends on `key` alone.
+def mix(images: Tensor, labels: Tensor, settings: OptimisationSettings, key: tuple[int, ...]) -> Mixed:
+    """The batch (images, labels), mixed with itself backwards as `settings` ask; what is drawn depends on `key` alone.
 
     The draws are made on the host, so the device is not waited for.
     """
-    if not (config.mixup or config.cutmix) or len(labels) < 2:
+    if not (settings.mixup or settings.cutmix) or len(labels) < 2:
         return Mixed(images, labels, labels, 1.0)
-    draw = np.random.default_rng(key)
-    cut = config.cutmix > 0 and (config.mixup == 0 or draw.random() < 0.5)
-    alpha = config.cutmix if cut else config.mixup
-    part = float(draw.beta(alpha, alpha))
+    rng = np.random.default_rng(key)
+    cut = settings.cutmix > 0 and (settings.mixup == 0 or rng.random() < 0.5)
+    alpha = settings.cutmix if cut else settings.mixup
+    part = float(rng.beta(alpha, alpha))
     others = images.flip(0)
     if not cut:
         return Mixed(images.lerp(others, 1 - part), labels, labels.flip(0), part)
     height, width = images.shape[-2:]
-    top, bottom = _side(height, part, draw)
-    left, right = _side(width, part, draw)
+    top, bottom = _side(height, part, rng)
+    left, right = _side(width, part, rng)
     images = images.clone()
     images[..., top:bottom, left:right] = others[..., top:bottom, left:right]
     return Mixed(images, labels, labels.flip(0), 1 - (bottom - top) * (right - left) / (height * width))
 
 
-def _side(length: int, part: float, draw: np.random.Generator) -> tuple[int, int]:
+def _side(length: int, part: float, rng: np.random.Generator) -> tuple[int, int]:
     """One side of the rectangle that replaces 1 - `part` of the area: centred anywhere, cut off at the edges."""
-    centre, half = int(draw.integers(length)), int(length * math.sqrt(1 - part)) // 2
+    centre, half = int(rng.integers(length)), int(length * math.sqrt(1 - part)) // 2
     return max(0, centre - half), min(length, centre + half)

@@ -17,7 +17,7 @@ from ..files import drawable, write_atomically
 from ..model.crate import CRATE
 from ..model.transformer import layers_of
 from ..optional import require
-from ..settings import TrainConfig
+from ..settings import MachineSettings, RunSettings
 from .checkpoints import SavingError
 from .run_directory import RunDirectory
 
@@ -33,23 +33,21 @@ PEAKS = {
 def training_flops(model: CRATE) -> float:
     """Flops of the products of one image's forward and backward pass, the usual numerator of model-flops utilisation.
 
-    Three times those forward: the embedding, in a layer two projections, the ISTA step as the one product h M and two
-    products of attention, the head. What the tied attention's symmetry saves is not taken off.
+    Three times those forward: the embedding, in a layer two projections, two products of attention and the step of
+    sparsification, ISTA as the one product h M, the head. What the tied attention's symmetry saves is not taken off.
     """
     tokens, dim = model.pos_embedding.shape[1:]
     embedding: Any = model.to_patch_embedding[2]
     head: Any = model.mlp_head[1]
     total = (tokens - 1) * embedding.in_features * dim + dim * head.out_features
-    for mssa, _ in layers_of(model.transformer):
-        inner = mssa.fn.qkv.out_features
-        total += tokens * dim * (2 * inner + dim) + 2 * tokens * tokens * inner
+    total += sum(layer.flops(tokens) for layer in layers_of(model.transformer))
     return 6.0 * total
 
 
-def peak_flops(config: TrainConfig, compute: Compute) -> float | None:
+def peak_flops(settings: MachineSettings, compute: Compute) -> float | None:
     """Flops a second that a device can make at most: as --peak-tflops says, or for a known GPU in 16 bit; else None."""
-    if config.peak_tflops:
-        return 1e12 * config.peak_tflops
+    if settings.peak_tflops:
+        return 1e12 * settings.peak_tflops
     if compute.device.type != "cuda" or compute.precision == "float32":  # how float32 multiplies is not for its name to say
         return None
     return next((1e12 * peak for name, peak in PEAKS.items() if name in compute.describe()), None)
@@ -71,16 +69,16 @@ def _quiet_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-class Watch:
-    """What `config` asks for beside metrics.jsonl, in the first process; while entered, it is told of steps and rows."""
+class Monitor:
+    """What `settings` ask for beside metrics.jsonl, in the first process; while entered, it is told of steps and rows."""
 
-    def __init__(self, config: TrainConfig, run: RunDirectory, first: bool, step: int) -> None:
+    def __init__(self, settings: RunSettings, run: RunDirectory, first: bool, step: int) -> None:
         self._run = run
-        self._wants_board = first and config.tensorboard == "yes"
-        self._wants_trace = first and config.profile == "yes"
+        self._wants_board = first and settings.tensorboard
+        self._wants_trace = first and settings.profile
         self._step, self._board, self._profiler = step, None, None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Monitor:
         self._stack = ExitStack()
         if self._wants_board:
             from torch.utils.tensorboard import SummaryWriter

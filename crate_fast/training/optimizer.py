@@ -8,46 +8,41 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..optional import require
-from ..settings import ConfigError, TrainConfig
+from ..optimizers import OPTIMIZERS
+from ..settings import ConfigError, OptimisationSettings, listed
 
 MAIN_WARMUP = 20  # epochs, in the published main.py
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimizer that `config` asks for, on all parameters; every step moves all tensors together.
+def build_optimizer(model: nn.Module, settings: OptimisationSettings) -> Optimizer:
+    """The optimizer that `settings` ask for, on all parameters; every step moves all tensors together.
 
     Raises:
         ConfigError: it cannot move parameters in parts, with --strategy fsdp, in this version of PyTorch.
-        MissingPackageError: lion-pytorch is not installed.
+        MissingPackageError: a package that it needs is not installed.
     """
-    groups = _groups(model, config)
-    if config.optimizer == "Lion":
-        require("lion_pytorch")
-        from lion_pytorch.foreach import Lion
-
-        _check_signs(next(model.parameters()))
-        return Lion(groups, lr=config.lr, weight_decay=config.weight_decay)
-    options = {"lr": config.lr, "weight_decay": config.weight_decay, "foreach": True}
-    if config.optimizer == "SGD":
-        return torch.optim.SGD(groups, momentum=config.momentum, **options)
-    return {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.optimizer](groups, betas=(0.9, 0.999), **options)
+    known = OPTIMIZERS[settings.optimizer]
+    if known.needs is not None:
+        _check_operation(settings.optimizer, known.needs, next(model.parameters()))
+    options = {name: getattr(settings, name) for name in ("lr", "weight_decay", *known.takes)}
+    return known.build(_groups(model, settings.decay), **options)
 
 
-def _check_signs(parameter: nn.Parameter) -> None:
-    """Whether Lion's step is there for parameters like this one: of those in parts PyTorch 2.11 takes no signs, 2.14 does."""
+def _check_operation(name: str, operation: str, parameter: nn.Parameter) -> None:
+    """Whether an operation is there for parameters like this one: of those in parts PyTorch 2.11 takes no signs, 2.14 does."""
     try:
-        torch._foreach_sign_([torch.zeros_like(parameter.detach())])
+        getattr(torch, operation)([torch.zeros_like(parameter.detach())])
     except NotImplementedError as error:
+        others = listed(other for other, known in OPTIMIZERS.items() if known.needs is None)
         raise ConfigError(
-            f"--optimizer is 'Lion' and --strategy is 'fsdp', which PyTorch {torch.__version__} cannot run together; "
-            "a newer one can, and here AdamW, Adam and SGD can"
+            f"--optimizer is {name!r} and --strategy is 'fsdp', which PyTorch {torch.__version__} cannot run together; "
+            f"a newer one can, and here {others} can"
         ) from error
 
 
-def _groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+def _groups(model: nn.Module, decay: str) -> list[dict]:
     """All parameters in one group that decays; with decay="matrices" vectors and embeddings in another, that does not."""
-    if config.decay == "all":
+    if decay == "all":
         return [{"params": list(model.parameters())}]
     decaying, other = [], []
     for parameter in model.parameters():
@@ -55,14 +50,14 @@ def _groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     return [{"params": decaying}, {"params": other, "weight_decay": 0.0}]
 
 
-def learning_rate_at(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """The learning rate of `step`, counted from 1 over all epochs, by the schedule that `config` asks for."""
+def learning_rate_at(step: int, steps_per_epoch: int, settings: OptimisationSettings) -> float:
+    """The learning rate of `step`, counted from 1 over all epochs, by the schedule that `settings` ask for."""
     epoch = (step - 1) // steps_per_epoch
-    if config.schedule == "main-epoch":
-        return config.lr * main_factor(epoch, config.epochs)
-    if config.schedule == "finetune-epoch":
-        return config.lr * finetune_factor(epoch, config.epochs)
-    return learning_rate(step, steps_per_epoch * config.epochs, config.lr, config.warmup)
+    if settings.schedule == "main-epoch":
+        return settings.lr * main_factor(epoch, settings.epochs)
+    if settings.schedule == "finetune-epoch":
+        return settings.lr * finetune_factor(epoch, settings.epochs)
+    return learning_rate(step, steps_per_epoch * settings.epochs, settings.lr, settings.warmup)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:

@@ -12,6 +12,7 @@ from ..checkpoint.read import CheckpointError, read_checkpoint
 from ..checkpoint.save_load import constructor_arguments, load_file, transform_entry
 from ..files import write_atomically
 from ..model.crate import CRATE
+from ..optimizers import OPTIMIZERS
 from ..settings import TrainConfig
 from ..sizes import SIZES
 from .checkpoint_contents import check_values, check_whole
@@ -68,7 +69,9 @@ def save_main(source: Path, target: Path, prefix: str = WRAPPERS[0], wanted: str
         words = f"its optimizer is {config.optimizer} with --decay {config.decay}; main.py has AdamW and Lion, which decay all"
         raise CheckpointError(f"{source}: {words}{OTHERWISE}")
     model = load_file(source, "cpu", {}, wanted or ("last" if content.get("ema") is not None else None))
-    check_whole(model, content, config.optimizer, False, source)
+    groups = [{"params": list(model.parameters())}]
+    optimizer = OPTIMIZERS[config.optimizer].build(groups, lr=config.lr, weight_decay=config.weight_decay)
+    check_whole(model, optimizer, content, False, source)
     saved = _as_main(model, config, content, prefix)
     write_atomically(target, lambda file: torch.save(saved, file))
     return model, _notes(content, config, saved["arch"], run.read_steps() // config.epochs)

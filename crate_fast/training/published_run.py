@@ -12,9 +12,10 @@ from torch import Tensor
 from ..checkpoint.archives import CheckpointError, read_beside_others
 from ..checkpoint.layouts import find_weights
 from ..checkpoint.read import check_all_plain
+from ..optimizers import OPTIMIZERS
 from ..settings import ConfigError, TrainConfig, flag
 from ..sizes import ARCHITECTURES, SIZES
-from .checkpoint_contents import MOMENTS, is_count
+from .checkpoint_contents import is_count
 from .optimizer import main_factor
 from .run_directory import NO_RUN, RunDirectory
 
@@ -102,7 +103,7 @@ def _read_optimizer(path: Path, optimizer: dict) -> tuple[dict, dict[int, dict],
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict) or not isinstance(state, dict):
         raise CheckpointError(f"{path}: its optimizer is none of main.py, which has all parameters in one group")
     moments = {frozenset(one) if isinstance(one, dict) else frozenset() for one in state.values()}
-    kind = next((name for name in ("AdamW", "Lion") if moments == {frozenset(MOMENTS[name])}), None)
+    kind = next((name for name, one in OPTIMIZERS.items() if one.main is not None and moments == {one.keeps}), None)
     if kind is None:
         raise CheckpointError(f"{path}: its optimizer has made no step, or is neither AdamW nor Lion, main.py's")
     rates: dict[str, Any] = {name: groups[0].get(name) for name in ("lr", "weight_decay")}

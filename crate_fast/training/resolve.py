@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from ..files import check_regular, parse_json
-from ..settings import ConfigError, TrainConfig, flag
+from ..settings import SETTINGS, ConfigError, TrainConfig, as_flag, flag, read_stored
 from ..sizes import SIZES
 
 if sys.version_info >= (3, 11):
@@ -18,7 +17,6 @@ else:
 
 RECIPES = Path(__file__).parent / "recipes"
 NAMES = tuple(sorted(path.stem for path in RECIPES.glob("*.toml")))
-SETTINGS = {setting.name: setting for setting in fields(TrainConfig)}
 # What a resumed run may be told anew: where things are, how often it saves, how it is watched, nothing that moves a bit of
 # its weights.
 SAVING = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
@@ -84,8 +82,9 @@ def check_unchanged(config: TrainConfig, given: dict, where: Path) -> dict:
     """The settings of `given` that a resumed run takes; raises ConfigError if another one differs from the run's `config`."""
     for name, value in given.items():
         ours = getattr(config, name)
-        if name not in (*CHANGEABLE, "out", "data") and value != ours:
-            raise ConfigError(f"{flag(name)} is {value}; the run in {where} was started with {ours}, which a resumed run keeps")
+        if name not in (*CHANGEABLE, "out", "data") and read_stored(name, value) != ours:
+            before = f"the run in {where} was started with {as_flag(ours)}, which a resumed run keeps"
+            raise ConfigError(f"{flag(name)} is {as_flag(value)}; {before}")
     return {name: value for name, value in given.items() if name in (*CHANGEABLE, "data")}
 
 
@@ -93,10 +92,9 @@ def check_written(config: TrainConfig, written: dict, where: Path) -> None:
     """Raises ConfigError unless the settings read from `where` are those that a checkpoint was `written` with, but for what may
     change. Checkpoints of before have none."""
     for name in SETTINGS.keys() & written.keys() - {*CHANGEABLE, "out", "data"}:
-        if getattr(config, name) != written[name]:
-            raise ConfigError(
-                f"{where}: {name} is {getattr(config, name)!r}; the run's checkpoints were written with {written[name]!r}"
-            )
+        ours, theirs = getattr(config, name), read_stored(name, written[name])
+        if ours != theirs:
+            raise ConfigError(f"{where}: {name} is {ours!r}; the run's checkpoints were written with {theirs!r}")
 
 
 def describe(config: TrainConfig) -> str:

@@ -23,7 +23,7 @@ from ..locks import unlock
 from ..model.crate import CRATE
 from ..optional import TRAIN, require
 from ..processes import Ranks, process_group, read_ranks
-from ..settings import ConfigError, TrainConfig
+from ..settings import ConfigError, MachineSettings, ModelSettings, RunSettings, TrainConfig
 from ..signals import Signals, Stopped
 from .checkpoints import circumstances, warn_of_changes
 from .cuda_graphs import check_graphs
@@ -122,7 +122,7 @@ def _check(config: TrainConfig, ranks: Ranks) -> Compute:
     check_kernels(config.backend, config.device, compute, config.dim_head)
     check_graphs(config, compute)
     check_strategy(config, compute)
-    if config.tensorboard == "yes":
+    if config.tensorboard:
         require("tensorboard")
         if not is_text(config.out or ""):
             raise ConfigError(f"--tensorboard is yes and --out is {config.out}; TensorBoard takes names in UTF-8 alone")
@@ -174,35 +174,36 @@ def build_model(config: TrainConfig, data: Data) -> CRATE:
     """The CRATE that `config` asks for, with a head for `data`, on the CPU, its weights drawn from the seed."""
     torch.manual_seed(config.seed)
     try:
-        model = _build(config, data)
+        model = _build(config, config, data)
     except ValueError as error:  # sizes that are within their bounds one by one
         raise ConfigError(str(error)) from error
     model.transform = transform_of(config.eval_crop, data.describe())
     return model
 
 
-def _build(config: TrainConfig, data: Data) -> CRATE:
+def _build(settings: ModelSettings, machine: MachineSettings, data: Data) -> CRATE:
     return CRATE(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
         num_classes=data.classes,
-        dim=config.dim,
-        depth=config.depth,
-        heads=config.heads,
-        pool=config.pool,
+        dim=settings.dim,
+        depth=settings.depth,
+        heads=settings.heads,
+        pool=settings.pool,
         channels=data.channels,
-        dim_head=config.dim_head,
-        dropout=config.dropout,
-        emb_dropout=config.dropout,
-        ista=config.ista,
-        lambd=config.lambd,
-        backend=config.backend,
+        dim_head=settings.dim_head,
+        dropout=settings.dropout,
+        emb_dropout=settings.dropout,
+        ista=settings.ista,
+        lambd=settings.lambd,
+        backend=machine.backend,
+        stream=machine.stream,
     )
 
 
-def _check_out(config: TrainConfig, ranks: Ranks, resume: str | None) -> None:
+def _check_out(settings: RunSettings, ranks: Ranks, resume: str | None) -> None:
     """Where torchrun may restart a run, it must find it again."""
-    if config.out is not None:
+    if settings.out is not None:
         return
     if ranks.count > 1 and resume is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0").strip() not in ("", "0"):
         raise ConfigError(
@@ -218,11 +219,11 @@ def _launch() -> str | None:
     return None if name == "none" else name
 
 
-def _implied(config: TrainConfig, ranks: Ranks) -> str | None:
+def _implied(settings: RunSettings, ranks: Ranks) -> str | None:
     """ "auto" where torchrun has started this process again: it counts its restarts, but not on every machine alike."""
     if ranks.restarts:
         return "auto"
-    before = RunDirectory(config.out).read_launch() if config.out is not None else None
+    before = RunDirectory(settings.out).read_launch() if settings.out is not None else None
     return "auto" if before is not None and before == _launch() else None
 
 
@@ -252,7 +253,7 @@ def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks:
     path = ranks.share(lock_and_find)
     if path is None:
         return None
-    checkpoint = checkpoints.read_checked(Path(path))
+    checkpoint = checkpoints.read(Path(path), whole=False)
     check_written(config, checkpoint.get("settings", {}), run.config)
     return checkpoint
 

@@ -209,8 +209,8 @@ class RunDirectory:
             except (ValueError, KeyError, TypeError, OverflowError):
                 damaged.append(number)
         if damaged:
-            told = f"{len(damaged):,} lines are damaged, line {damaged[0]} first; they are passed over"
-            print(f"crate-fast: warning: {self.metrics}: {told}", file=sys.stderr)
+            message = f"{len(damaged):,} lines are damaged, line {damaged[0]} first; they are passed over"
+            print(f"crate-fast: warning: {self.metrics}: {message}", file=sys.stderr)
         return rows
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..checkpoint.distributed import STATE, SUFFIX, TABLE, checksum
 from ..checkpoint.read import read_state
-from ..checkpoint.save_load import constructor_arguments, transform_entry
-from ..files import flush_folder, remove, write_atomically
+from ..checkpoint.save_load import write_state
+from ..files import first_line, flush_folder, reason_of, remove
 from ..model.crate import CRATE
 from ..processes import read_ranks
-from .checkpoint_contents import check_values
 from .checkpoints import NAME, Checkpoints
 
 
@@ -46,11 +44,8 @@ class ShardedCheckpoints(Checkpoints):
             ranks.share(lambda: self._finish(model, aside, path, best, sums, state))
         return path
 
-    def read(self, path: Path) -> dict:
-        return check_values(path, read_state(path)) | {"path": str(path)}
-
-    def read_checked(self, path: Path) -> dict:
-        return check_values(path, read_state(path, whole=False)) | {"path": str(path)}
+    def _content(self, path: Path, whole: bool) -> dict:
+        return read_state(path, whole)
 
     def _place(self, step: int) -> Path:
         """Where the checkpoint of `step` goes: after an evaluation there may be one of the same step before it."""
@@ -72,8 +67,7 @@ class ShardedCheckpoints(Checkpoints):
         absent = sorted(name for name in parts if not (aside / name).is_file())
         if absent:
             raise RuntimeError(f"{absent[0]} is not here: the processes do not share a disk")
-        content = {"arguments": constructor_arguments(model), "parts": parts, **transform_entry(model), **state}
-        write_atomically(aside / STATE, lambda file: torch.save(content, file))
+        write_state(model, aside / STATE, parts=parts, **state)
         os.rename(aside, path)
         flush_folder(path.parent)
         self.name(path, best)
@@ -85,11 +79,8 @@ class ShardedCheckpoints(Checkpoints):
             os.rename(old, aside)  # at once: half a checkpoint must not have its name
             remove(aside)
 
-    def _link(self, path: Path, name: Path) -> None:
-        aside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-        aside.unlink(missing_ok=True)
-        os.symlink(path.name, aside, target_is_directory=True)
-        os.replace(aside, name)
+    def _name_too(self, path: Path, name: Path) -> None:
+        os.symlink(path.name, name, target_is_directory=True)
 
 
 def _write(tensors: dict, aside: Path, rank: int) -> dict[str, list[int]] | str:
@@ -98,6 +89,6 @@ def _write(tensors: dict, aside: Path, rank: int) -> dict[str, list[int]] | str:
         dcp.save(tensors, checkpoint_id=aside)
         return {file.name: checksum(file) for file in aside.glob(f"__{rank}_*")}
     except CheckpointException as error:  # in all processes, whichever failed
-        return str(next(iter(error.failures.values()))[0]).strip().partition("\n")[0]
+        return first_line(next(iter(error.failures.values()))[0])
     except OSError as error:
-        return error.strerror or str(error)
+        return reason_of(error)
