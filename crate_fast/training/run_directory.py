@@ -23,7 +23,7 @@ START = "resumed_from"  # in config.json
 MOST_STEPS = 2**53  # of a run: what is more is no number of its metrics
 TEMPORARY = ".*.tmp"  # what is written aside, see `write_atomically`
 NO_RUN = (
-    "is neither a run directory, nor a checkpoint in one or of main.py; to start from weights alone, which have no optimizer: "
+    "is neither a run directory nor a checkpoint in one or of main.py; to start from weights alone, which have no optimizer: "
     "--init"
 )
 CLASS_NAMES = {"class_names": "the classes have other names, or another order"}
