@@ -86,8 +86,8 @@ def test_overrides(saved):
     assert constructor_arguments(loaded)["ista"] == 0.5
     with pytest.raises(TypeError, match="depht"):
         load_checkpoint(saved, depht=3)
-    with pytest.raises(CheckpointError, match=r"head.*shape"):
-        load_checkpoint(saved, num_classes=4)
+    with pytest.raises(CheckpointError, match=r"head.*shape|qkv.*shape"):
+        load_checkpoint(saved, dim_head=4)
 
 
 def test_loaded_model_does_not_hang_on_its_file(saved):

@@ -430,3 +430,19 @@ def test_distributed_data_parallel_gives_the_same_gradients(backend, tmp_path):
             assert torch.equal(got, want)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_importing_all_gives_the_published_names():
+    """As `from model.crate import *` did, called as there."""
+    names: dict = {}
+    exec("from crate_fast import *", names)
+    dim, heads, width = 16, 2, 8
+    torch.manual_seed(0)
+    ours = names["Transformer"](dim, 1, heads, width, 0.0, ista=0.2)
+    torch.manual_seed(0)
+    attention = names["PreNorm"](dim, names["Attention"](dim, heads=heads, dim_head=width, dropout=0.0))
+    step = names["PreNorm"](dim, names["FeedForward"](dim, dim, dropout=0.0, step_size=0.2))
+    x = torch.randn(2, 5, dim)
+    torch.testing.assert_close(ours(x), step(attention(x) + x))
+    assert names["pair"](3) == (3, 3) and names["pair"]((2, 4)) == (2, 4)
+    assert {f"CRATE_{size}" for size in ("tiny", "small", "base", "large")} <= set(names)

@@ -97,7 +97,7 @@ def test_inferred_arguments(options, known):
         ({"patch_size": (2, 4)}, {"heads": 2}, "8 values, of no square patch with 3 or 1 channels; say patch_size"),
         ({}, {"heads": 4, "dim_head": 3}, "has shape"),
         ({}, {"heads": 2, "patch_size": 3}, "patch"),
-        ({}, {"heads": 2, "image_size": 16}, "'pos_embedding' has shape"),
+        ({"image_size": (8, 12)}, {"heads": 2, "image_size": 16}, "6 patches make no square image; say image_size"),
     ],
     ids=str,
 )

@@ -3,106 +3,41 @@
 from __future__ import annotations
 
 import math
-import re
-from typing import NamedTuple
 
 from torch import Tensor
 
 from ..sizes import SIZES
+from .layouts import FIRST
 
-WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
-MODEL_KEYS = ("state_dict", "model")  # where main.py and finetune.py put the weights in their checkpoints
-MEANS = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema")  # where others put their mean
-MEANT = re.compile(r"(?i)(?<![a-z])(ema|swa|polyak|shadow|mean|avg|averaged?)(?![a-z])")  # and whatever is called so
-COUNTER = "n_averaged"  # beside the weights of PyTorch's AveragedModel
-INNER = ("module", *MODEL_KEYS)  # in one of these
-WORDS = {"last": "last weights", "mean": "mean of the weights"}
 NEEDED = {"pos_embedding": 3, "to_patch_embedding.1.weight": 1, "mlp_head.1.weight": 2}
 OPEN = {"pool": "cls", "ista": 0.1, "lambd": 0.1}  # as published
 HEAD_WIDTH = 64  # the constructor's
+DEMO = {"dim": 768, "depth": 12, "heads": 6}  # of the published segmentation demo, which no other published model is like
+UNUSED = ("head.weight", "head.bias")  # of the demo, whose forward ends before
+OUTPUTS = {768: 6, 21842: None}  # of a model of that width: the demo's, and of either, with 6 heads or 12
 
 
-class Found(NamedTuple):
-    """Weights in a checkpoint by the names of `CRATE`, under which name they lay (None: bare), and a line on others beside."""
-
-    weights: dict[str, Tensor]
-    key: str | None = None
-    note: str | None = None
-
-
-def find_weights(content: object, wanted: str | None = None) -> Found:
-    """The weights in what a checkpoint holds; none where there are none of a CRATE.
-
-    They may lie bare, or as main.py ("state_dict") or finetune.py ("model") puts them; prefixes of DataParallel,
-    DistributedDataParallel and torch.compile are taken off. Beside the last weights there may be their mean over the steps.
-
-    Args:
-        content: what a file holds.
-        wanted: "mean" or "last"; None: the mean where there is one of all weights, since that is what was evaluated.
-
-    Raises:
-        ValueError: of the mean and the last weights the one that is wanted is not there, or a weight is there twice.
-    """
-    if not isinstance(content, dict):
-        return Found({})
-    own = isinstance(content.get("arguments"), dict)  # ours: what is wrong with its weights is told later
-    last = next((name for name in MODEL_KEYS if isinstance(content.get(name), dict)), None)
-    found = {"last": Found(_weights_in(content if last is None else content[last], own), last)}
-    named = (*MEANS, *(name for name in content if isinstance(name, str) and MEANT.search(name) and name != last))
-    mean = next((name for name in named if isinstance(content.get(name), dict) and _weights_in(content[name], own)), None)
-    if mean is not None:
-        found["mean"] = Found(_weights_in(content[mean], own), mean)
-        if wanted is None and not found["last"].weights.keys() <= found["mean"].weights.keys():
-            wanted = "last"  # what is a mean of some weights alone is no model
-    return choose({kind: one for kind, one in found.items() if one.weights}, wanted)
+def without_unused(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict, str | None]:
+    """(weights, arguments, note): without the `head` that stands beside `mlp_head` in the segmentation demo's, and that tells
+    its 6 heads of 128, which no shape does; the weights themselves, nothing and None where there is no such head."""
+    beside = [name for name in UNUSED if name in weights]
+    if not beside or not all(name in weights for name in NEEDED):
+        return weights, {}, None
+    left = {name: value for name, value in weights.items() if name not in beside}
+    width = weights[FIRST].shape[-1] if weights[FIRST].dim() else 0
+    is_demo = width == DEMO["dim"] and _depth(weights) == DEMO["depth"]
+    told = {"heads": DEMO["heads"]} if is_demo else {}
+    note = "left out: the 'head' beside 'mlp_head', which the segmentation demo's forward does not use"
+    return left, told, note + (f"; as in the demo: heads={DEMO['heads']}" if is_demo else "")
 
 
-def choose(found: dict[str, Found], wanted: str | None) -> Found:
-    """The one of "mean" and "last" that is `wanted`, noting it where both are there; raises as `find_weights`."""
-    if not found:
-        return Found({})
-    kind = wanted or ("mean" if "mean" in found else "last")
-    if kind not in found:
-        raise ValueError(f"--weights is {wanted!r}; there are only the {' and '.join(WORDS[each] for each in found)} in it")
-    other = next((each for each in found if each != kind), None)
-    if other is None:
-        return found[kind]
-    names = " and ".join(f"{WORDS[each]} ({found[each].key!r})" for each in sorted(found))
-    note = f"it has the {names}; taken: the {WORDS[kind]} (--weights {other} takes the other)"
-    return found[kind]._replace(note=note)
-
-
-def _weights_in(content: dict, own: bool) -> dict[str, Tensor]:
-    inner = next((content[name] for name in INNER if isinstance(content.get(name), dict)), content)
-    weights = unwrapped(inner)
-    whole = "pos_embedding" in weights and all(isinstance(value, Tensor) for value in weights.values())
-    return weights if whole or own else {}
-
-
-def unwrapped(weights: dict) -> dict[str, Tensor]:
-    """The weights without the prefixes of `WRAPPERS`; raises ValueError where two have one name then."""
-
-    def bare(key: str) -> str:
-        while key.startswith(WRAPPERS):
-            key = key.partition(".")[2]
-        return key
-
-    found: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        if key == COUNTER:
-            continue
-        if bare(str(key)) in found:
-            raise ValueError(f"it has {bare(str(key))!r} twice, once as {str(key)[:200]!r}, and nothing tells which is meant")
-        found[bare(str(key))] = value
-    return found
-
-
-def infer_arguments(weights: dict[str, Tensor], known: dict) -> tuple[dict, dict]:
+def infer_arguments(weights: dict[str, Tensor], known: dict, image_size=None) -> tuple[dict, dict]:
     """The arguments of `CRATE` that fit `weights`: those that shapes tell, and those that are assumed to be as published.
 
     Args:
         weights: by the names of `CRATE`.
         known: arguments that the caller knows; they go before what shapes tell.
+        image_size: likewise, where it has as many patches as the weights have positions; else it counts for nothing.
 
     Returns:
         (all arguments, those of them that are assumed because neither shapes nor `known` tell them).
@@ -115,11 +50,20 @@ def infer_arguments(weights: dict[str, Tensor], known: dict) -> tuple[dict, dict
             raise ValueError(f"no weights of a CRATE: it has no {name!r} of {dimensions} dimensions")
     _, tokens, dim = weights["pos_embedding"].shape
     arguments = {"dim": dim, "num_classes": len(weights["mlp_head.1.weight"])}
-    arguments["depth"] = len({key.split(".")[2] for key in weights if key.startswith("transformer.layers.")})
-    arguments |= _infer_sizes(len(weights["to_patch_embedding.1.weight"]), tokens - 1, known)
+    arguments["depth"] = _depth(weights)
+    values = len(weights["to_patch_embedding.1.weight"])
+    if image_size is not None:
+        sizes = _infer_sizes(values, tokens - 1, known | {"image_size": image_size})
+        if math.prod(i // max(1, p) for i, p in zip(_as_pair(image_size), sizes["patch_size"], strict=True)) == tokens - 1:
+            known = known | {"image_size": image_size}
+    arguments |= _infer_sizes(values, tokens - 1, known)
     inferred, assumed = _infer_heads(weights, dim, arguments["depth"], known)
     assumed |= {name: value for name, value in OPEN.items() if name not in known}
     return arguments | inferred | assumed | known, assumed
+
+
+def _depth(weights: dict[str, Tensor]) -> int:
+    return len({key.split(".")[2] for key in weights if key.startswith("transformer.layers.")})
 
 
 def _infer_sizes(values: int, patches: int, known: dict) -> dict:
@@ -153,6 +97,13 @@ def _infer_heads(weights: dict[str, Tensor], dim: int, depth: int, known: dict) 
         return {"dim_head": width // max(1, known["heads"])}, {}
     if "dim_head" in known:
         return {"heads": width // max(1, known["dim_head"])}, {}
+    outputs = len(weights["mlp_head.1.weight"])
+    if (dim, depth, width) == (DEMO["dim"], DEMO["depth"], DEMO["dim"]) and outputs in OUTPUTS:
+        heads = OUTPUTS[outputs]
+        if heads is None:
+            raise ValueError(f"{outputs} classes are those of a base model with 12 heads and of the segmentation demo with 6; "
+                             "say heads")  # fmt: skip
+        return {}, {"heads": heads, "dim_head": width // heads}
     for size in SIZES.values():
         if (size["dim"], size["depth"], size["heads"] * size["dim_head"]) == (dim, depth, width):
             return {}, {"heads": size["heads"], "dim_head": size["dim_head"]}

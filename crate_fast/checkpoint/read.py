@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import re
-import warnings
-import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..eval_transform import FINETUNE, MAIN, Transform, read_transform
-from ..files import check_regular, digest_of, first_line, is_text, parse_json, reason_of
+from ..files import digest_of, first_line, is_text, parse_json
 from ..optional import MissingPackageError, require
 from . import distributed
-from .published import Found, choose, find_weights
+from .archives import ZIP_SIGNATURE, CheckpointError, DamagedError, read_archive, read_beside_others, signature_of, unread
+from .layouts import Found, choose, find_weights, joined
+from .published import without_unused
 
 METADATA_KEY = "crate_fast"
 DIGEST = "digest"  # of all weights in a file of safetensors and of what is said of them, which has no checksums of its own
 TRANSFORM = "evaluation"  # beside the constructor's arguments in safetensors, and a checkpoint's own entry
 # By where main.py and finetune.py put their weights.
 PUBLISHED: dict[str | None, Transform] = {"state_dict": MAIN, "model": FINETUNE}
-ZIP_SIGNATURE = b"PK\x03\x04"
-SIGNATURE_LENGTH = 9  # safetensors begins with 8 bytes of length and the brace of its JSON
 MODEL_NAME = "model.safetensors"
 SUFFIXES = (".pt", ".pth", ".tar", ".safetensors", ".bin", ".ckpt", ".t7")  # of files, and of no model on the Hub
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-class CheckpointError(ValueError):
-    """A file is missing, damaged, or does not hold what it should; the message names the file and what is wrong."""
-
-
-class DamagedError(CheckpointError):
-    """A file was read whole, and is not what was written to it. What could not be read is no such file: it may be healthy."""
 
 
 def model_file(source: str | os.PathLike) -> Path:
@@ -76,12 +64,14 @@ class Model(NamedTuple):
     weights: on the CPU, by the names of `CRATE`.
     transform: how its images are evaluated, where the file, or its kind, says it.
     note: a line on what else is in the file, if anything.
+    told: of the constructor's arguments, where the file has none, those that names in it tell and shapes do not.
     """
 
     arguments: dict | None
     weights: dict[str, Tensor]
     transform: Transform | None
     note: str | None = None
+    told: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_model(path: Path, wanted: str | None = None) -> Model:
@@ -99,17 +89,24 @@ def read_model(path: Path, wanted: str | None = None) -> Model:
 
 
 def _read_file(path: Path, wanted: str | None) -> Model:
-    start = _signature(path)
+    start = signature_of(path)
     if start[8:] == b"{" and not start.startswith(ZIP_SIGNATURE):
         return _read_safetensors(path, wanted)
-    content: Any = _read_archive(path, "damaged, or neither safetensors nor a checkpoint")
+    content, objects = read_beside_others(path, "damaged, or neither safetensors nor a checkpoint")
     found = find_weights(content, wanted)
     if not found.weights:
-        raise CheckpointError(f"{path}: no weights of a CRATE in it")
+        asked = f" (it asks for {min(objects)}, and only tensors and plain values are read)" if objects else ""
+        raise CheckpointError(f"{path}: no weights of a CRATE in it{asked}")
     weights = _stored(path, found.weights)
     if isinstance(content.get("arguments"), dict):
         return Model(content["arguments"], weights, _transform_of(content), found.note)
-    return Model(None, weights, None if found.note else PUBLISHED.get(found.key), found.note)
+    return _foreign(found._replace(weights=weights), None if found.note else PUBLISHED.get(found.key))
+
+
+def _foreign(found: Found, transform: Transform | None = None) -> Model:
+    """The model of weights beside which no arguments stand."""
+    weights, told, note = without_unused(found.weights)
+    return Model(None, weights, None if note else transform, joined(found.note, note), told)
 
 
 def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,7 +129,7 @@ def _check_plain(path: Path, name: object, value: object) -> None:
         raise CheckpointError(f"{path}: {str(name)[:200]!r} says it has {value.numel()} values, and fewer are stored")
 
 
-def _check_all_plain(path: Path, content: dict) -> None:
+def check_all_plain(path: Path, content: dict) -> None:
     """Raises CheckpointError as `_check_plain` for anything in nested `content`, which may lead back to itself."""
     left: list[tuple[object, object]] = [("it", content)]
     seen = set()
@@ -163,7 +160,7 @@ def _read_parts(path: Path, wanted: str | None) -> Model:
     except distributed.DamagedError as error:
         raise CheckpointError(f"{path}: damaged, or no checkpoint of crate-fast: {error}") from error
     except (OSError, MemoryError) as error:
-        raise _unread(path, error) from error
+        raise unread(path, error) from error
     return Model(content["arguments"], weights, _transform_of(content), chosen.note)
 
 
@@ -184,7 +181,7 @@ def read_state(path: Path, whole: bool = True) -> dict:
     except distributed.DamagedError as error:
         raise DamagedError(f"{path}: damaged: {error}") from error
     except OSError as error:
-        raise _unread(path, error) from error
+        raise unread(path, error) from error
     return content
 
 
@@ -199,87 +196,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
 def _read_state(file: Path, what: str) -> dict:
     """An archive of `save_load.write_state` in which there is `what`, a dictionary."""
-    content = _read_archive(file, "damaged, or no checkpoint of crate-fast")
+    content = read_archive(file, "damaged, or no checkpoint of crate-fast")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("arguments", what)):
         raise CheckpointError(f"{file}: no checkpoint of crate-fast: it has no 'arguments' and {what!r}")
-    _check_all_plain(file, content)
+    check_all_plain(file, content)
     return content
-
-
-def _read_archive(path: Path, otherwise: str) -> object:
-    """What `torch.save` wrote to `path`, on the CPU: tensors and plain values, or a CheckpointError that says `otherwise`."""
-    checked = _signature(path).startswith(ZIP_SIGNATURE)
-    if checked:
-        _check_sums(path)
-    try:
-        with warnings.catch_warnings():  # what is refused is refused in one line, without PyTorch's advice on it
-            warnings.simplefilter("ignore")
-            if checked:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            with _Bounded(io.FileIO(path)) as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError) as error:
-        raise _unread(path, error) from error
-    except Exception as error:  # a damaged archive can raise anything; nothing in it has been executed
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked is not None:
-            reason = f"it asks for {asked[1]}, and only tensors and plain values are read"
-        else:
-            reason = "it is no file of torch.save" if isinstance(error, pickle.UnpicklingError) else first_line(error)
-        kind = CheckpointError if checked else DamagedError  # what has its checksums is what was written
-        raise kind(f"{path}: {otherwise} ({reason})") from error
-
-
-class _Bounded(io.BufferedReader):
-    """A file of which no more is read than there is. Python makes room for all that is asked for, which a file of ten bytes
-    can say is 4 GB."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= io.DEFAULT_BUFFER_SIZE:
-            left = max(0, os.fstat(self.fileno()).st_size - self.tell())
-            size = left if size is None or size < 0 else min(size, left)
-        return super().read(size)
-
-
-def _check_sums(path: Path) -> None:
-    """Raises DamagedError unless all parts of the archive have the CRC-32 that was written; PyTorch looks at none.
-
-    Nor may reading take more memory than the file has bytes: `torch.save` compresses nothing, and writes no part twice.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries, length = archive.infolist(), path.stat().st_size
-            packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
-            if packed is not None:
-                raise DamagedError(f"{path}: no checkpoint: {packed.filename[:100]} is compressed, which torch.save never does")
-            if sum(entry.file_size for entry in entries) > length:
-                raise DamagedError(f"{path}: no checkpoint: its parts are said to be longer than its {length} bytes")
-            damaged = archive.testzip()
-    except (OSError, MemoryError) as error:
-        raise _unread(path, error) from error
-    except DamagedError:
-        raise
-    except (ValueError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DamagedError(f"{path}: damaged ({first_line(error)})") from error
-    if damaged is not None:
-        raise DamagedError(f"{path}: damaged: {damaged} is not what was written")
-
-
-def _unread(path: Path, error: OSError | MemoryError) -> CheckpointError:
-    """What to raise where reading failed, for a cause that may pass: nothing is known of the file."""
-    if isinstance(error, FileNotFoundError):
-        return CheckpointError(f"{path}: {error.strerror}")
-    reason = "not enough memory" if isinstance(error, MemoryError) else reason_of(error)
-    return CheckpointError(f"{path}: cannot be read ({reason})")
-
-
-def _signature(path: Path) -> bytes:
-    try:
-        check_regular(path)
-        with open(path, "rb") as file:
-            return file.read(SIGNATURE_LENGTH)
-    except OSError as error:
-        raise _unread(path, error) from error
 
 
 @contextmanager
@@ -307,7 +228,7 @@ def _read_safetensors(path: Path, wanted: str | None) -> Model:
         found = find_weights(weights, wanted)
         if not found.weights:
             raise CheckpointError(f"{path}: no weights of a CRATE in it")
-        return Model(None, found.weights, None, found.note)
+        return _foreign(found)
     try:
         arguments = parse_json(metadata[METADATA_KEY])
     except ValueError as error:

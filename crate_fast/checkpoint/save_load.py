@@ -10,65 +10,25 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..files import digest_of, first_line, shown, write_atomically
 from ..model.crate import CRATE
-from ..model.transformer import layers_of
-from ..modules.step import PUBLISHED_STEP
 from ..optional import require
-from .published import WORDS, infer_arguments
+from .constructor import ARGUMENTS, CHANGED, constructor_arguments
+from .layouts import WORDS
+from .published import infer_arguments
 from .read import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, model_file, read_model
+from .resize import grid_of, resized_weights
 
-# What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
-SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
-ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd", "step")
+RESIZED = ("num_classes", "image_size")  # those that may be others than a file's, with a new head and other positions
 FREE = ("training", "backend", "stream", "transform", "frozen")  # settings that a model and what its file builds need not share
-CHANGED = "the model was changed after it was built"
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def constructor_arguments(model: CRATE) -> dict:
-    """The arguments of `CRATE` that build a model like this one, as plain numbers, strings and lists.
-
-    Raises:
-        ValueError: no arguments do, since the model was changed after it was built.
-    """
-    try:
-        return _arguments_of(model)
-    except (AttributeError, TypeError, IndexError) as error:  # a module in the place of another
-        raise ValueError(f"{CHANGED}: {first_line(error)}") from error
-
-
-def _arguments_of(model: CRATE) -> dict:
-    transformer = model.transformer
-    arguments = {
-        "image_size": list(model.image_size),
-        "patch_size": list(model.patch_size),
-        "num_classes": model.mlp_head[1].out_features,
-        "dim": transformer.dim,
-        "depth": transformer.depth,
-        "heads": transformer.heads,
-        "pool": model.pool,
-        "channels": model.channels,
-        "emb_dropout": float(model.dropout.p),
-    }
-    of_layers = [_layer_arguments(mssa.fn, sparse.fn) for mssa, sparse in layers_of(transformer)]
-    if any(layer != of_layers[0] for layer in of_layers):
-        raise ValueError("the layers differ in dim_head, dropout, ista, lambd or step; the constructor gives all the same")
-    return arguments | (of_layers[0] if of_layers else {})
-
-
-def _layer_arguments(attention, step) -> dict:
-    return {
-        "dim_head": attention.qkv.out_features // attention.heads,
-        "dropout": float(attention.dropout.p),
-        "ista": float(step.step_size),
-        "lambd": float(step.lambd),
-    } | ({} if step.name == PUBLISHED_STEP else {"step": step.name})
 
 
 def save_model(model: CRATE, path: str | os.PathLike) -> None:
@@ -175,10 +135,11 @@ def load_checkpoint(
     """The model in `source`, in evaluation mode, its dtypes as saved; nothing in a file is executed.
 
     Read are files of `save_model` and `save_checkpoint` (of a training run's the mean of the weights, where it keeps one), and
-    those of the published scripts: bare state dicts, or under "state_dict" or "model", with the prefixes of DataParallel,
-    DistributedDataParallel or torch.compile; as PyTorch's archives or as safetensors. Where a file does not have the
-    constructor's arguments, they are what its shapes tell; what they cannot tell (heads, pool, ista, lambd) is taken as
-    published, and a line on stderr says so.
+    those of the published scripts and of others: bare state dicts, or under "state_dict", "model", "net" and the like, part of
+    a larger model such as Lightning's, with the names of DataParallel, DistributedDataParallel, FSDP, torch.compile or
+    activation checkpointing in theirs; as PyTorch's archives, in which settings and numbers of other packages are passed over,
+    or as safetensors. Where a file does not have the constructor's arguments, they are what its shapes tell; what they cannot
+    tell (heads, pool, ista, lambd) is taken as published, and a line on stderr says so.
 
     Args:
         source: a file, a directory with a model.safetensors, or ORGANISATION/NAME of a model on the Hugging Face Hub (for that
@@ -186,7 +147,9 @@ def load_checkpoint(
         device: where the weights shall be.
         weights: of a file that has both, "last" for the weights themselves or "mean" for their mean over the steps; None: the
             mean, and a line on stderr says so.
-        overrides: keywords of `CRATE` that replace the file's, such as `backend`, or say what it leaves open.
+        overrides: keywords of `CRATE` that replace the file's, such as `backend`, or say what it leaves open. With another
+            `num_classes` the head is a new one, random, and with another `image_size` position embeddings are resampled, as
+            `crate-fast finetune` does; a line on stderr says so.
 
     Raises:
         CheckpointError: the file is missing or damaged, asks for code to be run, or holds no model, or one of other names or
@@ -214,21 +177,59 @@ def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: s
         raise TypeError(f"CRATE takes no {', '.join(unknown)}")
     if wanted not in (None, *WORDS):
         raise ValueError(f"weights is {wanted!r}; allowed are {' and '.join(map(repr, WORDS))}")
-    arguments, weights, transform, note = read_model(path, wanted)
+    arguments, weights, transform, note, told = read_model(path, wanted)
     if note is not None:
         _tell(f"{path}: {note}")
     if arguments is None:
-        try:
-            known = {name: value for name, value in overrides.items() if name in ARGUMENTS}
-            arguments, assumed = infer_arguments(weights, known)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: {first_line(error)}") from error
-        if assumed:
-            words = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
-            _tell(f"{path}: taken as published, since shapes do not tell it: {words}")
-    model = build(path, arguments, weights, overrides).to(device)
+        arguments = _settle(path, weights, told, overrides)
+        model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(ARGUMENTS)})
+    else:
+        rest = {name: value for name, value in overrides.items() if name not in RESIZED}
+        model = build(path, arguments, weights, _head_width(arguments, rest) | rest)
+    model = _resized(path, model, overrides).to(device)
     model.transform = transform
     return model
+
+
+def _head_width(arguments: object, overrides: dict) -> dict:
+    """The dim_head of another number of heads than in `arguments`, which shares the same width among them."""
+    if not isinstance(arguments, dict) or "dim_head" in overrides:
+        return {}
+    numbers: list[Any] = [overrides.get("heads"), arguments.get("heads"), arguments.get("dim_head")]
+    if not all(type(number) is int for number in numbers) or numbers[0] < 1 or numbers[1] * numbers[2] % numbers[0]:
+        return {}
+    return {"dim_head": numbers[1] * numbers[2] // numbers[0]}
+
+
+def _settle(path: Path, weights: dict[str, Tensor], told: Mapping, overrides: dict) -> dict:
+    """The arguments that fit weights which come without; says those that neither they nor `overrides` tell."""
+    known = {**told, **{name: value for name, value in overrides.items() if name in ARGUMENTS and name not in RESIZED}}
+    try:
+        arguments, assumed = infer_arguments(weights, known, overrides.get("image_size"))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {first_line(error)}") from error
+    if assumed:
+        words = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
+        _tell(f"{path}: taken as published, since shapes do not tell it: {words}")
+    return arguments
+
+
+def _resized(path: Path, model: CRATE, overrides: dict) -> CRATE:
+    """`model`, with another head or other positions where `overrides` have other sizes, which is said."""
+    own = constructor_arguments(model)
+    wanted = own | {name: overrides[name] for name in RESIZED if name in overrides}
+    rest = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
+    try:
+        built = _skeleton(wanted | rest)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: no CRATE is of these sizes ({first_line(error)})") from error
+    weights, lines = resized_weights(model, wanted["num_classes"], grid_of(built.image_size, built.patch_size))
+    if not lines and built.image_size == model.image_size:
+        return model
+    if lines:
+        _tell(f"{path}: {'; '.join(lines)}")
+    built.load_state_dict(weights, assign=True)
+    return built.requires_grad_(True).eval()
 
 
 def _tell(line: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -13,9 +13,9 @@ from ..model.positions import resample_positions
 from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
 from .read import CheckpointError, Model, model_file, read_model
+from .resize import HEAD, grid_of
 from .save_load import build, check_floating, constructor_arguments
 
-HEAD = "mlp_head."
 SAME = ("dim", "depth", "heads", "dim_head", "channels", "patch_size", "ista", "lambd")  # what a weight means hangs on these
 
 
@@ -44,7 +44,7 @@ def start_from(model: CRATE, source: Model, path: str | Path) -> str:
             something else with them.
     """
     weights, own, stated = dict(source.weights), model.state_dict(), source.arguments or {}
-    _check_same(constructor_arguments(model), stated, path)
+    _check_same(constructor_arguments(model), stated or source.told, path)
     head = [key for key in own if key.startswith(HEAD)]
     wanted = [key for key in own if not key.startswith(HEAD)]
     missing = [key for key in wanted if key not in weights]
@@ -53,8 +53,8 @@ def start_from(model: CRATE, source: Model, path: str | Path) -> str:
         raise CheckpointError(f"{path}: none of its {len(weights)} weights belongs to this model")
     resampled = ""
     if "pos_embedding" in weights:
-        embedding, grid = weights["pos_embedding"], _grid(model.image_size, model.patch_size)
-        there = _grid_of(embedding, stated, grid, path)
+        embedding, grid = weights["pos_embedding"], grid_of(model.image_size, model.patch_size)
+        there = _grid_there(embedding, stated, grid, path)
         if there != grid:
             resampled = ", position embeddings resampled"
             weights["pos_embedding"] = resample_positions(embedding.float(), there, grid)
@@ -73,7 +73,7 @@ def start_from(model: CRATE, source: Model, path: str | Path) -> str:
     return line + (f"; not of this model, and left out: {', '.join(map(str, surplus))}" if surplus else "")
 
 
-def _check_same(own: dict, stated: dict, path: str | Path) -> None:
+def _check_same(own: dict, stated: Mapping, path: str | Path) -> None:
     """Raises CheckpointError where the file says of its weights what makes something else of them than the model does."""
     for name in SAME:
         if name in stated and own.get(name, stated[name]) != stated[name]:
@@ -86,19 +86,21 @@ def _check_same(own: dict, stated: dict, path: str | Path) -> None:
         raise CheckpointError(f"{path}: step is {there!r} in it and {here!r} in this run, for which its weights mean nothing")
 
 
-def _flags(stated: dict, path: str | Path) -> str:
+def _flags(stated: Mapping, path: str | Path) -> str:
     """The flags that say what the file does."""
-    height, width = stated["patch_size"]
-    if height != width:
-        raise CheckpointError(f"{path}: its patches are {height}×{width}, and those of a run are squares")
-    values = {name: stated[name] for name in SAME if name in stated and name != "channels"} | {"patch_size": height}
+    values = {name: stated[name] for name in SAME if name in stated and name != "channels"}
+    if "patch_size" in stated:
+        height, width = stated["patch_size"]
+        if height != width:
+            raise CheckpointError(f"{path}: its patches are {height}×{width}, and those of a run are squares")
+        values["patch_size"] = height
     return " ".join(f"{flag(name)} {value}" for name, value in values.items())
 
 
-def _grid_of(embedding: Tensor, stated: dict, own: tuple[int, int], path: str | Path) -> tuple[int, int]:
+def _grid_there(embedding: Tensor, stated: dict, own: tuple[int, int], path: str | Path) -> tuple[int, int]:
     """(rows, columns) of the patches of `embedding`, (1, 1 + patches, dim): as the file says, else of a square."""
     if stated:
-        return _grid(stated["image_size"], stated["patch_size"])
+        return grid_of(stated["image_size"], stated["patch_size"])
     patches = embedding.shape[1] - 1 if embedding.dim() == 3 else 0
     side = math.isqrt(max(0, patches))
     if patches > 0 and side**2 == patches:
@@ -106,7 +108,3 @@ def _grid_of(embedding: Tensor, stated: dict, own: tuple[int, int], path: str | 
     if patches != own[0] * own[1]:
         raise CheckpointError(f"{path}: its position embeddings, {tuple(embedding.shape)}, are of no square image")
     return own
-
-
-def _grid(image: Sequence[int], patch: Sequence[int]) -> tuple[int, int]:
-    return image[0] // patch[0], image[1] // patch[1]

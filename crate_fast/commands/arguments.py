@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..checkpoint.published import WORDS
+from ..checkpoint.layouts import WORDS
 from ..eval_transform import LEAST_CROP, allowed_crop
 from ..files import names_something
 from ..settings import SWITCHES

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.published import WRAPPERS, infer_arguments
+from ..checkpoint.layouts import WRAPPERS
+from ..checkpoint.published import infer_arguments
 from ..checkpoint.read import CheckpointError
 from ..checkpoint.save_load import constructor_arguments, load_checkpoint, save_model, transform_entry
 from ..files import write_atomically
 from ..model.crate import CRATE
 from ..sizes import POOLS
+from ..training.published_export import find_trained, save_main
 from .arguments import add_weights, as_path, number, place, whole
 
-LAYOUTS = ("state_dict", "model", "bare")
+LAYOUTS = ("main", "state_dict", "model", "bare")
+MAIN = ".pth.tar"  # as main.py calls its checkpoints
 ARCHIVES = (".pt", ".pth", ".tar")
 ADVICE = {
     "heads": (whole, "heads of a layer"),
@@ -34,7 +37,8 @@ def add_convert(subcommands) -> None:
         help="write a model's weights as another kind of file",
         description="Reads a model (ours, the published scripts' checkpoints, safetensors, a run directory, a model of the "
         "Hugging Face Hub) and writes it to TARGET: *.safetensors, or with *.pt, *.pth or *.pth.tar what the published scripts "
-        "read. Weights keep every bit and their dtype; optimizer state is left behind.",
+        "read. Weights keep every bit and their dtype. Of a run, or a checkpoint of one, *.pth.tar has the optimizer's state, "
+        "too, and main.py --resume goes on from it.",
     )
     parser.add_argument(
         "source", type=place, metavar="SOURCE", help="a file, a run directory, or ORGANISATION/NAME on the Hugging Face Hub"
@@ -43,10 +47,16 @@ def add_convert(subcommands) -> None:
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
-        help="of an archive: weights under 'state_dict' as main.py has them (the default), under 'model' as finetune.py has "
-        "them, or nothing else (bare)",
+        help="of an archive: all that main.py saves, with epoch, optimizer and best top-1 (main; *.pth.tar of a run has that), "
+        "weights under 'state_dict' as main.py has them (else the default), under 'model' as finetune.py has them, or nothing "
+        "else (bare)",
     )
-    parser.add_argument("--prefix", choices=WRAPPERS, help="before every name in an archive (default: nothing)")
+    parser.add_argument(
+        "--prefix",
+        choices=(*WRAPPERS, "none"),
+        help="before every name in an archive (default: module. with main and for *.pth.tar without --layout, as finetune.py "
+        "takes none else; otherwise none)",
+    )
     add_weights(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is there")
     advice = parser.add_argument_group("what the shapes in a published checkpoint do not tell")
@@ -69,12 +79,39 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{target}: there is no directory {target.parent}")
     names = [name.replace("-", "_") for name in ADVICE]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    model = load_checkpoint(arguments.source, weights=arguments.weights, **given)
-    if target.suffix == ".safetensors":
-        save_model(model, target)
+    trained = find_trained(arguments.source) if _wants_main(arguments, given) else None
+    notes = []
+    if arguments.layout == "main" and trained is None:
+        raise CheckpointError(f"{arguments.source}: no checkpoint of a run, with an optimizer, which --layout main writes")
+    if trained is not None:
+        prefix = _prefix(arguments.prefix, True)
+        model, notes = save_main(trained, target, prefix, arguments.weights)
     else:
-        save_published(model, target, arguments.layout or LAYOUTS[0], arguments.prefix or "")
+        model = load_checkpoint(arguments.source, weights=arguments.weights, **given)
+        if target.suffix == ".safetensors":
+            save_model(model, target)
+        else:
+            default = arguments.layout is None and target.name.endswith(MAIN)
+            save_published(model, target, arguments.layout or "state_dict", _prefix(arguments.prefix, default))
+            if default:
+                notes.append("weights alone, for finetune.py --ckpt_dir; main.py --resume needs a run's optimizer")
     print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters in {len(model.state_dict())} tensors")
+    for note in notes:
+        print(note)
+
+
+def _wants_main(arguments: argparse.Namespace, given: dict) -> bool:
+    """Whether all that main.py saves is asked for; not where `given` arguments make another model than was trained."""
+    if arguments.layout == "main":
+        if given:
+            raise CheckpointError(f"--layout main writes a run as it is; {next(iter(given))} is said")
+        return True
+    return arguments.layout is None and arguments.target.name.endswith(MAIN) and not given
+
+
+def _prefix(asked: str | None, wrapped: bool) -> str:
+    """What stands before names: as `asked`, else with `wrapped` what DataParallel puts there."""
+    return (WRAPPERS[0] if wrapped else "") if asked is None else asked.removesuffix("none")
 
 
 def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix: str = "") -> None:

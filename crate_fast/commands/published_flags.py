@@ -101,7 +101,7 @@ MAIN = (
     Published(("--momentum",), "momentum", "of SGD; other optimizers have none, there and here", read=number),
     Published(("--wd", "--weight-decay"), "weight_decay", "weight decay", read=number),
     Published(("--print-freq", "-p"), "log_every", "is --log-every: steps from one line of metrics to the next", read=whole),
-    Published(("--resume",), "resume", "a run, a checkpoint of it, or auto", read=resume_switch),
+    Published(("--resume",), "resume", "a run, a checkpoint of it or of main.py, or auto", read=resume_switch),
     Published(("--evaluate", "-e"), None, "use: crate-fast evaluate PATH --precision float32", "refused", None),
     Published(("--pretrained",), None, "main.py never reads it; --init FILE starts from weights", "ignored", None),
     Published(("--world-size",), None, LAUNCHER, "ignored", whole),

@@ -11,6 +11,7 @@ from ..data_sets import DATA_SETS
 from ..optimizers import OPTIMIZERS
 from ..settings import SETTINGS, ConfigError, Setting, TrainConfig, flag, listed
 from ..training import resolve, train
+from ..training.published_run import names_published
 from ..training.resolve import NAMES
 from .arguments import number, switch, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
@@ -47,7 +48,8 @@ def add_train(subcommands, command: str) -> None:
                 "--resume",
                 type=resume_switch,
                 metavar="PATH",
-                help="go on with the run PATH (its directory or a checkpoint in it), or with 'auto' that in --out, if any",
+                help="go on with the run PATH (its directory or a checkpoint in it), with 'auto' that in --out, if any, or in "
+                "a new run from a checkpoint of the published main.py",
             )
         for setting in settings:
             _add_setting(section, setting, published.get(setting.name))
@@ -137,7 +139,7 @@ def warnings_of(arguments: argparse.Namespace, given: dict, config: TrainConfig)
 
 def _run(arguments: argparse.Namespace) -> None:
     given = given_settings(arguments)
-    if arguments.resume is not None and arguments.recipe is not None:
+    if arguments.resume is not None and arguments.recipe is not None and not names_published(arguments.resume):
         raise ConfigError(f"--recipe is {arguments.recipe!r}; a resumed run keeps its own settings")
     config = resolve(given, arguments.recipe, command=arguments.command)
     for line in warnings_of(arguments, given, config):

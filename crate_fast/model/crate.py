@@ -254,6 +254,11 @@ def _hub_model():
     return HubModel
 
 
+def pair(t: Any) -> tuple:
+    """`t` itself where it is a tuple, else (t, t); one of the published module's names."""
+    return t if isinstance(t, tuple) else (t, t)
+
+
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     sides = value if isinstance(value, tuple | list) else (value, value)
     if len(sides) != 2 or not all(hasattr(side, "__index__") and not isinstance(side, bool) for side in sides):

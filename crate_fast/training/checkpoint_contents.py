@@ -12,7 +12,8 @@ from ..checkpoint.read import CheckpointError
 from ..optimizers import OPTIMIZERS
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether it is a whole number that counts something."""
     return type(value) is int and 0 <= value < 2**53
 
 
@@ -26,11 +27,11 @@ def _are_numbers(value: object, count: int) -> bool:
 
 def _is_score(value: Any) -> bool:
     whole = isinstance(value, list) and len(value) == 4 and type(value[0]) in (int, float)  # a loss may be infinite
-    return value is None or (whole and all(map(_is_count, value[1:])))
+    return value is None or (whole and all(map(is_count, value[1:])))
 
 
 PLAIN = {
-    **dict.fromkeys(("step", "epoch", "logged"), _is_count),
+    **dict.fromkeys(("step", "epoch", "logged"), is_count),
     **{"best": _is_number, "meter": lambda value: _are_numbers(value, 4), "score": _is_score},
     **dict.fromkeys(("scaler", "circumstances"), lambda value: isinstance(value, dict)),
 }
@@ -63,7 +64,7 @@ def check_place(checkpoint: dict, where: Path, *, epochs: int, steps: int, scali
     own, found = scaling, checkpoint["scaler"]
     if own and not all(_is_number(found.get(name)) and found[name] > 0 for name in own if name != "_growth_tracker"):
         raise CheckpointError(f"{where}: the checkpoint's scaling of the loss is {str(found)[:100]}, not that of float16")
-    if own and not _is_count(found.get("_growth_tracker")):
+    if own and not is_count(found.get("_growth_tracker")):
         raise CheckpointError(f"{where}: the checkpoint's scaling of the loss has not counted its steps")
 
 

@@ -32,8 +32,9 @@ from .loop import Trainer, TrainingError
 from .metrics import Score
 from .monitor import plot_curves
 from .optimizer import warmup_steps
+from .published_run import Start, as_checkpoint, check_settings, describe_start, names_published, read_start
 from .resolve import check_unchanged, check_written, describe
-from .run_directory import RunDirectory, check_free, find_run
+from .run_directory import START, RunDirectory, check_free, find_run
 
 LOST = {
     r"DataLoader worker .*(is killed|exited)|Pin memory thread exited": "a process that reads images was ended from outside, "
@@ -52,7 +53,8 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
     Args:
         config: the settings.
         given: those of them that were asked for, which a resumed run compares with its own.
-        resume: a run directory or a checkpoint in one to go on from, or "auto": what is in `config.out`, if anything.
+        resume: a run directory or a checkpoint in one to go on from, or "auto": what is in `config.out`, if anything; or a
+            checkpoint of the published main.py, from which a new run goes on.
 
     Returns:
         The run directory, None in all processes but the first, and the last score on the test images.
@@ -89,16 +91,23 @@ def _start(
     config: TrainConfig, given: dict, resume: str | None, ranks: Ranks, signals: Signals
 ) -> tuple[RunDirectory | None, Score]:
     """Settles what is asked for: a new run, or an older one with its own settings."""
-    resume = ranks.share(lambda: _implied(config, ranks)) if resume is None else resume
+    start = None
+    if resume is None or names_published(resume):
+        again = ranks.share(lambda: _implied(config, ranks))
+        start = read_start(Path(resume)) if resume and not again else None
+        resume = again
     run = find_run(resume, config.out) if resume else None
     if run is not None:
         own = run.read_config()
         config = replace(own, **check_unchanged(own, given, run.path), out=str(run.path))
-    elif (out := config.out) is not None:
-        ranks.share(lambda: check_free(out))
+    else:
+        if start is not None:
+            config = replace(config, **check_settings(start, config, given))
+        if (out := config.out) is not None:
+            ranks.share(lambda: check_free(out))
     compute = _check(config, ranks)
     with process_group(ranks, compute.device, alone=config.strategy == "fsdp"):
-        return _train(config, compute, run, resume, ranks, signals)
+        return _train(config, compute, run, resume, ranks, signals, start)
 
 
 def _check(config: TrainConfig, ranks: Ranks) -> Compute:
@@ -122,9 +131,17 @@ def _check(config: TrainConfig, ranks: Ranks) -> Compute:
 
 
 def _train(
-    config: TrainConfig, compute: Compute, run: RunDirectory | None, resume: str | None, ranks: Ranks, signals: Signals
+    config: TrainConfig,
+    compute: Compute,
+    run: RunDirectory | None,
+    resume: str | None,
+    ranks: Ranks,
+    signals: Signals,
+    start: Start | None,
 ) -> tuple[RunDirectory | None, Score]:
     checkpoint = _find_checkpoint(run, resume, config, ranks) if run is not None and resume is not None else None
+    if run is not None and checkpoint is None and (path := run.read_start()) is not None:  # killed before it had one of its own
+        start = read_start(path)
     # Weights before data, which may have to be downloaded or listed for minutes.
     weights = read_weights(config.init) if config.init and checkpoint is None else None
     data = open_data(config, compute.device, ranks)
@@ -136,8 +153,11 @@ def _train(
     model = build_model(config, data)
     lines = [] if weights is None or config.init is None else [start_from(model, weights, config.init)]
     trainer = Trainer(config, model.to(compute.device), data, plan, compute, signals)
+    if start is not None:
+        trainer.load(as_checkpoint(start, trainer))
+        lines += describe_start(start, config)
     if run is None:
-        run = ranks.share(lambda: _create(config, trainer))
+        run = ranks.share(lambda: _create(config, trainer, start))
     else:
         lines.append(_take_up(trainer, run, checkpoint))
     if ranks.first:
@@ -207,10 +227,10 @@ def _implied(settings: RunSettings, ranks: Ranks) -> str | None:
     return "auto" if before is not None and before == _launch() else None
 
 
-def _create(config: TrainConfig, trainer: Trainer) -> RunDirectory:
-    """A new run directory, locked."""
+def _create(config: TrainConfig, trainer: Trainer, start: Start | None) -> RunDirectory:
+    """A new run directory, locked; its config.json names the checkpoint of main.py from which it goes on, if any."""
     run = RunDirectory.create(config.out, trainer.data.name)
-    run.write_config(_describe(trainer))
+    run.write_config(_describe(trainer) | ({} if start is None else {START: str(start.path.absolute())}))
     return run
 
 
@@ -245,7 +265,7 @@ def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> st
     if trainer.ranks.first:
         run.cut_log(checkpoint["logged"] if checkpoint else 0)
     if checkpoint is None:
-        return "no checkpoint yet: from the start"
+        return f"no checkpoint yet: from the {'start' if run.read_start() is None else 'published one'}"
     if trainer.ranks.first:
         warn_of_changes(checkpoint["circumstances"], circumstances(trainer.compute, trainer.ranks))
     return f"going on after step {trainer.step} of {trainer.steps}"

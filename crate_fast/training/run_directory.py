@@ -14,13 +14,18 @@ from pathlib import Path
 from ..checkpoint.distributed import SUFFIX
 from ..checkpoint.read import MODEL_NAME
 from ..data.pictures import READER_ENTRY
-from ..files import naming, open_own, parse_json, remove, write_atomically
+from ..files import names_something, naming, open_own, parse_json, remove, write_atomically
 from ..locks import lock
 from ..settings import ConfigError, TrainConfig
 
 RUNS = Path("runs")
+START = "resumed_from"  # in config.json
 MOST_STEPS = 2**53  # of a run: what is more is no number of its metrics
 TEMPORARY = ".*.tmp"  # what is written aside, see `write_atomically`
+NO_RUN = (
+    "is neither a run directory nor a checkpoint in one or of main.py; to start from weights alone, which have no optimizer: "
+    "--init"
+)
 CLASS_NAMES = {"class_names": "the classes have other names, or another order"}
 COUNTED_ANEW = (
     "; a run begun before this version may have counted hidden files, passed over linked folders and *.jfif, or read images of "
@@ -168,6 +173,19 @@ class RunDirectory:
         if READER_ENTRY in now and self._read()["data"].get(READER_ENTRY) != now[READER_ENTRY]:
             print(f"crate-fast: warning: {self.path}: {READ_ANEW}", file=sys.stderr)
 
+    def read_start(self) -> Path | None:
+        """The checkpoint of the published main.py from which the run went on, or None."""
+        start = self._read().get(START)
+        return Path(start) if isinstance(start, str) and names_something(start) else None
+
+    def read_steps(self) -> int:
+        """The steps of the whole run; raises ConfigError where config.json is damaged."""
+        resolved = self._read().get("resolved")
+        steps = resolved.get("steps") if isinstance(resolved, dict) else None
+        if type(steps) is not int or not 0 < steps < MOST_STEPS:
+            raise ConfigError(f"{self.config}: not the configuration of a run (steps {str(steps)[:100]})")
+        return steps
+
     def read_launch(self) -> str | None:
         """The name of the launch that made the run, or None."""
         try:
@@ -206,10 +224,7 @@ def find_run(resume: str, out: str | None) -> RunDirectory | None:
         path = Path(resume)
         run = RunDirectory(path.parent.parent if path.suffix in (".pt", SUFFIX) else path)
         if not path.exists() or not run.config.is_file():
-            raise ConfigError(
-                f"--resume is {resume}, which is neither a run directory nor a checkpoint in one; to start from "
-                "weights alone, which have no optimizer: --init"
-            )
+            raise ConfigError(f"--resume is {resume}, which {NO_RUN}")
         return run
     if out is None:
         raise ConfigError("--resume is 'auto', which goes on with the run in --out DIR; --out is not given")

@@ -1,0 +1,172 @@
+"""Going on from a checkpoint of the published main.py: its weights, optimizer and epoch become those of a new run here."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.archives import CheckpointError, read_beside_others
+from ..checkpoint.layouts import find_weights
+from ..checkpoint.read import check_all_plain
+from ..optimizers import OPTIMIZERS
+from ..settings import ConfigError, TrainConfig, flag
+from ..sizes import ARCHITECTURES, SIZES
+from .checkpoint_contents import is_count
+from .optimizer import main_factor
+from .run_directory import NO_RUN, RunDirectory
+
+SHAPE = ("dim", "depth", "heads", "dim_head", "pool", "ista", "lambd")  # of ours, converted: what its arguments say
+KEPT = ("arch", *SHAPE, "patch_size", "image_size", "optimizer", "lr", "weight_decay")
+
+
+class Start(NamedTuple):
+    """What a checkpoint of main.py tells.
+
+    settings: those that the run had, by our names.
+    weights: by the names of `CRATE`.
+    state: of the optimizer, by the number of the parameter.
+    epoch: epochs made.
+    best: the best top-1 so far, as a part.
+    rate: the learning rate of the next epoch.
+    """
+
+    path: Path
+    settings: dict
+    weights: dict[str, Tensor]
+    state: dict[int, dict]
+    epoch: int
+    best: float
+    rate: float
+
+
+def names_published(resume: str | None) -> bool:
+    """Whether `--resume` names a file that lies in no run's folder of checkpoints."""
+    if resume is None or resume == "auto":
+        return False
+    path = Path(resume)
+    return path.is_file() and not (path.suffix == ".pt" and RunDirectory(path.absolute().parent.parent).config.is_file())
+
+
+def read_start(path: Path) -> Start:
+    """What the file `path` of main.py has for a run to go on.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or something else.
+        ConfigError: it has weights and no optimizer or epoch.
+    """
+    if path.suffix == ".safetensors":  # which have no optimizer, whoever wrote them
+        raise ConfigError(f"--resume is {path}, which {NO_RUN}")
+    content, _ = read_beside_others(path, "damaged, or no checkpoint of main.py")
+    try:
+        weights = find_weights(content, "last").weights if isinstance(content, dict) else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not weights:
+        raise CheckpointError(f"{path}: no weights of a CRATE in it")
+    optimizer = content.get("optimizer")
+    if not isinstance(optimizer, dict) or "epoch" not in content:
+        raise ConfigError(f"--resume is {path}, which {NO_RUN}")
+    check_all_plain(path, {"weights": weights, "optimizer": optimizer, "best": content.get("best_acc1")})
+    if not is_count(content["epoch"]):
+        raise CheckpointError(f"{path}: its 'epoch' is {str(content['epoch'])[:100]}")
+    settings, state, rate = _read_optimizer(path, optimizer)
+    settings |= _read_sizes(content)
+    return Start(path, settings, weights, state, content["epoch"], _read_best(path, content), rate)
+
+
+def _read_sizes(content: dict) -> dict:
+    if isinstance(content.get("arguments"), dict):
+        said = {name: content["arguments"].get(name) for name in (*SHAPE, "patch_size", "image_size")}
+        for name in ("patch_size", "image_size"):
+            sides = said[name]
+            said[name] = sides[0] if isinstance(sides, list) and len(sides) == 2 and sides[0] == sides[1] else None
+        return {name: value for name, value in said.items() if value is not None}
+    arch = content.get("arch")
+    return {"arch": arch, **SIZES[arch.removeprefix("CRATE_")]} if arch in ARCHITECTURES else {}
+
+
+def _read_best(path: Path, content: dict) -> float:
+    found = content.get("best_acc1", 0.0)
+    best: Any = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
+    if type(best) not in (int, float) or not 0 <= best <= 100:
+        raise CheckpointError(f"{path}: its 'best_acc1' is {str(best)[:100]}; it must be a percentage")
+    return best / 100
+
+
+def _read_optimizer(path: Path, optimizer: dict) -> tuple[dict, dict[int, dict], float]:
+    """(settings, state by parameter, learning rate) of an optimizer's state_dict."""
+    groups, state = optimizer.get("param_groups"), optimizer.get("state")
+    if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict) or not isinstance(state, dict):
+        raise CheckpointError(f"{path}: its optimizer is none of main.py, which has all parameters in one group")
+    moments = {frozenset(one) if isinstance(one, dict) else frozenset() for one in state.values()}
+    kind = next((name for name, one in OPTIMIZERS.items() if one.main is not None and moments == {one.keeps}), None)
+    if kind is None:
+        raise CheckpointError(f"{path}: its optimizer has made no step, or is neither AdamW nor Lion, main.py's")
+    rates: dict[str, Any] = {name: groups[0].get(name) for name in ("lr", "weight_decay")}
+    rates["peak"] = groups[0].get("initial_lr", rates["lr"])
+    wrong = next((name for name, value in rates.items() if type(value) not in (int, float) or not math.isfinite(value)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: its optimizer's {wrong} is {str(rates[wrong])[:100]}")
+    for one in state.values():  # before PyTorch 1.12 a plain number
+        if is_count(one.get("step")):
+            one["step"] = torch.tensor(float(one["step"]))
+    settings = {"optimizer": kind, "lr": float(rates["peak"]), "weight_decay": float(rates["weight_decay"])}
+    return settings, state, float(rates["lr"])
+
+
+def check_settings(start: Start, config: TrainConfig, given: dict) -> dict:
+    """The settings that a run takes from `start`; raises ConfigError where it asks for others, or for what main.py has not."""
+    for name in KEPT:
+        if name in start.settings and name in given and given[name] != start.settings[name]:
+            raise ConfigError(
+                f"{flag(name)} is {given[name]}; {start.path} has {start.settings[name]}, with which a run goes on "
+                "(to take its weights alone: --init)"
+            )
+    if config.init is not None:
+        raise ConfigError(f"--init is {config.init} and --resume is {start.path}; a run takes its weights from one of them")
+    for name, only in (("strategy", "ddp"), ("decay", "all")):
+        if getattr(config, name) != only:
+            raise ConfigError(
+                f"{flag(name)} is {getattr(config, name)!r}; from a checkpoint of main.py a run goes on with {only!r}"
+            )
+    if start.epoch >= config.epochs:
+        raise ConfigError(f"--epochs is {config.epochs}; {start.path} has made {start.epoch}, so that nothing is left")
+    return {name: value for name, value in start.settings.items() if name not in given}
+
+
+def as_checkpoint(start: Start, trainer: Any) -> dict:
+    """`start` as a checkpoint of ours, for `trainer` to load, which judges it as it does all."""
+    mean = None if trainer.average is None else start.weights
+    return {
+        "path": str(start.path),
+        "model": start.weights,
+        "ema": mean,
+        "optimizer": {"state": start.state},
+        "scaler": trainer.scaler.state_dict(),
+        "step": start.epoch * trainer.plan.steps,
+        "epoch": start.epoch,
+        "meter": [0.0] * 4,
+        "score": None,
+        "best": start.best,
+    }
+
+
+def describe_start(start: Start, config: TrainConfig) -> list[str]:
+    """What is said of a run that goes on from `start`."""
+    taken = ", ".join(f"{name} {value}" for name, value in start.settings.items())
+    lines = [f"{start.path}: going on after epoch {start.epoch} of {config.epochs}, with its weights and optimizer ({taken})"]
+    expected = config.lr * main_factor(start.epoch, config.epochs)
+    if config.schedule != "main-epoch":
+        lines.append(f"--schedule is {config.schedule!r}, as if it had been so from the start, and main.py's is main-epoch")
+    elif not math.isclose(expected, start.rate, rel_tol=1e-4, abs_tol=1e-12):
+        lines.append(
+            f"the run before had other --epochs: its next learning rate is {start.rate:.4g}; taken: {expected:.4g}, as with "
+            f"--epochs {config.epochs}"
+        )
+    if config.ema:
+        lines.append("the mean of the weights begins with those of the checkpoint")
+    return lines
