@@ -1,12 +1,30 @@
 """CRATE, the white-box vision transformer, at the hardware's speed."""
 
-from . import functional
-from .backend import BackendError, choose_backend
-from .checkpoint.read import CheckpointError
-from .checkpoint.save_load import load_checkpoint
-from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
-from .model.cuda_graph import graphed
-from .model.freezing import freeze
+from typing import TYPE_CHECKING
+
+from .lazy import lazily
+
+if TYPE_CHECKING:  # what a type checker sees; the same is imported where it is used
+    from . import functional
+    from .backend import choose_backend
+    from .checkpoint.save_load import load_checkpoint
+    from .errors import BackendError, CheckpointError
+    from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
+    from .model.cuda_graph import graphed
+    from .model.freezing import freeze
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "functional": (),
+            "errors": ("BackendError", "CheckpointError"),
+            "backend": ("choose_backend",),
+            "checkpoint.save_load": ("load_checkpoint",),
+            "model.crate": ("CRATE", "CRATE_base", "CRATE_large", "CRATE_small", "CRATE_tiny"),
+            "model.cuda_graph": ("graphed",),
+            "model.freezing": ("freeze",),
+        },
+    )
 
 __version__ = "0.1.0"
 __all__ = [

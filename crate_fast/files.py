@@ -10,10 +10,10 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def parse_json(text: str | bytes):
@@ -88,6 +88,8 @@ def check_regular(path: str | Path, mode: int | None = None) -> None:
 
 def digest_of(values: dict, tensors: dict[str, Tensor]) -> str:
     """SHA-256 of plain values and of tensors, by their names, dtypes, shapes and bytes, whatever their order."""
+    import torch
+
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(as_bytes(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n"))

@@ -6,10 +6,10 @@ import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .backend import BACKENDS
+from .errors import ConfigError
 from .eval_transform import LEAST_CROP, allowed_crop
 from .files import names_something
-from .sizes import ARCHITECTURES, POOLS
+from .sizes import ARCHITECTURES, BACKENDS, POOLS
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("Lion", "AdamW", "Adam", "SGD")
@@ -17,10 +17,6 @@ SCHEDULES = ("cosine", "main-epoch", "finetune-epoch")
 STRATEGIES = ("ddp", "fsdp")
 AUGMENTATIONS = ("none", "randaugment", "trivial")
 LARGEST = 1_000_000  # of any size; memory ends long before
-
-
-class ConfigError(ValueError):
-    """A setting cannot be used; the message names its flag and its value, or the file."""
 
 
 def flag(name: str) -> str:

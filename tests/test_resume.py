@@ -382,7 +382,7 @@ def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("switch", "expected"), [("0", None), ("1", "auto"), ("some/run", "some/run")])
 def test_resume_of_the_published_scripts(monkeypatch, switch, expected):
     seen = {}
-    monkeypatch.setattr("crate_fast.commands.train.train", lambda config, **options: seen.update(options) or (None, None))
+    monkeypatch.setattr("crate_fast.training.train", lambda config, **options: seen.update(options) or (None, None))
     for command in ("train", "finetune"):
         assert main([command, "--resume", switch, "--out", "there"]) == 0
         assert seen["resume"] == expected

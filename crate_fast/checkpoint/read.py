@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..eval_transform import FINETUNE, MAIN, Transform, read_transform
 from ..files import check_regular, digest_of, first_line, is_text, parse_json
 from ..optional import MissingPackageError, require
@@ -33,10 +34,6 @@ SIGNATURE_LENGTH = 9  # safetensors begins with 8 bytes of length and the brace 
 MODEL_NAME = "model.safetensors"
 SUFFIXES = (".pt", ".pth", ".tar", ".safetensors", ".bin", ".ckpt", ".t7")  # of files, and of no model on the Hub
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-class CheckpointError(ValueError):
-    """A file is missing, damaged, or does not hold what it should; the message names the file and what is wrong."""
 
 
 class DamagedError(CheckpointError):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..checkpoint.published import WORDS
 from ..eval_transform import LEAST_CROP, allowed_crop
 from ..files import names_something
+
+WORDS = ("last", "mean")  # as of `load_checkpoint`, which needs PyTorch
 
 
 def whole(text: str) -> int:
@@ -27,6 +28,13 @@ def _read(kind: type, text: str, words: str):
         return kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {words}") from None
+
+
+def positive(text: str) -> int:
+    """A whole number, at least 1."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
 
 
 def place(text: str) -> str:

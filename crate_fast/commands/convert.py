@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..checkpoint.published import WRAPPERS, infer_arguments
-from ..checkpoint.read import CheckpointError
-from ..checkpoint.save_load import constructor_arguments, load_checkpoint, save_model, transform_entry
+from ..errors import CheckpointError
 from ..files import write_atomically
-from ..model.crate import CRATE
 from ..sizes import POOLS
 from .arguments import add_weights, as_path, number, place, whole
 
+if TYPE_CHECKING:
+    from ..model.crate import CRATE
+
 LAYOUTS = ("state_dict", "model", "bare")
 ARCHIVES = (".pt", ".pth", ".tar")
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
 ADVICE = {
     "heads": (whole, "heads of a layer"),
     "pool": (str, "what the head reads"),
@@ -27,14 +27,12 @@ ADVICE = {
 }
 
 
-def add_convert(subcommands) -> None:
-    """Adds the subcommand to the command line's."""
-    parser = subcommands.add_parser(
-        "convert",
-        help="write a model's weights as another kind of file",
-        description="Reads a model (ours, the published scripts' checkpoints, safetensors, a run directory, a model of the "
+def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+    """Gives the subcommand's parser its flags."""
+    parser.description = (
+        "Reads a model (ours, the published scripts' checkpoints, safetensors, a run directory, a model of the "
         "Hugging Face Hub) and writes it to TARGET: *.safetensors, or with *.pt, *.pth or *.pth.tar what the published scripts "
-        "read. Weights keep every bit and their dtype; optimizer state is left behind.",
+        "read. Weights keep every bit and their dtype; optimizer state is left behind."
     )
     parser.add_argument(
         "source", type=place, metavar="SOURCE", help="a file, a run directory, or ORGANISATION/NAME on the Hugging Face Hub"
@@ -46,7 +44,7 @@ def add_convert(subcommands) -> None:
         help="of an archive: weights under 'state_dict' as main.py has them (the default), under 'model' as finetune.py has "
         "them, or nothing else (bare)",
     )
-    parser.add_argument("--prefix", choices=WRAPPERS, help="before every name in an archive (default: nothing)")
+    parser.add_argument("--prefix", choices=PREFIXES, help="before every name in an archive (default: nothing)")
     add_weights(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is there")
     advice = parser.add_argument_group("what the shapes in a published checkpoint do not tell")
@@ -69,6 +67,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{target}: there is no directory {target.parent}")
     names = [name.replace("-", "_") for name in ADVICE]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    from ..checkpoint.save_load import load_checkpoint, save_model
+
     model = load_checkpoint(arguments.source, weights=arguments.weights, **given)
     if target.suffix == ".safetensors":
         save_model(model, target)
@@ -90,6 +90,10 @@ def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix:
         CheckpointError: bare weights would not tell the model's arguments.
         OSError: `path` cannot be written.
     """
+    import torch
+
+    from ..checkpoint.save_load import constructor_arguments, transform_entry
+
     arguments, own = constructor_arguments(model), model.state_dict()
     weights = {prefix + name: value for name, value in own.items()}
     if layout == "bare":
@@ -99,6 +103,8 @@ def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix:
 
 
 def _check_told(arguments: dict, weights: dict, path: Path) -> None:
+    from ..checkpoint.published import infer_arguments
+
     try:
         told, _ = infer_arguments(weights, {})
     except ValueError as error:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from ..backend import BACKENDS
-from ..settings import ARCHITECTURES, PRECISIONS
-from ..training.evaluation import evaluate_run, is_first
+from ..settings import PRECISIONS
+from ..sizes import ARCHITECTURES, BACKENDS
 from .arguments import add_crop, add_weights, place, whole
 
 
-def add_evaluate(subcommands) -> None:
-    """Adds `evaluate` to the subcommands of a parser."""
-    parser = subcommands.add_parser(
-        "evaluate",
-        help="measure the accuracy of a trained model",
-        description="Reads a model back and prints its accuracy on its test images, computed as in its run unless flags say "
-        "otherwise.",
+def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+    """Gives the subcommand's parser its flags."""
+    parser.description = (
+        "Reads a model back and prints its accuracy on its test images, computed as in its run unless flags say otherwise."
     )
     parser.add_argument(
         "path",
@@ -40,6 +36,8 @@ def add_evaluate(subcommands) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from ..training.evaluation import evaluate_run, is_first
+
     names = ("backend", "precision", "device", "batch_size", "data", "data_dir", "workers", "arch", "weights", "eval_crop")
     score = evaluate_run(arguments.path, **{name: getattr(arguments, name) for name in names})
     if is_first():

@@ -8,29 +8,20 @@ import io
 import json
 from pathlib import Path
 
-from ..checkpoint.save_load import load_checkpoint
-from ..device import choose_compute
+from ..errors import InspectionError
 from ..files import as_bytes, write_atomically
-from ..inspection.figures import plot_rates, plot_sparsity
-from ..inspection.photos import Normalisation, PhotoError, find_photos, photo_batches
-from ..inspection.rates import PRECISION, measure_layers
-from ..inspection.views import InspectionError
 from ..optional import require
-from ..processes import Ranks
-from .arguments import add_crop, add_weights, as_path, place
-from .tune import positive
+from .arguments import add_crop, add_weights, as_path, place, positive
 
 DIGITS = "digits"
 
 
-def add_inspect(subcommands) -> None:
-    """Adds the subcommand to the command line's."""
-    parser = subcommands.add_parser(
-        "inspect",
-        help="measure what each layer of a model does",
-        description="Measures, layer by layer, the coding rate before and after attention, the share of non-zero entries after "
+def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+    """Gives the subcommand's parser its flags."""
+    parser.description = (
+        "Measures, layer by layer, the coding rate before and after attention, the share of non-zero entries after "
         "ISTA, and the coding rate of all tokens; writes layers.json, layers.csv, coding-rate.png and sparsity.png. With "
-        "several checkpoints, such as those of several epochs, all stand in one figure.",
+        "several checkpoints, such as those of several epochs, all stand in one figure."
     )
     parser.add_argument(
         "--checkpoint",
@@ -61,6 +52,12 @@ def add_inspect(subcommands) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     require("matplotlib", "numpy", "PIL")
+    from ..checkpoint.save_load import load_checkpoint
+    from ..device import choose_compute
+    from ..inspection.photos import PhotoError, find_photos
+    from ..inspection.rates import measure_layers
+    from ..processes import Ranks
+
     device = choose_compute(arguments.device, "float32", Ranks()).device
     paths = None if _is_digits(arguments.images) else find_photos(arguments.images)[: arguments.limit]
     labels = unique_labels(arguments.checkpoint)
@@ -83,6 +80,8 @@ def _is_digits(images: str) -> bool:
 
 
 def _photos(model, source: str, paths: list[Path], arguments: argparse.Namespace):
+    from ..inspection.photos import Normalisation, photo_batches
+
     normalise = Normalisation(model, source)
     print(f"{source}: {len(paths)} images, normalised by {normalise.origin} mean and deviation")
     return photo_batches(paths, model, normalise, arguments.batch_size, arguments.eval_crop)
@@ -90,6 +89,7 @@ def _photos(model, source: str, paths: list[Path], arguments: argparse.Namespace
 
 def _digits(model, arguments: argparse.Namespace):
     from ..data.digits import Digits
+    from ..processes import Ranks
 
     if model.channels != Digits.channels:
         raise InspectionError(f"the model takes {model.channels} channels; the digits have {Digits.channels}")
@@ -112,6 +112,9 @@ def unique_labels(sources: list[str]) -> list[str]:
 
 
 def _write(results: list[dict], out: Path) -> None:
+    from ..inspection.figures import plot_rates, plot_sparsity
+    from ..inspection.rates import PRECISION
+
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,7 +8,7 @@ import sys
 from dataclasses import fields
 from itertools import groupby
 
-from ..training import ConfigError, TrainConfig, resolve, train
+from ..training import ConfigError, TrainConfig, resolve
 from ..training.resolve import NAMES
 from .arguments import number, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
@@ -25,10 +25,9 @@ DESCRIPTIONS = {
 }
 
 
-def add_train(subcommands, command: str) -> None:
-    """Adds the subcommand `command`, "train" or "finetune"."""
-    summary = {"train": "train a CRATE", "finetune": "train a CRATE on a small data set, from published weights"}[command]
-    parser = subcommands.add_parser(command, help=summary, description=DESCRIPTIONS[command])
+def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
+    """Gives the parser of the subcommand `command`, "train" or "finetune", its flags."""
+    parser.description = DESCRIPTIONS[command]
     published = {entry.setting: entry for entry in PUBLISHED[command] if entry.fate == "known" and _is_plain(entry)}
     recipes = parser.add_argument_group("recipe")
     recipes.add_argument(
@@ -137,6 +136,8 @@ def _run(arguments: argparse.Namespace) -> None:
     config = resolve(given, arguments.recipe, command=arguments.command)
     for line in warnings_of(arguments, given, config):
         print(f"crate-fast: warning: {line}", file=sys.stderr)
+    from ..training import train  # what is wrong so far is told without PyTorch
+
     run, score = train(config, given=given, resume=arguments.resume)
     if run is not None:  # rank 0
         print(f"test {score}")

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..errors import UnreadableError
 from ..files import as_bytes
 from ..locks import unlock
 from ..processes import Ranks
@@ -28,10 +29,6 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, red, green, blue,
 STD = (0.229, 0.224, 0.225)
 COLOUR = np.rint(np.array(MEAN) * 255).astype(np.uint8)  # of what is erased
 PREFETCH = 4  # batches that a worker is ahead
-
-
-class UnreadableError(RuntimeError):
-    """More images than allowed cannot be read; the message names the last."""
 
 
 class Store(Protocol):

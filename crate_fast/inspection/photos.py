@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..data.pictures import SUFFIXES, check_pixels, find_pictures, read_picture, tell_left_out
+from ..errors import InspectionError
 from ..eval_transform import MAIN
 from ..files import parse_json
 from ..model.crate import CRATE
-from .views import InspectionError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

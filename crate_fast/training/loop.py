@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.open import Data
 from ..data.order import Plan
 from ..device import Compute
+from ..errors import TrainingError
 from ..model.crate import CRATE
 from ..settings import TrainConfig
 from ..signals import Signals, Stopped
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 NEVER = torch.iinfo(torch.int64).max
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where and why."""
 
 
 class Trainer:
