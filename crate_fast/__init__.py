@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same is imported where it is 
     from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
     from .model.cuda_graph import graphed
     from .model.freezing import freeze
+    from .prediction import load
 else:
     __getattr__, __dir__ = lazily(
         __name__,
@@ -23,6 +24,7 @@ else:
             "model.crate": ("CRATE", "CRATE_base", "CRATE_large", "CRATE_small", "CRATE_tiny"),
             "model.cuda_graph": ("graphed",),
             "model.freezing": ("freeze",),
+            "prediction": ("load",),
         },
     )
 
@@ -40,5 +42,6 @@ __all__ = [
     "freeze",
     "functional",
     "graphed",
+    "load",
     "load_checkpoint",
 ]

@@ -52,6 +52,11 @@ def names_something(word: str) -> bool:
         return False
 
 
+def printable(name: str) -> str:
+    """A name as a line on a terminal can show it: what would move the cursor or change colours in escapes, as line breaks."""
+    return "".join(letter if letter.isprintable() or "\udc80" <= letter <= "\udcff" else ascii(letter)[1:-1] for letter in name)
+
+
 def drawable(name: str) -> str:
     """The name of a file as a figure can show it: what is no UTF-8 in escapes, dollars as themselves and not as formulas."""
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")

@@ -23,6 +23,7 @@ from ..files import check_regular, digest_of, first_line, is_text, parse_json
 from ..optional import MissingPackageError, require
 from . import distributed
 from .published import Found, choose, find_weights
+from .unfinished import newest_checkpoint
 
 METADATA_KEY = "crate_fast"
 DIGEST = "digest"  # of all weights in a file of safetensors and of what is said of them, which has no checksums of its own
@@ -43,6 +44,8 @@ class DamagedError(CheckpointError):
 def model_file(source: str | os.PathLike) -> Path:
     """The file that `source` means: itself, the model of the directory it is, or that of a Hub's model, brought here.
 
+    Of a run that has not ended it is the newest checkpoint, which a line on stderr names.
+
     Raises:
         CheckpointError: the directory has no model in it, or the Hub has none.
         MissingPackageError: huggingface-hub is not installed, and there is no such file.
@@ -50,9 +53,7 @@ def model_file(source: str | os.PathLike) -> Path:
     path = Path(source)
     if path.is_dir() and not distributed.is_in_parts(path):
         if not (path / MODEL_NAME).is_file():
-            raise CheckpointError(
-                f"{path}: a directory with no {MODEL_NAME} in it; a run writes that at its end, and checkpoints before"
-            )
+            return _of_unfinished(path)
         return path / MODEL_NAME
     name = str(source)
     if path.exists() or path.parent.is_dir() or path.suffix in SUFFIXES or not HUB_NAME.fullmatch(name):
@@ -64,6 +65,17 @@ def model_file(source: str | os.PathLike) -> Path:
     from .hub import download
 
     return download(name)
+
+
+def _of_unfinished(run: Path) -> Path:
+    """The newest checkpoint of a directory that has no model; raises CheckpointError where it has none."""
+    try:
+        newest = newest_checkpoint(run)
+    except OSError as error:
+        raise _unread(run, error) from error
+    if newest is None:
+        raise CheckpointError(f"{run}: a directory with no {MODEL_NAME} in it, and with no checkpoints of a run")
+    return newest
 
 
 class Model(NamedTuple):

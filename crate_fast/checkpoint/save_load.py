@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..eval_transform import Transform
 from ..files import digest_of, first_line, write_atomically
 from ..model.crate import CRATE
 from ..model.transformer import layers_of
@@ -222,8 +223,18 @@ def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: s
             words = ", ".join(f"{name}={value!r}" for name, value in taken.items())
             _tell(f"{path}: taken as published, since shapes do not tell it: {words}")
     model = build(path, arguments, weights, overrides).to(device)
-    model.transform = transform
+    model.transform = _fitting(path, model, transform, overrides)
     return model
+
+
+def _fitting(path: Path, model: CRATE, transform: Transform | None, overrides: dict) -> Transform | None:
+    """The transform read from `path`; raises CheckpointError where it names more or fewer classes than there are."""
+    names, classes = transform and transform.names, model.mlp_head[1].out_features
+    if transform is None or names is None or len(names) == classes:
+        return transform
+    if overrides.get("num_classes") == classes:  # another head than the file's, whose classes are others
+        return transform._replace(names=None)
+    raise CheckpointError(f"{path}: it has names of {len(names)} classes; the model tells {classes} apart")
 
 
 def _tell(line: str) -> None:

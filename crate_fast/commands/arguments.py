@@ -74,3 +74,10 @@ def add_crop(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="part of the image that is seen, its middle; 0: all of it, squeezed (default: as stored with the weights)",
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds --device."""
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
+    )

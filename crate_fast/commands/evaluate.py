@@ -6,7 +6,7 @@ import argparse
 
 from ..settings import PRECISIONS
 from ..sizes import ARCHITECTURES, BACKENDS
-from .arguments import add_crop, add_weights, place, whole
+from .arguments import add_crop, add_device, add_weights, place, whole
 
 
 def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
@@ -20,9 +20,7 @@ def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
         metavar="PATH",
         help="a run directory, its model.safetensors, a checkpoint, or one of the published scripts'",
     )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
-    )
+    add_device(parser)
     parser.add_argument("--backend", choices=BACKENDS, help="what computes the layers (default: as in the run)")
     parser.add_argument("--precision", choices=PRECISIONS, help="autocast dtype, or float32 for none (default: as in the run)")
     parser.add_argument("--batch-size", type=whole, metavar="N", help="images at a time (default: as in the run)")

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import InspectionError
 from ..files import as_bytes, write_atomically
 from ..optional import require
-from .arguments import add_crop, add_weights, as_path, place, positive
+from .arguments import add_crop, add_device, add_weights, as_path, place, positive
 
 DIGITS = "digits"
 
@@ -42,9 +42,7 @@ def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
     parser.add_argument("--out", required=True, type=as_path, metavar="DIR", help="where to write; made if it is not there")
     parser.add_argument("--limit", type=positive, metavar="N", help="take the first N images (default: all)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
-    )
+    add_device(parser)
     add_weights(parser)
     add_crop(parser)
     parser.set_defaults(run=_inspect)

@@ -26,6 +26,7 @@ SUMMARIES = {
     "train": "train a CRATE",
     "finetune": "train a CRATE on a small data set, from published weights",
     "evaluate": "measure the accuracy of a trained model",
+    "predict": "tell what photographs show",
     "convert": "write a model's weights as another kind of file",
     "prepare": "pack a folder of photographs, for input that keeps up",
     "inspect": "measure what each layer of a model does",

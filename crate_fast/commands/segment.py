@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import InspectionError
 from ..files import first_line
 from ..optional import require
-from .arguments import add_weights, as_path, number, place, positive
+from .arguments import add_device, add_weights, as_path, number, place, positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,9 +39,7 @@ def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
     parser.add_argument(
         "--size", type=positive, metavar="N", help="scale the shorter side to N pixels first (default: as it is)"
     )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
-    )
+    add_device(parser)
     add_weights(parser)
     parser.set_defaults(run=_segment)
 

@@ -259,7 +259,7 @@ class Synthetic:
 
     name, classes, channels = "synthetic", 1000, 3
     train_count, test_count = 1_281_167, 50_000
-    advice = None
+    advice = class_names = None
 
     def __init__(self, config: TrainConfig, size: tuple[int, int], device: torch.device) -> None:
         self._shape, self._device, self._seed = (3, *size), device, config.seed

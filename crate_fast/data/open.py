@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -33,6 +33,8 @@ class Data(Protocol):
     def train_count(self) -> int: ...
     @property
     def test_count(self) -> int: ...
+    @property
+    def class_names(self) -> Sequence[str] | None: ...  # in the order of the labels, where they are known
     @property
     def advice(self) -> str | None: ...  # where it is late
 

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 from torch import Tensor
@@ -102,8 +102,8 @@ def read_photo(path: str | Path) -> Image:
         raise PhotoError(f"{path}: cannot be read as an image ({reason})") from error
 
 
-def find_photos(folder: str | Path) -> list[Path]:
-    """The photographs in `folder` and the folders in it, sorted.
+def find_photos(folder: str | Path, tell: TextIO | None = None) -> list[Path]:
+    """The photographs in `folder` and the folders in it, sorted; `tell` (stdout if None) is told what was left out.
 
     Raises:
         InspectionError: it is no directory, or has none.
@@ -112,7 +112,7 @@ def find_photos(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise InspectionError(f"{folder}: no such directory of images")
     found = [Path(path) for path in find_pictures(folder, left_out)]
-    tell_left_out(folder, left_out, sys.stdout)
+    tell_left_out(folder, left_out, tell or sys.stdout)
     if not found:
         raise InspectionError(f"{folder}: no images in it ({', '.join(SUFFIXES)})")
     return found

@@ -168,7 +168,7 @@ def build_model(config: TrainConfig, data: Data) -> CRATE:
         lambd=config.lambd,
         backend=config.backend,
     )
-    model.transform = transform_of(config.eval_crop, data.describe())
+    model.transform = transform_of(config.eval_crop, data.describe(), data.class_names)
     return model
 
 
