@@ -54,12 +54,26 @@ class TrainConfig:
     data: str = option(
         "digits",
         "data",
-        "digits, cifar10, cifar100, flowers102, pets, synthetic, a folder with train/ and val/ and a folder per class in each, "
-        "or what `crate-fast prepare` has made of one",
+        "digits, cifar10, cifar100, flowers102, pets, synthetic, a folder with a folder per class, or with train/ and val/ and "
+        "such folders in each, or what `crate-fast prepare` has made of one",
     )
     data_dir: str = option("./data", "data", "where the published files of the four named sets are, or are downloaded to")
     classes: int | None = option(None, "data", "must agree with the data, if given", kind=int, least=1, most=LARGEST)
     workers: int = option(0, "data", "processes that read images, on each machine; 0: none but this", least=0, most=1024)
+    val_split: float = option(
+        0.2,
+        "data",
+        "of a folder without train/ and val/: part of each class that is held out, for evaluation",
+        above=0,
+        below=1,
+    )
+    keep_short_side: int = option(
+        0,
+        "data",
+        "photographs in folders: reduce them once to N pixels on their short side, in memory; 0: read them every time",
+        least=0,
+        most=65_500,
+    )
     max_unreadable: int = option(10, "data", "unreadable images that a process skips before it gives up", least=0)
     augment: str = option("none", "data", "besides crop and flip (TrivialAugment: trivial)", choices=AUGMENTATIONS)
     randaugment_ops: int = option(2, "data", "RandAugment's changes an image", least=0, most=100)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from dataclasses import fields
 from itertools import groupby
 
 from ..training import ConfigError, TrainConfig, resolve
+from ..training.choice import choose_recipe
 from ..training.resolve import NAMES
 from .arguments import number, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
@@ -129,11 +131,25 @@ def warnings_of(arguments: argparse.Namespace, given: dict, config: TrainConfig)
     return lines
 
 
+def _for_few(given: dict) -> TrainConfig | None:
+    """The settings for a small folder on a CPU, if that is what is `given`; says so."""
+    chosen = choose_recipe(given)
+    if chosen is None:
+        return None
+    recipe, more, why = chosen
+    config = resolve(more | given, recipe)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{why}: recipe {recipe}, {config.epochs} epochs; --recipe main is that of the published main.py", flush=True)
+    return config
+
+
 def _run(arguments: argparse.Namespace) -> None:
     given = given_settings(arguments)
     if arguments.resume is not None and arguments.recipe is not None:
         raise ConfigError(f"--recipe is {arguments.recipe!r}; a resumed run keeps its own settings")
     config = resolve(given, arguments.recipe, command=arguments.command)
+    if arguments.command == "train" and arguments.recipe is None and arguments.resume is None:
+        config = _for_few(given) or config
     for line in warnings_of(arguments, given, config):
         print(f"crate-fast: warning: {line}", file=sys.stderr)
     from ..training import train  # what is wrong so far is told without PyTorch

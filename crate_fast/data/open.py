@@ -14,7 +14,7 @@ from ..processes import Ranks
 from ..settings import ConfigError, TrainConfig
 from .device_loader import Pictures, Resident
 from .digits import Digits
-from .folder import open_folder
+from .folder import divide_folder, is_undivided, open_folder
 from .loader import Photos, Synthetic
 from .order import Plan
 from .pack_folder import is_packed, open_packs
@@ -70,9 +70,13 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks, size: tuple[i
     if is_packed(config.data):
         require("cv2", "simplejpeg")
         return Packed(open_packs(config.data), config, device, ranks, size)
-    train, test, names = open_folder(config.data)
+    held_out = None
+    if is_undivided(config.data):
+        train, test, names, held_out = divide_folder(config.data, config.val_split)
+    else:
+        train, test, names = open_folder(config.data)
     packs = f"packs: crate-fast prepare imagenet {shlex.quote(config.data)} DST, then train --data DST"
-    return Photos("folder", train, test, len(names), config, device, ranks, packs, names, size)
+    return Photos("folder", train, test, len(names), config, device, ranks, packs, names, size, held_out)
 
 
 def _open_published(config: TrainConfig, ranks: Ranks) -> tuple:

@@ -21,7 +21,7 @@ from ..processes import Ranks
 from ..settings import TrainConfig
 from .augment import central_crop
 from .augment_batch import Changes
-from .loader import COLOUR, PREFETCH, Normalise, ahead, describe, from_workers, more_workers, start_worker
+from .loader import COLOUR, PREFETCH, Normalise, ahead, cores, describe, from_workers, more_workers, start_worker, workers_of
 from .order import Plan, epoch_order, share_of
 from .pack_file import PackError
 from .pack_folder import Packs, Split
@@ -170,7 +170,7 @@ class Packed:
         self._packs, self._config, self._device = packs, config, device
         self.class_names = packs.classes
         self.classes, self.train_count, self.test_count = len(packs.classes), len(packs.train), len(packs.val)
-        workers = -(-config.workers // ranks.local_count)
+        workers = workers_of(config.workers, ranks)
         part = -(-config.batch_size // (config.accumulate * ranks.count))
         self._chunk = max(1, min(CHUNK, LARGEST // (3 * math.prod(size))))
         # Two parts ahead at least, else workers that are fast enough would still be waited for.
@@ -193,7 +193,7 @@ class Packed:
         quicker = (
             "a quicker disk, or more memory to keep packs in" if packs.train.is_raw else "raw packs: crate-fast prepare --raw"
         )
-        self.advice = more_workers(config.workers, quicker)
+        self.advice = more_workers(min(config.workers, cores()), quicker)
         self._normalise, self._changes = Normalise(device), Changes(config, device, COLOUR)
 
     def close(self) -> None:

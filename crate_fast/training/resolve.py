@@ -42,7 +42,7 @@ def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -
         recipe = "finetune" if command == "finetune" else "digits" if digits else "main"
     values = read_recipe(recipe)
     if "data" not in values and "data" not in given:
-        raise ConfigError(f"--recipe is {recipe!r}, which needs --data DIR, a folder with train/ and val/")
+        raise ConfigError(f"--recipe is {recipe!r}, which needs --data DIR, a folder of photographs")
     if command == "finetune" and given.get("optimizer", "AdamW") != "AdamW":
         values["weight_decay"] = 0.0  # the published script gives it to AdamW alone
     asked = _sizes(given) | given

@@ -201,6 +201,9 @@ def _implied(config: TrainConfig, ranks: Ranks) -> str | None:
 def _create(config: TrainConfig, trainer: Trainer) -> RunDirectory:
     """A new run directory, locked."""
     run = RunDirectory.create(config.out, trainer.data.name)
+    held_out = getattr(trainer.data, "held_out", None)
+    if held_out is not None:
+        run.write_held_out(held_out)
     run.write_config(_describe(trainer))
     return run
 
