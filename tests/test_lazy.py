@@ -2,13 +2,16 @@
 
 import ast
 import inspect
+import shlex
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import crate_fast
+from crate_fast.called import called
 from crate_fast.commands.main import main
 
 LINES = ["--help", "train --help", "trian", "train --epoch 1", "train --lr nan", "convert a b", "predict model --top 0"]
@@ -17,7 +20,8 @@ LINES = ["--help", "train --help", "trian", "train --epoch 1", "train --lr nan",
 @pytest.mark.slow
 def test_help_and_errors_of_the_command_wait_for_no_pytorch():
     code = (
-        "import contextlib, io, sys\nfrom crate_fast.commands.main import SUMMARIES, build_parser, main\n"
+        "import contextlib, io, sys\nfrom crate_fast.called import called
+from crate_fast.commands.main import SUMMARIES, build_parser, main\n"
         f"for line in {LINES} + [f'{{name}} --help' for name in SUMMARIES]:\n"
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:\n"
         "        with contextlib.suppress(SystemExit):\n            assert main(line.split()) == 2\n"
@@ -47,3 +51,17 @@ def test_a_word_that_is_nearly_right_is_asked_about(capsys):
         with pytest.raises(SystemExit):
             main(line.split())
         assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "start"),
+    [
+        ("some where/crate-fast", "'some where/crate-fast'"),
+        ("/usr/lib/python3/crate_fast/__main__.py", f"{shlex.quote(sys.executable)} -m crate_fast"),
+        ("/usr/bin/pytest", "crate-fast"),
+        ("", "crate-fast"),
+    ],
+)
+def test_a_command_that_is_suggested_can_be_pasted(monkeypatch, program, start):
+    monkeypatch.setattr("sys.argv", [program])
+    assert called("train", "--resume", Path("a run's")) == f"""{start} train --resume 'a run'"'"'s'"""

@@ -317,7 +317,10 @@ def test_signals_end_a_process_with_their_status(tmp_path):
         assert time.monotonic() - start < 30
         statuses[name] = process.returncode
         told = f"crate-fast: {name}: stopping after this step; again to stop now, unsaved\n"
-        assert re.fullmatch(told + r"crate-fast: stopped by signal \d+ after step \d+, saved as [^\n]+\.pt\n", error)
+        assert re.fullmatch(
+            told + r"crate-fast: stopped by signal \d+ after step \d+, saved as \S+\.pt; to go on: .* --resume [^\n]+\n",
+            error,
+        )
     assert statuses == {"SIGUSR1": 138, "SIGINT": 130}
 
 

@@ -31,6 +31,7 @@ SUMMARIES = {
     "prepare": "pack a folder of photographs, for input that keeps up",
     "inspect": "measure what each layer of a model does",
     "segment": "draw where a model looks in photographs",
+    "explore": "write a page in which one moves through a model's layers",
     "tune": "find the fastest shapes of the kernels on this GPU",
 }
 MODULES = {"finetune": "train"}  # of subcommands, where one is not called as it is

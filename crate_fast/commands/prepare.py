@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 
+from ..called import called
 from ..optional import require
 from .arguments import as_path, positive
 
@@ -55,7 +55,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(f"{counts} images in {done.packs} packs, {in_words(done.size)}{left_out}")
     if arguments.verify:
         print(f"{verify(arguments.target):,} images read back: all are what was written")
-    print(f"train on them with: crate-fast train --data {shlex.quote(str(arguments.target))}")
+    print(f"train on them with: {called('train', '--data', arguments.target)}")
 
 
 def _pixels(text: str) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from dataclasses import fields
 from itertools import groupby
 
+from ..called import called
 from ..training import ConfigError, TrainConfig, resolve
 from ..training.choice import choose_recipe
 from ..training.resolve import NAMES
@@ -157,4 +157,4 @@ def _run(arguments: argparse.Namespace) -> None:
     run, score = train(config, given=given, resume=arguments.resume)
     if run is not None:  # rank 0
         print(f"test {score}")
-        print(f"evaluate it again with: crate-fast evaluate {shlex.quote(str(run.path))}")
+        print(f"evaluate it again with: {called('evaluate', run.path)}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..called import called
 from ..optional import require
 from ..processes import Ranks
 from ..settings import ConfigError, TrainConfig
@@ -75,7 +75,7 @@ def _open(config: TrainConfig, device: torch.device, ranks: Ranks, size: tuple[i
         train, test, names, held_out = divide_folder(config.data, config.val_split)
     else:
         train, test, names = open_folder(config.data)
-    packs = f"packs: crate-fast prepare imagenet {shlex.quote(config.data)} DST, then train --data DST"
+    packs = f"packs: {called('prepare', 'imagenet', config.data)} DST, then train --data DST"
     return Photos("folder", train, test, len(names), config, device, ranks, packs, names, size, held_out)
 
 

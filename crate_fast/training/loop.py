@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from ..called import called
 from ..data.open import Data
 from ..data.order import Plan
 from ..device import Compute
@@ -249,7 +250,8 @@ class Trainer:
         if number is not None:
             path = self._save(False)
             self.parallel.wait_for_first()
-            told = f"stopped by signal {number} after step {self.step}, saved as {path}"
+            again = called("train", "--resume", self.run.path)
+            told = f"stopped by signal {number} after step {self.step}, saved as {path}; to go on: {again}"
             raise Stopped(number, told if self.ranks.first else "")
         if due:
             self._save(False)
