@@ -20,8 +20,7 @@ LINES = ["--help", "train --help", "trian", "train --epoch 1", "train --lr nan",
 @pytest.mark.slow
 def test_help_and_errors_of_the_command_wait_for_no_pytorch():
     code = (
-        "import contextlib, io, sys\nfrom crate_fast.called import called
-from crate_fast.commands.main import SUMMARIES, build_parser, main\n"
+        "import contextlib, io, sys\nfrom crate_fast.commands.main import SUMMARIES, build_parser, main\n"
         f"for line in {LINES} + [f'{{name}} --help' for name in SUMMARIES]:\n"
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:\n"
         "        with contextlib.suppress(SystemExit):\n            assert main(line.split()) == 2\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -66,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         choice = CHOICE.search(message)
         if choice is not None:
             message += _did_you_mean(choice["word"], re.findall(r"[^\s,']+", choice["choices"]))
-        self.exit(FAILED, f"crate-fast: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(_fail(f"error: {' '.join(message.split())} (see {self.prog} --help)", FAILED))
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -123,8 +124,14 @@ def _print_any_name() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"crate-fast: {' '.join(message.split())}", file=sys.stderr)
+    print(_marked(f"crate-fast: {' '.join(message.split())}"), file=sys.stderr)
     return status
+
+
+def _marked(line: str) -> str:
+    """The line, its "error:" in red where stderr is a terminal with colours and nobody asks for none (NO_COLOR)."""
+    shows = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+    return line.replace("error:", "\x1b[31merror:\x1b[0m", 1) if shows else line
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def check_written(config: TrainConfig, written: dict, where: Path) -> None:
             )
 
 
-def describe(config: TrainConfig) -> str:
-    """All settings that are set, as TOML: a recipe that repeats the run."""
-    values = {name: getattr(config, name) for name in SETTINGS}
-    return "\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None)
+def describe(config: TrainConfig, names: Iterable[str] = tuple(SETTINGS)) -> list[str]:
+    """The settings of these names that are set, as lines of TOML; all of them are a recipe that repeats the run."""
+    values = {name: getattr(config, name) for name in names}
+    return [f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None]

@@ -97,7 +97,7 @@ def _start(
         ranks.share(lambda: check_free(out))
     compute = _check(config, ranks)
     with process_group(ranks, compute.device, alone=config.strategy == "fsdp"):
-        return _train(config, compute, run, resume, ranks, signals)
+        return _train(config, given, compute, run, resume, ranks, signals)
 
 
 def _check(config: TrainConfig, ranks: Ranks) -> Compute:
@@ -121,7 +121,13 @@ def _check(config: TrainConfig, ranks: Ranks) -> Compute:
 
 
 def _train(
-    config: TrainConfig, compute: Compute, run: RunDirectory | None, resume: str | None, ranks: Ranks, signals: Signals
+    config: TrainConfig,
+    given: dict,
+    compute: Compute,
+    run: RunDirectory | None,
+    resume: str | None,
+    ranks: Ranks,
+    signals: Signals,
 ) -> tuple[RunDirectory | None, Score]:
     checkpoint = _find_checkpoint(run, resume, config, ranks) if run is not None and resume is not None else None
     # Weights before data, which may have to be downloaded or listed for minutes.
@@ -140,7 +146,7 @@ def _train(
     else:
         lines.append(_take_up(trainer, run, checkpoint))
     if ranks.first:
-        _announce(trainer, run, lines)
+        _announce(trainer, given, run, lines)
     score = trainer.fit(run)
     model = trainer.parallel.whole(trainer.evaluated_model)
     if ranks.first:
@@ -245,12 +251,18 @@ def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> st
     return f"going on after step {trainer.step} of {trainer.steps}"
 
 
-def _announce(trainer: Trainer, run: RunDirectory, lines: list[str]) -> None:
+def _announce(trainer: Trainer, given: dict, run: RunDirectory, lines: list[str]) -> None:
     """Says what is computed, where and how."""
     config, compute, ranks = trainer.config, trainer.compute, trainer.ranks
     backend = choose_backend(config.backend, trainer.model.pos_embedding, config.dim_head)
     print(f"{compute.describe()}, {compute.precision}, backend {backend.name} ({backend.reason}); run directory {run.path}")
-    print(describe(config))
+    data, sizes = trainer.data, trainer.model.transformer
+    print(
+        f"{data.name}: {data.train_count:,} images of {data.classes} classes to train on, {data.test_count:,} to evaluate on; "
+        f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters in {sizes.depth} layers; {trainer.steps:,} steps"
+    )
+    if given:
+        print(f"asked for: {', '.join(describe(config, given))}; all settings are in {run.config}")
     for line in lines:
         print(line)
     idle = torch.cuda.device_count() if compute.device.type == "cuda" and ranks.count == 1 else 1
