@@ -49,6 +49,9 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "run", "newest checkpoints to keep; the best is kept besides", least=1, most=10_000)
     log_every: int = option(50, "run", "steps from one line of training metrics to the next, at most an epoch", least=1)
     tensorboard: str = option("no", "run", "write the metrics for TensorBoard too", choices=("no", "yes"))
+    watch_rates: str = option(
+        "no", "run", "measure coding rate and sparsity of every layer at each evaluation", choices=("no", "yes")
+    )
     profile: str = option("no", "run", "write a trace of a few steps, for Perfetto", choices=("no", "yes"))
 
     data: str = option(
@@ -150,7 +153,7 @@ class TrainConfig:
             )
         if self.compile == self.cuda_graphs == "yes":
             raise ConfigError("--cuda-graphs is 'yes' and --compile is 'yes'; a run takes one of them")
-        for name in ("compile", "cuda_graphs"):
+        for name in ("compile", "cuda_graphs", "watch_rates"):
             if self.strategy == "fsdp" and getattr(self, name) == "yes":
                 raise ConfigError(f"{flag(name)} is 'yes' and --strategy is 'fsdp'; a model in parts runs as it is")
         if not allowed_crop(self.eval_crop):

@@ -207,10 +207,11 @@ class Trainer:
         """Evaluates the epoch that is over, and saves where that is due."""
         batch = self.config.batch_size // self.ranks.count
         batches = self.data.test_batches(batch, self.ranks)
+        batches = self.watch.first_of(batches)
         batches = self.parallel.fill_up(batches, batch, self.data.test_count, self.model, self.compute.device)
         score = evaluate(self.evaluated_model, batches, self.compute, self.ranks, between=self._pause)
         self.evaluated += 1
-        self._log("test", score)
+        self._log("test", score, **self.watch.rates(self.evaluated_model))
         if not math.isfinite(score.loss):
             raise TrainingError(
                 f"the loss on the test images is not finite after step {self.step} of {self.steps} (epoch {self.evaluated}), "

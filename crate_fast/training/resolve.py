@@ -23,7 +23,7 @@ SETTINGS = {setting.name: setting for setting in fields(TrainConfig)}
 # What a resumed run may be told anew: where things are, how often it saves, how it is watched, nothing that moves a bit of
 # its weights.
 SAVING = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
-CHANGEABLE = ("data_dir", "workers", *SAVING, "max_unreadable", "tensorboard", "profile", "peak_tflops")
+CHANGEABLE = ("data_dir", "workers", *SAVING, "max_unreadable", "tensorboard", "watch_rates", "profile", "peak_tflops")
 
 
 def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -> TrainConfig:

@@ -29,7 +29,7 @@ from .cuda_graphs import check_graphs
 from .ddp import check_strategy, parallel_kind
 from .loop import Trainer, TrainingError
 from .metrics import Score
-from .monitor import plot_curves
+from .monitor import plot_curves, plot_watched
 from .optimizer import warmup_steps
 from .resolve import check_unchanged, check_written, describe
 from .run_directory import RunDirectory, check_free, find_run
@@ -151,7 +151,9 @@ def _train(
     model = trainer.parallel.whole(trainer.evaluated_model)
     if ranks.first:
         save_model(model, run.model)
-        plot_curves(run.read_metrics(), run.curves, f"CRATE on {data.name}: test {score}")
+        rows, title = run.read_metrics(), f"CRATE on {data.name}: test {score}"
+        plot_curves(rows, run.curves, title)
+        plot_watched(rows, run.rates, title)
     return (run if ranks.first else None), score
 
 

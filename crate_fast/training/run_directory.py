@@ -55,6 +55,7 @@ class RunDirectory:
         self.config = self.path / "config.json"
         self.held_out = self.path / "held-out.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.rates = self.path / "rates.png"
         self.curves = self.path / "curves.png"
         self.tensorboard = self.path / "tensorboard"
         self.trace = self.path / "trace.json"
