@@ -12,7 +12,7 @@ import pytest
 
 import crate_fast
 from crate_fast.called import called
-from crate_fast.commands.main import main
+from crate_fast.commands.main import build_parser, main
 
 LINES = ["--help", "train --help", "trian", "train --epoch 1", "train --lr nan", "convert a b", "predict model --top 0"]
 
@@ -64,3 +64,10 @@ def test_a_word_that_is_nearly_right_is_asked_about(capsys):
 def test_a_command_that_is_suggested_can_be_pasted(monkeypatch, program, start):
     monkeypatch.setattr("sys.argv", [program])
     assert called("train", "--resume", Path("a run's")) == f"""{start} train --resume 'a run'"'"'s'"""
+
+
+def test_case_does_not_matter_in_names():
+    parse = build_parser().parse_args
+    assert parse(["Evaluate", "run", "--precision", "FLOAT32", "--arch", "crate_TINY"]).precision == "float32"
+    assert parse(["train", "--augment", "RandAugment", "--arch", "crate_tiny", "--optimizer", "lion"]).augment == "randaugment"
+    assert parse(["train", "--arch", "CRATE_Base"]).arch == "CRATE_base"

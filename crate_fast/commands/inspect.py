@@ -24,13 +24,14 @@ def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
         "several checkpoints, such as those of several epochs, all stand in one figure."
     )
     parser.add_argument(
-        "--checkpoint",
-        nargs="+",
+        "models",
+        nargs="*",
         type=place,
-        action="extend",
-        required=True,
         metavar="PATH",
         help="models: run directories, files of ours or of the published scripts, ORGANISATION/NAME on the Hugging Face Hub",
+    )
+    parser.add_argument(
+        "--checkpoint", nargs="+", type=place, action="extend", default=[], metavar="PATH", help="the same, or more of them"
     )
     parser.add_argument(
         "--images",
@@ -49,6 +50,9 @@ def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    sources = [*arguments.models, *arguments.checkpoint]
+    if not sources:
+        raise InspectionError("there is no model to inspect: give a run directory or a file, first or after --checkpoint")
     require("matplotlib", "numpy", "PIL")
     from ..checkpoint.save_load import load_checkpoint
     from ..device import choose_compute
@@ -58,10 +62,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     device = choose_compute(arguments.device, "float32", Ranks()).device
     paths = None if _is_digits(arguments.images) else find_photos(arguments.images)[: arguments.limit]
-    labels = unique_labels(arguments.checkpoint)
-    models = [load_checkpoint(source, device=device, weights=arguments.weights).float() for source in arguments.checkpoint]
+    labels = unique_labels(sources)
+    models = [load_checkpoint(source, device=device, weights=arguments.weights).float() for source in sources]
     results = []
-    for source, label, model in zip(arguments.checkpoint, labels, models, strict=True):
+    for source, label, model in zip(sources, labels, models, strict=True):
         batches = _digits(model, arguments) if paths is None else _photos(model, source, paths, arguments)
         try:
             measures = measure_layers(model, batches)

@@ -63,6 +63,14 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return namespace, unknown
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """As ever, but case does not matter in names."""
+        value = super()._get_value(action, arg_string)
+        if action.choices is None or not isinstance(value, str) or value in action.choices:
+            return value
+        same = [name for name in action.choices if str(name).lower() == value.lower()]
+        return same[0] if len(same) == 1 else value
+
     def error(self, message: str) -> NoReturn:
         choice = CHOICE.search(message)
         if choice is not None:
