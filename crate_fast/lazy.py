@@ -19,7 +19,7 @@ def lazily(package: str, places: dict[str, tuple[str, ...]]) -> tuple[Callable[[
 
     def get(name: str) -> Any:
         if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            return _submodule(package, name)
         module = import_module(f"{package}.{homes[name]}")
         value = getattr(module, name) if places[homes[name]] else module
         setattr(sys.modules[package], name, value)  # not asked for again
@@ -29,3 +29,15 @@ def lazily(package: str, places: dict[str, tuple[str, ...]]) -> tuple[Callable[[
         return sorted({*vars(sys.modules[package]), *homes})
 
     return get, names
+
+
+def _submodule(package: str, name: str) -> Any:
+    """The module `name` of `package`; raises AttributeError where there is none."""
+    own = f"{package}.{name}"
+    try:
+        if not name.startswith("_"):
+            return import_module(own)
+    except ModuleNotFoundError as error:
+        if error.name != own:
+            raise
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")

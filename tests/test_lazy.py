@@ -41,6 +41,8 @@ def test_a_package_gives_what_it_lists_and_a_type_checker_sees_the_same(package)
         value = getattr(module, name)
         assert value is crate_fast.__version__ or name in seen
         assert not inspect.ismodule(value) or name == "functional"  # no module of its name is in its place
+    submodule = "checkpoint" if package == "crate_fast" else "metrics"  # as where they were imported with the package
+    assert getattr(module, submodule).__name__ == f"{package}.{submodule}"
     with pytest.raises(AttributeError, match="nothing"):
         module.nothing  # noqa: B018
 

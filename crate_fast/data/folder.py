@@ -97,9 +97,7 @@ def _place(file: str, folder: Path) -> bytes:
 def _classes(path: Path, word: str, left_out: Counter) -> list[str]:
     """The names of the folders in `path`, sorted; hidden ones are none, and what else lies there is counted."""
     if not path.is_dir():
-        raise ConfigError(
-            f"{word}: {path} is no directory; a data set has train/ and val/, with a folder per class in each, or neither"
-        )
+        raise ConfigError(f"{word}: {path} is no directory; a data set has train/ and val/, with a folder per class in each")
     entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
     left_out["hidden"] += sum(1 for _ in path.iterdir()) - len(entries)
     classes = sorted(entry.name for entry in entries if entry.is_dir())
