@@ -5,6 +5,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# By a path: a script beside a clone called crate_fast would otherwise find the clone's folder for the package.
+BY_PATH := --config-settings editable_mode=compat
 
 # The oldest versions that pyproject.toml allows, and a NumPy that triton 3.6's interpreter takes.
 OLDEST := .venv-oldest
@@ -82,11 +84,11 @@ types: $(VENV)/installed-test
 $(VENV)/installed-%: setup.py pyproject.toml
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing crate-fast[$*] and what it needs in $(VENV) (minutes, the first time)"
-	@$(PIP) install --editable '.[$*]'
+	@$(PIP) install $(BY_PATH) --editable '.[$*]'
 	@touch $@
 
 $(OLDEST)/installed: setup.py pyproject.toml Makefile
 	@echo "installing crate-fast[train] with the oldest PyTorch in $(OLDEST) (minutes, the first time)"
 	@$(PYTHON) -m venv --clear $(OLDEST)
-	@$(OLDEST)/bin/python -m pip --quiet --disable-pip-version-check install --editable '.[train]' $(OLDEST_VERSIONS)
+	@$(OLDEST)/bin/python -m pip --quiet --disable-pip-version-check install $(BY_PATH) --editable '.[train]' $(OLDEST_VERSIONS)
 	@touch $@

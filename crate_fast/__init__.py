@@ -2,15 +2,37 @@
 
 from typing import TYPE_CHECKING
 
-from . import functional
-from .backend import BackendError, choose_backend
-from .checkpoint.read import CheckpointError
-from .checkpoint.save_load import load_checkpoint
-from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny, constructor, pair
-from .model.cuda_graph import graphed
-from .model.freezing import freeze
-from .model.transformer import Transformer
-from .modules import Attention, FeedForward, PreNorm
+from .lazy import lazily
+from .sizes import SIZES
+
+if TYPE_CHECKING:  # what a type checker sees; the same is imported where it is used
+    from . import functional
+    from .backend import choose_backend
+    from .checkpoint.save_load import load_checkpoint
+    from .errors import BackendError, CheckpointError
+    from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny, pair
+    from .model.cuda_graph import graphed
+    from .model.freezing import freeze
+    from .model.transformer import Transformer
+    from .modules import Attention, FeedForward, PreNorm
+    from .prediction import load
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "functional": (),
+            "errors": ("BackendError", "CheckpointError"),
+            "backend": ("choose_backend",),
+            "checkpoint.save_load": ("load_checkpoint",),
+            "model": ("CRATE", *(f"CRATE_{size}" for size in SIZES)),
+            "model.crate": ("pair",),
+            "model.cuda_graph": ("graphed",),
+            "model.freezing": ("freeze",),
+            "model.transformer": ("Transformer",),
+            "modules": ("Attention", "FeedForward", "PreNorm"),
+            "prediction": ("load",),
+        },
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,11 +52,7 @@ __all__ = [
     "freeze",
     "functional",
     "graphed",
+    "load",
     "load_checkpoint",
     "pair",
 ]
-
-if not TYPE_CHECKING:  # to a type checker there are the published sizes only, and no name that is misspelt
-
-    def __getattr__(name: str):
-        return constructor(name, __name__)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .errors import BackendError
 from .files import shown
 from .reference import constant_to_compile, has_autocast
+from .sizes import BACKENDS
 
-BACKENDS = ("auto", "triton", "torch", "reference")
 HEAD_WIDTHS = (16, 128)  # the narrowest and the widest head that the Triton kernels take
 
 
@@ -25,10 +26,6 @@ class Choice(NamedTuple):
 
     name: str
     reason: str
-
-
-class BackendError(RuntimeError):
-    """The backend asked for cannot run on what it was given."""
 
 
 def check_tensor(name: str, x: Tensor) -> None:

@@ -1,23 +1,28 @@
-"""How a model's images are made of photographs where it is evaluated: it belongs to the weights and is stored with them."""
+"""How a model's images are made of photographs, and what its answers are called: it belongs to the weights and is stored with
+them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+MOST_NAMES = 1_000_000
 LEAST_CROP = 0.05  # of a smaller part an image would be enlarged more than twenty times
 
 
 class Transform(NamedTuple):
-    """What is done to an image in evaluation.
+    """What is done to an image in evaluation, and what the model's answer to it is called.
 
     crop: part of its largest rectangle of the model's shape that the model sees, the middle; 0: all of it, squeezed.
     mean, std: by channel, of pixels of 0..1, by which they are normalised; None: not known.
+    names: of the classes, in the order of the logits; None: not known.
     """
 
     crop: float
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    names: tuple[str, ...] | None = None
 
 
 MAIN = Transform(0.875)  # main.py's: 256 pixels on the short side, of which the middle 224
@@ -32,7 +37,7 @@ def read_transform(value: object) -> Transform:
     """
     found = _read(value)
     if found is None:
-        raise ValueError(f"its evaluation is {str(value)[:200]}; it must have crop, mean and std")
+        raise ValueError(f"its evaluation is {str(value)[:200]}; it must have crop, mean and std, and names that are words")
     return found
 
 
@@ -43,9 +48,18 @@ def _read(value: Any) -> Transform | None:
         numbers = (crop, *(mean or ()), *(std or ()))
         sound = allowed_crop(crop) and all(math.isfinite(number) for number in numbers) and all(s > 0 for s in std or ())
         fits = (mean is None) == (std is None) and len(mean or ()) == len(std or ())
-        return Transform(float(crop), mean, std) if sound and fits else None
-    except (KeyError, TypeError, ValueError, OverflowError):
+        names = _read_names(value.get("names"))
+        return Transform(float(crop), mean, std, names) if sound and fits else None
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _read_names(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= MOST_NAMES or not all(type(name) is str for name in value):
+        raise ValueError
+    return tuple(value)
 
 
 def allowed_crop(crop: float) -> bool:
@@ -53,7 +67,9 @@ def allowed_crop(crop: float) -> bool:
     return not isinstance(crop, bool) and (crop == 0 or LEAST_CROP <= crop <= 1)
 
 
-def transform_of(crop: float, described: dict) -> Transform:
-    """The transform of a run on data that describe themselves so, their mean and std a number or by channel."""
+def transform_of(crop: float, described: dict, names: Sequence[str] | None = None) -> Transform:
+    """The transform of a run on data that describe themselves so, their mean and std a number or by channel, and `names` of
+    their classes."""
     values = [described.get(name) for name in ("mean", "std")]
-    return Transform(crop, *((value,) if isinstance(value, float) else value and tuple(value) for value in values))
+    mean, std = ((value,) if isinstance(value, float) else value and tuple(value) for value in values)
+    return Transform(crop, mean, std, None if names is None else tuple(names))

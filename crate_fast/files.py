@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 PAUSES = (0.1, 0.4, 1.5)  # seconds, after each of which what the system could not read is asked for once more
@@ -90,6 +90,11 @@ def names_something(word: str) -> bool:
         return False
 
 
+def printable(name: str) -> str:
+    """A name as a line on a terminal can show it: what would move the cursor or change colours in escapes, as line breaks."""
+    return "".join(letter if letter.isprintable() or "\udc80" <= letter <= "\udcff" else ascii(letter)[1:-1] for letter in name)
+
+
 def drawable(name: str) -> str:
     """The name of a file as a figure can show it: what is no UTF-8 in escapes, dollars as themselves and not as formulas."""
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
@@ -137,6 +142,8 @@ def check_regular(path: str | Path, mode: int | None = None) -> None:
 
 def digest_of(values: dict, tensors: dict[str, Tensor]) -> str:
     """SHA-256 of plain values and of tensors, by their names, dtypes, shapes and bytes, whatever their order."""
+    import torch
+
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(as_bytes(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n"))

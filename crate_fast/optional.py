@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from .errors import MissingPackageError
+
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
@@ -27,10 +29,6 @@ OTHERS = dict.fromkeys(("cv2", "lion_pytorch", "pydantic", "simplejpeg", "torchv
 }
 """Import name to the extra that brings it, of those that not every training run needs."""
 TRAIN = tuple(name for name in DISTRIBUTIONS if name not in OTHERS)
-
-
-class MissingPackageError(ModuleNotFoundError):
-    """An optional package is not installed; the message says how to install it."""
 
 
 def require(*modules: str) -> None:

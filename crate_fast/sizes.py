@@ -1,8 +1,9 @@
-"""What the published models are called and how large they are; imports nothing."""
+"""What the published models are called and how large they are, and what can compute them; imports nothing."""
 
 POOLS = ("cls", "mean")
 STREAMS = ("auto", "float16", "bfloat16", "float32")
 """Dtypes of the activations between fused kernels; see `crate_fast.CRATE`."""
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": dict(dim=384, depth=12, heads=6, dim_head=64),

@@ -220,7 +220,7 @@ def test_interruption(run, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("crate_fast.commands.evaluate.evaluate_run", interrupted)
+    monkeypatch.setattr("crate_fast.training.evaluation.evaluate_run", interrupted)
     assert call(capsys, "evaluate", run) == (130, "", "crate-fast: interrupted\n")
 
 
@@ -228,7 +228,7 @@ def test_other_errors_are_not_hidden(run, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("crate_fast.commands.evaluate.evaluate_run", broken)
+    monkeypatch.setattr("crate_fast.training.evaluation.evaluate_run", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["evaluate", str(run)])
 

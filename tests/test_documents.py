@@ -8,16 +8,19 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from crate_fast import CRATE_tiny, inspection
 from crate_fast.checkpoint import save_checkpoint, save_model
 from crate_fast.commands.main import build_parser, main
+from crate_fast.eval_transform import Transform
 from crate_fast.model import CRATE
 
 ROOT = Path(__file__).parents[1]
@@ -105,16 +108,27 @@ def test_the_readme_is_gone_through(monkeypatch, tmp_path, capsys):
     import sklearn.datasets
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PHOTOS", str(Path(sklearn.datasets.__path__[0]) / "images"))
+    photos = Path(sklearn.datasets.__path__[0]) / "images"
+    monkeypatch.setenv("PHOTOS", str(photos))
+    for name in ("china", "flower"):  # what the reader has in DIR
+        for number in range(3):
+            Path("DIR", name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(photos / f"{name}.jpg", Path("DIR", name, f"{number}.jpg"))
+    own = {"PHOTO...": str(photos / "china.jpg"), "FOLDER...": "DIR/flower"}
     assert main(["train", "--out", "runs/mine", *TOY]) == 0
     done = []
     for line in commands(ROOT / "README.md"):
-        words = shlex.split(os.path.expandvars(line), comments=True)
-        if words[0] == ".venv/bin/crate-fast" and ("runs/mine" in words or "maps" in words):
-            assert main(words[1:]) == 0, (line, capsys.readouterr().err)
+        words = [own.get(word, word) for word in shlex.split(os.path.expandvars(line), comments=True)]
+        if words[0] == ".venv/bin/crate-fast" and {"runs/mine", "runs/photos", "maps"} & set(words):
+            assert main([*words[1:], *(["--epochs", "1"] if words[1] == "train" else [])]) == 0, (line, capsys.readouterr().err)
             done.append(words[1])
-    assert {"evaluate", "inspect", "segment", "convert"} <= set(done)
-    assert list(Path("views").iterdir()) and list(Path("maps").iterdir()) and Path("mine.pth.tar").is_file()
+    assert {"train", "predict", "evaluate", "inspect", "segment", "explore", "convert"} <= set(done)
+    assert (
+        list(Path("views").iterdir())
+        and list(Path("maps").iterdir())
+        and Path("mine.pth.tar").is_file()
+        and Path("page.html").is_file()
+    )
 
 
 def test_python_blocks_run(monkeypatch, tmp_path):
@@ -124,6 +138,9 @@ def test_python_blocks_run(monkeypatch, tmp_path):
     small = CRATE(image_size=16, patch_size=8, num_classes=3, dim=32, depth=2, heads=2, dim_head=16)
     (tmp_path / "runs").mkdir()
     save_model(small, "runs/mine")
+    small.transform = Transform(0.875, (0.5,) * 3, (0.5,) * 3, ("one", "two", "three"))
+    save_model(small, "runs/photos")
+    Image.new("RGB", (20, 30)).save("photo.jpg")
     save_checkpoint(CRATE_tiny(), "published.pth.tar")
     for page in PAGES:
         images = torch.rand(2, 3, *((224, 224) if page.name == "README.md" else (16, 16)))

@@ -163,7 +163,7 @@ def test_flags_go_before_recipes(name):
 
 def test_a_printed_configuration_is_a_recipe(tmp_path):
     config = resolve({"data": "DIR", "mixup": 0.2, "out": "away"}, "imagenet-paper")
-    (tmp_path / "again.toml").write_text(describe(config))
+    (tmp_path / "again.toml").write_text("\n".join(describe(config)))
     (tmp_path / "config.json").write_text(json.dumps({"config": asdict(config)}))
     for file in ("again.toml", "config.json"):
         assert resolve({"out": "away"}, str(tmp_path / file)) == config

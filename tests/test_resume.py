@@ -339,7 +339,10 @@ def test_signals_end_a_process_with_their_status(tmp_path):
         assert time.monotonic() - start < 30
         statuses[name] = process.returncode
         told = f"crate-fast: {name}: stopping after this step; again to stop now, unsaved\n"
-        assert re.fullmatch(told + r"crate-fast: stopped by signal \d+ after step \d+, saved as [^\n]+\.pt\n", error)
+        assert re.fullmatch(
+            told + r"crate-fast: stopped by signal \d+ after step \d+, saved as \S+\.pt; to go on: .* --resume [^\n]+\n",
+            error,
+        )
     assert statuses == {"SIGUSR1": 138, "SIGINT": 130}
 
 
@@ -404,7 +407,7 @@ def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("switch", "expected"), [("0", None), ("1", "auto"), ("some/run", "some/run")])
 def test_resume_of_the_published_scripts(monkeypatch, switch, expected):
     seen = {}
-    monkeypatch.setattr("crate_fast.commands.train.train", lambda config, **options: seen.update(options) or (None, None))
+    monkeypatch.setattr("crate_fast.training.train", lambda config, **options: seen.update(options) or (None, None))
     for command in ("train", "finetune"):
         assert main([command, "--resume", switch, "--out", "there"]) == 0
         assert seen["resume"] == expected

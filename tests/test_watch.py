@@ -14,8 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.flop_counter import FlopCounterMode
 
-from crate_fast import CRATE
+from crate_fast import CRATE, load_checkpoint
+from crate_fast.data.digits import Digits
 from crate_fast.device import Compute
+from crate_fast.inspection import measure_layers
+from crate_fast.processes import ALONE
 from crate_fast.training import TrainConfig, data_wait
 from crate_fast.training.monitor import peak_flops, training_flops
 
@@ -162,3 +165,26 @@ def test_files_of_a_run_that_do_not_fit_on_the_disk_are_named(tmp_path, capsys, 
     monkeypatch.setattr(os, "fsync", full)
     status, _, err = call(capsys, "train", *SMALL, "--out", tmp_path / "run")
     assert (status, err.count("\n"), str(tmp_path / "run" / "metrics.jsonl") in err) == (2, 1, True), err
+
+
+def test_rates_are_those_that_inspect_measures_and_move_no_bit_of_the_run(tmp_path, capsys):
+    small = [word if word != "1" or flag != "--depth" else "2" for flag, word in zip(["", *SMALL], SMALL, strict=False)]
+    for name, flags in (("plain", []), ("watched", ["--watch-rates", "--tensorboard"])):
+        status, _, err = call(capsys, "train", *small, *flags, "--out", tmp_path / name)
+        assert (status, err) == (0, "")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "watched")]
+    assert weights[0] == weights[1]
+    rows = [json.loads(line) for line in (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines()]
+    tests = [row for row in rows if row["split"] == "test"]
+    images = Digits((16, 16), torch.device("cpu")).test_batches(32, ALONE)
+    measures = measure_layers(load_checkpoint(tmp_path / "watched"), next(images)[0])
+    events = EventAccumulator(str(tmp_path / "watched" / "tensorboard")).Reload()
+    for name, values in measures._asdict().items():
+        assert tests[-1][name] == pytest.approx(values.mean(dim=1).tolist())
+        assert [event.value for event in events.Scalars(f"test/{name}/layer-02")] == pytest.approx(
+            [row[name][1] for row in tests]
+        )
+    assert (tmp_path / "watched" / "rates.png").stat().st_size > 10_000
+    assert not (tmp_path / "plain" / "rates.png").exists()
+    status, _, err = call(capsys, "train", *small, "--watch-rates", "--strategy", "fsdp", "--out", tmp_path / "parts")
+    assert (status, "--watch-rates is 'yes' and --strategy is 'fsdp'" in err) == (2, True)

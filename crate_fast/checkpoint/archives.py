@@ -15,15 +15,12 @@ from typing import Any
 
 import torch
 
+from ..errors import CheckpointError
 from ..files import check_regular, first_line, reason_of
 from .marks import Mark, Table, marked, names_of_objects
 
 ZIP_SIGNATURE = b"PK\x03\x04"
 SIGNATURE_LENGTH = 9  # safetensors begins with 8 bytes of length and the brace of its JSON
-
-
-class CheckpointError(ValueError):
-    """A file is missing, damaged, or does not hold what it should; the message names the file and what is wrong."""
 
 
 class DamagedError(CheckpointError):

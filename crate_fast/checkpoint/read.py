@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..eval_transform import FINETUNE, MAIN, Transform, read_transform
 from ..files import digest_of, first_line, is_text, parse_json
 from ..optional import MissingPackageError, require
 from . import distributed
-from .archives import ZIP_SIGNATURE, CheckpointError, DamagedError, read_archive, read_beside_others, signature_of, unread
+from .archives import ZIP_SIGNATURE, DamagedError, read_archive, read_beside_others, signature_of, unread
 from .layouts import Found, choose, find_weights, joined
 from .published import without_unused
+from .unfinished import newest_checkpoint
 
 METADATA_KEY = "crate_fast"
 DIGEST = "digest"  # of all weights in a file of safetensors and of what is said of them, which has no checksums of its own
@@ -34,6 +36,8 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def model_file(source: str | os.PathLike) -> Path:
     """The file that `source` means: itself, the model of the directory it is, or that of a Hub's model, brought here.
 
+    Of a run that has not ended it is the newest checkpoint, which a line on stderr names.
+
     Raises:
         CheckpointError: the directory has no model in it, or the Hub has none.
         MissingPackageError: huggingface-hub is not installed, and there is no such file.
@@ -41,9 +45,7 @@ def model_file(source: str | os.PathLike) -> Path:
     path = Path(source)
     if path.is_dir() and not distributed.is_in_parts(path):
         if not (path / MODEL_NAME).is_file():
-            raise CheckpointError(
-                f"{path}: a directory with no {MODEL_NAME} in it; a run writes that at its end, and checkpoints before"
-            )
+            return _of_unfinished(path)
         return path / MODEL_NAME
     name = str(source)
     if path.exists() or path.parent.is_dir() or path.suffix in SUFFIXES or not HUB_NAME.fullmatch(name):
@@ -55,6 +57,17 @@ def model_file(source: str | os.PathLike) -> Path:
     from .hub import download
 
     return download(name)
+
+
+def _of_unfinished(run: Path) -> Path:
+    """The newest checkpoint of a directory that has no model; raises CheckpointError where it has none."""
+    try:
+        newest = newest_checkpoint(run)
+    except OSError as error:
+        raise unread(run, error) from error
+    if newest is None:
+        raise CheckpointError(f"{run}: a directory with no {MODEL_NAME} in it, and with no checkpoints of a run")
+    return newest
 
 
 class Model(NamedTuple):

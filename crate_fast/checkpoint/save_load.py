@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..eval_transform import Transform
 from ..files import digest_of, first_line, shown, write_atomically
 from ..model.crate import CRATE
 from ..optional import require
@@ -187,7 +188,7 @@ def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: s
         rest = {name: value for name, value in overrides.items() if name not in RESIZED}
         model = build(path, arguments, weights, _head_width(arguments, rest) | rest)
     model = _resized(path, model, overrides).to(device)
-    model.transform = transform
+    model.transform = _fitting(path, model, transform, overrides)
     return model
 
 
@@ -230,6 +231,16 @@ def _resized(path: Path, model: CRATE, overrides: dict) -> CRATE:
         _tell(f"{path}: {'; '.join(lines)}")
     built.load_state_dict(weights, assign=True)
     return built.requires_grad_(True).eval()
+
+
+def _fitting(path: Path, model: CRATE, transform: Transform | None, overrides: dict) -> Transform | None:
+    """The transform read from `path`; raises CheckpointError where it names more or fewer classes than there are."""
+    names, classes = transform and transform.names, model.mlp_head[1].out_features
+    if transform is None or names is None or len(names) == classes:
+        return transform
+    if overrides.get("num_classes") == classes:  # another head than the file's, whose classes are others
+        return transform._replace(names=None)
+    raise CheckpointError(f"{path}: it has names of {len(names)} classes; the model tells {classes} apart")
 
 
 def _tell(line: str) -> None:

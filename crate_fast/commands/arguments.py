@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..checkpoint.layouts import WORDS
 from ..eval_transform import LEAST_CROP, allowed_crop
 from ..files import names_something
 from ..settings import SWITCHES
+
+WORDS = ("last", "mean")  # as of `load_checkpoint`, which needs PyTorch
 
 
 def whole(text: str) -> int:
@@ -35,6 +36,13 @@ def switch(text: str) -> bool:
     if text not in SWITCHES:
         raise argparse.ArgumentTypeError(f"it is {text!r}; allowed are {', '.join(SWITCHES)}")
     return SWITCHES[text]
+
+
+def positive(text: str) -> int:
+    """A whole number, at least 1."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
 
 
 def place(text: str) -> str:
@@ -73,4 +81,11 @@ def add_crop(parser: argparse.ArgumentParser) -> None:
         type=crop,
         metavar="X",
         help="part of the image that is seen, its middle; 0: all of it, squeezed (default: as stored with the weights)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds --device."""
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
     )

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..checkpoint.layouts import WRAPPERS
-from ..checkpoint.published import infer_arguments
-from ..checkpoint.read import CheckpointError
-from ..checkpoint.save_load import constructor_arguments, load_checkpoint, save_model, transform_entry
+from ..errors import CheckpointError
 from ..files import write_atomically
-from ..model.crate import CRATE
 from ..sizes import POOLS
-from ..training.published_export import find_trained, save_main
 from .arguments import add_weights, as_path, number, place, whole
+
+if TYPE_CHECKING:
+    from ..model.crate import CRATE
 
 LAYOUTS = ("main", "state_dict", "model", "bare")
 MAIN = ".pth.tar"  # as main.py calls its checkpoints
 ARCHIVES = (".pt", ".pth", ".tar")
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
 ADVICE = {
     "heads": (whole, "heads of a layer"),
     "pool": (str, "what the head reads"),
@@ -30,15 +28,13 @@ ADVICE = {
 }
 
 
-def add_convert(subcommands) -> None:
-    """Adds the subcommand to the command line's."""
-    parser = subcommands.add_parser(
-        "convert",
-        help="write a model's weights as another kind of file",
-        description="Reads a model (ours, the published scripts' checkpoints, safetensors, a run directory, a model of the "
+def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+    """Gives the subcommand's parser its flags."""
+    parser.description = (
+        "Reads a model (ours, the published scripts' checkpoints, safetensors, a run directory, a model of the "
         "Hugging Face Hub) and writes it to TARGET: *.safetensors, or with *.pt, *.pth or *.pth.tar what the published scripts "
         "read. Weights keep every bit and their dtype. Of a run, or a checkpoint of one, *.pth.tar has the optimizer's state, "
-        "too, and main.py --resume goes on from it.",
+        "too, and main.py --resume goes on from it."
     )
     parser.add_argument(
         "source", type=place, metavar="SOURCE", help="a file, a run directory, or ORGANISATION/NAME on the Hugging Face Hub"
@@ -53,7 +49,7 @@ def add_convert(subcommands) -> None:
     )
     parser.add_argument(
         "--prefix",
-        choices=(*WRAPPERS, "none"),
+        choices=(*PREFIXES, "none"),
         help="before every name in an archive (default: module. with main and for *.pth.tar without --layout, as finetune.py "
         "takes none else; otherwise none)",
     )
@@ -79,6 +75,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{target}: there is no directory {target.parent}")
     names = [name.replace("-", "_") for name in ADVICE]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    from ..checkpoint.save_load import load_checkpoint, save_model
+    from ..training.published_export import find_trained, save_main
+
     trained = find_trained(arguments.source) if _wants_main(arguments, given) else None
     notes = []
     if arguments.layout == "main" and trained is None:
@@ -111,7 +110,7 @@ def _wants_main(arguments: argparse.Namespace, given: dict) -> bool:
 
 def _prefix(asked: str | None, wrapped: bool) -> str:
     """What stands before names: as `asked`, else with `wrapped` what DataParallel puts there."""
-    return (WRAPPERS[0] if wrapped else "") if asked is None else asked.removesuffix("none")
+    return (PREFIXES[0] if wrapped else "") if asked is None else asked.removesuffix("none")
 
 
 def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix: str = "") -> None:
@@ -127,6 +126,10 @@ def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix:
         CheckpointError: bare weights would not tell the model's arguments.
         OSError: `path` cannot be written.
     """
+    import torch
+
+    from ..checkpoint.save_load import constructor_arguments, transform_entry
+
     arguments, own = constructor_arguments(model), model.state_dict()
     weights = {prefix + name: value for name, value in own.items()}
     if layout == "bare":
@@ -136,6 +139,8 @@ def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix:
 
 
 def _check_inferred(arguments: dict, weights: dict, path: Path) -> None:
+    from ..checkpoint.published import infer_arguments
+
     try:
         inferred, _ = infer_arguments(weights, {})
     except ValueError as error:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from ..backend import BACKENDS
 from ..settings import PRECISIONS
-from ..sizes import ARCHITECTURES
-from ..training.evaluation import evaluate_run, is_first
-from .arguments import add_crop, add_weights, place, whole
+from ..sizes import ARCHITECTURES, BACKENDS
+from .arguments import add_crop, add_device, add_weights, place, whole
 
 
-def add_evaluate(subcommands) -> None:
-    """Adds `evaluate` to the subcommands of a parser."""
-    parser = subcommands.add_parser(
-        "evaluate",
-        help="measure the accuracy of a trained model",
-        description="Reads a model back and prints its accuracy on its test images, computed as in its run unless flags say "
-        "otherwise.",
+def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+    """Gives the subcommand's parser its flags."""
+    parser.description = (
+        "Reads a model back and prints its accuracy on its test images, computed as in its run unless flags say otherwise."
     )
     parser.add_argument(
         "path",
@@ -25,9 +20,7 @@ def add_evaluate(subcommands) -> None:
         metavar="PATH",
         help="a run directory, its model.safetensors, a checkpoint, or one of the published scripts'",
     )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
-    )
+    add_device(parser)
     parser.add_argument("--backend", choices=BACKENDS, help="what computes the layers (default: as in the run)")
     parser.add_argument("--precision", choices=PRECISIONS, help="autocast dtype, or float32 for none (default: as in the run)")
     parser.add_argument("--batch-size", type=whole, metavar="N", help="images at a time (default: as in the run)")
@@ -41,6 +34,8 @@ def add_evaluate(subcommands) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from ..training.evaluation import evaluate_run, is_first
+
     names = ("backend", "precision", "device", "batch_size", "data", "data_dir", "workers", "arch", "weights", "eval_crop")
     score = evaluate_run(arguments.path, **{name: getattr(arguments, name) for name in names})
     if is_first():

@@ -8,38 +8,30 @@ import io
 import json
 from pathlib import Path
 
-from ..checkpoint.save_load import load_checkpoint
-from ..device import choose_compute
+from ..errors import InspectionError
 from ..files import as_bytes, write_atomically
-from ..inspection.figures import plot_rates, plot_sparsity
-from ..inspection.photos import Normalisation, PhotoError, find_photos, photo_batches
-from ..inspection.rates import PRECISION, measure_layers
-from ..inspection.views import InspectionError
 from ..optional import require
-from ..processes import Ranks
-from .arguments import add_crop, add_weights, as_path, place
-from .tune import positive
+from .arguments import add_crop, add_device, add_weights, as_path, place, positive
 
 DIGITS = "digits"
 
 
-def add_inspect(subcommands) -> None:
-    """Adds the subcommand to the command line's."""
-    parser = subcommands.add_parser(
-        "inspect",
-        help="measure what each layer of a model does",
-        description="Measures, layer by layer, the coding rate before and after attention, the share of non-zero entries after "
+def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+    """Gives the subcommand's parser its flags."""
+    parser.description = (
+        "Measures, layer by layer, the coding rate before and after attention, the share of non-zero entries after "
         "ISTA, and the coding rate of all tokens; writes layers.json, layers.csv, coding-rate.png and sparsity.png. With "
-        "several checkpoints, such as those of several epochs, all stand in one figure.",
+        "several checkpoints, such as those of several epochs, all stand in one figure."
     )
     parser.add_argument(
-        "--checkpoint",
-        nargs="+",
+        "models",
+        nargs="*",
         type=place,
-        action="extend",
-        required=True,
         metavar="PATH",
         help="models: run directories, files of ours or of the published scripts, ORGANISATION/NAME on the Hugging Face Hub",
+    )
+    parser.add_argument(
+        "--checkpoint", nargs="+", type=place, action="extend", default=[], metavar="PATH", help="the same, or more of them"
     )
     parser.add_argument(
         "--images",
@@ -51,22 +43,29 @@ def add_inspect(subcommands) -> None:
     parser.add_argument("--out", required=True, type=as_path, metavar="DIR", help="where to write; made if it is not there")
     parser.add_argument("--limit", type=positive, metavar="N", help="take the first N images (default: all)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
-    )
+    add_device(parser)
     add_weights(parser)
     add_crop(parser)
     parser.set_defaults(run=_inspect)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    sources = [*arguments.models, *arguments.checkpoint]
+    if not sources:
+        raise InspectionError("there is no model to inspect: give a run directory or a file, first or after --checkpoint")
     require("matplotlib", "numpy", "PIL")
+    from ..checkpoint.save_load import load_checkpoint
+    from ..device import choose_compute
+    from ..inspection.photos import PhotoError, find_photos
+    from ..inspection.rates import measure_layers
+    from ..processes import Ranks
+
     device = choose_compute(arguments.device, "float32", Ranks()).device
     paths = None if _is_digits(arguments.images) else find_photos(arguments.images)[: arguments.limit]
-    labels = unique_labels(arguments.checkpoint)
-    models = [load_checkpoint(source, device=device, weights=arguments.weights).float() for source in arguments.checkpoint]
+    labels = unique_labels(sources)
+    models = [load_checkpoint(source, device=device, weights=arguments.weights).float() for source in sources]
     results = []
-    for source, label, model in zip(arguments.checkpoint, labels, models, strict=True):
+    for source, label, model in zip(sources, labels, models, strict=True):
         batches = _digits(model, arguments) if paths is None else _photos(model, source, paths, arguments)
         try:
             measures = measure_layers(model, batches)
@@ -83,6 +82,8 @@ def _is_digits(images: str) -> bool:
 
 
 def _photos(model, source: str, paths: list[Path], arguments: argparse.Namespace):
+    from ..inspection.photos import Normalisation, photo_batches
+
     normalise = Normalisation(model, source)
     print(f"{source}: {len(paths)} images, normalised by {normalise.origin} mean and deviation")
     return photo_batches(paths, model, normalise, arguments.batch_size, arguments.eval_crop)
@@ -90,6 +91,7 @@ def _photos(model, source: str, paths: list[Path], arguments: argparse.Namespace
 
 def _digits(model, arguments: argparse.Namespace):
     from ..data.digits import Digits
+    from ..processes import Ranks
 
     if model.channels != Digits.channels:
         raise InspectionError(f"the model takes {model.channels} channels; the digits have {Digits.channels}")
@@ -112,6 +114,9 @@ def unique_labels(sources: list[str]) -> list[str]:
 
 
 def _write(results: list[dict], out: Path) -> None:
+    from ..inspection.figures import plot_rates, plot_sparsity
+    from ..inspection.rates import PRECISION
+
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

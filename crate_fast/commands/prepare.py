@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 
+from ..called import called
 from ..optional import require
-from .arguments import as_path
-from .tune import positive
+from .arguments import as_path, positive
 
 
-def add_prepare(subcommands) -> None:
-    """Adds the subcommand to the command line's."""
-    parser = subcommands.add_parser(
-        "prepare",
-        help="pack a folder of photographs, for input that keeps up",
-        description="Packs SRC, a folder with train/ and val/ and in each a folder per class, into a few large files in DST, "
+def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+    """Gives the subcommand's parser its flags."""
+    parser.description = (
+        "Packs SRC, a folder with train/ and val/ and in each a folder per class, into a few large files in DST, "
         "which `crate-fast train --data DST` reads quickly. A command that was stopped or killed goes on where it was. "
-        "Images that cannot be read are left out, listed in DST/unreadable.txt and on stderr.",
+        "Images that cannot be read are left out, listed in DST/unreadable.txt and on stderr."
     )
     parser.add_argument("layout", choices=("imagenet",), metavar="imagenet", help="how SRC is laid out: as ImageNet usually is")
     parser.add_argument("source", type=as_path, metavar="SRC", help="the folder")
@@ -58,7 +55,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(f"{counts} images in {done.packs} packs, {in_words(done.size)}{left_out}")
     if arguments.verify:
         print(f"{verify(arguments.target):,} images read back: all are what was written")
-    print(f"train on them with: crate-fast train --data {shlex.quote(str(arguments.target))}")
+    print(f"train on them with: {called('train', '--data', arguments.target)}")
 
 
 def _pixels(text: str) -> int:

@@ -38,9 +38,10 @@ def architecture(text: str) -> str:
     """A published size by its published name."""
     if text.startswith("vit"):
         raise argparse.ArgumentTypeError(f"it is {text!r}; {VISION}")
-    if text not in ARCHITECTURES:
+    found = {name.lower(): name for name in ARCHITECTURES}.get(text.lower())
+    if found is None:
         raise argparse.ArgumentTypeError(f"it is {text!r}; allowed are {', '.join(ARCHITECTURES)}")
-    return text
+    return found
 
 
 def optimizer(text: str) -> str:

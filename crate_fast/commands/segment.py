@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ..checkpoint.save_load import load_checkpoint
-from ..device import choose_compute
+from ..errors import InspectionError
 from ..files import first_line
-from ..inspection.figures import blend, coloured, enlarged, plot_heads, save_picture
-from ..inspection.maps import attention_row, keep_mass, principal_colours
-from ..inspection.photos import Normalisation, PhotoError, cut_to_patches, read_photo, to_array
-from ..inspection.views import InspectionError, layer_views, patch_grid
-from ..model.crate import CRATE
 from ..optional import require
-from ..processes import Ranks
-from .arguments import add_weights, as_path, number, place
-from .tune import positive
+from .arguments import add_device, add_weights, as_path, number, place, positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..model.crate import CRATE
 
 
-class PhotoViews(NamedTuple):
-    """What a model sees of one photograph: (heads, rows, columns) maps, and (rows, columns, width) projections."""
-
-    maps: Tensor
-    projections: Tensor
-
-
-def add_segment(subcommands) -> None:
-    """Adds the subcommand to the command line's."""
-    parser = subcommands.add_parser(
-        "segment",
-        help="draw where a model looks in photographs",
-        description="Draws the class token's attention, head by head, for photographs of any size: for each, in a folder "
+def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+    """Gives the subcommand's parser its flags."""
+    parser.description = (
+        "Draws the class token's attention, head by head, for photographs of any size: for each, in a folder "
         "of OUT called as it is, image.png, maps, overlays and masks of every head and of their mean, and heads.png with "
-        "all in one; in OUT pca-*.png, the main directions of the last layer's projections in common colours.",
+        "all in one; in OUT pca-*.png, the main directions of the last layer's projections in common colours."
     )
     parser.add_argument("images", nargs="+", type=as_path, metavar="IMAGE", help="photographs")
     parser.add_argument(
@@ -54,9 +39,7 @@ def add_segment(subcommands) -> None:
     parser.add_argument(
         "--size", type=positive, metavar="N", help="scale the shorter side to N pixels first (default: as it is)"
     )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps"
-    )
+    add_device(parser)
     add_weights(parser)
     parser.set_defaults(run=_segment)
 
@@ -77,6 +60,13 @@ def _share(text: str) -> float:
 
 def _segment(arguments: argparse.Namespace) -> None:
     require("matplotlib", "numpy", "PIL")
+    from ..checkpoint.save_load import load_checkpoint
+    from ..device import choose_compute
+    from ..inspection.figures import enlarged, plot_heads, save_picture
+    from ..inspection.maps import look, principal_colours
+    from ..inspection.photos import Normalisation, read_photo, to_array
+    from ..processes import Ranks
+
     device = choose_compute(arguments.device, "float32", Ranks()).device
     paths, out = arguments.images, arguments.out
     for photo in paths:
@@ -108,27 +98,11 @@ def _segment(arguments: argparse.Namespace) -> None:
     print(f"written to {out}: {', '.join(f'{name}/, pca-{name}.png' for name in names)}")
 
 
-@torch.no_grad()
-def look(model: CRATE, image: Tensor, layer: int) -> PhotoViews:
-    """Attention of the class token in `layer`, from 0, and the last layer's projections, in one run through the model.
-
-    Args:
-        model: on any device.
-        image: (1, channels, height, width), normalised; patches divide it.
-        layer: from 0.
-    """
-    image = image.to(model.pos_embedding.device)
-    grid = patch_grid(model, image)
-    maps = projection = torch.empty(0)
-    for index, view in enumerate(layer_views(model, image)):
-        projection = view.projection
-        if index == layer:
-            maps = attention_row(view.projection, view.heads, view.scale)[0, :, 1:].unflatten(-1, grid).cpu()
-    return PhotoViews(maps, projection[0, 1:].unflatten(0, grid).cpu())
-
-
 def _draw(pixels: Tensor, maps: dict[str, Tensor], mass: float, patch_size: tuple[int, int], folder: Path) -> None:
     """Each map in colours, over the image, and as the mask of its heaviest patches, at the image's size."""
+    from ..inspection.figures import blend, coloured, enlarged, save_picture
+    from ..inspection.maps import keep_mass
+
     for name, one in maps.items():
         picture = enlarged(coloured(one), patch_size)
         save_picture(picture, folder / f"{name}-map.png")
@@ -139,6 +113,8 @@ def _draw(pixels: Tensor, maps: dict[str, Tensor], mass: float, patch_size: tupl
 
 def _cut(path: Path, model: CRATE, short_side: int | None):
     """The photograph, scaled and cut as asked and as patches divide it, saying so where something falls away."""
+    from ..inspection.photos import PhotoError, cut_to_patches, read_photo
+
     photo = read_photo(path)
     try:
         image = cut_to_patches(photo, model.patch_size, short_side)

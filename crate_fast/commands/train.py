@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+import os
 import sys
 from itertools import groupby
 
+from ..called import called
 from ..data_sets import DATA_SETS
 from ..optimizers import OPTIMIZERS
 from ..settings import SETTINGS, ConfigError, Setting, TrainConfig, flag, listed
-from ..training import resolve, train
-from ..training.published_run import names_published
+from ..training import resolve
+from ..training.choice import choose_recipe
 from ..training.resolve import NAMES
 from .arguments import number, switch, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
@@ -32,10 +33,9 @@ DESCRIPTIONS = {
 }
 
 
-def add_train(subcommands, command: str) -> None:
-    """Adds the subcommand `command`, "train" or "finetune"."""
-    summary = {"train": "train a CRATE", "finetune": "train a CRATE on a small data set, from published weights"}[command]
-    parser = subcommands.add_parser(command, help=summary, description=DESCRIPTIONS[command])
+def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
+    """Gives the parser of the subcommand `command`, "train" or "finetune", its flags."""
+    parser.description = DESCRIPTIONS[command]
     published = {entry.setting: entry for entry in PUBLISHED[command] if entry.fate == "known" and _is_plain(entry)}
     recipes = parser.add_argument_group("recipe")
     recipes.add_argument(
@@ -137,14 +137,36 @@ def warnings_of(arguments: argparse.Namespace, given: dict, config: TrainConfig)
     return lines
 
 
+def _for_few(given: dict) -> TrainConfig | None:
+    """The settings for a small folder on a CPU, if that is what is `given`; says so."""
+    chosen = choose_recipe(given)
+    if chosen is None:
+        return None
+    recipe, more, why = chosen
+    config = resolve(more | given, recipe)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{why}: recipe {recipe}, {config.epochs} epochs; --recipe main is that of the published main.py", flush=True)
+    return config
+
+
+def _is_published(resume: str) -> bool:
+    from ..training.published_run import names_published  # which needs PyTorch, and is seldom asked
+
+    return names_published(resume)
+
+
 def _run(arguments: argparse.Namespace) -> None:
     given = given_settings(arguments)
-    if arguments.resume is not None and arguments.recipe is not None and not names_published(arguments.resume):
+    if arguments.resume is not None and arguments.recipe is not None and not _is_published(arguments.resume):
         raise ConfigError(f"--recipe is {arguments.recipe!r}; a resumed run keeps its own settings")
     config = resolve(given, arguments.recipe, command=arguments.command)
+    if arguments.command == "train" and arguments.recipe is None and arguments.resume is None:
+        config = _for_few(given) or config
     for line in warnings_of(arguments, given, config):
         print(f"crate-fast: warning: {line}", file=sys.stderr)
+    from ..training import train  # what is wrong so far is told without PyTorch
+
     run, score = train(config, given=given, resume=arguments.resume)
     if run is not None:  # rank 0
         print(f"test {score}")
-        print(f"evaluate it again with: crate-fast evaluate {shlex.quote(str(run.path))}")
+        print(f"evaluate it again with: {called('evaluate', run.path)}")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from ..backend import BackendError, choose_backend
+from ..errors import BackendError
 from ..optional import require
 from ..sizes import SIZES
+from .arguments import positive
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Workload(NamedTuple):
@@ -23,14 +25,12 @@ class Workload(NamedTuple):
     run: Callable[[], object]
 
 
-def add_tune(subcommands) -> None:
-    """Adds the subcommand to the command line's."""
-    parser = subcommands.add_parser(
-        "tune",
-        help="find the fastest shapes of the kernels on this GPU",
-        description="Measures a handful of block shapes for each kernel of a layer on the GPU at hand (minutes) and stores the "
+def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+    """Gives the subcommand's parser its flags."""
+    parser.description = (
+        "Measures a handful of block shapes for each kernel of a layer on the GPU at hand (minutes) and stores the "
         "fastest in $CRATE_FAST_CACHE/tuning.json, or ~/.cache/crate_fast/tuning.json, where every later run finds them. "
-        "Without it the kernels run with shapes chosen from what the compiler makes of them.",
+        "Without it the kernels run with shapes chosen from what the compiler makes of them."
     )
     parser.add_argument("--size", choices=SIZES, default="tiny", help="a published size (default: tiny)")
     for name, text in (("dim", "width of a token"), ("heads", "attention heads"), ("dim-head", "width of a head")):
@@ -41,20 +41,17 @@ def add_tune(subcommands) -> None:
     parser.set_defaults(run=_tune)
 
 
-def positive(text: str) -> int:
-    """The number that a flag's `text` says, at least 1; raises argparse.ArgumentTypeError."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return int(text)
-
-
 def _tune(arguments: argparse.Namespace) -> None:
     require("tqdm")
+    import torch
+
+    from ..backend import choose_backend
+
     if not torch.cuda.is_available():
         raise BackendError("tune measures on a GPU, and PyTorch sees none here")
     size = SIZES[arguments.size]
     dim, heads = arguments.dim or size["dim"], arguments.heads or size["heads"]
-    head_width, dtype = arguments.dim_head or size["dim_head"], DTYPES[arguments.precision]
+    head_width, dtype = arguments.dim_head or size["dim_head"], getattr(torch, arguments.precision)
     choose_backend("triton", torch.empty(0, dtype=dtype, device="cuda"), head_width)
     torch.manual_seed(0)
     tokens = torch.randn(arguments.batch_size, arguments.tokens, dim, dtype=dtype, device="cuda")
@@ -98,6 +95,8 @@ def _milliseconds(run: Callable) -> Any:
 
 def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workload]:
     """Every kernel of a layer on `tokens` (batch, tokens, dim), of the operands' dtype, as forward and backward launch it."""
+    import torch
+
     from ..kernels import gradients, layer, linear, mssa, weight_gradients
 
     batch, count, dim = tokens.shape
@@ -154,4 +153,6 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
 
 
 def _weight(like: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+    import torch
+
     return torch.randn(outputs, inputs, device=like.device) / inputs**0.5

@@ -54,6 +54,7 @@ class Digits:
     name = "digits"
     classes = CLASSES
     channels = CHANNELS
+    class_names = tuple(map(str, range(CLASSES)))
     advice = None
 
     def __init__(

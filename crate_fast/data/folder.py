@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 
+from ..files import as_bytes
 from ..settings import ConfigError
 from .pictures import SUFFIXES, find_pictures, read_or_stop, tell_left_out
 
@@ -55,6 +58,40 @@ def open_folder(path: str | Path, word: str = "--data") -> tuple[Photographs, Ph
     splits = [Photographs(_scan(path / split, names[split], word, left_out)) for split in ("train", "val")]
     tell_left_out(path, left_out, sys.stderr)
     return splits[0], splits[1], names["train"]
+
+
+def is_undivided(path: str | Path) -> bool:
+    """Whether `path` is a folder without train/ and val/, so that the folders in it may be classes."""
+    path = Path(path)
+    return path.is_dir() and not any((path / split).is_dir() for split in ("train", "val"))
+
+
+def divide_folder(path: str | Path, share: float) -> tuple[Photographs, Photographs, list[str], list[str]]:
+    """Training and validation images of a folder of classes, the names of the classes, and the validation images' own.
+
+    Of each class `share`, but at least one image, is held out: the same ones in every run, which the names alone decide, so
+    that no model is evaluated on what another one, from which it starts, was trained on.
+
+    Raises:
+        ConfigError: it has no folders of classes, images in no class, or a class of less than two images.
+    """
+    path, left_out = Path(path), Counter()
+    names = _classes(path, "--data", left_out)
+    found: tuple[list, list] = [], []
+    for label, name in enumerate(names):
+        files = [file for file, _ in _scan(path, [name], "--data", left_out)]
+        if len(files) < 2:
+            raise ConfigError(f"--data: {path / name} has 1 image; a class needs 2, of which one is held out for evaluation")
+        held = set(sorted(files, key=lambda file: _place(file, path))[: min(len(files) - 1, max(1, round(share * len(files))))])
+        for file in files:
+            found[file in held].append((file, label))
+    tell_left_out(path, left_out, sys.stderr)
+    return Photographs(found[0]), Photographs(found[1]), names, [os.path.relpath(file, path) for file, _ in found[1]]
+
+
+def _place(file: str, folder: Path) -> bytes:
+    """Where a file stands in an order that is as good as random and hangs on its name in `folder` alone."""
+    return hashlib.sha256(as_bytes(os.path.relpath(file, folder))).digest()
 
 
 def _classes(path: Path, word: str, left_out: Counter) -> list[str]:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..errors import UnreadableError
 from ..files import PAUSES, as_bytes, is_of_system
 from ..locks import unlock
 from ..processes import Ranks
@@ -32,10 +33,6 @@ IGNORED = -100  # label of an image that could not be read: it counts nowhere
 PREFETCH = 4  # batches that a worker is ahead
 
 
-class UnreadableError(RuntimeError):
-    """More images than allowed are damaged, or the system does not give one; the message names the last."""
-
-
 class Store(Protocol):
     """Stored images, as `folder.Photographs` and `device_loader.Pictures` are."""
 
@@ -50,6 +47,33 @@ class Problem(NamedTuple):
 
     text: str
     is_damage: bool
+
+
+class Reduced:
+    """The photographs of a store, each read once, reduced to `side` pixels on its short side if it has more, and kept."""
+
+    def __init__(self, store: Store, side: int) -> None:
+        self._store, self._side, self._kept = store, side, dict[int, Image.Image]()
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def label(self, index: int) -> int:
+        return self._store.label(index)
+
+    def place(self, index: int) -> str:
+        return self._store.place(index)
+
+    def read(self, index: int) -> Image.Image:
+        """As of the store; what is damaged is read, and refused, every time."""
+        if index not in self._kept:
+            image = self._store.read(index)
+            short = min(image.size)
+            if short > self._side:
+                size = [max(1, round(length * self._side / short)) for length in image.size]
+                image = image.resize((size[0], size[1]), Image.Resampling.BILINEAR, reducing_gap=3)
+            self._kept[index] = image
+        return self._kept[index]
 
 
 class Sample(NamedTuple):
@@ -82,12 +106,19 @@ class TrainSamples(Dataset):
 
 
 class TestSamples(Dataset):
-    """Images by their index, as evaluation sees them."""
+    """Images by their index, as evaluation sees them; those that were `seen` are kept there, if that is not None."""
 
-    def __init__(self, store: Store, size: tuple[int, int], part: float) -> None:
-        self._store, self._size, self._part = store, size, part
+    def __init__(self, store: Store, size: tuple[int, int], part: float, seen: dict[int, Sample] | None = None) -> None:
+        self._store, self._size, self._part, self._seen = store, size, part, seen
 
     def __getitem__(self, index: int) -> Sample:
+        if self._seen is None:
+            return self._make(index)
+        if index not in self._seen:
+            self._seen[index] = self._make(index)
+        return self._seen[index]
+
+    def _make(self, index: int) -> Sample:
         return _read(self._store, index, self._size, lambda image: np.asarray(central_crop(image, self._size, self._part)))
 
 
@@ -103,7 +134,8 @@ def _read(store: Store, index: int, size: tuple[int, int], change) -> Sample:
 class Photos:
     """Training and test images of a `Store` each, in batches on `device`; what is `quicker` is for advice.
 
-    Test images are of `evaluated_size`, (height, width) in pixels; None: squares of the training images' side.
+    Test images are of `evaluated_size`, (height, width) in pixels; None: squares of the training images' side. `held_out`
+    are their names, where they were taken from among the training images.
 
     Raises (while it is iterated):
         UnreadableError: more than `settings.max_unreadable` images are damaged, or the system does not give one.
@@ -123,11 +155,15 @@ class Photos:
         quicker: str,
         class_names: list[str] | None = None,
         evaluated_size: tuple[int, int] | None = None,
+        held_out: list[str] | None = None,
     ) -> None:
         self.name, self.classes, self._settings, self._device = name, classes, settings, device
-        self._train, self._test, self.class_names = train, test, class_names
-        self.advice = more_workers(settings.workers, quicker)
-        self._workers = -(-settings.workers // ranks.local_count)
+        self._train, self._test, self.class_names, self.held_out = train, test, class_names, held_out
+        self._workers = workers_of(settings.workers, ranks)
+        if settings.keep_short_side:  # in this process, which keeps them; others would read them anew in every epoch
+            self._train, self._workers = Reduced(train, settings.keep_short_side), 0
+        self._seen: dict[int, Sample] | None = {} if settings.keep_short_side else None
+        self.advice = more_workers(min(settings.workers, cores()), quicker)
         self._unreadable: set[str] = set()
         self._normalise = Normalise(device)
         self._evaluated_size = evaluated_size or (settings.image_size, settings.image_size)
@@ -144,11 +180,12 @@ class Photos:
         """This process's share of the test images, in order."""
         share = share_of(self.test_count, ranks)
         keys = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
-        yield from self._load(TestSamples(self._test, self._evaluated_size, self._settings.eval_crop), keys)
+        yield from self._load(TestSamples(self._test, self._evaluated_size, self._settings.eval_crop, self._seen), keys)
 
     def describe(self) -> dict:
         """What config.json says of them."""
-        return describe(self) | {READER_ENTRY: READER}
+        held_out = {} if self.held_out is None else {"held_out": digest(self.held_out)}
+        return describe(self) | held_out | {READER_ENTRY: READER}
 
     def _load(self, samples: Dataset, keys: list[list]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
@@ -277,7 +314,7 @@ class Synthetic:
 
     name, classes, channels = "synthetic", 1000, 3
     train_count, test_count = 1_281_167, 50_000
-    advice = None
+    advice = class_names = None
 
     def __init__(self, settings: DataSettings, size: tuple[int, int], device: torch.device) -> None:
         self._shape, self._device, self._seed = (3, *size), device, settings.seed
@@ -315,5 +352,15 @@ def open_set(settings: DataSettings, device: torch.device, ranks: Ranks, size: t
 
 
 def more_workers(workers: int, otherwise: str) -> str:
-    """Advice where `workers` processes read on this machine, and what `otherwise` helps."""
-    return f"more --workers (now {workers}; {os.cpu_count()} cores are here), or {otherwise}"
+    """Advice where `workers` processes read, and what `otherwise` helps."""
+    return otherwise if workers >= cores() else f"more --workers (now {workers}; {cores()} cores are here), or {otherwise}"
+
+
+def cores() -> int:
+    """How many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_of(workers: int, ranks: Ranks) -> int:
+    """How many processes read for one of the run's, of `workers` on this machine: no more than there are cores."""
+    return -(-min(workers, cores()) // ranks.local_count)

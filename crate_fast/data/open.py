@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..called import called
 from ..data_sets import DATA_SETS
 from ..optional import require
 from ..processes import Ranks
 from ..settings import ConfigError, DataSettings
-from .folder import open_folder
+from .folder import divide_folder, is_undivided, open_folder
 from .loader import Photos
 from .order import Plan
 from .pack_folder import is_packed, open_packs
@@ -32,6 +32,8 @@ class Data(Protocol):
     def train_count(self) -> int: ...
     @property
     def test_count(self) -> int: ...
+    @property
+    def class_names(self) -> Sequence[str] | None: ...  # in the order of the labels, where they are known
     @property
     def advice(self) -> str | None: ...  # where it is late
 
@@ -61,6 +63,10 @@ def _open(settings: DataSettings, device: torch.device, ranks: Ranks, size: tupl
     if is_packed(settings.data):
         require("cv2", "simplejpeg")
         return Packed(open_packs(settings.data), settings, device, ranks, size)
-    train, test, names = open_folder(settings.data)
-    packs = f"packs: crate-fast prepare imagenet {shlex.quote(settings.data)} DST, then train --data DST"
-    return Photos("folder", train, test, len(names), settings, device, ranks, packs, names, size)
+    held_out = None
+    if is_undivided(settings.data):
+        train, test, names, held_out = divide_folder(settings.data, settings.val_split)
+    else:
+        train, test, names = open_folder(settings.data)
+    packs = f"packs: {called('prepare', 'imagenet', settings.data)} DST, then train --data DST"
+    return Photos("folder", train, test, len(names), settings, device, ranks, packs, names, size, held_out)

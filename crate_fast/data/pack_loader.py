@@ -21,7 +21,7 @@ from ..processes import Ranks
 from ..settings import DataSettings
 from .augment import central_crop
 from .augment_batch import Changes
-from .loader import COLOUR, PREFETCH, Normalise, ahead, describe, from_workers, more_workers, start_worker
+from .loader import COLOUR, PREFETCH, Normalise, ahead, cores, describe, from_workers, more_workers, start_worker, workers_of
 from .order import Plan, epoch_order, share_of
 from .pack_file import PackError
 from .pack_folder import Packs, Split
@@ -170,7 +170,7 @@ class Packed:
         self._packs, self._settings, self._device = packs, settings, device
         self.class_names = packs.classes
         self.classes, self.train_count, self.test_count = len(packs.classes), len(packs.train), len(packs.val)
-        workers = -(-settings.workers // ranks.local_count)
+        workers = workers_of(settings.workers, ranks)
         part = -(-settings.batch_size // (settings.accumulate * ranks.count))
         self._chunk = max(1, min(CHUNK, LARGEST // (3 * math.prod(size))))
         # Two parts ahead at least, else workers that are fast enough would still be waited for.
@@ -193,7 +193,7 @@ class Packed:
         quicker = (
             "a quicker disk, or more memory to keep packs in" if packs.train.is_raw else "raw packs: crate-fast prepare --raw"
         )
-        self.advice = more_workers(settings.workers, quicker)
+        self.advice = more_workers(min(settings.workers, cores()), quicker)
         self._normalise, self._changes = Normalise(device), Changes(settings, device, COLOUR)
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """What a CRATE does inside: rates and sparsity layer by layer, attention maps, projections in colour."""
 
+from ..errors import InspectionError
 from .maps import attention_maps, attention_row, keep_mass, patch_projections, principal_colours
 from .rates import Measures, coding_rate, measure_layers, subspace_rate
-from .views import InspectionError, LayerView, layer_views
+from .views import LayerView, layer_views
 
 __all__ = [
     "InspectionError",

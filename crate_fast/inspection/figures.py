@@ -15,6 +15,7 @@ from ..files import drawable, write_atomically
 DPI = 120
 LETTERS = 11  # of a title, in an inch
 COLOUR_MAP = "inferno"
+IMAGE = "image"  # among the panels of maps
 COLOUR_SHARE = 0.6  # of a map's colours in an overlay; the rest is the image
 
 
@@ -40,7 +41,7 @@ def plot_sparsity(measured: dict[str, list[dict]], path: Path) -> None:
     figure, axes = _figure_over_layers(measured)
     for label, rows, colour in _coloured(measured):
         _plot(axes, rows, "nonzero", label, color=colour, marker="s")
-    axes.set(title="Sparsity across layers", ylabel="share of non-zero entries [ISTA block]")
+    axes.set(title="Non-zero entries across layers", ylabel="share of non-zero entries [ISTA block]")
     _finish(figure, axes, path)
 
 
@@ -81,7 +82,7 @@ def _finish(figure, axes, path: Path) -> None:
 
 
 def plot_heads(image: Tensor, maps: Tensor, numbers: list[int], title: str, path: Path) -> None:
-    """Draws the image, the mean of its heads' maps, and every head's map, as one PNG at `path`.
+    """Draws the image, the mean of its heads' maps, and every head's map with its scale in percent, as one PNG at `path`.
 
     Args:
         image: (height, width, 3 or 1) uint8.
@@ -91,28 +92,32 @@ def plot_heads(image: Tensor, maps: Tensor, numbers: list[int], title: str, path
         path: the file.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     panels: list[tuple[str, Callable]] = [
-        ("image", lambda axes: axes.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)),
-        ("mean of the heads", lambda axes: axes.imshow(maps.mean(0).numpy(), cmap=COLOUR_MAP, interpolation="nearest")),
+        (IMAGE, lambda axes: axes.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)),
+        ("mean of the heads", lambda axes: axes.imshow(100 * maps.mean(0).numpy(), cmap=COLOUR_MAP, interpolation="nearest")),
     ]
     for number, one in zip(numbers, maps, strict=True):
         panels.append(
-            (f"head {number}", lambda axes, one=one: axes.imshow(one.numpy(), cmap=COLOUR_MAP, interpolation="nearest"))
+            (f"head {number}", lambda axes, one=one: axes.imshow(100 * one.numpy(), cmap=COLOUR_MAP, interpolation="nearest"))
         )
     columns = min(len(panels), max(4, math.ceil(math.sqrt(len(panels)))))
     lines = math.ceil(len(panels) / columns)
     height, width = image.shape[:2]
     panel = 2.2 * min(1, max(0.4, width / height)), 2.2 * min(1, max(0.4, height / width))
-    size = columns * panel[0] + 0.3, lines * (panel[1] + 0.3) + 0.4
+    size = columns * (panel[0] + 0.5) + 0.3, lines * (panel[1] + 0.3) + 0.4
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     places = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in places:
         axes.axis("off")
     for axes, (name, draw) in zip(places, panels, strict=False):
-        draw(axes)
+        drawn = draw(axes)
+        if name != IMAGE:
+            bar = figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.02, ticks=MaxNLocator(3), format="%.3g")
+            bar.ax.tick_params(labelsize=6)
         axes.set_title(name, fontsize="small")
-    figure.suptitle(textwrap.fill(drawable(title), int(LETTERS * size[0])), fontsize="medium")
+    figure.suptitle(textwrap.fill(drawable(f"{title}, in %"), int(LETTERS * size[0])), fontsize="medium")
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 

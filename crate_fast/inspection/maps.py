@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backend import check_tensor
+from ..errors import InspectionError
 from ..functional import check_number
 from ..model.crate import CRATE
-from .views import InspectionError, layer_views, patch_grid
+from .views import layer_views, patch_grid
 
 COLOURS = 3
+
+
+class Seen(NamedTuple):
+    """What a model sees of one image: (heads, rows, columns) maps, and (rows, columns, width) projections."""
+
+    maps: Tensor
+    projections: Tensor
 
 
 def attention_row(projection: Tensor, heads: int, scale: float | None = None, token: int = 0) -> Tensor:
@@ -73,6 +82,25 @@ def attention_maps(model: CRATE, images: Tensor, layers: Sequence[int] | None = 
         if len(found) == len(set(wanted)):
             break
     return torch.stack([found[index] for index in wanted])
+
+
+@torch.no_grad()
+def look(model: CRATE, image: Tensor, layer: int) -> Seen:
+    """Attention of the class token in `layer`, from 0, and the last layer's projections, in one run through the model.
+
+    Args:
+        model: on any device.
+        image: (1, channels, height, width), normalised; patches divide it.
+        layer: from 0.
+    """
+    image = image.to(model.pos_embedding.device)
+    grid = patch_grid(model, image)
+    maps = projection = torch.empty(0)
+    for index, view in enumerate(layer_views(model, image)):
+        projection = view.projection
+        if index == layer:
+            maps = attention_row(view.projection, view.heads, view.scale)[0, :, 1:].unflatten(-1, grid).cpu()
+    return Seen(maps, projection[0, 1:].unflatten(0, grid).cpu())
 
 
 def check_layer(model: CRATE, layer: int) -> int:

@@ -6,16 +6,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 from torch import Tensor
 
 from ..data.pictures import SUFFIXES, check_pixels, find_pictures, read_picture, tell_left_out
+from ..errors import InspectionError
 from ..eval_transform import MAIN
 from ..files import parse_json, reason_of
 from ..model.crate import CRATE
-from .views import InspectionError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,8 +101,8 @@ def read_photo(path: str | Path) -> Image:
         raise PhotoError(f"{path}: cannot be read as an image ({reason_of(error)})") from error
 
 
-def find_photos(folder: str | Path) -> list[Path]:
-    """The photographs in `folder` and the folders in it, sorted.
+def find_photos(folder: str | Path, tell: TextIO | None = None) -> list[Path]:
+    """The photographs in `folder` and the folders in it, sorted; `tell` (stdout if None) is told what was left out.
 
     Raises:
         InspectionError: it is no directory, or has none.
@@ -111,7 +111,7 @@ def find_photos(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise InspectionError(f"{folder}: no such directory of images")
     found = [Path(path) for path in find_pictures(folder, left_out)]
-    tell_left_out(folder, left_out, sys.stdout)
+    tell_left_out(folder, left_out, tell or sys.stdout)
     if not found:
         raise InspectionError(f"{folder}: no images in it ({', '.join(SUFFIXES)})")
     return found

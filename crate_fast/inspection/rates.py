@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backend import check_tensor
+from ..errors import InspectionError
 from ..functional import check_number
 from ..model.crate import CRATE
-from .views import InspectionError, layer_views, project
+from .views import layer_views, project
 
 PRECISION = 0.01
 """ε² of the coding rate, which the published code calls eps."""

@@ -16,10 +16,6 @@ from ..model.transformer import layers_of
 from ..modules.layer import Layer
 
 
-class InspectionError(ValueError):
-    """What was asked for cannot be shown; the message names the value or file and what is allowed."""
-
-
 class LayerView(NamedTuple):
     """What one layer makes of its tokens; the class token is the first of them.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args
 
 from typing_extensions import dataclass_transform  # which PyTorch brings; Python 3.10's typing has it not
 
+from ..errors import ConfigError
 from ..files import names_something, shown
 
 if TYPE_CHECKING or find_spec("pydantic"):
@@ -29,10 +30,6 @@ BOUNDS = {
 }
 STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid", defer_build=True)  # `--help` needs none built
 Class = TypeVar("Class", bound=type)
-
-
-class ConfigError(ValueError):
-    """A setting cannot be used; the message names its flag and its value, or the file."""
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from ..backend import BACKENDS
 from ..data_sets import DATA_SETS, UNCHANGED, images_of
 from ..eval_transform import LEAST_CROP, allowed_crop
 from ..optimizers import OPTIMIZERS
-from ..sizes import ARCHITECTURES, POOLS, STREAMS
+from ..sizes import ARCHITECTURES, BACKENDS, POOLS, STREAMS
 from .checked import LARGEST, ConfigError, Field, OneOf, Part, Switch, Text, checked, flag
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -49,6 +48,7 @@ class RunSettings(SeedSettings):
     keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints to keep; the best is kept besides")
     log_every: int = Field(50, ge=1, description="steps from one line of training metrics to the next, at most an epoch")
     tensorboard: Switch = Field(False, description="write the metrics for TensorBoard too")
+    watch_rates: Switch = Field(False, description="measure coding rate and sparsity of every layer at each evaluation")
     profile: Switch = Field(False, description="write a trace of a few steps, for Perfetto")
 
 
@@ -58,12 +58,21 @@ class DataSettings(StepSettings, ImageSettings):
 
     data: Text = Field(
         "digits",
-        description=f"{', '.join(DATA_SETS)}, a folder with train/ and val/ and a folder per class in each, or what "
-        "`crate-fast prepare` has made of one",
+        description=f"{', '.join(DATA_SETS)}, a folder with a folder per class, or with train/ and val/ and such folders in "
+        "each, or what `crate-fast prepare` has made of one",
     )
     data_dir: Text = Field("./data", description="where the published files of the named sets are, or are downloaded to")
     classes: int | None = Field(None, ge=1, le=LARGEST, description="must agree with the data, if given")
     workers: int = Field(0, ge=0, le=1024, description="processes that read images, on each machine; 0: none but this")
+    val_split: float = Field(
+        0.2, gt=0, lt=1, description="of a folder without train/ and val/: part of each class that is held out, for evaluation"
+    )
+    keep_short_side: int = Field(
+        0,
+        ge=0,
+        le=65_500,
+        description="photographs in folders: reduce them once to N pixels on their short side, in memory; 0: read every time",
+    )
     max_unreadable: int = Field(10, ge=0, description="unreadable images that a process skips before it gives up")
     augment: Literal["none", "randaugment", "trivial"] = Field(
         "none", description="besides crop and flip (TrivialAugment: trivial)"
@@ -157,7 +166,7 @@ class TrainConfig(MachineSettings, ModelSettings, OptimisationSettings, DataSett
             )
         if self.compile and self.cuda_graphs:
             raise ConfigError("--cuda-graphs is 'yes' and --compile is 'yes'; a run takes one of them")
-        for name in ("compile", "cuda_graphs"):
+        for name in ("compile", "cuda_graphs", "watch_rates"):
             if self.strategy == "fsdp" and getattr(self, name):
                 raise ConfigError(f"{flag(name)} is 'yes' and --strategy is 'fsdp'; a model in parts runs as it is")
         if not allowed_crop(self.eval_crop):

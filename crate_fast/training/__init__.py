@@ -1,13 +1,18 @@
 """Training and evaluating CRATE: settings in, a run directory out."""
 
-from ..data.loader import UnreadableError
-from ..settings import ConfigError, TrainConfig
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, SavingError, TrainingError, UnreadableError
+from ..lazy import lazily
+from ..settings import TrainConfig
 from ..signals import Stopped
-from .checkpoints import SavingError
-from .evaluation import evaluate_run
-from .loop import TrainingError
 from .resolve import resolve
-from .run import train
+
+if TYPE_CHECKING:
+    from .evaluation import evaluate_run
+    from .run import train
+else:
+    __getattr__, __dir__ = lazily(__name__, {"evaluation": ("evaluate_run",), "run": ("train",)})
 
 __all__ = [
     "ConfigError",

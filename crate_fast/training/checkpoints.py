@@ -19,6 +19,7 @@ import torch
 from ..checkpoint.read import CheckpointError, DamagedError, read_checkpoint
 from ..checkpoint.save_load import save_checkpoint
 from ..device import Compute
+from ..errors import SavingError
 from ..files import first_line, remove
 from ..model.crate import CRATE
 from ..processes import Ranks
@@ -26,10 +27,6 @@ from .checkpoint_contents import WEIGHTS_ALONE, check_values
 
 NAME = "step-{:08d}"
 ASIDE = 3  # files of a kind that are set aside and not deleted: the newest
-
-
-class SavingError(RuntimeError):
-    """A checkpoint cannot be written; the message names it and the one before it."""
 
 
 def _reason(error: BaseException) -> str:

@@ -119,12 +119,12 @@ def _normalised_for(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of data that describe themselves so, normalised as the model's file says, where that is otherwise."""
     data, stored = transform_of(0.0, described), model.transform
-    if stored is None or stored.mean is None or data.mean is None or data[1:] == stored[1:]:
+    if stored is None or stored.mean is None or data.mean is None or data[1:3] == stored[1:3]:
         yield from batches
         return
     if len(stored.mean) not in (1, model.channels):
         raise ConfigError(f"{file}: its evaluation has means of {len(stored.mean)} channels; the model takes {model.channels}")
-    mean, std, own_mean, own_std = (torch.tensor(values).view(1, -1, 1, 1) for values in (*data[1:], *stored[1:]))
+    mean, std, own_mean, own_std = (torch.tensor(values).view(1, -1, 1, 1) for values in (*data[1:3], *stored[1:3]))
     for images, labels in batches:
         factor, addend = ((value / own_std).to(images.device) for value in (std, mean - own_mean))
         yield images * factor + addend, labels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from ..called import called
 from ..data.open import Data
 from ..data.order import Plan
 from ..device import Compute
+from ..errors import TrainingError
 from ..model.crate import CRATE
 from ..settings import TrainConfig
 from ..signals import Signals, Stopped
@@ -32,11 +35,10 @@ from .run_directory import RunDirectory
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+# One estimate, and no more columns than a terminal of 80 has.
+BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+COLUMNS = 79
 NEVER = torch.iinfo(torch.int64).max
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where and why."""
 
 
 class Trainer:
@@ -74,7 +76,7 @@ class Trainer:
         self.run, self.checkpoints = run, self.parallel.checkpoints(run.checkpoints, self.config.keep_checkpoints)
         self.signals.training = True
         hide = None if self.ranks.first else True  # None: hidden unless stderr is a terminal
-        bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=hide, dynamic_ncols=True)
+        bar = tqdm(total=self.steps, initial=self.step, disable=hide, bar_format=BAR, ncols=columns())
         with bar, Monitor(self.config, run, self.ranks.first, self.step) as self.monitor:
             while self.evaluated < self.config.epochs:
                 self._train_epoch(bar)
@@ -190,11 +192,7 @@ class Trainer:
         score, self.meter = self.meter.read(), Meter(self.compute.device)
         speed = steps * self.config.batch_size / seconds
         self._log("train", score, lr=self.lr, **self._timing(waiting, speed))
-        left = (self.steps - self.step) * seconds / steps
-        bar.set_postfix_str(
-            f"epoch {self.evaluated + 1}, loss {score.loss:.3f}, top-1 {score.top1:.1%}, {speed:,.0f} images/s, "
-            f"{waiting:.0%} waiting, {left / 3600:.1f} h left"
-        )
+        bar.set_postfix_str(f"loss {score.loss:.3f}, top-1 {score.top1:.1%}, {speed:,.0f} images/s")
 
     def _timing(self, waiting: float, speed: float) -> dict:
         """What of a line of metrics differs from run to run."""
@@ -209,10 +207,11 @@ class Trainer:
         """Evaluates the epoch that is over, and saves where that is due."""
         batch = self.config.batch_size // self.ranks.count
         batches = self.data.test_batches(batch, self.ranks)
+        batches = self.monitor.first_of(batches)
         batches = self.parallel.fill_up(batches, batch, self.data.test_count, self.model, self.compute.device)
         score = evaluate(self.evaluated_model, batches, self.compute, self.ranks, between=self._pause)
         self.evaluated += 1
-        self._log("test", score)
+        self._log("test", score, **self.monitor.rates(self.evaluated_model))
         if not math.isfinite(score.loss):
             raise TrainingError(
                 f"the loss on the test images is not finite after step {self.step} of {self.steps} (epoch {self.evaluated}), "
@@ -252,7 +251,8 @@ class Trainer:
         if number is not None:
             path = self._save(False)
             self.parallel.wait_for_first()
-            message = f"stopped by signal {number} after step {self.step}, saved as {path}"
+            again = called("train", "--resume", self.run.path)
+            message = f"stopped by signal {number} after step {self.step}, saved as {path}; to go on: {again}"
             raise Stopped(number, message if self.ranks.first else "")
         if due:
             self._save(False)
@@ -265,6 +265,11 @@ class Trainer:
         state = self.state() | {"logged": self.run.logged() if self.ranks.first else 0}
         self._saved = time.monotonic()
         return self.checkpoints.save(self.model, self.step, best, state)
+
+
+def columns() -> int:
+    """How wide the bar is: a line that reached a terminal's last column would be broken by many."""
+    return min(COLUMNS, shutil.get_terminal_size().columns - 1)
 
 
 def hash_of(key: tuple[int, ...]) -> int:

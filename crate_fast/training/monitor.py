@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from ..device import Compute
+from ..errors import InspectionError
 from ..files import drawable, write_atomically
+from ..inspection.rates import measure_layers
 from ..model.crate import CRATE
 from ..model.transformer import layers_of
 from ..optional import require
@@ -23,6 +26,12 @@ from .run_directory import RunDirectory
 
 SKIPPED, WARMED, TRACED = 3, 2, 3  # steps: before anything, with the profiler on but not kept, kept
 NO_SCALARS = ("split", "step")
+MEASURES = {
+    "subspace_rate": "$R^c$ before attention, in nats",
+    "compressed_rate": "$R^c$ after attention, in nats",
+    "nonzero": "share of non-zero entries after ISTA",
+    "rate": "$R$ of all tokens, in nats",
+}
 # Dense 16-bit products as the vendor states them, in TFLOP/s; the first name that is part of the device's counts.
 PEAKS = {
     **{"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0},
@@ -53,6 +62,9 @@ def peak_flops(settings: MachineSettings, compute: Compute) -> float | None:
     return next((1e12 * peak for name, peak in PEAKS.items() if name in compute.describe()), None)
 
 
+WATCHED = 32  # test images, of which rates are measured
+
+
 @contextmanager
 def _quiet_threads() -> Iterator[None]:
     """Errors of the system in other threads, which their owners are told of, are not printed besides."""
@@ -76,6 +88,8 @@ class Monitor:
         self._run = run
         self._wants_board = first and settings.tensorboard
         self._wants_trace = first and settings.profile
+        self._wants_rates = first and settings.watch_rates
+        self._watched = torch.empty(0)
         self._step, self._board, self._profiler = step, None, None
 
     def __enter__(self) -> Monitor:
@@ -132,11 +146,64 @@ class Monitor:
             with self._naming_the_board():
                 for name, value in row.items():
                     if name not in NO_SCALARS:
-                        self._board.add_scalar(f"{row['split']}/{name}", value, row["step"])
+                        for place, one in _scalars(name, value):
+                            self._board.add_scalar(f"{row['split']}/{place}", one, row["step"])
+
+    def first_of(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test batches, the first of whose images are remembered where rates are asked for."""
+        for images, labels in batches:
+            if self._wants_rates and not len(self._watched):
+                self._watched = images[:WATCHED].clone()
+            yield images, labels
+
+    def rates(self, model: CRATE) -> dict[str, list[float]]:
+        """By their names the means of `model`'s measures over the images watched, a number for each layer; or nothing."""
+        if not len(self._watched):
+            return {}
+        try:
+            measures = measure_layers(model, self._watched)
+        except InspectionError:  # not finite, which the loss tells
+            return {}
+        return {name: values.mean(dim=1).tolist() for name, values in measures._asdict().items()}
 
     def _write(self, profiler: profile) -> None:
         self._wants_trace = False
         write_atomically(self._run.trace, lambda file: profiler.export_chrome_trace(file.name))
+
+
+def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
+    """A number under its name, or those of layers, each under its own."""
+    if not isinstance(value, list):
+        return [(name, value)]
+    return [(f"{name}/layer-{layer:02}", one) for layer, one in enumerate(value, start=1)]
+
+
+def plot_watched(rows: list[dict], path: Path, title: str) -> None:
+    """Draws rates and sparsity over the layers, a line for each evaluation at which they were measured, as a PNG at `path`.
+
+    `rows` are those of metrics.jsonl; without any measures in them nothing is drawn.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    measured = [row for row in rows if all(isinstance(row.get(name), list) for name in MEASURES)]
+    if not measured:
+        return
+    scale = ScalarMappable(Normalize(measured[0]["epoch"], max(measured[-1]["epoch"], measured[0]["epoch"] + 1)), "viridis")
+    figure = Figure(figsize=(15, 4.5), dpi=120, layout="constrained")
+    places = figure.subplots(1, len(MEASURES))
+    for axes, (name, words) in zip(places, MEASURES.items(), strict=True):
+        for row in measured:
+            colour = colormaps["viridis"](scale.norm(row["epoch"]))
+            axes.plot(range(1, len(row[name]) + 1), row[name], color=colour, linewidth=1.6, marker="o", markersize=2.5)
+        axes.set(title=words, xlabel="layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    figure.colorbar(scale, ax=places, label="epoch")
+    figure.suptitle(drawable(title))
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 def plot_curves(rows: list[dict], path: Path, title: str) -> None:

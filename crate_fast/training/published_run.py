@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint.archives import CheckpointError, read_beside_others
+from ..checkpoint.archives import read_beside_others
 from ..checkpoint.layouts import find_weights
 from ..checkpoint.read import check_all_plain
+from ..errors import CheckpointError
 from ..optimizers import OPTIMIZERS
 from ..settings import ConfigError, TrainConfig, flag
 from ..sizes import ARCHITECTURES, SIZES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..files import check_regular, parse_json
@@ -20,7 +21,7 @@ NAMES = tuple(sorted(path.stem for path in RECIPES.glob("*.toml")))
 # What a resumed run may be told anew: where things are, how often it saves, how it is watched, nothing that moves a bit of
 # its weights.
 SAVING = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
-CHANGEABLE = ("data_dir", "workers", *SAVING, "max_unreadable", "tensorboard", "profile", "peak_tflops")
+CHANGEABLE = ("data_dir", "workers", *SAVING, "max_unreadable", "tensorboard", "watch_rates", "profile", "peak_tflops")
 
 
 def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -> TrainConfig:
@@ -40,7 +41,7 @@ def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -
         recipe = "finetune" if command == "finetune" else "digits" if digits else "main"
     values = read_recipe(recipe)
     if "data" not in values and "data" not in given:
-        raise ConfigError(f"--recipe is {recipe!r}, which needs --data DIR, a folder with train/ and val/")
+        raise ConfigError(f"--recipe is {recipe!r}, which needs --data DIR, a folder of photographs")
     if command == "finetune" and given.get("optimizer", "AdamW") != "AdamW":
         values["weight_decay"] = 0.0  # the published script gives it to AdamW alone
     asked = _sizes(given) | given
@@ -97,7 +98,7 @@ def check_written(config: TrainConfig, written: dict, where: Path) -> None:
             raise ConfigError(f"{where}: {name} is {ours!r}; the run's checkpoints were written with {theirs!r}")
 
 
-def describe(config: TrainConfig) -> str:
-    """All settings that are set, as TOML: a recipe that repeats the run."""
-    values = {name: getattr(config, name) for name in SETTINGS}
-    return "\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None)
+def describe(config: TrainConfig, names: Iterable[str] = tuple(SETTINGS)) -> list[str]:
+    """The settings of these names that are set, as lines of TOML; all of them are a recipe that repeats the run."""
+    values = {name: getattr(config, name) for name in names}
+    return [f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None]

@@ -30,7 +30,7 @@ from .cuda_graphs import check_graphs
 from .ddp import check_strategy, parallel_kind
 from .loop import Trainer, TrainingError
 from .metrics import Score
-from .monitor import plot_curves
+from .monitor import plot_curves, plot_watched
 from .optimizer import warmup_steps
 from .published_run import Start, as_checkpoint, check_settings, describe_start, names_published, read_start
 from .resolve import check_unchanged, check_written, describe
@@ -107,7 +107,7 @@ def _start(
             ranks.share(lambda: check_free(out))
     compute = _check(config, ranks)
     with process_group(ranks, compute.device, alone=config.strategy == "fsdp"):
-        return _train(config, compute, run, resume, ranks, signals, start)
+        return _train(config, given, compute, run, resume, ranks, signals, start)
 
 
 def _check(config: TrainConfig, ranks: Ranks) -> Compute:
@@ -132,6 +132,7 @@ def _check(config: TrainConfig, ranks: Ranks) -> Compute:
 
 def _train(
     config: TrainConfig,
+    given: dict,
     compute: Compute,
     run: RunDirectory | None,
     resume: str | None,
@@ -161,12 +162,14 @@ def _train(
     else:
         lines.append(_take_up(trainer, run, checkpoint))
     if ranks.first:
-        _announce(trainer, run, lines)
+        _announce(trainer, given, run, lines)
     score = trainer.fit(run)
     model = trainer.parallel.whole(trainer.evaluated_model)
     if ranks.first:
         save_model(model, run.model)
-        plot_curves(run.read_metrics(), run.curves, f"CRATE on {data.name}: test {score}")
+        rows, title = run.read_metrics(), f"CRATE on {data.name}: test {score}"
+        plot_curves(rows, run.curves, title)
+        plot_watched(rows, run.rates, title)
     return (run if ranks.first else None), score
 
 
@@ -177,7 +180,7 @@ def build_model(config: TrainConfig, data: Data) -> CRATE:
         model = _build(config, config, data)
     except ValueError as error:  # sizes that are within their bounds one by one
         raise ConfigError(str(error)) from error
-    model.transform = transform_of(config.eval_crop, data.describe())
+    model.transform = transform_of(config.eval_crop, data.describe(), data.class_names)
     return model
 
 
@@ -230,6 +233,9 @@ def _implied(settings: RunSettings, ranks: Ranks) -> str | None:
 def _create(config: TrainConfig, trainer: Trainer, start: Start | None) -> RunDirectory:
     """A new run directory, locked; its config.json names the checkpoint of main.py from which it goes on, if any."""
     run = RunDirectory.create(config.out, trainer.data.name)
+    held_out = getattr(trainer.data, "held_out", None)
+    if held_out is not None:
+        run.write_held_out(held_out)
     run.write_config(_describe(trainer) | ({} if start is None else {START: str(start.path.absolute())}))
     return run
 
@@ -271,12 +277,18 @@ def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> st
     return f"going on after step {trainer.step} of {trainer.steps}"
 
 
-def _announce(trainer: Trainer, run: RunDirectory, lines: list[str]) -> None:
+def _announce(trainer: Trainer, given: dict, run: RunDirectory, lines: list[str]) -> None:
     """Says what is computed, where and how."""
     config, compute, ranks = trainer.config, trainer.compute, trainer.ranks
     backend = choose_backend(config.backend, trainer.model.pos_embedding, config.dim_head)
     print(f"{compute.describe()}, {compute.precision}, backend {backend.name} ({backend.reason}); run directory {run.path}")
-    print(describe(config))
+    data, sizes = trainer.data, trainer.model.transformer
+    print(
+        f"{data.name}: {data.train_count:,} images of {data.classes} classes to train on, {data.test_count:,} to evaluate on; "
+        f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters in {sizes.depth} layers; {trainer.steps:,} steps"
+    )
+    if given:
+        print(f"asked for: {', '.join(describe(config, given))}; all settings are in {run.config}")
     for line in lines:
         print(line)
     idle = torch.cuda.device_count() if compute.device.type == "cuda" and ranks.count == 1 else 1

@@ -40,6 +40,7 @@ FACTS = {
     "name": "they are of another kind",
     "classes": "the number of classes is another",
     **CLASS_NAMES,
+    "held_out": "the images that are held out for evaluation are others",
     "train_images": "the number of training images is another",
     "test_images": "the number of test images is another",
 }
@@ -57,7 +58,9 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.json"
+        self.held_out = self.path / "held-out.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.rates = self.path / "rates.png"
         self.curves = self.path / "curves.png"
         self.tensorboard = self.path / "tensorboard"
         self.trace = self.path / "trace.json"
@@ -97,6 +100,11 @@ class RunDirectory:
         """Writes config.json: `config`, and the versions of everything that computes."""
         text = json.dumps(config | {"versions": versions()}, indent=2) + "\n"
         write_atomically(self.config, lambda file: file.write(text.encode()))
+
+    def write_held_out(self, names: list[str]) -> None:
+        """Writes held-out.json: the images of a folder on which the run is evaluated and not trained, a line each."""
+        text = json.dumps(names, indent=0) + "\n"
+        write_atomically(self.held_out, lambda file: file.write(text.encode()))
 
     def log(self, **row) -> None:
         """Adds one line to metrics.jsonl; a number that is not finite is null in it."""
