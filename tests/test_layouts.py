@@ -192,20 +192,20 @@ def demo():
 HEAD = {"head.weight": torch.zeros(21842, 768), "head.bias": torch.zeros(21842)}
 
 
-def test_the_segmentation_demo_has_six_heads(demo, tmp_path, capsys):
+@pytest.mark.parametrize("beside", [HEAD, {}], ids=["with the head", "without"])
+def test_the_segmentation_demo_has_six_heads(demo, beside, tmp_path, capsys):
     values, images, logits = demo
-    torch.save({"model": under("module.", values | HEAD)}, tmp_path / "demo.pth")
+    torch.save({"model": under("module.", values | beside)}, tmp_path / "demo.pth")
     model = load_checkpoint(tmp_path / "demo.pth")
-    assert (model.transformer.heads, model.patch_size, model.transform) == (6, (8, 8), None)
+    assert (model.transformer.heads, model.patch_size, model.transform) == (6, (8, 8), None if beside else model.transform)
     said = capsys.readouterr().err
-    assert "heads=6" in said and "'head' beside 'mlp_head'" in said
+    assert "heads=6" in said and ("'head' beside 'mlp_head'" in said) == bool(beside)
     with torch.no_grad():
         torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("outputs", [768, 21842])
-def test_what_tells_the_demo_from_the_base_model_is_asked_for(outputs, demo, tmp_path):
-    values = demo[0] | {"mlp_head.1.weight": torch.zeros(outputs, 768), "mlp_head.1.bias": torch.zeros(outputs)}
+def test_what_tells_the_demo_from_the_base_model_is_asked_for(demo, tmp_path):
+    values = demo[0] | {"mlp_head.1.weight": torch.zeros(21842, 768), "mlp_head.1.bias": torch.zeros(21842)}
     torch.save(values, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="12 heads and of the segmentation demo with 6; say heads"):
         load_checkpoint(tmp_path / "x.pth")

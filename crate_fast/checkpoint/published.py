@@ -14,7 +14,7 @@ OPEN = {"pool": "cls", "ista": 0.1, "lambd": 0.1}  # as published
 HEAD_WIDTH = 64  # the constructor's
 DEMO = {"dim": 768, "depth": 12, "heads": 6}  # of the published segmentation demo, which no other published model is like
 UNUSED = ("head.weight", "head.bias")  # of the demo, whose forward ends before
-OUTPUTS = (768, 21842)  # of the demo and of a published base model alike, with 6 heads or 12
+OUTPUTS = {768: 6, 21842: None}  # of a model of that width: the demo's, and of either, with 6 heads or 12
 
 
 def without_unused(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict, str | None]:
@@ -99,8 +99,11 @@ def _infer_heads(weights: dict[str, Tensor], dim: int, depth: int, known: dict) 
         return {"heads": width // max(1, known["dim_head"])}, {}
     outputs = len(weights["mlp_head.1.weight"])
     if (dim, depth, width) == (DEMO["dim"], DEMO["depth"], DEMO["dim"]) and outputs in OUTPUTS:
-        raise ValueError(f"{outputs} classes are those of a base model with 12 heads and of the segmentation demo with 6; "
-                         "say heads")  # fmt: skip
+        heads = OUTPUTS[outputs]
+        if heads is None:
+            raise ValueError(f"{outputs} classes are those of a base model with 12 heads and of the segmentation demo with 6; "
+                             "say heads")  # fmt: skip
+        return {}, {"heads": heads, "dim_head": width // heads}
     for size in SIZES.values():
         if (size["dim"], size["depth"], size["heads"] * size["dim_head"]) == (dim, depth, width):
             return {}, {"heads": size["heads"], "dim_head": size["dim_head"]}
