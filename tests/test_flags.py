@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import call
 
 from crate_fast.commands.main import build_parser, main
 from crate_fast.commands.published_flags import PUBLISHED
 from crate_fast.commands.train import given_settings, warnings_of
 from crate_fast.model import SIZES
-from crate_fast.settings import SETTINGS
+from crate_fast.settings import SETTINGS, flag
 from crate_fast.training import ConfigError, TrainConfig, resolve
 from crate_fast.training.resolve import NAMES, describe, read_recipe
 
@@ -336,3 +337,25 @@ def test_without_pydantic_settings_are_the_same_but_unchecked():
     done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"{[*map(tuple, SETTINGS.values())]} {TrainConfig(tensorboard=True, epochs=3)}"
     assert done.stderr.strip() == "crate-fast: warning: pydantic is not installed: settings are taken unchecked"
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe", "lr"),
+    [
+        (["train"], "digits", "0.001"),
+        (["train", "--data", "photographs"], "main", "0.0004"),
+        (["train", "--recipe", "imagenet-paper"], "imagenet-paper", None),
+        (["finetune"], "finetune", None),
+    ],
+)
+def test_help_shows_what_the_recipe_at_hand_has(words, recipe, lr, capsys):
+    status, out, _ = call(capsys, *words, "--help")
+    text = " ".join(out.split())
+    lr = lr or str(read_recipe(recipe)["lr"])
+    assert (status, f"what recipe {recipe} has" in text, f"learning rate, after warmup [{lr}]" in text) == (0, True, True)
+    assert text.index("--epochs") < text.index("--max-unreadable")  # what is mostly used comes first
+    assert all(text.count(f"{flag(name)} ") > 0 for name in SETTINGS)
+
+
+def test_help_of_a_recipe_that_is_not_there_says_so(capsys):
+    assert call(capsys, "train", "--recipe", "nope", "--help")[0] == 2

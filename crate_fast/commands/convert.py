@@ -28,7 +28,7 @@ ADVICE = {
 }
 
 
-def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     """Gives the subcommand's parser its flags."""
     parser.description = (
         "Reads a model (ours, the published scripts' checkpoints, safetensors, a run directory, a model of the "

@@ -9,7 +9,7 @@ from ..sizes import ARCHITECTURES, BACKENDS
 from .arguments import add_crop, add_device, add_weights, place, whole
 
 
-def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     """Gives the subcommand's parser its flags."""
     parser.description = (
         "Reads a model back and prints its accuracy on its test images, computed as in its run unless flags say otherwise."

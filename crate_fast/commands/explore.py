@@ -13,7 +13,7 @@ from .arguments import add_device, add_weights, as_path, place, positive
 ENDINGS = (".html", ".htm")
 
 
-def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     """Gives the subcommand's parser its flags."""
     parser.description = (
         "Writes one page for a browser, which needs no server and no network: choose a layer and a head, point at a patch of a "

@@ -16,7 +16,7 @@ from .arguments import add_crop, add_device, add_weights, as_path, place, positi
 DIGITS = "digits"
 
 
-def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     """Gives the subcommand's parser its flags."""
     parser.description = (
         "Measures, layer by layer, the coding rate before and after attention, the share of non-zero entries after "

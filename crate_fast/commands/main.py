@@ -44,11 +44,11 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, which takes flags only in full, and has none before they are needed.
 
     Args:
-        fill: adds its flags, where it is to parse.
+        fill: adds its flags, where it is to parse the words given with it.
         options: as of argparse's.
     """
 
-    def __init__(self, *, fill: Callable[[Parser], None] | None = None, **options) -> None:
+    def __init__(self, *, fill: Callable[[Parser, list[str]], None] | None = None, **options) -> None:
         super().__init__(**options, allow_abbrev=False)
         self._fill = fill
 
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         """As ever, but a subcommand's parser complains of what it does not know itself, and points to its own help."""
         fill, self._fill = self._fill, None
         if fill is not None:
-            fill(self)
+            fill(self, list(sys.argv[1:] if args is None else args))
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flags = [word for word in self._option_string_actions if word.startswith("--")]
@@ -128,10 +128,10 @@ def build_parser() -> Parser:
     return parser
 
 
-def _fill(command: str, parser: Parser) -> None:
-    """Gives the parser of `command` its flags."""
+def _fill(command: str, parser: Parser, words: list[str]) -> None:
+    """Gives the parser of `command`, which is to parse `words`, its flags."""
     module = import_module(f"{__package__}.{MODULES.get(command, command)}")
-    module.add_flags(parser, command)
+    module.add_flags(parser, [command, *words])
 
 
 def _print_any_name() -> None:

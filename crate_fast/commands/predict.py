@@ -21,7 +21,7 @@ FORMATS = ("text", "json", "csv")
 COLUMNS = ("photo", "rank", "class", "name", "probability")
 
 
-def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     """Gives the subcommand's parser its flags."""
     parser.description = (
         "Tells the most probable classes of photographs, cut and normalised as the model was evaluated; names of classes are "

@@ -11,7 +11,7 @@ from ..optional import require
 from .arguments import as_path, positive
 
 
-def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     """Gives the subcommand's parser its flags."""
     parser.description = (
         "Packs SRC, a folder with train/ and val/ and in each a folder per class, into a few large files in DST, "

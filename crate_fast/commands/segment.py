@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..model.crate import CRATE
 
 
-def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     """Gives the subcommand's parser its flags."""
     parser.description = (
         "Draws the class token's attention, head by head, for photographs of any size: for each, in a folder "

@@ -13,10 +13,15 @@ from ..optimizers import OPTIMIZERS
 from ..settings import SETTINGS, ConfigError, Setting, TrainConfig, flag, listed
 from ..training import resolve
 from ..training.choice import choose_recipe
-from ..training.resolve import NAMES
+from ..training.resolve import NAMES, default_recipe, read_recipe
 from .arguments import number, switch, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 
+COMMON = ("data", "out", "init", "arch", "image_size", "epochs", "batch_size", "lr", "workers", "device", "seed")
+RESUME = (
+    "go on with the run PATH (its directory or a checkpoint in it), with 'auto' that in --out, if any, or in a new run from a "
+    "checkpoint of the published main.py"
+)
 READERS = {"arch": architecture, "data": data_set, "optimizer": optimizer}
 TYPES = {bool: switch, int: whole, float: number, str: str}
 METAVARS = {bool: "{no,yes}", int: "N", float: "X", str: "NAME"}
@@ -33,26 +38,27 @@ DESCRIPTIONS = {
 }
 
 
-def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
-    """Gives the parser of the subcommand `command`, "train" or "finetune", its flags."""
-    parser.description = DESCRIPTIONS[command]
+def add_flags(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """Gives the parser of a subcommand its flags; `words` are the command line from "train" or "finetune" on."""
+    command = words[0]
+    recipe, values = _starting_values(words)
+    parser.usage = f"{parser.prog} [--data DATA] [--out DIR] [--recipe NAME] [--resume PATH] [flag ...]"
+    parser.description = (
+        f"{DESCRIPTIONS[command]} In brackets: what recipe {recipe} has; --recipe or --data before --help shows another's."
+    )
     published = {entry.setting: entry for entry in PUBLISHED[command] if entry.fate == "known" and _is_plain(entry)}
-    recipes = parser.add_argument_group("recipe")
-    recipes.add_argument(
+    section = parser.add_argument_group("mostly used")
+    section.add_argument(
         "--recipe", metavar="NAME", help=f"values to start from: {', '.join(NAMES)}, a .toml file, or a run's config.json"
     )
+    section.add_argument("--resume", type=resume_switch, metavar="PATH", help=RESUME)
+    for name in COMMON:
+        _add_setting(section, SETTINGS[name], published.get(name), values.get(name))
     for group, settings in groupby(SETTINGS.values(), key=lambda setting: setting.section):
         section = parser.add_argument_group(group, SECTIONS.get(group))
-        if group == "run":
-            section.add_argument(
-                "--resume",
-                type=resume_switch,
-                metavar="PATH",
-                help="go on with the run PATH (its directory or a checkpoint in it), with 'auto' that in --out, if any, or in "
-                "a new run from a checkpoint of the published main.py",
-            )
         for setting in settings:
-            _add_setting(section, setting, published.get(setting.name))
+            if setting.name not in COMMON:
+                _add_setting(section, setting, published.get(setting.name), values.get(setting.name))
     section = parser.add_argument_group(f"of the published {'finetune.py' if command == 'finetune' else 'main.py'}")
     for entry in PUBLISHED[command]:
         if entry.setting != "resume" and not (entry.fate == "known" and _is_plain(entry)):
@@ -65,15 +71,29 @@ def _is_plain(entry: Published) -> bool:
     return entry.setting not in (None, "resume", "augment", "init") and entry.read is not None
 
 
-def _add_setting(section, setting: Setting, published: Published | None) -> None:
+def _starting_values(words: list[str]) -> tuple[str, dict]:
+    """The recipe that these words would start from, and what it has for every setting, for the help; raises ConfigError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe")
+    parser.add_argument("--data", default=SETTINGS["data"].default)
+    defaults = {name: setting.default for name, setting in SETTINGS.items()}
+    try:
+        found = parser.parse_known_args(words[1:])[0]
+    except argparse.ArgumentError:  # told where they are parsed
+        return "digits", defaults
+    recipe = found.recipe or default_recipe(words[0], found.data)
+    return recipe, defaults | {"data": None} | read_recipe(recipe)
+
+
+def _add_setting(section, setting: Setting, published: Published | None, value: object) -> None:
     choices, text, name = setting.choices, setting.text, flag(setting.name)
     others = [word for word in (published.names if published else ()) if word != name]
     read = READERS.get(setting.name)
     metavar = None if choices and not read else METAVARS[setting.kind]
-    if setting.default is not None and setting.kind is not bool:
-        text += f" (digits: {setting.default})"
     if choices and read:
-        text += f" ({', '.join(choices)})"
+        text += f": {', '.join(choices)}"
+    if value is not None and setting.kind is not bool:
+        text += f" [{value}]"
     section.add_argument(
         name,
         *others,

@@ -25,7 +25,7 @@ class Workload(NamedTuple):
     run: Callable[[], object]
 
 
-def add_flags(parser: argparse.ArgumentParser, _: str) -> None:
+def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     """Gives the subcommand's parser its flags."""
     parser.description = (
         "Measures a handful of block shapes for each kernel of a layer on the GPU at hand (minutes) and stores the "

@@ -36,9 +36,7 @@ def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -
     Raises:
         ConfigError: an unknown recipe, a damaged file, or a value that cannot be used.
     """
-    if recipe is None:
-        digits = given.get("data", "digits") == "digits"
-        recipe = "finetune" if command == "finetune" else "digits" if digits else "main"
+    recipe = recipe or default_recipe(command, given.get("data", "digits"))
     values = read_recipe(recipe)
     if "data" not in values and "data" not in given:
         raise ConfigError(f"--recipe is {recipe!r}, which needs --data DIR, a folder of photographs")
@@ -46,6 +44,11 @@ def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -
         values["weight_decay"] = 0.0  # the published script gives it to AdamW alone
     asked = _sizes(given) | given
     return TrainConfig(**values | asked)
+
+
+def default_recipe(command: str, data: str) -> str:
+    """What a run on `data` starts from where no recipe is named."""
+    return "finetune" if command == "finetune" else "digits" if data == "digits" else "main"
 
 
 def read_recipe(name: str) -> dict:
