@@ -38,7 +38,7 @@ def evaluated_layer(
     z = F.linear(functional.attend(w, heads, scale), out_weight, out_bias).add_(x)
     h = F.layer_norm(z, width, norm2_weight, norm2_bias, eps_step)
     sparse = STEPS[step]
-    matrix = kept_matrix(sparse, of_step, step_size) if sparse.folds else None
+    matrix = kept_matrix(sparse.fold, of_step, step_size) if sparse.folds else None
     return sparse.sparsify(h, of_step, matrix, step_size, lambd, "torch")
 
 

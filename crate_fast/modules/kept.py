@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .plain import PLAIN, keeps_nothing
 
-if TYPE_CHECKING:
-    from .step import SparseStep
-
+Fold = Callable[[Sequence[Tensor], float], Tensor]  # from a step's weights and its size to M, as `SparseStep.fold`
 _ATTRIBUTE = "_crate_fast_kept"  # of a step's first weight
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
@@ -21,7 +19,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 class Kept(NamedTuple):
     """M, beside the proof of what it was made of; on the first weight it belongs to, so that it goes when that goes."""
 
-    step: type[SparseStep]
+    fold: Fold
     sources: list[Tensor]  # copies of the weights
     step_size: float
     matrix: Tensor  # M, (dim, dim)
@@ -30,20 +28,20 @@ class Kept(NamedTuple):
         return set, ()  # copies and pickles of a weight hold nothing, in a type that every unpickler knows
 
 
-def kept_matrix(step: type[SparseStep], weights: Sequence[Tensor], step_size: float) -> Tensor:
-    """`step.fold`; on a CPU kept from call to call, as long as the weights are bit for bit what it was made of.
+def kept_matrix(fold: Fold, weights: Sequence[Tensor], step_size: float) -> Tensor:
+    """`fold` of the weights; on a CPU kept from call to call, as long as the weights are bit for bit what it was made of.
 
     Nothing but the contents tells: fused optimizers, writes through `.data`, NumPy and shared memory move no version counter.
     A comparison reads 2·dim² values, where M costs 2·dim³ operations; on a GPU the host would have to wait for it.
     """
     recorded = keeps_nothing() or is_in_torch_dispatch_mode()
     if recorded or any(weight.device.type != "cpu" or type(weight) not in PLAIN for weight in weights):
-        return step.fold(weights, step_size)
+        return fold(weights, step_size)
     kept = getattr(weights[0], _ATTRIBUTE, None)
-    if not (isinstance(kept, Kept) and (kept.step, kept.step_size) == (step, step_size) and _are_same(kept.sources, weights)):
+    if not (isinstance(kept, Kept) and (kept.fold, kept.step_size) == (fold, step_size) and _are_same(kept.sources, weights)):
         with torch.inference_mode(False), torch.no_grad():
             sources = [weight.detach().clone() for weight in weights]  # M is made of copies: another process may be writing
-            kept = Kept(step, sources, step_size, step.fold(sources, step_size))
+            kept = Kept(fold, sources, step_size, fold(sources, step_size))
         setattr(weights[0], _ATTRIBUTE, kept)
     return kept.matrix
 

@@ -77,7 +77,7 @@ class SparseStep(nn.Module):
         if choice.name == "reference":
             return self.reference(x, weights, self.step_size, self.lambd)
         kept = self.folds and not (self.training or torch.is_grad_enabled() or is_transformed())
-        matrix = kept_matrix(type(self), weights, self.step_size) if kept else None
+        matrix = kept_matrix(self.fold, weights, self.step_size) if kept else None
         return self.sparsify(x, weights, matrix, self.step_size, self.lambd, choice.name)
 
     @staticmethod
