@@ -5,15 +5,17 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import queue
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -158,14 +160,40 @@ def _meet_by(backend: str, ranks: Ranks) -> None:
         _check_free(port)
     else:
         _wait_for(address, port)
-    answering = timedelta(seconds=ANSWERING)
-    store = dist.TCPStore(address, port, is_master=listens, wait_for_workers=False, timeout=answering)
+    store = _within(ANSWERING, partial(_open_store, address, port, listens))
     store.set_timeout(timedelta(seconds=MEETING))
     store = dist.PrefixStore(meet(store, ranks), store)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.count)
 
 
 # What PyTorch would wait for outside of Python, where it hears no signal, and with lines of its own.
+
+
+def _open_store(address: str, port: int, listens: bool) -> dist.TCPStore:
+    return dist.TCPStore(address, port, is_master=listens, wait_for_workers=False, timeout=timedelta(seconds=ANSWERING))
+
+
+def _within(seconds: float, make: Callable[[], T]) -> T:
+    """What `make` gives or raises, of a thread that is left to itself where it takes longer: OSError says so then.
+
+    PyTorch's store has a time limit for its answers, but none for the first one, which a stranger at the port never gives.
+    """
+    outcome: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((make(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        made, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise OSError(errno.ETIMEDOUT, f"what listens there does not answer within {seconds:.0f} seconds") from None
+    if error is not None:
+        raise error
+    return cast(T, made)
 
 
 def _resolve(address: str) -> None:

@@ -1,5 +1,6 @@
 """Several processes under torchrun, and the published command lines in miniature."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -263,6 +265,29 @@ def test_processes_that_cannot_meet_say_so_in_a_line(tmp_path, capsys, monkeypat
         status, _, err = call(capsys, "train", "--out", tmp_path / "run", "--device", "cpu")
     assert status == 2
     assert re.fullmatch(f"crate-fast: error: .*{words}.*\n", err)
+
+
+@pytest.mark.parametrize("answer", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "of another protocol"])
+def test_a_stranger_at_the_port_of_the_first_process_is_told_in_a_line(tmp_path, capsys, monkeypatch, answer):
+    stranger = socket.create_server(("localhost", 0))
+    settings = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(stranger.getsockname()[1])}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr("crate_fast.processes.ANSWERING", 1.0)
+    met = []
+
+    def greet():
+        with contextlib.suppress(OSError):  # of the socket, when the test is over
+            while True:
+                met.append(stranger.accept()[0])
+                if answer:
+                    met[-1].sendall(answer)
+
+    threading.Thread(target=greet, daemon=True).start()
+    with stranger:
+        status, _, error = call(capsys, "train", "--device", "cpu", "--out", tmp_path / "run")
+    assert (status, error.count("\n"), "cannot meet at localhost:" in error) == (2, 1, True), error
 
 
 def test_batches_that_do_not_divide_are_refused():
