@@ -72,9 +72,10 @@ def test_the_published_sizes(factory, parameters):
 
 
 def test_a_size_of_the_table_is_built_by_its_name(monkeypatch):
+    assert {f"CRATE_{size}" for size in SIZES} <= {*dir(crate_fast)}  # which reads the table when it is imported
     monkeypatch.setitem(SIZES, "micro", dict(dim=192, depth=2, heads=3, dim_head=64))
+    assert crate_fast.model.CRATE_micro(num_classes=7, image_size=32).transformer.dim == 192
     for module in (crate_fast, crate_fast.model):
-        assert module.CRATE_micro(num_classes=7, image_size=32).transformer.dim == 192
         for name in ("CRATE_nano", "micro", "CRATE"[:4]):
             with pytest.raises(AttributeError, match=f"'{module.__name__}' has no attribute '{name}'"):
                 getattr(module, name)
