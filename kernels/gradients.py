@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import shapes
 from .attention import padded_tokens
-from .linear import GROUP, Folded, Statistics, _halves, _load_columns, _swizzle, unmixed
+from .linear import GROUP, Folded, Statistics, _halves, _load_columns, _mask, _swizzle, unmixed
 from .runtime import launch, product_precision
 
 
@@ -66,7 +66,7 @@ def _data_gradient_kernel(
     WHOLE: tl.constexpr,  # the columns are whole blocks
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # a power of two, or 3 times one
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
@@ -77,21 +77,15 @@ def _data_gradient_kernel(
     p_gain, p_offset, p_scale = rectified
     block_m, block_n = _swizzle(rows, inputs, BLOCK_M, BLOCK_N, GROUP_M)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    THIRD: tl.constexpr = BLOCK_N // 3 if BLOCK_N % 3 == 0 else BLOCK_N
+    THIRDS: tl.constexpr = THIRD < BLOCK_N  # three accumulators, begun with what is added to the product
+    tl.static_assert(not (THIRDS and (RECTIFIED or HEAD_WIDTH > 0)), "a mask and δ are not made in thirds")
+    column = block_n * BLOCK_N + tl.arange(0, THIRD)
     m_row = row < rows
     m_column = column < inputs
+    m_column1 = column + THIRD < inputs
+    m_column2 = column + 2 * THIRD < inputs
     row = row.to(tl.int64)
-    b_dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, outputs, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        m_k = k < outputs
-        p_block = p_g + row[:, None] * stride_gm + k[None, :] * stride_gk
-        b_g = tl.load(p_block, mask=m_row[:, None] & m_k[None, :], other=0.0)  # [M, K]
-        p_w = p_weight + column[None, :] * stride_wi + k[:, None] * stride_wo
-        m_w = m_k[:, None] if WHOLE else m_k[:, None] & m_column[None, :]
-        b_w = tl.load(p_w, mask=m_w, other=0.0)  # [K, N]
-        b_dx = tl.dot(b_g.to(b_w.dtype), b_w, b_dx, input_precision=PRECISION)
-
     first = (block_m * BLOCK_M).to(tl.int64) * inputs
     p_dx += first
     if NORM or HEAD_WIDTH > 0:
@@ -100,23 +94,51 @@ def _data_gradient_kernel(
         p_residual += first
     if p_totals is not None:
         p_totals += block_m.to(tl.int64) * inputs
-    b_c1 = tl.zeros([BLOCK_M], tl.float32)
-    b_c2 = b_c1
-    b_mean = b_c1
-    b_scale = b_c1
-    if NORM:
-        p_mean, p_rstd, p_sums, parts = norm
-        b_c1, b_c2 = _sum_parts(p_sums, row, m_row, parts, rows, BLOCK_M)
-        b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
-        b_c1 *= tl.load(p_rstd + row, mask=m_row, other=0.0) / inputs  # x̂ c₁/d = (x − μ)·(rs c₁/d)
-        b_c2 /= inputs
+    ends = (p_dx, p_totals, p_x, p_gamma, p_residual, p_gain, p_offset)
+    none = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    b_terms = none[0], none[0], none[0]
+    b_dx = tl.zeros([BLOCK_M, THIRD], tl.float32)
+    b_dx1 = b_dx
+    b_dx2 = b_dx
+    if THIRDS:
+        if NORM:
+            b_terms = _norm_terms(norm, row, m_row, rows, inputs, BLOCK_M)
+        b_dx = _begin(column, m_column, g, ends, row, m_row, b_terms, inputs, NORM, SHRINK, RESIDUAL=RESIDUAL, WHOLE=WHOLE)
+        b_dx1 = _begin(
+            column + THIRD, m_column1, g, ends, row, m_row, b_terms, inputs, NORM, SHRINK, RESIDUAL=RESIDUAL, WHOLE=WHOLE
+        )
+        b_dx2 = _begin(
+            column + 2 * THIRD, m_column2, g, ends, row, m_row, b_terms, inputs, NORM, SHRINK, RESIDUAL=RESIDUAL, WHOLE=WHOLE
+        )
+    for start in range(0, outputs, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        m_k = k < outputs
+        p_block = p_g + row[:, None] * stride_gm + k[None, :] * stride_gk
+        b_g = tl.load(p_block, mask=m_row[:, None] & m_k[None, :], other=0.0)  # [M, K]
+        p_w = p_weight + column[None, :] * stride_wi + k[:, None] * stride_wo
+        b_w = tl.load(p_w, mask=_mask(m_k, m_column, WHOLE), other=0.0)  # [K, N]
+        b_dx = tl.dot(b_g.to(b_w.dtype), b_w, b_dx, input_precision=PRECISION)
+        if THIRDS:
+            b_w = tl.load(p_w + THIRD * stride_wi, mask=_mask(m_k, m_column1, WHOLE), other=0.0)
+            b_dx1 = tl.dot(b_g.to(b_w.dtype), b_w, b_dx1, input_precision=PRECISION)
+            b_w = tl.load(p_w + 2 * THIRD * stride_wi, mask=_mask(m_k, m_column2, WHOLE), other=0.0)
+            b_dx2 = tl.dot(b_g.to(b_w.dtype), b_w, b_dx2, input_precision=PRECISION)
+
+    b_scale = none[0]
+    if NORM and not THIRDS:
+        b_terms = _norm_terms(norm, row, m_row, rows, inputs, BLOCK_M)
     if RECTIFIED:
         b_scale = tl.load(p_scale + row, mask=m_row, other=0.0)
-    ends = (p_dx, p_totals, p_x, p_gamma, p_residual, p_gain, p_offset)
-    per_row = (row, m_row, b_mean, b_c1, b_c2, b_scale)
-    none = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    per_row = (row, m_row, b_terms[0], b_terms[1], b_terms[2], b_scale)
     if HEAD_WIDTH > 0:
         _finish_attention(b_dx, block_n, ends, per_row, p_parts, sizes, images, HEAD_WIDTH, PIECES, PADDING)
+    elif THIRDS:
+        before = none
+        for third in tl.static_range(3):
+            before = _finish(
+                (b_dx, b_dx1, b_dx2)[third], block_n * 3 + third, g, ends, per_row, inputs, zero, before, False, False, False,
+                RECTIFIED=False, WHOLE=WHOLE, PARTS=2,
+            )  # fmt: skip
     else:
         # In parts, so that only a part of what is read is in registers.
         BYTES: tl.constexpr = p_dx.dtype.element_ty.primitive_bitwidth // 8
@@ -130,6 +152,41 @@ def _data_gradient_kernel(
         p_part = p_parts + block_n * all_rows + row
         tl.store(p_part, b_sum1, mask=m_row)
         tl.store(p_part + tl.cdiv(inputs, BLOCK_N) * all_rows, b_sum2, mask=m_row)
+
+
+@triton.jit
+def _norm_terms(norm, row, m_row, rows, inputs, BLOCK_M: tl.constexpr):
+    """(mean, rs c₁/d, c₂/d) of the rows: x̂ c₁/d = (x − μ)·(rs c₁/d)."""
+    p_mean, p_rstd, p_sums, parts = norm
+    b_c1, b_c2 = _sum_parts(p_sums, row, m_row, parts, rows, BLOCK_M)
+    b_mean = tl.load(p_mean + row, mask=m_row, other=0.0)
+    b_c1 *= tl.load(p_rstd + row, mask=m_row, other=0.0) / inputs
+    return b_mean, b_c1, b_c2 / inputs
+
+
+@triton.jit
+def _begin(
+    column, m_column, g, ends, row, m_row, b_terms, inputs, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What is added to the product: read before it, so that nothing waits for it afterwards."""
+    p_g, stride_gm, stride_gk = g
+    _, _, p_x, p_gamma, p_residual, _, _ = ends
+    b_mean, b_c1, b_c2 = b_terms
+    m_dx = _mask(m_row, m_column, WHOLE)
+    p_tile = (tl.arange(0, row.shape[0]) * inputs)[:, None] + column[None, :]  # from the tile's first row: 32 bits
+    b_dx = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    if SHRINK:
+        p_block = p_g + row[:, None] * stride_gm + column[None, :] * stride_gk
+        b_dx = tl.load(p_block, mask=m_dx, other=0.0).to(tl.float32)
+        if NORM:
+            b_dx *= _load_columns(p_gamma, column, m_column, WHOLE)[None, :]
+    if NORM:
+        b_x = tl.load(p_x + p_tile, mask=m_dx, other=0.0).to(tl.float32)
+        b_dx -= b_c2[:, None] + (b_x - b_mean[:, None]) * b_c1[:, None]
+    if RESIDUAL:
+        b_dx += tl.load(p_residual + p_tile, mask=m_dx, other=0.0).to(tl.float32)
+    return b_dx
 
 
 @triton.jit
