@@ -35,23 +35,28 @@ class Kind(NamedTuple):
     needs: str | None = None
 
 
-def _lion(groups: list[dict], *, lr: float, weight_decay: float) -> Optimizer:
+def _lion(groups: list[dict], *, lr: float, weight_decay: float, beta1: float | None, beta2: float | None) -> Optimizer:
     require("lion_pytorch")
     from lion_pytorch.foreach import Lion
 
-    return Lion(groups, lr=lr, weight_decay=weight_decay)
+    return Lion(groups, lr=lr, betas=_betas(beta1, beta2, 0.99), weight_decay=weight_decay)
 
 
-def _adamw(groups: list[dict], *, lr: float, weight_decay: float) -> Optimizer:
+def _adamw(groups: list[dict], *, lr: float, weight_decay: float, beta1: float | None, beta2: float | None) -> Optimizer:
     from torch.optim import AdamW
 
-    return AdamW(groups, lr, (0.9, 0.999), weight_decay=weight_decay, foreach=True)
+    return AdamW(groups, lr, _betas(beta1, beta2, 0.999), weight_decay=weight_decay, foreach=True)
 
 
-def _adam(groups: list[dict], *, lr: float, weight_decay: float) -> Optimizer:
+def _adam(groups: list[dict], *, lr: float, weight_decay: float, beta1: float | None, beta2: float | None) -> Optimizer:
     from torch.optim import Adam
 
-    return Adam(groups, lr, (0.9, 0.999), weight_decay=weight_decay, foreach=True)
+    return Adam(groups, lr, _betas(beta1, beta2, 0.999), weight_decay=weight_decay, foreach=True)
+
+
+def _betas(beta1: float | None, beta2: float | None, second: float) -> tuple[float, float]:
+    """The decays of both means, those of the published scripts where none is asked for."""
+    return 0.9 if beta1 is None else beta1, second if beta2 is None else beta2
 
 
 def _sgd(groups: list[dict], *, lr: float, weight_decay: float, momentum: float) -> Optimizer:
@@ -61,11 +66,12 @@ def _sgd(groups: list[dict], *, lr: float, weight_decay: float, momentum: float)
 
 
 MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
+BETAS = ("beta1", "beta2")
 
 OPTIMIZERS = {
-    "Lion": Kind("arXiv:2302.06675", _lion, frozenset({"exp_avg"}), main="Lion", needs="_foreach_sign_"),
-    "AdamW": Kind("arXiv:1711.05101", _adamw, MOMENTS, main="AdamW", finetune="adamW"),
-    "Adam": Kind("arXiv:1412.6980", _adam, MOMENTS, finetune="adam"),
+    "Lion": Kind("arXiv:2302.06675", _lion, frozenset({"exp_avg"}), BETAS, main="Lion", needs="_foreach_sign_"),
+    "AdamW": Kind("arXiv:1711.05101", _adamw, MOMENTS, BETAS, main="AdamW", finetune="adamW"),
+    "Adam": Kind("arXiv:1412.6980", _adam, MOMENTS, BETAS, finetune="adam"),
     "SGD": Kind(
         "with momentum",
         _sgd,

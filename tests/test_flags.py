@@ -54,8 +54,8 @@ MAIN = {
     "--weight-decay 0.4": ("weight_decay", 0.4),
     "-p 11": ("log_every", 11),
     "--print-freq 12": ("log_every", 12),
-    "-e": ("refused", "crate-fast evaluate"),
-    "--evaluate": ("refused", "crate-fast evaluate"),
+    "-e": ("evaluates", None),
+    "--evaluate": ("evaluates", None),
     "--pretrained": ("warning", "--init"),
     "--world-size 2": ("warning", "torchrun"),
     "--rank 1": ("warning", "torchrun"),
@@ -96,10 +96,10 @@ FINETUNE = {
 CASES = [("train", *case) for case in MAIN.items()] + [("finetune", *case) for case in FINETUNE.items()]
 
 
-@pytest.mark.parametrize(("command", "words", "fate"), CASES, ids=[f"{case[0]} {case[1]}" for case in CASES])
-def test_flag_has_its_effect(capsys, command, words, fate):
+@pytest.mark.parametrize(("command", "words", "effect"), CASES, ids=[f"{case[0]} {case[1]}" for case in CASES])
+def test_flag_has_its_effect(capsys, command, words, effect):
     line = f"{command} {'' if '--data ' in words or command == 'finetune' else '--data folder '}{words}"
-    kind, value = fate
+    kind, value = effect
     if kind == "refused":
         with pytest.raises(SystemExit) as caught:
             parsed(line)
@@ -109,7 +109,11 @@ def test_flag_has_its_effect(capsys, command, words, fate):
         assert words.split()[0] in error
         return
     config, warned = parsed(line)
-    if kind == "warning":
+    if kind == "evaluates":
+        assert build_parser().parse_args(line.split()).evaluate and not hasattr(
+            build_parser().parse_args(["train"]), "evaluate"
+        )
+    elif kind == "warning":
         assert len(warned) == 1
         assert value in warned[0]
         plain = parsed(line.replace(words, "")) if "--randomaug" not in words else parsed(f"{command} --randomaug 0")
@@ -127,13 +131,15 @@ def test_all_published_flags_are_tried_and_in_the_documentation():
         assert names - tried == {"--resume"}  # tried in test_resume.py
         for entry in PUBLISHED[command]:
             rows = [line for line in text.splitlines() if line.startswith(f"| `{entry.names[0]}`")]
-            assert any(entry.text in row and entry.fate in row for row in rows), f"a row of {DOCS.name} must have: {entry.text}"
+            assert any(entry.text in row and entry.effect in row for row in rows), (
+                f"a row of {DOCS.name} must have: {entry.text}"
+            )
 
 
 def test_published_lines_mean_what_they_mean_there():
     line = "--arch CRATE_tiny --batch-size 512 --epochs 200 --optimizer Lion --lr 0.0002 --weight-decay 0.05 --print-freq 25"
     config, warned = parsed(f"train {line} --data DIR")
-    assert (warned, config) == ([], resolve({"data": "DIR"}, "imagenet-readme"))
+    assert (warned, config) == ([], resolve({"data": "DIR", "print_log": True}, "imagenet-readme"))
     assert (config.dim, config.schedule, config.label_smoothing, config.last_batch) == (384, "main-epoch", 0.1, "keep")
     line = (
         "--bs 256 --net CRATE_tiny --opt adamW --lr 5e-5 --n_epochs 200 --randomaug 1 --data cifar10 --ckpt_dir C --data_dir D"

@@ -175,7 +175,7 @@ def test_the_published_lines_with_nothing_changed_but_epochs_paths_and_workers(t
     assert main(["finetune", *PUBLISHED_FINETUNING.split(), *map(str, paths)]) == 0
     assert "main.pth: 104 weights loaded; new: the head (4)" in capsys.readouterr().out
     recipes = {main_run: "imagenet-readme", finetune_run: "cifar10-finetune"}
-    changed = {"epochs", "data", "data_dir", "init", "out", "workers"}
+    changed = {"epochs", "data", "data_dir", "init", "out", "workers", "print_log"}
     for run, count in ((main_run, 3), (finetune_run, 4)):
         row, config = last_test(run), json.loads((run / "config.json").read_text())["config"]
         assert (row["step"], row["count"]) == (1, count)

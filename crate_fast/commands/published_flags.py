@@ -21,17 +21,19 @@ class Published(NamedTuple):
     names: as written there, the first one in full.
     setting: the setting it gives, or None.
     text: what it does here; of a flag without a setting, why it has no effect or what to use instead.
-    fate: "known", "ignored" (accepted with a warning) or "refused".
+    effect: "known", "ignored" (accepted with a warning) or "refused".
     read: from the word given to the setting's value; None for a flag that stands alone.
     value: what a flag that stands alone means.
+    also: other settings that it gives besides.
     """
 
     names: tuple[str, ...]
     setting: str | None
     text: str
-    fate: str = "known"
+    effect: str = "known"
     read: Callable[[str], object] | None = str
     value: object = None
+    also: tuple[tuple[str, object], ...] = ()
 
 
 def architecture(text: str) -> str:
@@ -101,9 +103,11 @@ MAIN = (
     Published(("--lr", "--learning-rate"), "lr", "learning rate", read=number),
     Published(("--momentum",), "momentum", "of SGD; other optimizers have none, there and here", read=number),
     Published(("--wd", "--weight-decay"), "weight_decay", "weight decay", read=number),
-    Published(("--print-freq", "-p"), "log_every", "is --log-every: steps from one line of metrics to the next", read=whole),
+    Published(
+        ("--print-freq", "-p"), "log_every", "is --log-every, and prints its lines", read=whole, also=(("print_log", True),)
+    ),
     Published(("--resume",), "resume", "a run, a checkpoint of it or of main.py, or auto", read=resume_switch),
-    Published(("--evaluate", "-e"), None, "use: crate-fast evaluate PATH --precision float32", "refused", None),
+    Published(("--evaluate", "-e"), "evaluate", "evaluates what --resume or --init names, in float32", read=None, value=True),
     Published(("--pretrained",), None, "main.py never reads it; --init FILE starts from weights", "ignored", None),
     Published(("--world-size",), None, LAUNCHER, "ignored", whole),
     Published(("--rank",), None, LAUNCHER, "ignored", whole),

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from itertools import groupby
+from typing import Any
 
 from ..called import called
 from ..data_sets import DATA_SETS
@@ -17,6 +18,7 @@ from ..training.resolve import NAMES, default_recipe, read_recipe
 from .arguments import number, switch, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 
+EVALUATED = ("backend", "precision", "device", "batch_size", "data", "data_dir", "workers", "arch", "eval_crop")
 COMMON = ("data", "out", "init", "arch", "image_size", "epochs", "batch_size", "lr", "workers", "device", "seed")
 RESUME = (
     "go on with the run PATH (its directory or a checkpoint in it), with 'auto' that in --out, if any, or in a new run from a "
@@ -46,7 +48,7 @@ def add_flags(parser: argparse.ArgumentParser, words: list[str]) -> None:
     parser.description = (
         f"{DESCRIPTIONS[command]} In brackets: what recipe {recipe} has; --recipe or --data before --help shows another's."
     )
-    published = {entry.setting: entry for entry in PUBLISHED[command] if entry.fate == "known" and _is_plain(entry)}
+    published = {entry.setting: entry for entry in PUBLISHED[command] if entry.effect == "known" and _is_plain(entry)}
     section = parser.add_argument_group("mostly used")
     section.add_argument(
         "--recipe", metavar="NAME", help=f"values to start from: {', '.join(NAMES)}, a .toml file, or a run's config.json"
@@ -61,14 +63,14 @@ def add_flags(parser: argparse.ArgumentParser, words: list[str]) -> None:
                 _add_setting(section, setting, published.get(setting.name), values.get(setting.name))
     section = parser.add_argument_group(f"of the published {'finetune.py' if command == 'finetune' else 'main.py'}")
     for entry in PUBLISHED[command]:
-        if entry.setting != "resume" and not (entry.fate == "known" and _is_plain(entry)):
+        if entry.setting != "resume" and not (entry.effect == "known" and _is_plain(entry)):
             _add_published(section, entry)
     parser.set_defaults(run=_run, command=command, ignored=[])
 
 
 def _is_plain(entry: Published) -> bool:
     """Whether the flag is another name of a setting, its values read in the same way."""
-    return entry.setting not in (None, "resume", "augment", "init") and entry.read is not None
+    return entry.setting not in (None, "resume", "augment", "init") and entry.read is not None and not entry.also
 
 
 def _starting_values(words: list[str]) -> tuple[str, dict]:
@@ -108,17 +110,31 @@ def _add_setting(section, setting: Setting, published: Published | None, value: 
 
 
 def _add_published(section, entry: Published) -> None:
-    text = {"known": entry.text, "ignored": f"no effect: {entry.text}", "refused": f"refused: {entry.text}"}[entry.fate]
-    action = {"known": "store", "ignored": _Ignore, "refused": _Refuse}[entry.fate]
+    text = {"known": entry.text, "ignored": f"no effect: {entry.text}", "refused": f"refused: {entry.text}"}[entry.effect]
+    action = {"known": "store", "ignored": _Ignore, "refused": _Refuse}[entry.effect]
     options = {"help": text.replace("%", "%%"), "action": action, "default": argparse.SUPPRESS}
-    if entry.fate != "known":
+    if entry.effect != "known":
         options |= {"nargs": 0} if entry.read is None else {"type": entry.read, "metavar": "X"}
         options |= {"reason": entry.text, "dest": "ignored"}
     elif entry.read is None:
         options |= {"action": "store_const", "const": entry.value, "dest": entry.setting}
     else:
         options |= {"type": entry.read, "metavar": "X", "dest": entry.setting}
+    if entry.also:
+        options |= {"action": _StoreAll, "also": entry.also}
     section.add_argument(*entry.names, **options)
+
+
+class _StoreAll(argparse.Action):
+    """Stores the value, and other settings that the flag gives besides."""
+
+    def __init__(self, *args, also: tuple[tuple[str, object], ...], **options) -> None:
+        super().__init__(*args, **options)
+        self.also = also
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for name, value in ((self.dest, values), *self.also):
+            setattr(namespace, name, value)
 
 
 class _Ignore(argparse.Action):
@@ -175,8 +191,28 @@ def _is_published(resume: str) -> bool:
     return names_published(resume)
 
 
+def _evaluate(arguments: argparse.Namespace, given: dict) -> None:
+    """What main.py does with --evaluate."""
+    path = arguments.resume or given.get("init")
+    if path is None or path == "auto":
+        raise ConfigError("--evaluate needs --resume PATH or --init PATH, the weights to evaluate")
+    from ..training.evaluation import evaluate_run, is_first
+
+    asked: dict[str, Any] = {name: given[name] for name in EVALUATED if name in given}
+    score = evaluate_run(path, **{"precision": "float32"} | asked)
+    if is_first():
+        print(f" *   Acc@1 {100 * score.top1:.3f} Acc@5 {100 * score.top5:.3f}\ntest {score}")
+
+
 def _run(arguments: argparse.Namespace) -> None:
     given = given_settings(arguments)
+    if getattr(arguments, "evaluate", False):
+        _evaluate(arguments, given)
+    else:
+        _train(arguments, given)
+
+
+def _train(arguments: argparse.Namespace, given: dict) -> None:
     if arguments.resume is not None and arguments.recipe is not None and not _is_published(arguments.resume):
         raise ConfigError(f"--recipe is {arguments.recipe!r}; a resumed run keeps its own settings")
     config = resolve(given, arguments.recipe, command=arguments.command)

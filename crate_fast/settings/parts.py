@@ -47,6 +47,7 @@ class RunSettings(SeedSettings):
     checkpoint_minutes: float = Field(10.0, gt=0, description="minutes from one checkpoint to the next within an epoch")
     keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints to keep; the best is kept besides")
     log_every: int = Field(50, ge=1, description="steps from one line of training metrics to the next, at most an epoch")
+    print_log: Switch = Field(False, description="print every line of training metrics as the published main.py does")
     tensorboard: Switch = Field(False, description="write the metrics for TensorBoard too")
     watch_rates: Switch = Field(False, description="measure coding rate and sparsity of every layer at each evaluation")
     profile: Switch = Field(False, description="write a trace of a few steps, for Perfetto")
@@ -99,9 +100,12 @@ class OptimisationSettings(StepSettings):
     weight_decay: float = Field(0.1, ge=0, le=1000, description="times the learning rate, a step")
     decay: Literal["all", "matrices"] = Field("all", description="what decays; matrices: no norms, biases, embeddings")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    schedule: Literal["cosine", "main-epoch", "finetune-epoch"] = Field(
-        "cosine", description="of the learning rate: a step's, or a published script's by the epoch"
+    beta1: float | None = Field(None, ge=0, lt=1, description="decay of the mean of gradients: 0.9 if not given")
+    beta2: float | None = Field(None, ge=0, lt=1, description="the optimizer's other decay: 0.999, Lion's 0.99 if not given")
+    schedule: Literal["cosine", "constant", "main-epoch", "finetune-epoch"] = Field(
+        "cosine", description="of the learning rate: by the step, or a published script's by the epoch"
     )
+    min_lr: float = Field(0.0, ge=0, le=1000, description="what the learning rate falls to, with --schedule cosine")
     warmup: float = Field(0.1, ge=0, lt=1, description="part of all steps in which the learning rate rises")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="part of the target spread over all classes")
     mixup: float = Field(0.0, ge=0, le=100, description="mixup's alpha; 0: no mixup")
@@ -169,6 +173,10 @@ class TrainConfig(MachineSettings, ModelSettings, OptimisationSettings, DataSett
         for name in ("compile", "cuda_graphs", "watch_rates"):
             if self.strategy == "fsdp" and getattr(self, name):
                 raise ConfigError(f"{flag(name)} is 'yes' and --strategy is 'fsdp'; a model in parts runs as it is")
+        if self.min_lr and self.schedule != "cosine":
+            raise ConfigError(f"--min-lr is {self.min_lr}; it is of --schedule cosine, which is {self.schedule}")
+        if self.min_lr > self.lr:
+            raise ConfigError(f"--min-lr is {self.min_lr}; it must be at most --lr, {self.lr}")
         if not allowed_crop(self.eval_crop):
             raise ConfigError(f"--eval-crop is {self.eval_crop}; it must be 0, or from {LEAST_CROP} to 1")
         for kind, settings in UNCHANGED.items():  # what is asked for must have an effect on the data it is asked for

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,14 +28,9 @@ from .metrics import Meter, Score, evaluate, measure
 from .mixing import mix
 from .monitor import Monitor, peak_flops, training_flops
 from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from .progress import Progress, Sums
 from .run_directory import RunDirectory
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-# One estimate, and no more columns than a terminal of 80 has.
-BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-COLUMNS = 79
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -71,16 +64,13 @@ class Trainer:
             Stopped: a signal came; where this process is the first, a checkpoint is written.
             SavingError, UnreadableError: a checkpoint cannot be written; too many images cannot be read.
         """
-        from tqdm import tqdm
-
         self.run, self.checkpoints = run, self.parallel.checkpoints(run.checkpoints, self.config.keep_checkpoints)
         self.signals.training = True
-        hide = None if self.ranks.first else True  # None: hidden unless stderr is a terminal
-        bar = tqdm(total=self.steps, initial=self.step, disable=hide, bar_format=BAR, ncols=columns())
-        with bar, Monitor(self.config, run, self.ranks.first, self.step) as self.monitor:
+        self.progress = Progress(self.config, self.steps, self.plan.steps, self.step, self.ranks.first)
+        with self.progress, Monitor(self.config, run, self.ranks.first, self.step) as self.monitor:
             while self.evaluated < self.config.epochs:
-                self._train_epoch(bar)
-                self._evaluate_epoch(bar)
+                self._train_epoch()
+                self._evaluate_epoch()
         return cast("Score", self.score)  # of the last epoch, of which there is one
 
     @property
@@ -121,7 +111,7 @@ class Trainer:
         self.meter.sums.copy_(torch.tensor(checkpoint["meter"], dtype=torch.float64))
         self.score = None if checkpoint["score"] is None else Score(*checkpoint["score"])
 
-    def _train_epoch(self, bar: tqdm) -> None:
+    def _train_epoch(self) -> None:
         """The steps of the epoch that are left."""
         first = self.step - self.evaluated * self.plan.steps
         self.model.train()
@@ -129,10 +119,10 @@ class Trainer:
         start, logged = time.perf_counter(), self.step
         for place in range(first, self.plan.steps):
             self._train_step(place, batches)
-            bar.update()
+            self.progress.step()
             self.monitor.step()
             if self.step % self.config.log_every == 0 or place + 1 == self.plan.steps:
-                self._log_training(bar, start, self.step - logged)
+                self._log_training(start, self.step - logged)
                 start, logged = time.perf_counter(), self.step
             self._pause()
 
@@ -182,17 +172,18 @@ class Trainer:
             self.flat_average.follow(self.flat, 1 - decay)
         self.meter.add(sums)
 
-    def _log_training(self, bar: tqdm, start: float, steps: int) -> None:
-        """A line of metrics, and of the bar, for the steps since `start`; waits for the device."""
+    def _log_training(self, start: float, steps: int) -> None:
+        """A line of metrics, and of progress, for the steps since `start`; waits for the device."""
         self._check_finite()
         seconds = time.perf_counter() - start
         waiting, line = self.data_wait.read(seconds)
-        if line is not None and self.ranks.first:
-            bar.write(f"crate-fast: warning: {line}", file=sys.stderr)
+        if line is not None:
+            self.progress.warn(line)
         score, self.meter = self.meter.read(), Meter(self.compute.device)
         speed = steps * self.config.batch_size / seconds
         self._log("train", score, lr=self.lr, **self._timing(waiting, speed))
-        bar.set_postfix_str(f"loss {score.loss:.3f}, top-1 {score.top1:.1%}, {speed:,.0f} images/s")
+        counts = score.count, score.loss * score.count, score.correct, score.correct5
+        self.progress.trained(self.step, Sums(steps, seconds, waiting * seconds, *counts), speed)
 
     def _timing(self, waiting: float, speed: float) -> dict:
         """What of a line of metrics differs from run to run."""
@@ -203,7 +194,7 @@ class Trainer:
             timing["memory_gib"] = round(torch.cuda.max_memory_allocated(self.compute.device) / 2**30, 2)
         return timing
 
-    def _evaluate_epoch(self, bar: tqdm) -> None:
+    def _evaluate_epoch(self) -> None:
         """Evaluates the epoch that is over, and saves where that is due."""
         batch = self.config.batch_size // self.ranks.count
         batches = self.data.test_batches(batch, self.ranks)
@@ -222,8 +213,8 @@ class Trainer:
         self.score, self.best = score, max(self.best, score.top1)
         if self.evaluated % self.config.checkpoint_every == 0 or self.evaluated == self.config.epochs or best:
             self._save(best)
-        if self.ranks.first and (self.evaluated % self.config.checkpoint_every == 0 or self.evaluated == self.config.epochs):
-            bar.write(f"epoch {self.evaluated} of {self.config.epochs}: test {score}")
+        told = self.evaluated % self.config.checkpoint_every == 0 or self.evaluated == self.config.epochs
+        self.progress.tested(score, f"epoch {self.evaluated} of {self.config.epochs}: test {score}" if told else None)
 
     def _log(self, split: str, score: Score, **more) -> None:
         if self.ranks.first:
@@ -265,11 +256,6 @@ class Trainer:
         state = self.state() | {"logged": self.run.logged() if self.ranks.first else 0}
         self._saved = time.monotonic()
         return self.checkpoints.save(self.model, self.step, best, state)
-
-
-def columns() -> int:
-    """How wide the bar is: a line that reached a terminal's last column would be broken by many."""
-    return min(COLUMNS, shutil.get_terminal_size().columns - 1)
 
 
 def hash_of(key: tuple[int, ...]) -> int:

@@ -57,18 +57,19 @@ def learning_rate_at(step: int, steps_per_epoch: int, settings: OptimisationSett
         return settings.lr * main_factor(epoch, settings.epochs)
     if settings.schedule == "finetune-epoch":
         return settings.lr * finetune_factor(epoch, settings.epochs)
-    return learning_rate(step, steps_per_epoch * settings.epochs, settings.lr, settings.warmup)
+    end = settings.lr if settings.schedule == "constant" else settings.min_lr
+    return learning_rate(step, steps_per_epoch * settings.epochs, settings.lr, settings.warmup, end)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The learning rate of `step` of `steps` (counted from 1): up to `peak` in a line, then down towards 0 in half a cosine.
+def learning_rate(step: int, steps: int, peak: float, warmup: float, end: float = 0.0) -> float:
+    """The learning rate of `step` of `steps` (counted from 1): up to `peak` in a line, then towards `end` in half a cosine.
 
     `warmup` is the rise's part of all steps.
     """
     rise = warmup_steps(steps, warmup)
     if step <= rise:
         return peak * step / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - 1 - rise) / (steps - rise)))
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - 1 - rise) / (steps - rise)))
 
 
 def warmup_steps(steps: int, warmup: float) -> int:

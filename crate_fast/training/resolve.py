@@ -21,7 +21,19 @@ NAMES = tuple(sorted(path.stem for path in RECIPES.glob("*.toml")))
 # What a resumed run may be told anew: where things are, how often it saves, how it is watched, nothing that moves a bit of
 # its weights.
 SAVING = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
-CHANGEABLE = ("data_dir", "workers", *SAVING, "max_unreadable", "tensorboard", "watch_rates", "profile", "peak_tflops")
+CHANGEABLE = (
+    "data_dir",
+    "workers",
+    *SAVING,
+    "max_unreadable",
+    "print_log",
+    "tensorboard",
+    "watch_rates",
+    "profile",
+    "peak_tflops",
+)
+
+LONGER = "epochs"  # what it may be told more of: the learning rate is from there on that of the longer run
 
 
 def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -> TrainConfig:
@@ -83,21 +95,25 @@ def _sizes(values: dict) -> dict:
 
 
 def check_unchanged(config: TrainConfig, given: dict, where: Path) -> dict:
-    """The settings of `given` that a resumed run takes; raises ConfigError if another one differs from the run's `config`."""
+    """The settings of `given` that a resumed run takes; raises ConfigError if another one differs from the run's `config`, or
+    if there are to be fewer epochs."""
     for name, value in given.items():
         ours = getattr(config, name)
+        if name == LONGER and isinstance(value, int) and value > ours:
+            continue
         if name not in (*CHANGEABLE, "out", "data") and read_stored(name, value) != ours:
-            before = f"the run in {where} was started with {as_flag(ours)}, which a resumed run keeps"
+            kept = "which a resumed run keeps" if name != LONGER else "and a resumed run has as many or more"
+            before = f"the run in {where} was started with {as_flag(ours)}, {kept}"
             raise ConfigError(f"{flag(name)} is {as_flag(value)}; {before}")
-    return {name: value for name, value in given.items() if name in (*CHANGEABLE, "data")}
+    return {name: value for name, value in given.items() if name in (*CHANGEABLE, LONGER, "data")}
 
 
-def check_written(config: TrainConfig, written: dict, where: Path) -> None:
+def check_written(config: TrainConfig, written: dict, where: Path, before: Iterable[int] = ()) -> None:
     """Raises ConfigError unless the settings read from `where` are those that a checkpoint was `written` with, but for what may
-    change. Checkpoints of before have none."""
+    change, and for epochs, of which there were as many as one of `before` says. Checkpoints of before have none."""
     for name in SETTINGS.keys() & written.keys() - {*CHANGEABLE, "out", "data"}:
         ours, theirs = getattr(config, name), read_stored(name, written[name])
-        if ours != theirs:
+        if ours != theirs and not (name == LONGER and theirs in before):
             raise ConfigError(f"{where}: {name} is {ours!r}; the run's checkpoints were written with {theirs!r}")
 
 

@@ -31,7 +31,7 @@ from .ddp import check_strategy, parallel_kind
 from .loop import Trainer, TrainingError
 from .metrics import Score
 from .monitor import plot_curves, plot_watched
-from .optimizer import warmup_steps
+from .optimizer import learning_rate_at, warmup_steps
 from .published_run import Start, as_checkpoint, check_settings, describe_start, names_published, read_start
 from .resolve import check_unchanged, check_written, describe
 from .run_directory import START, RunDirectory, check_free, find_run
@@ -260,7 +260,7 @@ def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks:
     if path is None:
         return None
     checkpoint = checkpoints.read(Path(path), whole=False)
-    check_written(config, checkpoint.get("settings", {}), run.config)
+    check_written(config, checkpoint.get("settings", {}), run.config, [run.read_config().epochs, *run.former_epochs()])
     return checkpoint
 
 
@@ -270,11 +270,27 @@ def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> st
         trainer.load(checkpoint)  # which may refuse it, and then nothing is to have been touched
     if trainer.ranks.first:
         run.cut_log(checkpoint["logged"] if checkpoint else 0)
+    longer = _lengthen(trainer, run)
     if checkpoint is None:
-        return f"no checkpoint yet: from the {'start' if run.read_start() is None else 'published one'}"
+        return f"no checkpoint yet: from the {'start' if run.read_start() is None else 'published one'}{longer}"
     if trainer.ranks.first:
         warn_of_changes(checkpoint["circumstances"], circumstances(trainer.compute, trainer.ranks))
-    return f"going on after step {trainer.step} of {trainer.steps}"
+    return f"going on after step {trainer.step} of {trainer.steps}{longer}"
+
+
+def _lengthen(trainer: Trainer, run: RunDirectory) -> str:
+    """Where the run is to have more epochs than it was begun with, writes that down; what it means, in words, else nothing."""
+    config, step, epoch_steps = trainer.config, trainer.step + 1, trainer.plan.steps
+    before = trainer.ranks.share(lambda: run.read_config().epochs)
+    if config.epochs == before:
+        return ""
+    if trainer.ranks.first:
+        run.lengthen(config.epochs, trainer.steps, trainer.step)
+    old = learning_rate_at(step, epoch_steps, replace(config, epochs=before)) if step <= before * epoch_steps else 0.0
+    return (
+        f"; {config.epochs} epochs, not {before}: from step {step} on the learning rate is that of a run of {config.epochs} "
+        f"epochs, {learning_rate_at(step, epoch_steps, config):.3g} now, not {old:.3g}"
+    )
 
 
 def _announce(trainer: Trainer, given: dict, run: RunDirectory, lines: list[str]) -> None:

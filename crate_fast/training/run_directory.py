@@ -20,6 +20,7 @@ from ..settings import ConfigError, TrainConfig
 
 RUNS = Path("runs")
 START = "resumed_from"  # in config.json
+LENGTHENED = "lengthened"  # likewise: at which step it had how many epochs, before it was given more
 MOST_STEPS = 2**53  # of a run: what is more is no number of its metrics
 TEMPORARY = ".*.tmp"  # what is written aside, see `write_atomically`
 NO_RUN = (
@@ -98,8 +99,23 @@ class RunDirectory:
 
     def write_config(self, config: dict) -> None:
         """Writes config.json: `config`, and the versions of everything that computes."""
-        text = json.dumps(config | {"versions": versions()}, indent=2) + "\n"
+        self._write(config | {"versions": versions()})
+
+    def _write(self, content: dict) -> None:
+        text = json.dumps(content, indent=2) + "\n"
         write_atomically(self.config, lambda file: file.write(text.encode()))
+
+    def lengthen(self, epochs: int, steps: int, step: int) -> None:
+        """Has config.json say that the run, after `step` steps, goes on to `epochs` epochs, `steps` steps in all."""
+        content = self._read()
+        before = {"epochs": content["config"]["epochs"], "step": step}
+        content["config"]["epochs"], content["resolved"]["steps"] = epochs, steps
+        self._write(content | {LENGTHENED: [*content.get(LENGTHENED, []), before]})
+
+    def former_epochs(self) -> list[int]:
+        """The numbers of epochs that config.json had before it was lengthened."""
+        former = self._read().get(LENGTHENED, [])
+        return [one["epochs"] for one in former if isinstance(one, dict) and type(one.get("epochs")) is int]
 
     def write_held_out(self, names: list[str]) -> None:
         """Writes held-out.json: the images of a folder on which the run is evaluated and not trained, a line each."""
