@@ -354,6 +354,7 @@ def in_a_process(action) -> int:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process ignores,
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
+            torch.set_num_threads(1)  # those of this process are not in its copy, which would wait for them
             action()
             status = 0
         finally:
