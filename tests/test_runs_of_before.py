@@ -112,6 +112,7 @@ def plain_end(run: Path, skipped: int = 0) -> tuple[dict[str, torch.Tensor], dic
     """(weights at the checkpoint, weights at the end) that a run is to be evaluated with; `skipped` steps are left out."""
     config = json.loads((run / "config.json").read_text())
     settings, model = config["config"], CRATE(**config["model"])
+    torch.set_num_threads(settings["num_threads"])
     own = dict(model.named_parameters())
     matrices, others = ([name for name in own if (own[name].dim() == 2) == flat] for flat in (True, False))
     weights, moments, mean = read_plainly(checkpoint_of(run), [*matrices, *others])
