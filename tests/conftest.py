@@ -46,6 +46,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Asked for "gpu" and nothing else, the kernels are compiled; else they are interpreted, and a GPU is not seen."""
+    if importlib.util.find_spec("hypothesis"):  # which a machine lent for its GPU has not
+        import hypothesis
+
+        hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no mistake
+        hypothesis.settings.load_profile("busy")
     os.environ.setdefault("TRITON_INTERPRET", "0" if config.option.markexpr == "gpu" else "1")
     if os.environ["TRITON_INTERPRET"] == "1":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
