@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import call
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import crate_fast.checkpoint.hub
 from crate_fast import CRATE, CheckpointError, CRATE_small, load_checkpoint
 from crate_fast.checkpoint import constructor_arguments, save_checkpoint, save_model
 from crate_fast.checkpoint.published import infer_arguments
+from crate_fast.checkpoint.save_load import transform_entry
+from crate_fast.eval_transform import Transform
 from crate_fast.optional import MissingPackageError
 
 MEDIUM = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 96, "depth": 2, "heads": 3, "dim_head": 64}
@@ -200,7 +203,8 @@ def test_pretrained_directory(tmp_path, capsys):
     model = small_model(**OTHER)
     assert model.save_pretrained(tmp_path / "here") is None
     assert {path.name for path in (tmp_path / "here").iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    assert json.loads((tmp_path / "here" / "config.json").read_text()) == constructor_arguments(model)
+    said = json.loads((tmp_path / "here" / "config.json").read_text())
+    assert said == constructor_arguments(model) | transform_entry(model)
     card = (tmp_path / "here" / "README.md").read_text()
     assert card.startswith("---\n") and "library_name: crate-fast" in card and "license: mit" in card
     assert "| `ista` | `0.25` |" in card and f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
@@ -213,6 +217,43 @@ def test_pretrained_directory(tmp_path, capsys):
     (tmp_path / "here" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="damaged"):
         CRATE.from_pretrained(tmp_path / "here")
+
+
+@pytest.mark.parametrize("image_size", [16, [16, 16]])
+def test_weights_that_another_tool_wrote_are_what_config_json_beside_them_says(tmp_path, image_size, capsys):
+    model = small_model(**OTHER | {"image_size": 16}).eval()
+    model.transform = Transform(0.5, (0.1,) * model.channels, (0.2,) * model.channels)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"image_size": image_size, "architectures": ["CRATE"]}))
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata()["format"] == "pt"  # what other libraries look for
+    save_file(model.state_dict(), tmp_path / "model.safetensors")  # our metadata are gone
+    for loaded in (CRATE.from_pretrained(tmp_path), load_checkpoint(tmp_path), load_checkpoint(tmp_path / "model.safetensors")):
+        assert constructor_arguments(loaded) == constructor_arguments(model) and loaded.transform == model.transform
+    assert capsys.readouterr().err == ""
+    (tmp_path / "config.json").write_text(json.dumps(config | {"image_size": image_size, "heads": 1, "dim_head": 1}))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path)
+    save_model(model, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"heads is .* by its metadata and 1 by config.json beside it"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_subclass_is_loaded_as_itself_and_a_changed_head_is_no_value(tmp_path):
+    class Mine(CRATE):
+        def probabilities(self, images):
+            return self(images).softmax(dim=1)
+
+    Mine(**SMALL | OTHER).save_pretrained(tmp_path)
+    loaded = Mine.from_pretrained(tmp_path)
+    assert type(loaded) is Mine and type(CRATE.from_pretrained(tmp_path)) is CRATE
+    loaded.mlp_head = torch.nn.Identity()
+    with pytest.raises(ValueError, match="changed after it was built"):
+        loaded.save_pretrained(tmp_path / "other")
 
 
 def test_push_and_load_by_name(tmp_path, monkeypatch):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from ..files import first_line, write_atomically
 from ..model.crate import CRATE
-from ..optional import MissingPackageError
+from .hub_config import CONFIG_NAME
 from .read import MODEL_NAME, CheckpointError
-from .save_load import constructor_arguments, load_file, save_model
+from .save_load import constructor_arguments, load_file, save_model, transform_entry
 
-CONFIG_NAME = "config.json"
 PAPER = "https://arxiv.org/abs/2306.01129"
 CARD = """---
 {{ card_data }}
@@ -55,23 +56,21 @@ class HubModel(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_model(self.model, save_directory / MODEL_NAME)
-        text = json.dumps(constructor_arguments(self.model), indent=2) + "\n"
+        text = json.dumps(constructor_arguments(self.model) | transform_entry(self.model), indent=2) + "\n"
         write_atomically(save_directory / CONFIG_NAME, lambda file: file.write(text.encode()))
 
     @classmethod
     def from_pretrained(cls, source: str, **options) -> HubModel:  # pyright: ignore[reportIncompatibleMethodOverride] (its name)
-        try:
-            return super().from_pretrained(source, **options)
-        except (CheckpointError, MissingPackageError, TypeError):
-            raise
-        except Exception as error:
-            raise _unavailable(source, error) from error
+        """As the mixin's, which would ask the Hub for config.json first, for many seconds where the Hub cannot be reached."""
+        return cls._from_pretrained(model_id=source, **options)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, device: str = "cpu", overrides: dict | None = None, **where) -> HubModel:
+    def _from_pretrained(
+        cls, *, model_id: str, device: str = "cpu", overrides: dict | None = None, kind: type[CRATE] = CRATE, **where
+    ) -> HubModel:
         folder = Path(model_id)
         path = folder / MODEL_NAME if folder.is_dir() else download(model_id, **where)
-        return cls(load_file(path, device, overrides or {}))
+        return cls(load_file(path, device, overrides or {}, kind=kind))
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
         arguments = constructor_arguments(self.model)
@@ -80,7 +79,7 @@ class HubModel(
 
 
 def download(name: str, **where) -> Path:
-    """The file of the model called `name`, ORGANISATION/NAME, brought here from the Hub or from its cache.
+    """The file of the model called `name`, ORGANISATION/NAME, brought here from the Hub or its cache with its config.json.
 
     Args:
         where: `revision`, `cache_dir`, `force_download`, `local_files_only`, `token` of `huggingface_hub.hf_hub_download`.
@@ -89,7 +88,10 @@ def download(name: str, **where) -> Path:
         CheckpointError: there is no such file here, and none on the Hub, or the Hub cannot be reached.
     """
     try:
-        return Path(hf_hub_download(name, MODEL_NAME, **where))
+        path = Path(hf_hub_download(name, MODEL_NAME, **where))
+        with suppress(EntryNotFoundError):  # there need be none
+            hf_hub_download(name, CONFIG_NAME, **where)
+        return path
     except Exception as error:
         raise _unavailable(name, error) from error
 

@@ -19,6 +19,7 @@ from ..files import digest_of, first_line, is_text, parse_json
 from ..optional import MissingPackageError, require
 from . import distributed
 from .archives import ZIP_SIGNATURE, DamagedError, read_archive, read_beside_others, signature_of, unread
+from .hub_config import settled
 from .layouts import Found, choose, find_weights, joined
 from .published import without_unused
 from .unfinished import newest_checkpoint
@@ -238,10 +239,7 @@ def _read_safetensors(path: Path, wanted: str | None) -> Model:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged, or not safetensors ({first_line(error)})") from error
     if METADATA_KEY not in metadata:
-        found = find_weights(weights, wanted)
-        if not found.weights:
-            raise CheckpointError(f"{path}: no weights of a CRATE in it")
-        return _foreign(found)
+        return _without_metadata(path, weights, wanted)
     try:
         arguments = parse_json(metadata[METADATA_KEY])
     except ValueError as error:
@@ -251,4 +249,16 @@ def _read_safetensors(path: Path, wanted: str | None) -> Model:
         raise DamagedError(f"{path}: damaged: its weights or their description are not what was written")
     if isinstance(arguments, dict) and TRANSFORM in arguments:
         transform = read_transform(arguments.pop(TRANSFORM))
-    return Model(arguments, weights, transform)
+    return Model(settled(path, arguments)[0], weights, transform)
+
+
+def _without_metadata(path: Path, weights: dict[str, Tensor], wanted: str | None) -> Model:
+    """The model of safetensors that another tool wrote, whose config.json tells of it if one of the Hub's kind is beside it."""
+    found = find_weights(weights, wanted)
+    if not found.weights:
+        raise CheckpointError(f"{path}: no weights of a CRATE in it")
+    arguments, config = settled(path, None)
+    if arguments is None or config is None:
+        return _foreign(found)
+    transform = read_transform(config[TRANSFORM]) if TRANSFORM in config else None
+    return Model(arguments, found.weights, transform, found.note)

@@ -47,9 +47,19 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
     tensors = _apart(weights)
     values = arguments | transform_entry(model)
     values |= {DIGEST: digest_of(values, {key: value.cpu() for key, value in tensors.items()})}
-    # One entry: safetensors does not keep the order of several, and equal models should be equal files.
-    data = save(tensors, metadata={METADATA_KEY: json.dumps(values)})
+    # "format" is what other libraries look for.
+    data = _in_order(save(tensors, metadata={METADATA_KEY: json.dumps(values), "format": "pt"}))
     write_atomically(path, lambda file: file.write(data))
+
+
+def _in_order(data: bytes) -> bytes:
+    """A file of safetensors, its metadata in order: equal models are equal files, and safetensors keeps no order of its own."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,11 +181,14 @@ def _check_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device is {device!r}, which PyTorch does not have here ({first_line(error)})") from error
 
 
-def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: str | None = None) -> CRATE:
-    """`load_checkpoint` of a file."""
-    unknown = sorted(set(overrides) - set(inspect.signature(CRATE).parameters))
-    if unknown:
-        raise TypeError(f"CRATE takes no {', '.join(unknown)}")
+def load_file(
+    path: Path, device: str | torch.device, overrides: dict, wanted: str | None = None, kind: type[CRATE] = CRATE
+) -> CRATE:
+    """`load_checkpoint` of a file, as a model of the class `kind`."""
+    taken = inspect.signature(kind).parameters
+    unknown = sorted(set(overrides) - set(taken))
+    if unknown and all(each.kind is not each.VAR_KEYWORD for each in taken.values()):
+        raise TypeError(f"{kind.__name__} takes no {', '.join(unknown)}")
     if wanted not in (None, *WORDS):
         raise ValueError(f"weights is {wanted!r}; allowed are {' and '.join(map(repr, WORDS))}")
     arguments, weights, transform, note, told = read_model(path, wanted)
@@ -183,10 +196,10 @@ def load_file(path: Path, device: str | torch.device, overrides: dict, wanted: s
         _tell(f"{path}: {note}")
     if arguments is None:
         arguments = _settle(path, weights, told, overrides)
-        model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(ARGUMENTS)})
+        model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(ARGUMENTS)}, kind)
     else:
         rest = {name: value for name, value in overrides.items() if name not in RESIZED}
-        model = build(path, arguments, weights, _head_width(arguments, rest) | rest)
+        model = build(path, arguments, weights, _head_width(arguments, rest) | rest, kind)
     model = _resized(path, model, overrides).to(device)
     model.transform = _fitting(path, model, transform, overrides)
     return model
@@ -221,7 +234,7 @@ def _resized(path: Path, model: CRATE, overrides: dict) -> CRATE:
     wanted = own | {name: overrides[name] for name in RESIZED if name in overrides}
     rest = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
     try:
-        built = _skeleton(wanted | rest)
+        built = _skeleton(wanted | rest, type(model))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: no CRATE is of these sizes ({first_line(error)})") from error
     weights, lines = resized_weights(model, wanted["num_classes"], grid_of(built.image_size, built.patch_size))
@@ -249,7 +262,7 @@ def _tell(line: str) -> None:
         print(f"crate-fast: {line}", file=sys.stderr)
 
 
-def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict) -> CRATE:
+def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[CRATE] = CRATE) -> CRATE:
     """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
     if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
         raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {shown(arguments)}")
@@ -264,7 +277,7 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
     if arguments.get("depth") != len(layers):
         raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {shown(arguments.get('depth'))}")
     try:
-        model = _skeleton(arguments)
+        model = _skeleton(arguments, kind)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: its arguments build no CRATE ({first_line(error)})") from error
     difference = _difference(model, weights)
@@ -285,10 +298,10 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
-def _skeleton(arguments: dict) -> CRATE:
+def _skeleton(arguments: dict, kind: type[CRATE] = CRATE) -> CRATE:
     """The model without memory for its weights, and without drawing them."""
     with torch.device("meta"):
-        return CRATE(**arguments)
+        return kind(**arguments)
 
 
 def _difference(model: CRATE, weights: dict[str, Tensor]) -> str | None:

@@ -199,7 +199,8 @@ def _evaluate(arguments: argparse.Namespace, given: dict) -> None:
     from ..training.evaluation import evaluate_run, is_first
 
     asked: dict[str, Any] = {name: given[name] for name in EVALUATED if name in given}
-    score = evaluate_run(path, **{"precision": "float32"} | asked)
+    asked.setdefault("precision", "float32")
+    score = evaluate_run(path, **asked)
     if is_first():
         print(f" *   Acc@1 {100 * score.top1:.3f} Acc@5 {100 * score.top5:.3f}\ntest {score}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from einops.layers.torch import Rearrange
@@ -32,6 +32,9 @@ from ..modules.step import STEPS
 from ..optional import require
 from ..sizes import POOLS, SIZES, STREAMS
 from .transformer import Transformer, pool_tokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MOST_LAYERS, MOST_WEIGHTS = 10_000, 10**10  # no machine trains more; the largest that is published has 24 and 78 million
 _PLAIN_EMBEDDING = PlainTree(Place("0", (Rearrange,)), norm_at("1"), linear_at("2"), norm_at("3"))
@@ -225,8 +228,9 @@ class CRATE(nn.Module):
         """
         return _hub_model()(self).push_to_hub(name, **options)
 
-    @staticmethod
+    @classmethod
     def from_pretrained(
+        cls,
         source: str | os.PathLike,
         *,
         device: str | torch.device = "cpu",
@@ -236,8 +240,8 @@ class CRATE(nn.Module):
         local_files_only: bool = False,
         token: str | bool | None = None,
         **overrides,
-    ) -> CRATE:
-        """The model in a directory of `save_pretrained`, or on the Hugging Face Hub, in evaluation mode.
+    ) -> Self:
+        """The model in a directory of `save_pretrained`, or on the Hugging Face Hub, in evaluation mode, as one of this class.
 
         Args:
             source: the directory, or ORGANISATION/NAME.
@@ -248,7 +252,8 @@ class CRATE(nn.Module):
         """
         where = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, token=token)
         where |= dict(local_files_only=local_files_only)
-        return _hub_model().from_pretrained(str(source), device=device, overrides=overrides, **where).model
+        found = _hub_model().from_pretrained(str(source), device=device, overrides=overrides, kind=cls, **where)
+        return cast("Self", found.model)
 
 
 def _hub_model():

@@ -12,21 +12,20 @@ from ..checkpoint.read import CheckpointError, read_checkpoint
 from ..checkpoint.save_load import constructor_arguments, load_file, transform_entry
 from ..files import write_atomically
 from ..model.crate import CRATE
-from ..optimizers import OPTIMIZERS
 from ..settings import TrainConfig
 from ..sizes import SIZES
 from .checkpoint_contents import check_values, check_whole
-from .optimizer import main_factor
+from .optimizer import build_optimizer, main_factor
 from .resolve import check_written
 from .run_directory import RunDirectory
 
 KINDS = (".pt", SUFFIX)
 GROUPS: dict[str, dict] = {
-    "Lion": {"betas": (0.9, 0.99)},
-    "AdamW": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "maximize": False, "foreach": None, "capturable": False}
+    "Lion": {},
+    "AdamW": {"eps": 1e-8, "amsgrad": False, "maximize": False, "foreach": None, "capturable": False}
     | {"differentiable": False, "fused": None},
 }
-"""What main.py's optimizers have in their group of parameters beside learning rate, decay and parameters."""
+"""What main.py's optimizers have in their group of parameters beside learning rate, betas, decay and parameters."""
 OTHERWISE = "; --layout state_dict writes its weights alone"
 
 
@@ -64,23 +63,28 @@ def save_main(source: Path, target: Path, prefix: str = WRAPPERS[0], wanted: str
     if run is None or is_in_parts(source):
         raise CheckpointError(f"{source}: in parts, so that its optimizer is not in one place{OTHERWISE}")
     config, content = run.read_config(), check_values(source, read_checkpoint(source))
-    check_written(config, content.get("settings", {}), run.config)
+    check_written(config, content.get("settings", {}), run.config, run.former_epochs())
     if config.optimizer not in GROUPS or config.decay != "all":
         words = f"its optimizer is {config.optimizer} with --decay {config.decay}; main.py has AdamW and Lion, which decay all"
         raise CheckpointError(f"{source}: {words}{OTHERWISE}")
     model = load_file(source, "cpu", {}, wanted or ("last" if content.get("ema") is not None else None))
-    groups = [{"params": list(model.parameters())}]
-    optimizer = OPTIMIZERS[config.optimizer].build(groups, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = build_optimizer(model, config)
     check_whole(model, optimizer, content, False, source)
-    saved = _as_main(model, config, content, prefix)
+    saved = _as_main(model, config, content, prefix, optimizer.param_groups[0]["betas"])
     write_atomically(target, lambda file: torch.save(saved, file))
     return model, _notes(content, config, saved["arch"], run.read_steps() // config.epochs)
 
 
-def _as_main(model: CRATE, config: TrainConfig, content: dict, prefix: str) -> dict:
+def _as_main(model: CRATE, config: TrainConfig, content: dict, prefix: str, betas: tuple[float, float]) -> dict:
     epoch, count = content["epoch"], len(list(model.parameters()))
     rate = config.lr * main_factor(epoch, config.epochs)
-    group = {**GROUPS[config.optimizer], "lr": rate, "initial_lr": config.lr, "weight_decay": config.weight_decay}
+    group = {
+        **GROUPS[config.optimizer],
+        "betas": betas,
+        "lr": rate,
+        "initial_lr": config.lr,
+        "weight_decay": config.weight_decay,
+    }
     return {
         "epoch": epoch,
         "arch": name_of(model),
