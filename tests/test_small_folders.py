@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from crate_fast.data.order import Plan
 from crate_fast.data.pictures import read_or_stop
 from crate_fast.processes import ALONE, Ranks
 from crate_fast.training import ConfigError, resolve
-from crate_fast.training.choice import FEW, choose_recipe
+from crate_fast.training.resolve import FEW, choose_recipe
 
 SMALL = dict(
     image_size=16, patch_size=8, dim=16, depth=1, heads=1, dim_head=16, workers=0, epochs=2, num_threads=1, device="cpu"
@@ -119,5 +120,5 @@ def test_few_photographs_without_a_gpu_get_a_recipe_that_is_named(folder, monkey
     assert choose_recipe({"data": str(folder), "arch": "CRATE_base"}) is None  # who asks for a model gets main.py's
     assert choose_recipe({"data": str(folder), "device": "cuda"}) is None
     assert choose_recipe({"data": "digits"}) is None
-    monkeypatch.setattr("crate_fast.training.choice.count_pictures", lambda *_: FEW + 1)
+    monkeypatch.setattr(sys.modules["crate_fast.training.resolve"], "count_pictures", lambda *_: FEW + 1)
     assert choose_recipe({"data": str(folder)}) is None

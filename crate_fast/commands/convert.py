@@ -76,7 +76,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     names = [name.replace("-", "_") for name in ADVICE]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     from ..checkpoint.save_load import load_checkpoint, save_model
-    from ..training.published_export import find_trained, save_main
+    from ..training.published_run import find_trained, save_main
 
     trained = find_trained(arguments.source) if _wants_main(arguments, given) else None
     notes = []

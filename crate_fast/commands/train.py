@@ -13,8 +13,7 @@ from ..data_sets import DATA_SETS
 from ..optimizers import OPTIMIZERS
 from ..settings import SETTINGS, ConfigError, Setting, TrainConfig, flag, listed
 from ..training import resolve
-from ..training.choice import choose_recipe
-from ..training.resolve import NAMES, default_recipe, read_recipe
+from ..training.resolve import NAMES, choose_recipe, default_recipe, read_recipe
 from .arguments import number, switch, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..data.pictures import SUFFIXES
+from ..data_sets import DATA_SETS
 from ..files import check_regular, parse_json
 from ..settings import SETTINGS, ConfigError, TrainConfig, as_flag, flag, read_stored
 from ..sizes import SIZES
@@ -21,18 +24,12 @@ NAMES = tuple(sorted(path.stem for path in RECIPES.glob("*.toml")))
 # What a resumed run may be told anew: where things are, how often it saves, how it is watched, nothing that moves a bit of
 # its weights.
 SAVING = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
-CHANGEABLE = (
-    "data_dir",
-    "workers",
-    *SAVING,
-    "max_unreadable",
-    "print_log",
-    "tensorboard",
-    "watch_rates",
-    "profile",
-    "peak_tflops",
-)
-
+WATCHING = ("print_log", "tensorboard", "watch_rates", "profile", "peak_tflops")
+CHANGEABLE = ("data_dir", "workers", *SAVING, "max_unreadable", *WATCHING)
+FEW = 10_000  # photographs: what a CPU learns from in an hour, and what fits its memory, reduced
+STEPS = 800  # of a run on few, about
+MOST_EPOCHS, LEAST_EPOCHS = 100, 10
+OF_MODEL = frozenset(setting.name for setting in SETTINGS.values() if setting.section == "model")
 LONGER = "epochs"  # what it may be told more of: the learning rate is from there on that of the longer run
 
 
@@ -121,3 +118,39 @@ def describe(config: TrainConfig, names: Iterable[str] = tuple(SETTINGS)) -> lis
     """The settings of these names that are set, as lines of TOML; all of them are a recipe that repeats the run."""
     values = {name: getattr(config, name) for name in names}
     return [f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None]
+
+
+def choose_recipe(given: dict) -> tuple[str, dict, str] | None:
+    """For few photographs in a folder, no GPU and nothing asked for of the model: recipe, settings beside it, and why in words.
+
+    Args:
+        given: settings that were asked for, by name.
+    """
+    data, device = given.get("data", "digits"), given.get("device", "auto")
+    if OF_MODEL & given.keys() or data in DATA_SETS or not Path(data).is_dir() or device not in ("auto", "cpu"):
+        return None
+    count = count_pictures(data, FEW)
+    if not 0 < count <= FEW or _has_gpu(given):
+        return None
+    batch = given.get("batch_size", 32)
+    epochs = max(LEAST_EPOCHS, min(MOST_EPOCHS, STEPS * batch // count))
+    return "photos", {"epochs": epochs}, f"{count:,} photographs and no GPU"
+
+
+def count_pictures(folder: str, most: int) -> int:
+    """How many images lie in `folder` and below, by their names; more than `most` are counted no further."""
+    count = 0
+    for _, folders, names in os.walk(folder, followlinks=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        count += sum(name.lower().endswith(SUFFIXES) and not name.startswith(".") for name in names)
+        if count > most:
+            break
+    return count
+
+
+def _has_gpu(given: dict) -> bool:
+    if given.get("device") == "cpu":
+        return False
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
