@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_module
+from sklearn.decomposition import PCA
 
 from crate_fast import CRATE, CRATE_small, inspection, reference
 from crate_fast.inspection import InspectionError
@@ -299,6 +300,26 @@ def test_principal_colours():
         inspection.principal_colours([])
     with pytest.raises(InspectionError, match="not finite"):
         inspection.principal_colours([torch.full((1, 1, 4), float("nan"))])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_principal_components_are_those_of_the_published_views(masked):
+    """scikit-learn's, which pca_visualization asks, of all patches or of those that a mask keeps."""
+    torch.manual_seed(0)
+    images = [torch.randn(5, 8, 12) * torch.arange(1, 13), torch.randn(4, 5, 12) * torch.arange(1, 13)]
+    masks = [torch.rand(each.shape[:2]) < 0.6 for each in images] if masked else None
+    found = inspection.principal_components(images, 5, masks)
+    rows = torch.cat([each.flatten(0, 1) for each in images])
+    kept = torch.cat([mask.flatten() for mask in masks]) if masks else torch.ones(len(rows), dtype=torch.bool)
+    expected = PCA(5, svd_solver="full").fit_transform(rows[kept].double().numpy())
+    flat = torch.cat([each.flatten(0, 1) for each in found])
+    assert flat[~kept].isnan().all()
+    np.testing.assert_allclose(flat[kept].abs().numpy(), np.abs(expected), rtol=1e-8, atol=1e-8)
+    colours = torch.cat([each.flatten(0, 1) for each in inspection.principal_colours(images, masks)])
+    assert (colours[~kept] == 0).all() and colours[kept].amax() == 1
+    for wrong in ({"count": 0}, {"masks": [torch.zeros(5, 8).bool(), torch.zeros(4, 5).bool()]}, {"masks": [images[0] > 0]}):
+        with pytest.raises(InspectionError):
+            inspection.principal_components(images, **wrong)
 
 
 @pytest.mark.slow

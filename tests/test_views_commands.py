@@ -64,6 +64,64 @@ def run(place):
     return place / "run"
 
 
+def test_inspect_takes_the_batch_that_the_published_hook_takes(place, tmp_path, capsys):
+    torch.manual_seed(0)
+    batch, model = torch.randn(6, 3, 32, 32), load_checkpoint(place / "colour.safetensors")
+    for name, content in (("hook.pt", {"imgs": batch, "labels": [1]}), ("bare.pt", batch.half())):
+        torch.save(content, tmp_path / name)
+        flags = ["--images", tmp_path / name, "--limit", 5, "--batch-size", 2, "--pdf", "--out", tmp_path / "out"]
+        assert call(capsys, "inspect", place / "colour.safetensors", *flags)[::2] == (0, "")
+        rows = json.loads((tmp_path / "out" / "layers.json").read_text())["checkpoints"][0]["layers"]
+        images = batch[:5] if name == "hook.pt" else batch.half().float()[:5]
+        measures = inspection.measure_layers(model, images)
+        for row, values, rates in zip(rows, measures.nonzero, measures.rate, strict=True):
+            assert row["nonzero_std"] == pytest.approx(np.std(values.numpy()))  # published: NumPy's, of a population
+            assert row["rate_std"] == pytest.approx(rates.std().item())  # published: PyTorch's, of a sample
+        assert all((tmp_path / "out" / f"{name}.pdf").read_bytes()[:5] == b"%PDF-" for name in ("coding-rate", "sparsity"))
+    for content in ({"images": batch}, batch[0], batch.long(), batch * torch.nan, batch[:0], [1]):
+        torch.save(content, tmp_path / "wrong.pt")
+        status, _, error = call(capsys, "inspect", place / "colour.safetensors", "--images", tmp_path / "wrong.pt", *flags[2:])
+        assert (status, error.count("\n"), "wrong.pt" in error) == (2, 1, True), error
+
+
+def test_components_are_drawn_of_the_layer_facet_and_foreground_asked_for(place, tmp_path, capsys):
+    common = ["segment", place / "photos" / "china.JPG", "--checkpoint", place / "colour.safetensors"]
+    pictures = set()
+    for number, flags in enumerate(([], ["--pca-layer", 1], ["--facet", "tokens"], ["--foreground"])):
+        out = tmp_path / str(number)
+        assert call(capsys, *common, "--components", 4, *flags, "--out", out)[0] == 0
+        assert {f"component-{n}.png" for n in (1, 2, 3, 4)} <= {path.name for path in (out / "china").iterdir()}
+        pictures.add((out / "pca-china.png").read_bytes())
+    assert len(pictures) == 4
+    black = (np.asarray(Image.open(tmp_path / "3" / "pca-china.png")) == 0).all(-1)
+    assert np.array_equal(black, np.asarray(Image.open(tmp_path / "3" / "china" / "mean-mask.png")) == 0)
+    assert "--pca-layer is 9" in call(capsys, *common, "--pca-layer", 9, "--out", tmp_path / "x")[2]
+
+
+def test_what_weights_leave_open_can_be_said_to_every_command(place, tmp_path, capsys):
+    model = load_checkpoint(place / "colour.safetensors")
+    torch.save(model.state_dict(), tmp_path / "bare.pth")  # of 48 values in all heads: 3 heads of 16, or 2 of 24
+    photo, bare = place / "photos" / "china.JPG", tmp_path / "bare.pth"
+    (tmp_path / "set" / "val").mkdir(parents=True)
+    for split, name in ((split, name) for split in ("train", "val") for name in "abcde"):
+        (tmp_path / "set" / split / name).mkdir(parents=True)
+        Image.open(photo).save(tmp_path / "set" / split / name / "1.png")
+    for words, prefix in (
+        (["evaluate", bare, "--data", tmp_path / "set", "--device", "cpu"], "--"),
+        (["predict", bare, photo, "--device", "cpu"], "--"),
+        (["inspect", bare, "--images", place / "photos", "--out", tmp_path / "i"], "--"),
+        (["segment", photo, "--checkpoint", bare, "--out", tmp_path / "s"], "--model-"),
+        (["explore", photo, "--checkpoint", bare, "--out", tmp_path / "e.html"], "--"),
+        (["convert", bare, tmp_path / "c.safetensors"], "--"),
+    ):
+        assert "say heads" in call(capsys, *words)[2], words
+        said = [f"{prefix}heads", 2, f"{prefix}pool", "mean", f"{prefix}ista", 0.2, f"{prefix}lambd", 0.3]
+        status, _, error = call(capsys, *words, *said)
+        assert (status, "taken as published" in error) == (0, False), (words, error)
+    loaded = load_checkpoint(tmp_path / "c.safetensors")
+    assert (loaded.transformer.heads, loaded.pool) == (2, "mean")
+
+
 def test_inspect_on_photographs(place, run, capsys):
     out = place / "inspected"
     paths = [place / "colour.safetensors", run, run / "checkpoints" / "last.pt"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..eval_transform import LEAST_CROP, allowed_crop
 from ..files import names_something
 from ..settings import SWITCHES
+from ..sizes import POOLS
 
 WORDS = ("last", "mean")  # as of `load_checkpoint`, which needs PyTorch
 
@@ -57,6 +59,17 @@ def as_path(text: str) -> Path:
     return Path(place(text))
 
 
+OF_MODEL = {
+    "heads": (whole, "heads of a layer"),
+    "pool": (str, "what the head reads"),
+    "ista": (number, "step size of the ISTA step"),
+    "lambd": (number, "threshold of the ISTA step"),
+    "image_size": (whole, "side of the images in pixels"),
+    "patch_size": (whole, "side of a patch in pixels"),
+}
+"""Keywords of `load_checkpoint` that say what a file leaves open: how each is read, and what it is."""
+
+
 def crop(text: str) -> float:
     """A part of an image that evaluation sees."""
     part = number(text)
@@ -65,13 +78,31 @@ def crop(text: str) -> float:
     return part
 
 
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Adds --weights."""
+def add_weights(parser: argparse.ArgumentParser, prefix: str = "") -> None:
+    """Adds --weights, and what may have to be said of weights beside which nothing tells it; for `weights_of`.
+
+    Args:
+        prefix: of the names of the latter, where a command has such names for other things.
+    """
     parser.add_argument(
         "--weights",
         choices=WORDS,
         help="of a checkpoint that has both: the last weights, or their mean over the steps (default: the mean, which is said)",
     )
+    section = parser.add_argument_group("what the shapes of weights alone do not tell")
+    for name, (kind, text) in OF_MODEL.items():
+        choices = POOLS if name == "pool" else None
+        metavar = None if choices else {whole: "N", number: "X"}[kind]
+        words, dest = f"{text} (default: as published)", f"model_{name}"
+        section.add_argument(
+            f"--{prefix}{name.replace('_', '-')}", dest=dest, type=kind, choices=choices, metavar=metavar, help=words
+        )
+
+
+def weights_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_weights` read, as keywords of `load_checkpoint`."""
+    given = {name: getattr(arguments, f"model_{name}") for name in OF_MODEL}
+    return {"weights": arguments.weights} | {name: value for name, value in given.items() if value is not None}
 
 
 def add_crop(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..files import write_atomically
-from ..sizes import POOLS
-from .arguments import add_weights, as_path, number, place, whole
+from .arguments import add_weights, as_path, place, weights_of
 
 if TYPE_CHECKING:
     from ..model.crate import CRATE
@@ -18,14 +17,6 @@ LAYOUTS = ("main", "state_dict", "model", "bare")
 MAIN = ".pth.tar"  # as main.py calls its checkpoints
 ARCHIVES = (".pt", ".pth", ".tar")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, DistributedDataParallel and torch.compile
-ADVICE = {
-    "heads": (whole, "heads of a layer"),
-    "pool": (str, "what the head reads"),
-    "ista": (number, "step size of the ISTA step"),
-    "lambd": (number, "threshold of the ISTA step"),
-    "image-size": (whole, "side of the images in pixels"),
-    "patch-size": (whole, "side of a patch in pixels"),
-}
 
 
 def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
@@ -55,11 +46,6 @@ def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     )
     add_weights(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it is there")
-    advice = parser.add_argument_group("what the shapes in a published checkpoint do not tell")
-    for name, (kind, text) in ADVICE.items():
-        choices = POOLS if name == "pool" else None
-        metavar = None if choices else {whole: "N", number: "X"}[kind]
-        advice.add_argument(f"--{name}", type=kind, choices=choices, metavar=metavar, help=f"{text} (default: as published)")
     parser.set_defaults(run=_convert)
 
 
@@ -73,8 +59,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{target} is there already; --overwrite replaces it")
     if not target.absolute().parent.is_dir():
         raise CheckpointError(f"{target}: there is no directory {target.parent}")
-    names = [name.replace("-", "_") for name in ADVICE]
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    given = weights_of(arguments)
     from ..checkpoint.save_load import load_checkpoint, save_model
     from ..training.published_run import find_trained, save_main
 
@@ -86,7 +71,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         prefix = _prefix(arguments.prefix, True)
         model, notes = save_main(trained, target, prefix, arguments.weights)
     else:
-        model = load_checkpoint(arguments.source, weights=arguments.weights, **given)
+        model = load_checkpoint(arguments.source, **given)
         if target.suffix == ".safetensors":
             save_model(model, target)
         else:
@@ -101,11 +86,12 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _wants_main(arguments: argparse.Namespace, given: dict) -> bool:
     """Whether all that main.py saves is asked for; not where `given` arguments make another model than was trained."""
+    said = [name for name in given if name != "weights"]
     if arguments.layout == "main":
-        if given:
-            raise CheckpointError(f"--layout main writes a run as it is; {next(iter(given))} is said")
+        if said:
+            raise CheckpointError(f"--layout main writes a run as it is; {said[0]} is said")
         return True
-    return arguments.layout is None and arguments.target.name.endswith(MAIN) and not given
+    return arguments.layout is None and arguments.target.name.endswith(MAIN) and not said
 
 
 def _prefix(asked: str | None, wrapped: bool) -> str:

@@ -6,7 +6,7 @@ import argparse
 
 from ..settings import PRECISIONS
 from ..sizes import ARCHITECTURES, BACKENDS
-from .arguments import add_crop, add_device, add_weights, place, whole
+from .arguments import add_crop, add_device, add_weights, place, weights_of, whole
 
 
 def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from ..training.evaluation import evaluate_run, is_first
 
-    names = ("backend", "precision", "device", "batch_size", "data", "data_dir", "workers", "arch", "weights", "eval_crop")
-    score = evaluate_run(arguments.path, **{name: getattr(arguments, name) for name in names})
+    names = ("backend", "precision", "device", "batch_size", "data", "data_dir", "workers", "arch", "eval_crop")
+    score = evaluate_run(arguments.path, **{name: getattr(arguments, name) for name in names}, **weights_of(arguments))
     if is_first():
         print(f"test {score}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import InspectionError
 from ..files import as_bytes, first_line, printable, write_atomically
 from ..optional import require
-from .arguments import add_device, add_weights, as_path, place, positive
+from .arguments import add_device, add_weights, as_path, place, positive, weights_of
 
 ENDINGS = (".html", ".htm")
 
@@ -52,7 +52,7 @@ def _explore(arguments: argparse.Namespace) -> None:
 
     device = choose_compute(arguments.device, "float32", Ranks()).device
     pictures = [read_photo(path) for path in arguments.photos]  # before anything is computed
-    model = load_checkpoint(arguments.checkpoint, device=device, weights=arguments.weights).float()
+    model = load_checkpoint(arguments.checkpoint, device=device, **weights_of(arguments)).float()
     photos = []
     for path, picture in zip(arguments.photos, pictures, strict=True):
         try:

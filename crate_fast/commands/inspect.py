@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import InspectionError
 from ..files import as_bytes, write_atomically
 from ..optional import require
-from .arguments import add_crop, add_device, add_weights, as_path, place, positive
+from .arguments import add_crop, add_device, add_weights, as_path, place, positive, weights_of
 
 DIGITS = "digits"
 
@@ -38,9 +38,11 @@ def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
         type=place,
         required=True,
         metavar="DIR",
-        help="a folder of images, or 'digits': the digits runs' test images",
+        help="a folder of images; 'digits': the digits runs' test images; FILE.pt: a batch as the published crate_hook reads "
+        "it, (images, channels, height, width), normalised, by itself or under 'imgs'",
     )
     parser.add_argument("--out", required=True, type=as_path, metavar="DIR", help="where to write; made if it is not there")
+    parser.add_argument("--pdf", action="store_true", help="write the figures as PDF too")
     parser.add_argument("--limit", type=positive, metavar="N", help="take the first N images (default: all)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
     add_device(parser)
@@ -61,12 +63,17 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from ..processes import Ranks
 
     device = choose_compute(arguments.device, "float32", Ranks()).device
-    paths = None if _is_digits(arguments.images) else find_photos(arguments.images)[: arguments.limit]
+    stored = _stored_batch(arguments.images, arguments.limit)
+    is_folder = stored is None and not _is_digits(arguments.images)
+    paths = find_photos(arguments.images)[: arguments.limit] if is_folder else None
     labels = unique_labels(sources)
-    models = [load_checkpoint(source, device=device, weights=arguments.weights).float() for source in sources]
+    models = [load_checkpoint(source, device=device, **weights_of(arguments)).float() for source in sources]
     results = []
     for source, label, model in zip(sources, labels, models, strict=True):
-        batches = _digits(model, arguments) if paths is None else _photos(model, source, paths, arguments)
+        if stored is not None:
+            batches = (part.to(device) for part in stored.split(arguments.batch_size))
+        else:
+            batches = _digits(model, arguments) if paths is None else _photos(model, source, paths, arguments)
         try:
             measures = measure_layers(model, batches)
         except PhotoError:
@@ -74,11 +81,23 @@ def _inspect(arguments: argparse.Namespace) -> None:
         except InspectionError as error:
             raise InspectionError(f"{source}: {error}") from error
         results.append({"checkpoint": str(source), "label": label, "images": measures.rate.shape[1], "layers": measures.rows()})
-    _write(results, arguments.out)
+    _write(results, arguments.out, (".png", ".pdf") if arguments.pdf else (".png",))
 
 
 def _is_digits(images: str) -> bool:
     return images == DIGITS and not Path(images).exists()
+
+
+def _stored_batch(images: str, limit: int | None):
+    """The batch in a file that ends as PyTorch's do, None where `images` is something else."""
+    path = Path(images)
+    if path.suffix not in (".pt", ".pth") or path.is_dir():
+        return None
+    from ..inspection.photos import read_batch
+
+    batch = read_batch(path)[:limit]
+    print(f"{path}: {len(batch)} images, as they are")
+    return batch
 
 
 def _photos(model, source: str, paths: list[Path], arguments: argparse.Namespace):
@@ -113,7 +132,7 @@ def unique_labels(sources: list[str]) -> list[str]:
     return [f"{index}: {source}" for index, source in enumerate(sources, start=1)]
 
 
-def _write(results: list[dict], out: Path) -> None:
+def _write(results: list[dict], out: Path, endings: tuple[str, ...]) -> None:
     from ..inspection.figures import plot_rates, plot_sparsity
     from ..inspection.rates import PRECISION
 
@@ -130,10 +149,12 @@ def _write(results: list[dict], out: Path) -> None:
     writer.writerows(rows)
     write_atomically(out / "layers.csv", lambda file: file.write(as_bytes(table.getvalue())))
     measured = {result["label"]: result["layers"] for result in results}
-    plot_rates(measured, out / "coding-rate.png")
-    plot_sparsity(measured, out / "sparsity.png")
+    for ending in endings:
+        plot_rates(measured, out / f"coding-rate{ending}")
+        plot_sparsity(measured, out / f"sparsity{ending}")
     print(_table(results))
-    print(f"written to {out}: layers.json, layers.csv, coding-rate.png, sparsity.png")
+    names = ", ".join(f"{name}{ending}" for ending in endings for name in ("coding-rate", "sparsity"))
+    print(f"written to {out}: layers.json, layers.csv, {names}")
 
 
 def _table(results: list[dict]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InspectionError
 from ..files import printable
-from .arguments import add_crop, add_device, add_weights, as_path, place, positive
+from .arguments import add_crop, add_device, add_weights, as_path, place, positive, weights_of
 
 if TYPE_CHECKING:
     from ..prediction import Guess
@@ -59,7 +59,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     device = choose_compute(arguments.device, "float32", Ranks()).device
     paths = [path for given in arguments.photos for path in (find_photos(given, sys.stderr) if given.is_dir() else [given])]
-    loaded = load(arguments.model, device=device, weights=arguments.weights, crop=arguments.eval_crop)
+    loaded = load(arguments.model, device=device, crop=arguments.eval_crop, **weights_of(arguments))
     loaded.model.float()
     failed: list[Path] = []
 

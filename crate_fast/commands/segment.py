@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import InspectionError
 from ..files import first_line
 from ..optional import require
-from .arguments import add_device, add_weights, as_path, number, place, positive
+from .arguments import add_device, add_weights, as_path, number, place, positive, weights_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +37,27 @@ def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     parser.add_argument("--heads", type=_numbers, metavar="N,N", help="which heads, counted from 1 (default: all)")
     parser.add_argument("--mass", type=_share, default=0.6, metavar="X", help="share of the attention in a mask (default: 0.6)")
     parser.add_argument(
+        "--components", type=positive, metavar="N", help="draw the first N principal components each by itself, too"
+    )
+    parser.add_argument(
+        "--pca-layer", type=positive, metavar="N", help="whose components, counted from 1 (default: the last layer)"
+    )
+    parser.add_argument(
+        "--facet",
+        choices=("projection", "tokens"),
+        default="projection",
+        help="components of what: the tied query, key and value (default), or the tokens that the layer ends with",
+    )
+    parser.add_argument(
+        "--foreground",
+        action="store_true",
+        help="components of the patches alone that hold --mass of the heads' mean attention",
+    )
+    parser.add_argument(
         "--size", type=positive, metavar="N", help="scale the shorter side to N pixels first (default: as it is)"
     )
     add_device(parser)
-    add_weights(parser)
+    add_weights(parser, prefix="model-")  # --heads says which are drawn
     parser.set_defaults(run=_segment)
 
 
@@ -62,8 +79,8 @@ def _segment(arguments: argparse.Namespace) -> None:
     require("matplotlib", "numpy", "PIL")
     from ..checkpoint.save_load import load_checkpoint
     from ..device import choose_compute
-    from ..inspection.figures import enlarged, plot_heads, save_picture
-    from ..inspection.maps import look, principal_colours
+    from ..inspection.figures import plot_heads, save_picture
+    from ..inspection.maps import keep_mass, look
     from ..inspection.photos import Normalisation, read_photo, to_array
     from ..processes import Ranks
 
@@ -71,17 +88,19 @@ def _segment(arguments: argparse.Namespace) -> None:
     paths, out = arguments.images, arguments.out
     for photo in paths:
         read_photo(photo)  # before anything is computed
-    model = load_checkpoint(arguments.checkpoint, device=device, weights=arguments.weights).float()
-    layer, heads = _check_layer(model, arguments.layer), _check_heads(model, arguments.heads)
+    model = load_checkpoint(arguments.checkpoint, device=device, **weights_of(arguments)).float()
+    layer, heads = _check_layer(model, arguments.layer, "--layer"), _check_heads(model, arguments.heads)
+    of_components = _check_layer(model, arguments.pca_layer, "--pca-layer")
     normalise = Normalisation(model, arguments.checkpoint)
     print(f"normalised by {normalise.origin} mean and deviation; layer {layer + 1} of {model.transformer.depth}")
-    names, projections = _names(paths), []
+    names, features, masks = _names(paths), [], []
     for path, name in zip(paths, names, strict=True):
         image = _cut(path, model, arguments.size)
-        one = look(model, normalise(image), layer)
-        if not (one.maps.isfinite().all() and one.projections.isfinite().all()):
+        one = look(model, normalise(image), layer, of_components, arguments.facet)
+        if not (one.maps.isfinite().all() and one.features.isfinite().all()):
             raise InspectionError(f"{path}: what {arguments.checkpoint} makes of it is not finite, so there is nothing to show")
-        projections.append(one.projections)
+        features.append(one.features)
+        masks.append(keep_mass(one.maps.mean(0), arguments.mass))
         folder = _make(out / name)
         pixels = to_array(image)
         save_picture(pixels, folder / "image.png")
@@ -92,9 +111,7 @@ def _segment(arguments: argparse.Namespace) -> None:
             pixels, {f"head-{number:02}": one.maps[number - 1] for number in numbers}, arguments.mass, model.patch_size, folder
         )
         _draw(pixels, {"mean": one.maps[heads].mean(0)}, arguments.mass, model.patch_size, folder)
-    for name, colours in zip(names, principal_colours(projections), strict=True):
-        picture = (colours * 255).round().byte()
-        save_picture(enlarged(picture, model.patch_size), out / f"pca-{name}.png")
+    _draw_components(names, features, masks if arguments.foreground else None, arguments.components, model.patch_size, out)
     print(f"written to {out}: {', '.join(f'{name}/, pca-{name}.png' for name in names)}")
 
 
@@ -109,6 +126,28 @@ def _draw(pixels: Tensor, maps: dict[str, Tensor], mass: float, patch_size: tupl
         save_picture(blend(pixels, picture), folder / f"{name}-overlay.png")
         mask = keep_mass(one, mass).byte().mul(255).unsqueeze(-1)
         save_picture(enlarged(mask, patch_size), folder / f"{name}-mask.png")
+
+
+def _draw_components(
+    names: list[str],
+    features: list[Tensor],
+    masks: list[Tensor] | None,
+    count: int | None,
+    patch_size: tuple[int, int],
+    out: Path,
+) -> None:
+    """pca-NAME.png, the first three as colours, and NAME/component-1.png and so on, `count` of them each by itself."""
+    import torch
+
+    from ..inspection.components import principal_colours, principal_components
+    from ..inspection.figures import coloured, enlarged, save_picture
+
+    for name, colours in zip(names, principal_colours(features, masks), strict=True):
+        save_picture(enlarged((colours * 255).round().byte(), patch_size), out / f"pca-{name}.png")
+    for name, components in zip(names, principal_components(features, count, masks) if count else (), strict=False):
+        least = components.nan_to_num(float("inf")).amin(dim=(0, 1))
+        for nth, one in enumerate(torch.where(components.isnan(), least, components).unbind(-1), start=1):
+            save_picture(enlarged(coloured(one), patch_size), out / name / f"component-{nth}.png")
 
 
 def _cut(path: Path, model: CRATE, short_side: int | None):
@@ -151,12 +190,12 @@ def _make(folder: Path) -> Path:
     return folder
 
 
-def _check_layer(model: CRATE, layer: int | None) -> int:
+def _check_layer(model: CRATE, layer: int | None, flag: str) -> int:
     depth = model.transformer.depth
     if not depth:
         raise InspectionError("the model has no layers to show")
     if layer is not None and layer > depth:
-        raise InspectionError(f"--layer is {layer}; the model has layers 1 to {depth}")
+        raise InspectionError(f"{flag} is {layer}; the model has layers 1 to {depth}")
     return (layer or depth) - 1
 
 

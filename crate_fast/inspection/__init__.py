@@ -1,7 +1,8 @@
 """What a CRATE does inside: rates and sparsity layer by layer, attention maps, projections in colour."""
 
 from ..errors import InspectionError
-from .maps import attention_maps, attention_row, keep_mass, patch_projections, principal_colours
+from .components import principal_colours, principal_components
+from .maps import attention_maps, attention_row, keep_mass, patch_projections
 from .rates import Measures, coding_rate, measure_layers, subspace_rate
 from .views import LayerView, layer_views
 
@@ -17,5 +18,6 @@ __all__ = [
     "measure_layers",
     "patch_projections",
     "principal_colours",
+    "principal_components",
     "subspace_rate",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import InspectionError
 from ..model.crate import CRATE
 from ..model.transformer import layers_of
-from .maps import principal_colours
+from .components import principal_colours
 from .photos import Normalisation
 from .rates import coding_rate, nonzero_share, subspace_rate
 from .views import LayerView, layer_views, project

@@ -20,11 +20,11 @@ COLOUR_SHARE = 0.6  # of a map's colours in an overlay; the rest is the image
 
 
 def plot_rates(measured: dict[str, list[dict]], path: Path) -> None:
-    """Draws R^c before and after each layer's MSSA, mean and deviation over images, as a PNG at `path`.
+    """Draws R^c before and after each layer's MSSA, mean and deviation over images, at `path`.
 
     Args:
         measured: by label, the rows of `Measures.rows`.
-        path: the file.
+        path: the file, *.png or *.pdf.
     """
     figure, axes = _figure_over_layers(measured)
     for label, rows, colour in _coloured(measured):
@@ -78,7 +78,7 @@ def _finish(figure, axes, path: Path) -> None:
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
 
 
 def plot_heads(image: Tensor, maps: Tensor, numbers: list[int], title: str, path: Path) -> None:

@@ -14,14 +14,14 @@ from ..functional import check_number
 from ..model.crate import CRATE
 from .views import layer_views, patch_grid
 
-COLOURS = 3
+FACETS = ("projection", "tokens")
 
 
-class Seen(NamedTuple):
-    """What a model sees of one image: (heads, rows, columns) maps, and (rows, columns, width) projections."""
+class PhotoViews(NamedTuple):
+    """What a model makes of one image: (heads, rows, columns) maps, and (rows, columns, width) features of its patches."""
 
     maps: Tensor
-    projections: Tensor
+    features: Tensor
 
 
 def attention_row(projection: Tensor, heads: int, scale: float | None = None, token: int = 0) -> Tensor:
@@ -85,22 +85,29 @@ def attention_maps(model: CRATE, images: Tensor, layers: Sequence[int] | None = 
 
 
 @torch.no_grad()
-def look(model: CRATE, image: Tensor, layer: int) -> Seen:
-    """Attention of the class token in `layer`, from 0, and the last layer's projections, in one run through the model.
+def look(model: CRATE, image: Tensor, layer: int, of_features: int = -1, facet: str = "projection") -> PhotoViews:
+    """Attention of the class token in a layer, and the features of patches in one, in one run through the model.
 
     Args:
         model: on any device.
         image: (1, channels, height, width), normalised; patches divide it.
-        layer: from 0.
+        layer: whose attention, from 0.
+        of_features: whose features, from 0, or from the end below 0.
+        facet: "projection", query, key and value in one; "tokens", what the layer ends with.
+
+    Raises: as `attention_maps`; InspectionError where there is no such facet.
     """
+    if facet not in FACETS:
+        raise InspectionError(f"facet is {facet!r}; allowed are {', '.join(FACETS)}")
     image = image.to(model.pos_embedding.device)
-    grid = patch_grid(model, image)
-    maps = projection = torch.empty(0)
+    grid, wanted = patch_grid(model, image), check_layer(model, of_features)
+    maps = features = torch.empty(0)
     for index, view in enumerate(layer_views(model, image)):
-        projection = view.projection
+        if index == wanted:
+            features = getattr(view, facet)[0, 1:].unflatten(0, grid).cpu()
         if index == layer:
             maps = attention_row(view.projection, view.heads, view.scale)[0, :, 1:].unflatten(-1, grid).cpu()
-    return Seen(maps, projection[0, 1:].unflatten(0, grid).cpu())
+    return PhotoViews(maps, features)
 
 
 def check_layer(model: CRATE, layer: int) -> int:
@@ -154,38 +161,3 @@ def patch_projections(model: CRATE, images: Tensor, layer: int = -1) -> Tensor:
     wanted, grid = check_layer(model, layer), patch_grid(model, images)
     view = next(view for index, view in enumerate(layer_views(model, images)) if index == wanted)
     return view.projection[:, 1:].unflatten(1, grid)
-
-
-def principal_colours(projections: Sequence[Tensor]) -> list[Tensor]:
-    """The first three principal components of several images' patches, taken together, as red, green and blue.
-
-    Equal colours in different images mean equal directions. A component's sign is chosen so that its largest weight is
-    positive, and every component is stretched to 0..1 over all images; one without variance is grey.
-
-    Args:
-        projections: of each image (rows, columns, width), finite.
-
-    Returns:
-        Of each image (rows, columns, 3), float64 on the CPU, 0 to 1.
-
-    Raises:
-        InspectionError: there are no images, one has another shape or no patches, they differ in width, or values are not
-            finite.
-    """
-    if not len(projections):
-        raise InspectionError("there are no images to colour")
-    for shape in [tuple(p.shape) for p in projections]:
-        if len(shape) != 3 or 0 in shape or shape[2] != projections[0].shape[2]:
-            raise InspectionError(f"a projection has shape {shape}; all must be (rows, columns, one width), not empty")
-    flat = torch.cat([p.detach().flatten(0, 1).cpu().double() for p in projections])
-    if not flat.isfinite().all():
-        raise InspectionError("the projections are not finite, so they have no principal components")
-    flat -= flat.mean(dim=0)
-    axes = torch.linalg.eigh(flat.mT @ flat).eigenvectors.flip(1)[:, :COLOURS]
-    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    components = torch.nn.functional.pad(flat @ axes, (0, COLOURS - axes.shape[1]))
-    low, high = components.amin(dim=0), components.amax(dim=0)
-    flat_range = high - low <= 1e-9 * flat.abs().amax()
-    colours = torch.where(flat_range, 0.5, (components - low) / torch.where(flat_range, 1, high - low))
-    parts = colours.split([p.shape[0] * p.shape[1] for p in projections])
-    return [part.view(*p.shape[:2], COLOURS) for part, p in zip(parts, projections, strict=True)]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TextIO
 import torch
 from torch import Tensor
 
+from ..checkpoint.archives import read_archive
+from ..checkpoint.read import check_all_plain
 from ..data.pictures import SUFFIXES, check_pixels, find_pictures, read_picture, tell_left_out
 from ..errors import InspectionError
 from ..eval_transform import MAIN
@@ -99,6 +101,25 @@ def read_photo(path: str | Path) -> Image:
         return read_picture(path)
     except Exception as error:  # whatever a damaged file makes of the decoder
         raise PhotoError(f"{path}: cannot be read as an image ({reason_of(error)})") from error
+
+
+def read_batch(path: Path) -> Tensor:
+    """The images in a file of `torch.save`, (images, channels, height, width), by themselves or under "imgs" as the published
+    crate_hook reads them; nothing in it is executed.
+
+    Raises:
+        InspectionError: it has no such images, or they are not finite.
+        CheckpointError: the file is missing, damaged, or asks for code.
+    """
+    content = read_archive(path, "damaged, or no batch of images")
+    batch = content.get("imgs") if isinstance(content, dict) else content
+    check_all_plain(path, {"imgs": batch})
+    if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
+        words = f"{batch.dtype} of {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+        raise InspectionError(f"{path}: it has {words}; it must have images, (images, channels, height, width), floating point")
+    if not len(batch) or not batch.isfinite().all():
+        raise InspectionError(f"{path}: it has {'no images' if not len(batch) else 'images that are not finite'}")
+    return batch.float()
 
 
 def find_photos(folder: str | Path, tell: TextIO | None = None) -> list[Path]:

@@ -36,12 +36,14 @@ class Measures(NamedTuple):
     def rows(self) -> list[dict[str, float | int]]:
         """A dict for each layer: "layer" from 1, then NAME_mean and NAME_std over the images for each measure.
 
-        The deviation is that of a sample (n − 1), as published; for a single image 0.
+        The deviations are as published: of rates that of a sample (n − 1), of `nonzero` that of the images themselves (n); for
+        a single image 0.
         """
         rows: list[dict[str, float | int]] = [{"layer": 1 + index} for index in range(len(self.rate))]
         for name, values in self._asdict().items():
             means = values.mean(dim=1)
-            deviations = values.std(dim=1) if values.shape[1] > 1 else torch.zeros_like(means)
+            freedom = 0 if name == "nonzero" else 1
+            deviations = values.std(dim=1, correction=freedom) if values.shape[1] > 1 else torch.zeros_like(means)
             for row, mean, deviation in zip(rows, means.tolist(), deviations.tolist(), strict=True):
                 row |= {f"{name}_mean": mean, f"{name}_std": deviation}
         return rows

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ def evaluate_run(
     arch: str | None = None,
     weights: str | None = None,
     eval_crop: float | None = None,
+    **overrides,
 ) -> Score:
     """The score of a trained model on its test images; under torchrun, of all processes together.
 
@@ -54,6 +56,7 @@ def evaluate_run(
         weights: "last" or "mean", as in `load_checkpoint`.
         eval_crop: the part of an image that is seen, 0: all, squeezed; None: as stored with the weights, else as in the run,
             else as the published script does whose checkpoint it is.
+        overrides: keywords of `load_checkpoint` that say what the file leaves open, such as `heads`.
 
     Raises:
         CheckpointError: the model's file is missing, damaged or something else.
@@ -70,7 +73,7 @@ def evaluate_run(
     compute = choose_compute(device, settings.precision, ranks)
     check_kernels(settings.backend, device, compute)
     with process_group(ranks, compute.device):
-        model, run = _load(file, settings, arch, weights), _run_of(path)
+        model, run = _load(file, settings, arch, {"weights": weights} | overrides), _run_of(path)
         if eval_crop is None:
             settings = replace(settings, eval_crop=_crop_of(model, file, settings, known=run is not None, tell=ranks.first))
         sizes = {"image_size": model.image_size[0], "patch_size": model.patch_size[0]}
@@ -130,9 +133,9 @@ def _normalised_for(
         yield images * factor + addend, labels
 
 
-def _load(file: Path, settings: MachineSettings, arch: str | None, weights: str | None) -> CRATE:
+def _load(file: Path, settings: MachineSettings, arch: str | None, told: dict[str, Any]) -> CRATE:
     """The model in float32, to which `precision` refers, whatever its file has."""
-    model = load_checkpoint(file, backend=settings.backend, weights=weights).float()
+    model = load_checkpoint(file, backend=settings.backend, **told).float()
     if arch is not None and any(getattr(model.transformer, name) != SIZES[arch.removeprefix("CRATE_")][name] for name in SAID):
         size = ", ".join(f"{name} {getattr(model.transformer, name)}" for name in SAID)
         raise ConfigError(f"--arch is {arch}; {file} holds a model of {size}")
