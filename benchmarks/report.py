@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from crate_fast.files import write_atomically
+from pictures import groups, largest, plot, title
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- results: made by `python benchmarks/run.py --report` -->", "<!-- end of results -->"
@@ -14,20 +15,6 @@ SCHEMA = 1
 _NAMES = {"suite", "what", "size", "batch", "dtype", "peer", "mode"}
 NOISE = 1.05
 """A difference of medians within 5%, or within both runs' quartiles, is noise."""
-
-
-def title(row: dict) -> str:
-    """A row's workload in words."""
-    what = row["what"] if row["what"] in ("inference", "train") else f"{row['suite']}: {row['what']}"
-    return f"{what}, CRATE-{row['size']}, batch {row['batch']}, {row['dtype']}"
-
-
-def groups(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows by workload, in order."""
-    found: dict[str, list[dict]] = {}
-    for row in rows:
-        found.setdefault(title(row), []).append(row)
-    return found
 
 
 def kind(mode: str) -> str:
@@ -67,103 +54,11 @@ def _megabytes(size: int | None) -> str:
     return f"{'':8}" if size is None else f"{size / 1e6:8,.0f}"
 
 
-def plot(result: dict, folder: Path) -> list[Path]:
-    """Writes the pictures of all rows of a results file to `folder`, and returns their paths; what has no rows has none."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in result["rows"] if "ms" in row]
-    drawn = []
-    for name, draw in {"speed": _draw_speed, "batch": _draw_batch, "roofline": _draw_roofline, "memory": _draw_memory}.items():
-        figure = Figure(figsize=(10, 5.5), dpi=120, layout="constrained")
-        axes = figure.add_subplot()
-        if not draw(axes, rows, result):
-            continue
-        figure.suptitle(f"{result['machine']['device']}; torch {result['machine']['torch']}", fontsize=9)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.png"
-        write_atomically(path, lambda file, figure=figure: figure.savefig(file, format="png"))
-        drawn.append(path)
-    return drawn
-
-
-def _largest(rows: list[dict], suite: str) -> list[dict]:
-    """Rows of a suite at the largest batch of every size and dtype."""
-    chosen = [row for row in rows if row["suite"] == suite]
-    largest: dict[tuple, int] = {}
-    for row in chosen:
-        key = row["size"], row["dtype"]
-        largest[key] = max(largest.get(key, 0), row["batch"])
-    return [row for row in chosen if row["batch"] == largest[row["size"], row["dtype"]]]
-
-
-def _draw_bars(axes, rows: list[dict], value, label: str, form: str) -> bool:
-    if not rows:
-        return False
-    names = [f"{r['what']}, {r['size']}, {r['dtype']}, batch {r['batch']}\n{r['peer']}, {r['mode']}" for r in rows]
-    values = [value(row) for row in rows]
-    colours = ["tab:orange" if row["peer"] == "crate_fast" else "tab:blue" for row in rows]
-    axes.figure.set_size_inches(10, 1.2 + 0.36 * len(rows))
-    bars = axes.barh(range(len(rows)), values, color=colours)
-    axes.bar_label(bars, labels=[form.format(v) for v in values], padding=3, fontsize=8)
-    axes.set_yticks(range(len(rows)), names, fontsize=7)
-    axes.invert_yaxis()
-    axes.set(xlabel=label, xlim=(0, max(values) * 1.15))
-    return True
-
-
-def _draw_speed(axes, rows: list[dict], _) -> bool:
-    chosen = _largest(rows, "inference") + _largest(rows, "train")
-    return _draw_bars(axes, chosen, lambda row: row["images_per_second"], "images a second", "{:,.4g}")
-
-
-def _draw_memory(axes, rows: list[dict], _) -> bool:
-    chosen = [row for row in _largest(rows, "train") if row["kept_bytes"]]
-    return _draw_bars(axes, chosen, lambda row: row["kept_bytes"] / 1e6, "kept for backward, MB", "{:,.0f}")
-
-
-def _draw_batch(axes, rows: list[dict], _) -> bool:
-    """Speed-up over the published code as it comes, by batch."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for group in groups([row for row in rows if row["suite"] == "inference"]).values():
-        baseline = next((row for row in group if row["peer"] == "published" and row["mode"] == "eager"), None)
-        for row in group:
-            if baseline and row is not baseline:
-                name = f"{row['peer']}, {row['mode']} ({row['size']}, {row['dtype']})"
-                lines.setdefault(name, []).append((row["batch"], baseline["ms"] / row["ms"]))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, linewidth=2.5 if "crate_fast" in name else 1.2)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(xscale="log", xlabel="batch", ylabel="inference: times as fast as published, eager", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    if lines:
-        axes.legend(fontsize=7)
-    return bool(lines)
-
-
-def _draw_roofline(axes, rows: list[dict], result: dict) -> bool:
-    """Every row of crate_fast by its arithmetic intensity, under the ceilings measured with it."""
-    chosen = [row for row in rows if row["peer"] == "crate_fast" and row["mode"] == "eager"]
-    if not chosen:
-        return False
-    for dtype, limit in result["ceilings"].items():
-        peak, rate = limit["flops_per_second"] / 1e12, limit["bytes_per_second"] / 1e12
-        intensities = [1, peak / rate, 4096]
-        axes.plot(intensities, [min(peak, i * rate) for i in intensities], color="grey", label=f"ceiling, {dtype}")
-    for index, row in enumerate(chosen):
-        reached = row["flops"] / row["ms"] / 1e9
-        name = f"{row['what']}, {row['size']}, batch {row['batch']}, {row['dtype']}"
-        axes.scatter(row["flops"] / row["bytes"], reached, marker="osD^vPX*<>hdp8"[index % 14], s=45, label=name, zorder=3)
-    axes.set(xscale="log", yscale="log", xlabel="flops a byte (of the unavoidable work)", ylabel="TFLOP/s reached")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return True
-
-
 def table(result: dict) -> str:
     """The README's table: inference and training at the largest batch, published and crate_fast, eager and compiled."""
     lines = ["| | published | crate_fast | |", "|---|---|---|---|"]
     for suite, what in (("inference", "inference"), ("train", "training step")):
-        chosen = [row for row in _largest(result["rows"], suite) if "ms" in row]
+        chosen = [row for row in largest(result["rows"], suite) if "ms" in row]
         for group in groups(chosen).values():
             for mode in dict.fromkeys(row["mode"] for row in group):
                 found = {row["peer"]: row for row in group if row["mode"] == mode}
