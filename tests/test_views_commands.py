@@ -109,6 +109,7 @@ def test_what_weights_leave_open_can_be_said_to_every_command(place, tmp_path, c
         Image.open(photo).save(tmp_path / "set" / split / name / "1.png")
     for words, prefix in (
         (["evaluate", bare, "--data", tmp_path / "set", "--device", "cpu"], "--"),
+        (["train", "--evaluate", "--init", bare, "--data", tmp_path / "set", "--device", "cpu"], "--"),
         (["predict", bare, photo, "--device", "cpu"], "--"),
         (["inspect", bare, "--images", place / "photos", "--out", tmp_path / "i"], "--"),
         (["segment", photo, "--checkpoint", bare, "--out", tmp_path / "s"], "--model-"),
