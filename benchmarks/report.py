@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from crate_fast.files import write_atomically
@@ -12,6 +13,8 @@ README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- results: made by `python benchmarks/run.py --report` -->", "<!-- end of results -->"
 SCHEMA = 1
 _NAMES = {"suite", "what", "size", "batch", "dtype", "peer", "mode"}
+CHECKOUT = "published checkout"  # the peer that is the published class itself
+SHADES = ("tab:blue", "tab:cyan", "tab:purple", "tab:gray", "tab:olive", "tab:green")  # of peers; ours is orange
 NOISE = 1.05
 """A difference of medians within 5%, or within both runs' quartiles, is noise."""
 
@@ -99,15 +102,29 @@ def _largest(rows: list[dict], suite: str) -> list[dict]:
 def _draw_bars(axes, rows: list[dict], value, label: str, form: str) -> bool:
     if not rows:
         return False
-    names = [f"{r['what']}, {r['size']}, {r['dtype']}, batch {r['batch']}\n{r['peer']}, {r['mode']}" for r in rows]
-    values = [value(row) for row in rows]
-    colours = ["tab:orange" if row["peer"] == "crate_fast" else "tab:blue" for row in rows]
-    axes.figure.set_size_inches(10, 1.2 + 0.36 * len(rows))
-    bars = axes.barh(range(len(rows)), values, color=colours)
-    axes.bar_label(bars, labels=[form.format(v) for v in values], padding=3, fontsize=8)
-    axes.set_yticks(range(len(rows)), names, fontsize=7)
-    axes.invert_yaxis()
-    axes.set(xlabel=label, xlim=(0, max(values) * 1.15))
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    values, place, names, labelled = [value(row) for row in rows], 0.0, {}, set()
+    for key, group in groupby(rows, key=lambda r: f"{r['what']}, {r['size']}, {r['dtype']}, batch {r['batch']}"):
+        axes.text(0, place - 0.65, f" {key}", fontsize=9, weight="bold", va="center")
+        for row in group:
+            peer, is_compiled = row["peer"], row["mode"] != "eager"
+            bar = axes.barh(
+                place,
+                value(row),
+                color="tab:orange" if peer == "crate_fast" else SHADES[peers.index(peer) % len(SHADES)],
+                hatch="///" if is_compiled else None,
+                edgecolor="white",
+                label="_" if peer in labelled else peer,
+            )
+            labelled.add(peer)
+            axes.bar_label(bar, labels=[form.format(value(row))], padding=3, fontsize=8)
+            names[place] = f"{peer}, {row['mode']}"
+            place += 1
+        place += 1.2
+    axes.figure.set_size_inches(10, 1.2 + 0.28 * place)
+    axes.set_yticks(list(names), names.values(), fontsize=8)
+    axes.set(xlabel=f"{label} (hatched: compiled)", xlim=(0, max(values) * 1.15), ylim=(place - 1.4, -1.2))
+    axes.legend(fontsize="small", loc="lower right")
     return True
 
 
@@ -125,7 +142,8 @@ def _draw_batch(axes, rows: list[dict], _) -> bool:
     """Speed-up over the published code as it comes, by batch."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for group in groups([row for row in rows if row["suite"] == "inference"]).values():
-        baseline = next((row for row in group if row["peer"] == "published" and row["mode"] == "eager"), None)
+        eager = {row["peer"]: row for row in group if row["mode"] == "eager"}
+        baseline = eager.get(CHECKOUT, eager.get("published"))
         for row in group:
             if baseline and row is not baseline:
                 name = f"{row['peer']}, {row['mode']} ({row['size']}, {row['dtype']})"
@@ -160,15 +178,16 @@ def _draw_roofline(axes, rows: list[dict], result: dict) -> bool:
 
 
 def table(result: dict) -> str:
-    """The README's table: inference and training at the largest batch, published and crate_fast, eager and compiled."""
-    lines = ["| | published | crate_fast | |", "|---|---|---|---|"]
+    """The README's table: inference and training at the largest batch, the published class itself and crate_fast, eager and
+    compiled; without rows where it was not measured beside, since our transcription of it is slower in training."""
+    lines = ["| | published class | crate_fast | |", "|---|---|---|---|"]
     for suite, what in (("inference", "inference"), ("train", "training step")):
         chosen = [row for row in _largest(result["rows"], suite) if "ms" in row]
         for group in groups(chosen).values():
             for mode in dict.fromkeys(row["mode"] for row in group):
                 found = {row["peer"]: row for row in group if row["mode"] == mode}
-                if {"published", "crate_fast"} <= set(found):
-                    lines.append(_line(what, mode, found["published"], found["crate_fast"]))
+                if {CHECKOUT, "crate_fast"} <= set(found):
+                    lines.append(_line(what, mode, found[CHECKOUT], found["crate_fast"]))
     return "\n".join(lines)
 
 
@@ -179,12 +198,12 @@ def _line(what: str, mode: str, published: dict, ours: dict) -> str:
 
 
 def section(folder: Path) -> str:
-    """What stands between the README's markers: a table for every results file of a device, the pictures of the first."""
+    """What stands between the README's markers: for every device the published class was measured on, table and picture."""
     parts = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        if "ceilings" not in result:
-            continue  # not a result of run.py
+        if "ceilings" not in result or not any(row["peer"] == CHECKOUT for row in result["rows"]):
+            continue  # not a result of run.py, or without the published class itself
         machine = result["machine"]
         parts.append(f"{machine['device']} (torch {machine['torch']}; `benchmarks/results/{path.name}`):\n\n{table(result)}")
         picture = path.with_suffix("") / "speed.png"
@@ -203,8 +222,12 @@ def update_readme(folder: Path) -> int:
     if START not in text or END not in text:
         print(f"run.py: error: {README.name} has no place for results: {START} … {END}", file=sys.stderr)
         return 2
+    made = section(folder)
+    if not made:
+        print("run.py: error: nothing was measured beside the published class itself (--published DIR)", file=sys.stderr)
+        return 2
     before, after = text.split(START)[0], text.split(END)[1]
-    write_atomically(README, lambda file: file.write(f"{before}{START}\n\n{section(folder)}\n\n{END}{after}".encode()))
+    write_atomically(README, lambda file: file.write(f"{before}{START}\n\n{made}\n\n{END}{after}".encode()))
     print(f"{README.name}: results as in {', '.join(p.name for p in sorted(folder.glob('*.json')))}")
     return 0
 
