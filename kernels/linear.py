@@ -128,19 +128,24 @@ def _linear_kernel(
     b_rstd = b_mean
     if NORM == "first":
         b_mean, b_rstd = _statistics(p_moments, row, m_row, rows, inputs, parts, span, eps)
+    per_row = (row, m_row, p_rows, b_mean, b_rstd)
+    LARGE: tl.constexpr = (SHRINK or RESIDUAL) and BLOCK_M * BLOCK_N >= 128 * 128
     b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if LARGE:  # before the product, so that nothing is waited for, or brought into another layout of registers, behind it
+        b_out = _summand(column, m_column, ends, per_row, outputs, stride_xk, NORM, SHRINK, RESIDUAL, WHOLE)
     for start in range(0, inputs, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         m_k = k < inputs
         b_x = tl.load(p_rows[:, None] + k[None, :] * stride_xk, mask=m_row[:, None] & m_k[None, :], other=0.0)  # [M, K]
         p_w = p_weight + k[:, None] * stride_wk + column[None, :] * stride_wn
-        m_w = m_k[:, None] if WHOLE else m_k[:, None] & m_column[None, :]
-        b_w = tl.load(p_w, mask=m_w, other=0.0)  # [K, N]
+        b_w = tl.load(p_w, mask=_mask(m_k, m_column, WHOLE), other=0.0)  # [K, N]
         if NORM == "first":
             b_x = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
             b_x = tl.where(m_k[None, :], b_x, 0.0)
         b_out = tl.dot(b_x.to(b_w.dtype), b_w, b_out, input_precision=PRECISION)
 
+    if (SHRINK or RESIDUAL) and not LARGE:
+        b_out += _summand(column, m_column, ends, per_row, outputs, stride_xk, NORM, SHRINK, RESIDUAL, WHOLE)
     if NORM == "folded":
         b_mean, b_rstd = _statistics(p_moments, row, m_row, rows, inputs, parts, span, eps)
     if NORM != "none" and block_n == 0:
@@ -148,36 +153,44 @@ def _linear_kernel(
         tl.store(p_rstd + row, b_rstd, mask=m_row)
     MOMENTS: tl.constexpr = p_parts is not None
     per_row = (row, m_row, p_rows, b_mean, b_rstd)
-    if (SHRINK or RESIDUAL) and BLOCK_M * BLOCK_N >= 128 * 128:
-        b_left, b_right = _halves(b_out)
-        b_0, b_1 = _halves(b_left)
-        b_2, b_3 = _halves(b_right)
-        first = block_n * 4
-        part0 = _finish_linear(b_0, first, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS, WHOLE)
-        part1 = _finish_linear(
-            b_1, first + 1, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS, WHOLE
+    pieces = _pieces(b_out, 4 if LARGE else 1)
+    WIDTH: tl.constexpr = pieces[0].shape[1]
+    COUNT: tl.constexpr = BLOCK_N // WIDTH
+    left = outputs - block_n * BLOCK_N
+    b_square = b_mean
+    for piece in tl.static_range(COUNT):
+        part = _finish_linear(
+            pieces[piece], block_n * COUNT + piece, ends, per_row, outputs, NORM, SHRINK, OFFSET, MOMENTS, WHOLE
         )
-        part2 = _finish_linear(
-            b_2, first + 2, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS, WHOLE
-        )
-        part3 = _finish_linear(
-            b_3, first + 3, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS, WHOLE
-        )
-        b_mean, b_square = part0
-        if MOMENTS:
-            QUARTER: tl.constexpr = BLOCK_N // 4
-            left = outputs - block_n * BLOCK_N
-            b_mean, b_square = _merge_next(1, left, QUARTER, b_mean, b_square, part1)
-            b_mean, b_square = _merge_next(2, left, QUARTER, b_mean, b_square, part2)
-            b_mean, b_square = _merge_next(3, left, QUARTER, b_mean, b_square, part3)
-    else:
-        b_mean, b_square = _finish_linear(
-            b_out, block_n, ends, per_row, outputs, stride_xk, NORM, SHRINK, OFFSET, RESIDUAL, MOMENTS, WHOLE
-        )
+        if MOMENTS and piece == 0:
+            b_mean, b_square = part
+        elif MOMENTS:
+            b_mean, b_square = _merge_next(piece, left, WIDTH, b_mean, b_square, part)
     if MOMENTS:
         all_rows = tl.cast(rows, tl.int64)  # an argument that is 1 has no .to: Triton makes it a constant
         tl.store(p_parts + block_n * all_rows + row, b_mean, mask=m_row)
         tl.store(p_parts + (tl.cdiv(outputs, BLOCK_N) + block_n) * all_rows + row, b_square, mask=m_row)
+
+
+@triton.jit
+def _summand(
+    column, m_column, ends, per_row, outputs, stride_xk, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What is added to the product: the (normalised, but for 1/deviation where it is folded) input, the residual."""
+    row, m_row, p_rows, b_mean, b_rstd = per_row
+    _, _, _, p_gamma, p_residual = ends
+    m_out = _mask(m_row, m_column, WHOLE)
+    b_out = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    if SHRINK:
+        b_out = tl.load(p_rows[:, None] + column[None, :] * stride_xk, mask=m_out, other=0.0).to(tl.float32)
+        if NORM == "first":
+            b_out = (b_out - b_mean[:, None]) * b_rstd[:, None]
+        if NORM != "none":
+            b_out *= _load_columns(p_gamma, column, m_column, WHOLE)[None, :]
+    if RESIDUAL:
+        b_out += tl.load(p_residual + row[:, None] * outputs + column[None, :], mask=m_out, other=0.0).to(tl.float32)
+    return b_out
 
 
 @triton.jit
@@ -189,10 +202,27 @@ def _merge_next(piece, left, WIDTH: tl.constexpr, b_mean, b_square, part):
 
 
 @triton.jit
+def _pieces(b, COUNT: tl.constexpr):
+    """A tile's columns in COUNT pieces, from the left. What follows a large product works on a piece at a time, so that only
+    a part of its other operands is in registers."""
+    if COUNT > 1:
+        left, right = _halves(b)
+        pieces = _pieces(left, COUNT // 2) + _pieces(right, COUNT // 2)
+    else:
+        pieces = (b,)
+    return pieces
+
+
+@triton.jit
 def _halves(b):
-    """The left and the right half of a tile's columns. What follows a large product works on a part of the columns at a
-    time, so that only a part of its other operands is in registers."""
+    """The left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _mask(m_row, m_column, WHOLE: tl.constexpr):
+    """Of a tile, whose columns are all there if WHOLE."""
+    return m_row[:, None] if WHOLE else m_row[:, None] & m_column[None, :]
 
 
 @triton.jit
@@ -204,32 +234,21 @@ def _load_columns(p, column, m_column, WHOLE: tl.constexpr):
 
 @triton.jit
 def _finish_linear(
-    b_out, block_n, ends, per_row, outputs, stride_xk, NORM: tl.constexpr, SHRINK: tl.constexpr, OFFSET: tl.constexpr,
-    RESIDUAL: tl.constexpr, MOMENTS: tl.constexpr, WHOLE: tl.constexpr,
+    b_out, block_n, ends, per_row, outputs, NORM: tl.constexpr, SHRINK: tl.constexpr, OFFSET: tl.constexpr,
+    MOMENTS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What follows the product, on block `block_n` of columns; returns, with MOMENTS, those of its columns."""
-    row, m_row, p_rows, b_mean, b_rstd = per_row
-    p_out, p_offset, p_gain, p_gamma, p_residual = ends
+    row, m_row, _, b_mean, b_rstd = per_row
+    p_out, p_offset, p_gain, _, _ = ends
     WIDTH: tl.constexpr = b_out.shape[1]
     left = outputs - block_n * WIDTH  # columns that are there
     column = block_n * WIDTH + tl.arange(0, WIDTH)
     m_column = column < outputs
-    m_out = m_row[:, None] if WHOLE else m_row[:, None] & m_column[None, :]
+    m_out = _mask(m_row, m_column, WHOLE)
     if NORM == "folded":
-        b_out -= b_mean[:, None] * _load_columns(p_gain, column, m_column, WHOLE)[None, :]
-    if SHRINK:
-        b_x = tl.load(p_rows[:, None] + column[None, :] * stride_xk, mask=m_out, other=0.0).to(tl.float32)  # [M, N]
-        if NORM == "first":
-            b_x = (b_x - b_mean[:, None]) * b_rstd[:, None]
-        if NORM != "none":
-            b_x *= _load_columns(p_gamma, column, m_column, WHOLE)[None, :]
-        b_out += b_x
-    if NORM == "folded":
-        b_out *= b_rstd[:, None]
+        b_out = (b_out - b_mean[:, None] * _load_columns(p_gain, column, m_column, WHOLE)[None, :]) * b_rstd[:, None]
     if OFFSET:
         b_out += _load_columns(p_offset, column, m_column, WHOLE)[None, :]
-    if RESIDUAL:
-        b_out += tl.load(p_residual + row[:, None] * outputs + column[None, :], mask=m_out, other=0.0).to(tl.float32)
     if SHRINK:
         b_out = tl.where(b_out <= 0.0, 0.0, b_out)  # keeps NaN, which tl.maximum would swallow
     b_out = b_out.to(p_out.dtype.element_ty)

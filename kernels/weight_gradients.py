@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import shapes, tuning
+from .linear import _mask
 from .runtime import launch, product_precision
 
 
@@ -102,11 +103,6 @@ def _weight_gradient_kernel(
     if p_totals is not None and block_m == 0:
         for third in tl.static_range(0, BLOCK_N // THIRD):
             _sum_totals(p_totals, p_total, split, j + third * THIRD, parts, parts_per_split, outputs)
-
-
-@triton.jit
-def _mask(m_row, m_column, WHOLE: tl.constexpr):
-    return m_row[:, None] if WHOLE else m_row[:, None] & m_column[None, :]
 
 
 @triton.jit
