@@ -158,8 +158,12 @@ class CRATE(nn.Module):
             eps = [norm.eps, last_norm.eps]
             return evaluated_embedding(image, [*weights, self.cls_token, self.pos_embedding], list(self.patch_size), eps)
         x = self.to_patch_embedding(image)
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        return self.dropout(x + self.pos_embedding[:, : x.shape[1]])
+        positions = self.pos_embedding[:, : 1 + x.shape[1]]
+        positions = torch.cat((self.cls_token + positions[:, :1], positions[:, 1:]), dim=1)
+        # The class token's place is kept in the tokens' dtype, under autocast a narrower one than the positions': the wider
+        # tokens are written once.
+        place = x.new_zeros(()).expand(x.shape[0], 1, x.shape[2])
+        return self.dropout(torch.cat((place, x), dim=1) + positions)
 
     def _embeds_at_once(self, image: Tensor) -> bool:
         """Whether `evaluated_embedding` may stand for the modules, on a CPU: GPUs gain nothing from it."""
