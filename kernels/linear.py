@@ -1,5 +1,5 @@
 # A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false
 # Types tell neither how long a shape or a list of tensors is, nor which of them are there.
 # pyright: reportCallIssue=false
 """Matrix products over tokens, with LayerNorm in front and everything elementwise behind, and their gradients.
@@ -287,9 +287,9 @@ def linear(
     return result
 
 
-def unmixed(name: str, x: Tensor, weight: Tensor) -> str:
-    """`name` of a product, or "mixed_product" where the kernel rounds x to the weight's dtype as it loads it."""
-    return name if x.dtype == weight.dtype else "mixed_product"
+def unmixed(name: str, x: Tensor, weight: Tensor, mixed: str = "mixed_product") -> str:
+    """`name` of a product, or `mixed` where the kernel rounds x to the weight's dtype as it loads it."""
+    return name if x.dtype == weight.dtype else mixed
 
 
 def empty_moments(name: str, weight: Tensor, rows: int) -> Tensor:
