@@ -1,7 +1,7 @@
 # A kernel is read by Triton: there a plain value is a constant, its ranges can be looped over, constants decide what is bound.
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # Types tell neither how long a shape or a list of tensors is, nor which of them are there.
-# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
 """Gradients of the matrix products in linear.py to their input.
 
 No full-width row is needed. With g the gradient of a result s, masked where s was rectified to zero, and v, u its gain and
