@@ -63,7 +63,12 @@ DTYPES = {
     "fp16 parameters": (torch.float16, torch.float16, torch.float16),
     "bf16 parameters": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
 }
-SIZES = {"": (16, 208, 256, 64), " odd": (16, 197, 100, 20)}  # batch, tokens, dim, head width
+SIZES = {  # batch, tokens, dim, head width; the last two have tiles of their own (the columns of tuning.TABLE)
+    "": (16, 208, 256, 64),
+    " odd": (16, 197, 100, 20),
+    " wide": (16, 208, 384, 64),
+    " thirds": (16, 208, 576, 48),
+}
 ONES = {
     "fp16": {" one image": (1, 208, 256, 64), " one head": (16, 208, 64, 64)},
     "fp32": {" one image": (1, 208, 256, 64), " one token": (1, 1, 32, 32)},

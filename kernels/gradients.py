@@ -64,6 +64,7 @@ def _data_gradient_kernel(
     PIECES: tl.constexpr,  # column blocks that a head can lie in
     PADDING: tl.constexpr,  # numbers of δ past an image's last token, 0
     WHOLE: tl.constexpr,  # the columns are whole blocks
+    SPAN: tl.constexpr,  # a power of two of which the number of columns is a multiple
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # a power of two, or 3 times one
@@ -78,22 +79,15 @@ def _data_gradient_kernel(
     block_m, block_n = _swizzle(rows, inputs, BLOCK_M, BLOCK_N, GROUP_M)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     THIRD: tl.constexpr = BLOCK_N // 3 if BLOCK_N % 3 == 0 else BLOCK_N
-    THIRDS: tl.constexpr = THIRD < BLOCK_N  # three accumulators, begun with what is added to the product
+    THIRDS: tl.constexpr = THIRD < BLOCK_N  # three accumulators, two begin with what is added: more, and registers spill
     tl.static_assert(not (THIRDS and (RECTIFIED or HEAD_WIDTH > 0)), "a mask and δ are not made in thirds")
+    BYTES: tl.constexpr = p_dx.dtype.element_ty.primitive_bitwidth // 8
     column = block_n * BLOCK_N + tl.arange(0, THIRD)
     m_row = row < rows
     m_column = column < inputs
     m_column1 = column + THIRD < inputs
     m_column2 = column + 2 * THIRD < inputs
     row = row.to(tl.int64)
-    first = (block_m * BLOCK_M).to(tl.int64) * inputs
-    p_dx += first
-    if NORM or HEAD_WIDTH > 0:
-        p_x += first
-    if RESIDUAL:
-        p_residual += first
-    if p_totals is not None:
-        p_totals += block_m.to(tl.int64) * inputs
     ends = (p_dx, p_totals, p_x, p_gamma, p_residual, p_gain, p_offset)
     none = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     b_terms = none[0], none[0], none[0]
@@ -103,13 +97,9 @@ def _data_gradient_kernel(
     if THIRDS:
         if NORM:
             b_terms = _norm_terms(norm, row, m_row, rows, inputs, BLOCK_M)
-        b_dx = _begin(column, m_column, g, ends, row, m_row, b_terms, inputs, NORM, SHRINK, RESIDUAL=RESIDUAL, WHOLE=WHOLE)
-        b_dx1 = _begin(
-            column + THIRD, m_column1, g, ends, row, m_row, b_terms, inputs, NORM, SHRINK, RESIDUAL=RESIDUAL, WHOLE=WHOLE
-        )
-        b_dx2 = _begin(
-            column + 2 * THIRD, m_column2, g, ends, row, m_row, b_terms, inputs, NORM, SHRINK, RESIDUAL=RESIDUAL, WHOLE=WHOLE
-        )
+        first = (block_m * BLOCK_M).to(tl.int64) * inputs
+        b_dx = _begin(column, m_column, first, g, ends, row, m_row, b_terms, inputs, NORM, SHRINK, RESIDUAL, WHOLE)
+        b_dx1 = _begin(column + THIRD, m_column1, first, g, ends, row, m_row, b_terms, inputs, NORM, SHRINK, RESIDUAL, WHOLE)
     for start in range(0, outputs, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         m_k = k < outputs
@@ -124,28 +114,42 @@ def _data_gradient_kernel(
             b_w = tl.load(p_w + 2 * THIRD * stride_wi, mask=_mask(m_k, m_column2, WHOLE), other=0.0)
             b_dx2 = tl.dot(b_g.to(b_w.dtype), b_w, b_dx2, input_precision=PRECISION)
 
+    if THIRDS:  # what follows is computed anew, since nothing has room for it throughout the loop
+        block_m += zero
+        row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_row = row < rows
+        row = row.to(tl.int64)
+    first = (block_m * BLOCK_M).to(tl.int64) * inputs
+    p_dx += first
+    if NORM or HEAD_WIDTH > 0:
+        p_x += first
+    if RESIDUAL:
+        p_residual += first
+    if p_totals is not None:
+        p_totals += block_m.to(tl.int64) * inputs
     b_scale = none[0]
-    if NORM and not THIRDS:
+    if NORM:
         b_terms = _norm_terms(norm, row, m_row, rows, inputs, BLOCK_M)
     if RECTIFIED:
         b_scale = tl.load(p_scale + row, mask=m_row, other=0.0)
-    per_row = (row, m_row, b_terms[0], b_terms[1], b_terms[2], b_scale)
+    ends = (p_dx, p_totals, p_x, p_gamma, p_residual, p_gain, p_offset)
+    per_row = (row, m_row, rows - block_m * BLOCK_M, b_terms[0], b_terms[1], b_terms[2], b_scale)
+    # In parts, so that only a part of what is read is in registers.
+    PARTS: tl.constexpr = 2 * BYTES if NORM and BLOCK_M * BLOCK_N >= 64 * 128 else 1
     if HEAD_WIDTH > 0:
         _finish_attention(b_dx, block_n, ends, per_row, p_parts, sizes, images, HEAD_WIDTH, PIECES, PADDING)
     elif THIRDS:
         before = none
         for third in tl.static_range(3):
             before = _finish(
-                (b_dx, b_dx1, b_dx2)[third], block_n * 3 + third, g, ends, per_row, inputs, zero, before, False, False, False,
-                RECTIFIED=False, WHOLE=WHOLE, PARTS=2,
+                (b_dx, b_dx1, b_dx2)[third], block_n * 3 + third, g, ends, per_row, inputs, zero, before,
+                NORM and third == 2, SHRINK and third == 2, RESIDUAL and third == 2,
+                RECTIFIED=False, WHOLE=WHOLE, SPAN=SPAN, PARTS=BYTES,
             )  # fmt: skip
     else:
-        # In parts, so that only a part of what is read is in registers.
-        BYTES: tl.constexpr = p_dx.dtype.element_ty.primitive_bitwidth // 8
-        PARTS: tl.constexpr = 2 * BYTES if NORM and BLOCK_M * BLOCK_N >= 64 * 128 else 1
         b_sum1, b_sum2 = _finish(
             b_dx, block_n, g, ends, per_row, inputs, zero, none, NORM, SHRINK, RESIDUAL,
-            RECTIFIED=RECTIFIED, WHOLE=WHOLE, PARTS=PARTS,
+            RECTIFIED=RECTIFIED, WHOLE=WHOLE, SPAN=SPAN, PARTS=PARTS,
         )  # fmt: skip
     if RECTIFIED:
         all_rows = tl.cast(rows, tl.int64)  # an argument that is 1 has no .to: Triton makes it a constant
@@ -166,8 +170,8 @@ def _norm_terms(norm, row, m_row, rows, inputs, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _begin(
-    column, m_column, g, ends, row, m_row, b_terms, inputs, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
-    WHOLE: tl.constexpr,
+    column, m_column, first, g, ends, row, m_row, b_terms, inputs, NORM: tl.constexpr, SHRINK: tl.constexpr,
+    RESIDUAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What is added to the product: read before it, so that nothing waits for it afterwards."""
     p_g, stride_gm, stride_gk = g
@@ -175,6 +179,7 @@ def _begin(
     b_mean, b_c1, b_c2 = b_terms
     m_dx = _mask(m_row, m_column, WHOLE)
     p_tile = (tl.arange(0, row.shape[0]) * inputs)[:, None] + column[None, :]  # from the tile's first row: 32 bits
+    p_tile = first + p_tile
     b_dx = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     if SHRINK:
         p_block = p_g + row[:, None] * stride_gm + column[None, :] * stride_gk
@@ -192,7 +197,7 @@ def _begin(
 @triton.jit
 def _finish(
     b_dx, block_n, g, ends, per_row, inputs, zero, before, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
-    RECTIFIED: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr,
+    RECTIFIED: tl.constexpr, WHOLE: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What follows the product, on block `block_n` of columns, in PARTS one after the other; returns, if RECTIFIED, the row
     sums of what was stored.
@@ -204,21 +209,25 @@ def _finish(
         b_left, b_right = _halves(b_dx)
         left = _finish(
             b_left, block_n * 2, g, ends, per_row, inputs, zero, before, NORM, SHRINK, RESIDUAL,
-            RECTIFIED=RECTIFIED, WHOLE=WHOLE, PARTS=PARTS // 2,
+            RECTIFIED=RECTIFIED, WHOLE=WHOLE, SPAN=SPAN, PARTS=PARTS // 2,
         )  # fmt: skip
         right = _finish(
             b_right, block_n * 2 + 1, g, ends, per_row, inputs, zero, left, NORM, SHRINK, RESIDUAL,
-            RECTIFIED=RECTIFIED, WHOLE=WHOLE, PARTS=PARTS // 2,
+            RECTIFIED=RECTIFIED, WHOLE=WHOLE, SPAN=SPAN, PARTS=PARTS // 2,
         )  # fmt: skip
         return left[0] + right[0], left[1] + right[1]
     p_g, stride_gm, stride_gk = g
     p_dx, p_totals, p_x, p_gamma, p_residual, p_gain, p_offset = ends
-    row, m_row, b_mean, b_c1, b_c2, b_scale = per_row
+    row, m_row, height, b_mean, b_c1, b_c2, b_scale = per_row
     BLOCK_M: tl.constexpr = b_dx.shape[0]
     BLOCK_N: tl.constexpr = b_dx.shape[1]
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_column = column < inputs
-    m_dx = m_row[:, None] if WHOLE else m_row[:, None] & m_column[None, :]
+    if BLOCK_N <= SPAN and not WHOLE:  # all of these columns are there, or none
+        there = tl.where(block_n * BLOCK_N < inputs, height, 0)
+        m_dx = (tl.arange(0, BLOCK_M) < there)[:, None]
+    else:
+        m_dx = _mask(m_row, m_column, WHOLE)
     b_0 = tl.multiple_of((before[0] + before[1]).to(tl.int32, bitcast=True) & zero, 16)
     p_tile = (tl.arange(0, BLOCK_M) * inputs + b_0)[:, None] + column[None, :]  # from the tile's first row: 32 bits
     if SHRINK:
@@ -256,7 +265,7 @@ def _finish_attention(
     """Stores block `block_n` of columns of the gradient of the attention's result o, and δ of what was stored."""
     rows, inputs, _ = sizes
     p_do, _, p_o, _, _, _, _ = ends
-    row, m_row, _, _, _, _ = per_row
+    row, m_row, _, _, _, _, _ = per_row
     column = block_n * b_do.shape[1] + tl.arange(0, b_do.shape[1])
     m_do = m_row[:, None] & (column < inputs)[None, :]
     p_tile = tl.arange(0, b_do.shape[0])[:, None] * inputs + column[None, :]  # from the tile's first row: 32 bits
@@ -365,7 +374,8 @@ def norm_data_gradient(
     g is 1/deviation of x's rows times the gradient, masked where the result was rectified, and `sums` (2, parts, rows) are
     parts of its c₁ and c₂. Where x itself is the result of an ISTA step, `rectified`, dx is made the same way for that step.
     """
-    name, rows = "project_gradient" if gamma is None else "ista_gradient", len(x)
+    name = "project_gradient" if gamma is None else unmixed("ista_gradient", g, folded.matrix, "mixed_ista_gradient")
+    rows = len(x)
     gradient = Gradient(
         torch.empty_like(x),
         sums.new_empty(1, row_blocks(folded.matrix, rows, name), x.shape[1]),
@@ -406,6 +416,7 @@ def _launch_data_gradient(
         rectified or (None, None, None), parts, (rows, inputs, outputs), images, 0, NORM=sums is not None, SHRINK=shrink,
         RESIDUAL=residual is not None, RECTIFIED=rectified is not None, HEAD_WIDTH=head_width,
         PIECES=parts.shape[1] if head_width else 1, PADDING=parts.shape[3] - images[0] if head_width else 0,
-        WHOLE=inputs % config.block_n == 0, PRECISION=product_precision(weight.dtype), GROUP_M=GROUP,
+        WHOLE=inputs % config.block_n == 0, SPAN=min(inputs & -inputs, config.block_n),
+        PRECISION=product_precision(weight.dtype), GROUP_M=GROUP,
         **shapes.constants(config),
     )  # fmt: skip

@@ -287,9 +287,9 @@ def linear(
     return result
 
 
-def unmixed(name: str, x: Tensor, weight: Tensor) -> str:
-    """`name` of a product, or "mixed_product" where the kernel rounds x to the weight's dtype as it loads it."""
-    return name if x.dtype == weight.dtype else "mixed_product"
+def unmixed(name: str, x: Tensor, weight: Tensor, mixed: str = "mixed_product") -> str:
+    """`name` of a product, or `mixed` where the kernel rounds x to the weight's dtype as it loads it."""
+    return name if x.dtype == weight.dtype else mixed
 
 
 def empty_moments(name: str, weight: Tensor, rows: int) -> Tensor:

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import DTYPES
+from conftest import DTYPES, HALVES
 
 from crate_fast import CRATE, reference
 from crate_fast.commands import tune
@@ -42,11 +42,12 @@ def results(layers, x: torch.Tensor, cotangent: torch.Tensor) -> list[torch.Tens
 
 
 @cache
-def pair(device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
+def pair(device: torch.device, dtype: torch.dtype, dim: int) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Our layers, and the published ones in float64."""
     torch.manual_seed(0)
-    layers = CRATE(**SIZES, backend="triton", stream=str(dtype).removeprefix("torch.")).transformer.to(device)
-    published = reference.CRATE(**SIZES).transformer.to(device).double()
+    sizes = SIZES | {"dim": dim}
+    layers = CRATE(**sizes, backend="triton", stream=str(dtype).removeprefix("torch.")).transformer.to(device)
+    published = reference.CRATE(**sizes).transformer.to(device).double()
     published.load_state_dict(layers.state_dict())
     return layers, published
 
@@ -55,16 +56,27 @@ def pair(device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, tor
 @pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize(("device", "dtype"), DTYPES, indirect=["device"])
 def test_every_shape_gives_right_values(device, dtype, index):
-    layers, published = pair(device, dtype)
-    generator = torch.Generator().manual_seed(1)
-    x, cotangent = (torch.randn(1, 70, 144, generator=generator, device="cpu").to(device) for _ in range(2))
     with ExitStack() as stack:
         for kernel in KERNELS:
             configs = shapes(kernel, dtype)
             stack.enter_context(tuning.forced(kernel, configs[index % len(configs)]))
-        stack.enter_context(torch.autocast(device.type, dtype=dtype, enabled=dtype.itemsize == 2))
-        with recorded() as sides:
-            values = results(layers, x, cotangent)
+        check(device, dtype, SIZES["dim"])
+
+
+@pytest.mark.parametrize("dim", [160, 192])
+@pytest.mark.parametrize(("device", "dtype"), HALVES, indirect=["device"])
+def test_widths_with_shapes_or_masks_of_their_own_give_right_values(device, dtype, dim):
+    """Blocks of which some quarters are there and others not; three accumulators without a mask."""
+    check(device, dtype, dim)
+
+
+def check(device: torch.device, dtype: torch.dtype, dim: int) -> None:
+    """Results and gradients of layers on tokens of a dtype, against float64."""
+    layers, published = pair(device, dtype, dim)
+    generator = torch.Generator().manual_seed(1)
+    x, cotangent = (torch.randn(1, 70, dim, generator=generator, device="cpu").to(device) for _ in range(2))
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype.itemsize == 2), recorded() as sides:
+        values = results(layers, x, cotangent)
     with resolved(sides, dtype):
         right = results(published, x.double(), cotangent.double())
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]

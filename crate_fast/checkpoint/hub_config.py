@@ -42,15 +42,15 @@ def settled(weights: Path, arguments: dict | None) -> tuple[dict | None, dict | 
     content = read_beside(weights)
     if content is None:
         return arguments, None
-    told = {name: content[name] for name in ARGUMENTS if name in content}
+    stated = {name: content[name] for name in ARGUMENTS if name in content}
     own = arguments if isinstance(arguments, dict) else {}
-    for name, value in told.items():
+    for name, value in stated.items():
         if name in own and _plain(name, own[name]) != _plain(name, value):
             raise CheckpointError(
                 f"{weights}: {name} is {shown(own[name])} by its metadata and {shown(value)} by {CONFIG_NAME} beside it; "
                 "remove the one that is wrong"
             )
-    return told if arguments is None else arguments, content
+    return stated if arguments is None else arguments, content
 
 
 def _plain(name: str, value: object) -> object:

@@ -1,4 +1,4 @@
-"""Where a checkpoint has its weights: on which shelf, under which prefix, and which of several there are."""
+"""Where a checkpoint has its weights: under which key and prefix, and which of several there are."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def joined(*notes: str | None) -> str | None:
 def _own(content: dict) -> dict[str, Found]:
     found = {}
     for kind, names in (("last", MODEL_KEYS), ("mean", MEANS)):
-        shelf = next((name for name in names if isinstance(content.get(name), dict)), None)
-        if shelf is not None or kind == "last":
-            weights = content if shelf is None else content[shelf]
+        mapping = next((name for name in names if isinstance(content.get(name), dict)), None)
+        if mapping is not None or kind == "last":
+            weights = content if mapping is None else content[mapping]
             inner = next((weights[name] for name in INNER if isinstance(weights.get(name), dict)), weights)
-            found[kind] = Found(unwrapped(inner), shelf)
+            found[kind] = Found(unwrapped(inner), mapping)
     return found
 
 
@@ -113,26 +113,26 @@ def _models(content: dict) -> Iterator[tuple[str, Found]]:
     left: list[tuple[tuple[str, ...], dict]] = [((), content)]
     seen: set[int] = set()
     while left:
-        path, shelf = left.pop(0)
-        if id(shelf) in seen:
+        path, mapping = left.pop(0)
+        if id(mapping) in seen:
             continue
-        seen.add(id(shelf))
-        for prefix, weights, others in _by_prefix(shelf):
+        seen.add(id(mapping))
+        for prefix, weights, others in _by_prefix(mapping):
             words = (*path, *prefix.split(".")[:-1])
-            mean = COUNTER in shelf or any(word in MEANS or MEANT.search(word) for word in words)
+            mean = COUNTER in mapping or any(word in MEANS or MEANT.search(word) for word in words)
             note = f"left out, not of the model: {len(others)} entries, {others[0][:200]!r} first" if others else None
             yield "mean" if mean else "last", Found(weights, ".".join(words) or None, note)
         if len(path) < DEEPEST:
-            inner = [((*path, name), value) for name, value in shelf.items() if isinstance(name, str)]
+            inner = [((*path, name), value) for name, value in mapping.items() if isinstance(name, str)]
             left += sorted((one for one in inner if isinstance(one[1], dict)), key=lambda one: _rank(one[0][-1]))
 
 
-def _by_prefix(shelf: dict) -> Iterator[tuple[str, dict[str, Tensor], list[str]]]:
+def _by_prefix(mapping: dict) -> Iterator[tuple[str, dict[str, Tensor], list[str]]]:
     """(prefix, weights, what else is there) of each model in a state dict; nothing that is not all tensors is a model."""
     ends = (f".{FIRST}", FIRST)
-    if not any(isinstance(key, str) and key.endswith(ends) for key in shelf):
+    if not any(isinstance(key, str) and key.endswith(ends) for key in mapping):
         return
-    bare = unwrapped(shelf)
+    bare = unwrapped(mapping)
     prefixes = [key[: -len(FIRST)] for key in bare if key == FIRST or key.endswith(ends[0])]
     if len(prefixes) > MOST:
         raise ValueError(f"it has {len(prefixes)} models, and nothing tells which is meant")
@@ -152,7 +152,7 @@ def _rank(name: str) -> int:
 
 
 def _likeliest(found: list[Found]) -> Found:
-    """Of several models the one that lies on a known shelf; raises ValueError where that does not tell."""
+    """Of several models the one that lies under a known key; raises ValueError where that does not tell."""
     ranks = [sum(map(_rank, (one.key or "").split("."))) if one.key else -1 for one in found]
     best = min(ranks)
     if ranks.count(best) > 1 or (len(found) > 1 and best >= _rank("")):

@@ -26,9 +26,9 @@ def without_unused(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict,
     left = {name: value for name, value in weights.items() if name not in beside}
     width = weights[FIRST].shape[-1] if weights[FIRST].dim() else 0
     is_demo = width == DEMO["dim"] and _depth(weights) == DEMO["depth"]
-    told = {"heads": DEMO["heads"]} if is_demo else {}
+    inferred = {"heads": DEMO["heads"]} if is_demo else {}
     note = "left out: the 'head' beside 'mlp_head', which the segmentation demo's forward does not use"
-    return left, told, note + (f"; as in the demo: heads={DEMO['heads']}" if is_demo else "")
+    return left, inferred, note + (f"; as in the demo: heads={DEMO['heads']}" if is_demo else "")
 
 
 def infer_arguments(weights: dict[str, Tensor], known: dict, image_size=None) -> tuple[dict, dict]:

@@ -78,14 +78,14 @@ class Model(NamedTuple):
     weights: on the CPU, by the names of `CRATE`.
     transform: how its images are evaluated, where the file, or its kind, says it.
     note: a line on what else is in the file, if anything.
-    told: of the constructor's arguments, where the file has none, those that names in it tell and shapes do not.
+    inferred: of the constructor's arguments, where the file has none, those that names in it tell and shapes do not.
     """
 
     arguments: dict | None
     weights: dict[str, Tensor]
     transform: Transform | None
     note: str | None = None
-    told: Mapping[str, Any] = MappingProxyType({})
+    inferred: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_model(path: Path, wanted: str | None = None) -> Model:
@@ -119,8 +119,8 @@ def _read_file(path: Path, wanted: str | None) -> Model:
 
 def _foreign(found: Found, transform: Transform | None = None) -> Model:
     """The model of weights beside which no arguments stand."""
-    weights, told, note = without_unused(found.weights)
-    return Model(None, weights, None if note else transform, joined(found.note, note), told)
+    weights, inferred, note = without_unused(found.weights)
+    return Model(None, weights, None if note else transform, joined(found.note, note), inferred)
 
 
 def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -191,11 +191,11 @@ def load_file(
         raise TypeError(f"{kind.__name__} takes no {', '.join(unknown)}")
     if wanted not in (None, *WORDS):
         raise ValueError(f"weights is {wanted!r}; allowed are {' and '.join(map(repr, WORDS))}")
-    arguments, weights, transform, note, told = read_model(path, wanted)
+    arguments, weights, transform, note, inferred = read_model(path, wanted)
     if note is not None:
         _tell(f"{path}: {note}")
     if arguments is None:
-        arguments = _settle(path, weights, told, overrides)
+        arguments = _settle(path, weights, inferred, overrides)
         model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(ARGUMENTS)}, kind)
     else:
         rest = {name: value for name, value in overrides.items() if name not in RESIZED}
@@ -215,9 +215,9 @@ def _head_width(arguments: object, overrides: dict) -> dict:
     return {"dim_head": numbers[1] * numbers[2] // numbers[0]}
 
 
-def _settle(path: Path, weights: dict[str, Tensor], told: Mapping, overrides: dict) -> dict:
+def _settle(path: Path, weights: dict[str, Tensor], inferred: Mapping, overrides: dict) -> dict:
     """The arguments that fit weights which come without; says those that neither they nor `overrides` tell."""
-    known = {**told, **{name: value for name, value in overrides.items() if name in ARGUMENTS and name not in RESIZED}}
+    known = {**inferred, **{name: value for name, value in overrides.items() if name in ARGUMENTS and name not in RESIZED}}
     try:
         arguments, assumed = infer_arguments(weights, known, overrides.get("image_size"))
     except (ValueError, TypeError) as error:

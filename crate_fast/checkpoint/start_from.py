@@ -44,7 +44,7 @@ def start_from(model: CRATE, source: Model, path: str | Path) -> str:
             something else with them.
     """
     weights, own, stated = dict(source.weights), model.state_dict(), source.arguments or {}
-    _check_same(constructor_arguments(model), stated or source.told, path)
+    _check_same(constructor_arguments(model), stated or source.inferred, path)
     head = [key for key in own if key.startswith(HEAD)]
     wanted = [key for key in own if not key.startswith(HEAD)]
     missing = [key for key in wanted if key not in weights]

@@ -137,6 +137,11 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
         Workload(
             "mixed_product", (dim, dim), lambda: gradients.data_gradient(x.float(), step.matrix, torch.float32, shrink=True)
         ),
+        Workload(
+            "mixed_ista_gradient",
+            (dim, dim),
+            lambda: gradients.norm_data_gradient(x.float(), sums, x.float(), step, gamma, statistics),
+        ),
         weight_gradient((dim, dim), x, x, mean=statistics.mean),
         Workload("out_gradient", (inner, dim), lambda: gradients.attention_gradient(x, out, o, heads, scale)),
         weight_gradient((inner, dim), o.view(-1, inner), x),

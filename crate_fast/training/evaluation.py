@@ -133,9 +133,9 @@ def _normalised_for(
         yield images * factor + addend, labels
 
 
-def _load(file: Path, settings: MachineSettings, arch: str | None, told: dict[str, Any]) -> CRATE:
+def _load(file: Path, settings: MachineSettings, arch: str | None, keywords: dict[str, Any]) -> CRATE:
     """The model in float32, to which `precision` refers, whatever its file has."""
-    model = load_checkpoint(file, backend=settings.backend, **told).float()
+    model = load_checkpoint(file, backend=settings.backend, **keywords).float()
     if arch is not None and any(getattr(model.transformer, name) != SIZES[arch.removeprefix("CRATE_")][name] for name in SAID):
         size = ", ".join(f"{name} {getattr(model.transformer, name)}" for name in SAID)
         raise ConfigError(f"--arch is {arch}; {file} holds a model of {size}")

@@ -213,8 +213,8 @@ class Trainer:
         self.score, self.best = score, max(self.best, score.top1)
         if self.evaluated % self.config.checkpoint_every == 0 or self.evaluated == self.config.epochs or best:
             self._save(best)
-        told = self.evaluated % self.config.checkpoint_every == 0 or self.evaluated == self.config.epochs
-        self.progress.tested(score, f"epoch {self.evaluated} of {self.config.epochs}: test {score}" if told else None)
+        reported = self.evaluated % self.config.checkpoint_every == 0 or self.evaluated == self.config.epochs
+        self.progress.tested(score, f"epoch {self.evaluated} of {self.config.epochs}: test {score}" if reported else None)
 
     def _log(self, split: str, score: Score, **more) -> None:
         if self.ranks.first:
