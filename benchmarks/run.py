@@ -33,7 +33,8 @@ from crate_fast.files import write_atomically
 from crate_fast.model import SIZES
 from judge import Judge, make_ready
 from peers import MODES, Peer, Unavailable, all_peers, load_published
-from report import SCHEMA, compare, plot, print_rows, update_readme
+from pictures import plot
+from report import SCHEMA, compare, print_rows, update_readme
 from timing import Timing, ceilings, conditions, current, interleave, machine, steady_allocator
 from workloads import DTYPES, Workload, largest_batch, optimizer_name
 

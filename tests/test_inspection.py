@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_module
+from scipy.ndimage import binary_fill_holes
 from sklearn.decomposition import PCA
 
 from crate_fast import CRATE, CRATE_small, inspection, reference
@@ -320,6 +321,20 @@ def test_principal_components_are_those_of_the_published_views(masked):
     for wrong in ({"count": 0}, {"masks": [torch.zeros(5, 8).bool(), torch.zeros(4, 5).bool()]}, {"masks": [images[0] > 0]}):
         with pytest.raises(InspectionError):
             inspection.principal_components(images, **wrong)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_the_foreground_is_that_of_the_published_views(below):
+    """Of plot_pca_mask: a side of the middle of the first component, each image's own, its holes filled."""
+    torch.manual_seed(0)
+    images = [torch.randn(40, 30, 6) * torch.tensor([9.0, 1, 1, 1, 1, 1]), torch.randn(30, 20, 6)]
+    masks, holes = inspection.foreground_masks(images, below=below), 0
+    for component, mask in zip(inspection.principal_components(images, 1), masks, strict=True):
+        share = (component[..., 0] - component.min()) / (component.max() - component.min())
+        side = share < 0.5 if below else share > 0.5
+        assert np.array_equal(mask.numpy(), binary_fill_holes(side.numpy()))
+        holes += int(mask.sum() - side.sum())
+    assert holes > 0
 
 
 @pytest.mark.slow

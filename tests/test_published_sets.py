@@ -14,7 +14,9 @@ import torch
 from conftest import call
 from helpers.pictures import make_archives, make_cifar10, make_flowers, make_pets, trust
 from helpers.serving import served
+from torchvision.datasets import Flowers102
 
+from crate_fast import load
 from crate_fast.data import download
 from crate_fast.data.open import open_data
 from crate_fast.data.published_sets import SETS, open_published
@@ -77,7 +79,7 @@ def refusal(name: str, directory: Path) -> str:
 
 
 def test_cifar_is_read_as_published(copy, recwarn):
-    train_images, test, classes = open_published("cifar10", copy)
+    train_images, test, classes, _ = open_published("cifar10", copy)
     assert (len(train_images), len(test), classes) == COUNTS["cifar10"]
     assert not [warning for warning in recwarn if warning.category is not DeprecationWarning]
     with open(copy / BATCHES_FOLDER / "data_batch_2", "rb") as file:
@@ -89,12 +91,12 @@ def test_cifar_is_read_as_published(copy, recwarn):
 
 
 def test_flowers_and_pets_are_split_and_labelled_as_published(copy):
-    train, test, classes = open_published("flowers102", copy)
+    train, test, classes, _ = open_published("flowers102", copy)
     assert classes == 102
     assert [train.label(i) for i in range(4)] == [0, 101, 100, 76]
     numbers = [int(re.search(r"image_(\d+)", test.place(index))[1]) for index in range(6)]
     assert numbers == [5, 6, 11, 8, 10, 9]
-    train, test, classes = open_published("pets", copy)
+    train, test, classes, _ = open_published("pets", copy)
     assert (classes, len(train), len(test)) == (37, 5, 4)
     assert [train.label(i) for i in range(5)] == [0, 4, 6, 25, 7]
     assert train.read(1).mode == "RGB"  # a PNG by the name of a JPEG
@@ -107,6 +109,24 @@ def test_the_published_finetuning_of_flowers_and_pets(tmp_path, copy, capsys, na
     status, out, err = call(capsys, *words, tmp_path / "run", "--image-size", "32", "--device", "cpu")
     assert status == 0, err
     assert f"of {count})" in out
+    named = name == "flower" and hasattr(Flowers102, "classes")
+    assert load(tmp_path / "run").names[0] == ("pink primrose" if named else "class 0")  # four breeds are not 37
+
+
+def test_classes_have_the_names_that_torchvision_has_for_them(tmp_path, monkeypatch):
+    make_pets(make_flowers(make_cifar10(tmp_path, train=5, test=1)))
+    kinds = [f"kind {number}" for number in range(10)]
+    (tmp_path / BATCHES_FOLDER / "batches.meta").write_bytes(pickle.dumps({"label_names": kinds}))
+    trust(monkeypatch, tmp_path)
+    assert open_published("cifar10", tmp_path).names == kinds
+    assert open_published("flowers102", tmp_path).names == getattr(Flowers102, "classes", None)
+    assert open_published("pets", tmp_path).names is None  # not all have images here
+    pets = tmp_path / "oxford-iiit-pet"
+    for number in range(1, 38):
+        os.link(pets / "images" / "pug_9.jpg", pets / "images" / f"small_dog-{number}_1.jpg")
+    lines = [f"small_dog-{number}_1 {number} 2 1\n" for number in range(37, 0, -1)]
+    (pets / "annotations" / "trainval.txt").write_text("".join(lines))
+    assert open_published("pets", tmp_path).names == [f"Small Dog-{number}" for number in range(1, 38)]
 
 
 class Calls:

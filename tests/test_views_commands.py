@@ -86,15 +86,16 @@ def test_inspect_takes_the_batch_that_the_published_hook_takes(place, tmp_path, 
 
 def test_components_are_drawn_of_the_layer_facet_and_foreground_asked_for(place, tmp_path, capsys):
     common = ["segment", place / "photos" / "china.JPG", "--checkpoint", place / "colour.safetensors"]
-    pictures = set()
-    for number, flags in enumerate(([], ["--pca-layer", 1], ["--facet", "tokens"], ["--foreground"])):
+    pictures, one = set(), ["--heads", 1]
+    foreground = [["--foreground", "attention"], [*one, "--foreground", "above"]]
+    for number, flags in enumerate((one, [*one, "--pca-layer", 1, "--facet", "tokens"], *foreground)):
         out = tmp_path / str(number)
-        assert call(capsys, *common, "--components", 4, *flags, "--out", out)[0] == 0
+        assert call(capsys, *common, "--components", 4, *flags, "--enlarge", 1, "--out", out)[0] == 0
         assert {f"component-{n}.png" for n in (1, 2, 3, 4)} <= {path.name for path in (out / "china").iterdir()}
         pictures.add((out / "pca-china.png").read_bytes())
     assert len(pictures) == 4
-    black = (np.asarray(Image.open(tmp_path / "3" / "pca-china.png")) == 0).all(-1)
-    assert np.array_equal(black, np.asarray(Image.open(tmp_path / "3" / "china" / "mean-mask.png")) == 0)
+    black = (np.asarray(Image.open(tmp_path / "2" / "pca-china.png")) == 0).all(-1)
+    assert np.array_equal(black, np.asarray(Image.open(tmp_path / "2" / "china" / "mean-mask.png")) == 0)
     assert "--pca-layer is 9" in call(capsys, *common, "--pca-layer", 9, "--out", tmp_path / "x")[2]
 
 
@@ -174,7 +175,9 @@ def test_measures_of_the_digits_model(run):
 def test_segment_on_photographs(place, run, capsys):
     out = place / "segmented"
     images = [place / "photos" / "china.JPG", place / "photos" / "in" / "flower.png", place / "photos" / "china.JPG"]
-    status, printed, err = call(capsys, "segment", *images, "--checkpoint", place / "colour.safetensors", "--out", out)
+    status, printed, err = call(
+        capsys, "segment", *images, "--checkpoint", place / "colour.safetensors", "--enlarge", 1, "--out", out
+    )
     assert (status, err) == (0, "")
     assert f"{images[0]}: 60×90; 56×88 of it seen, in patches of 8×8\n" in printed
     assert f"{images[1]}: 48×64; 48×64 of it seen" in printed
@@ -212,7 +215,7 @@ def test_segment_flags(place, run, capsys):
     names = {path.name for path in (place / "few" / "china").iterdir()}
     assert {name.partition("-m")[0] for name in names if name.endswith("-mask.png")} == {"head-01", "head-02", "mean"}
     with Image.open(place / "few" / "china" / "mean-mask.png") as mask:
-        assert mask.size == (28, 20) and 0 < np.asarray(mask).mean() / 255 <= 0.3 + 1 / 35
+        assert mask.size == (23 * 28, 23 * 20) and 0 < np.asarray(mask).mean() / 255 <= 0.3 + 1 / 35
 
 
 def test_segment_writes_in_its_folder_alone_whatever_photographs_are_called(place, run, tmp_path):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from ..model.crate import CRATE
 
+FOREGROUNDS = ("attention", "above", "below")
+
 
 def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     """Gives the subcommand's parser its flags."""
@@ -50,11 +52,18 @@ def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
     )
     parser.add_argument(
         "--foreground",
-        action="store_true",
-        help="components of the patches alone that hold --mass of the heads' mean attention",
+        choices=FOREGROUNDS,
+        help="components of some patches alone: those that hold --mass of the heads' mean attention, or are above or below "
+        "the middle of the first component's range (default: of all)",
     )
     parser.add_argument(
         "--size", type=positive, metavar="N", help="scale the shorter side to N pixels first (default: as it is)"
+    )
+    parser.add_argument(
+        "--enlarge",
+        type=positive,
+        metavar="N",
+        help="draw each pixel N wide and high (default: as often as gives small pictures 448 pixels on the shorter side)",
     )
     add_device(parser)
     add_weights(parser, prefix="model-")  # --heads says which are drawn
@@ -103,51 +112,54 @@ def _segment(arguments: argparse.Namespace) -> None:
         masks.append(keep_mass(one.maps.mean(0), arguments.mass))
         folder = _make(out / name)
         pixels = to_array(image)
-        save_picture(pixels, folder / "image.png")
+        save_picture(pixels, folder / "image.png", arguments.enlarge)
         title = f"{path.name}: attention of the class token in layer {layer + 1} of {model.transformer.depth}"
         numbers = [head + 1 for head in heads]
         plot_heads(pixels, one.maps[heads], numbers, title, folder / "heads.png")
-        _draw(
-            pixels, {f"head-{number:02}": one.maps[number - 1] for number in numbers}, arguments.mass, model.patch_size, folder
-        )
-        _draw(pixels, {"mean": one.maps[heads].mean(0)}, arguments.mass, model.patch_size, folder)
-    _draw_components(names, features, masks if arguments.foreground else None, arguments.components, model.patch_size, out)
+        named = {f"head-{number:02}": one.maps[number - 1] for number in numbers} | {"mean": one.maps[heads].mean(0)}
+        _draw(pixels, named, model.patch_size, folder, arguments)
+    _draw_components(names, features, masks, model.patch_size, arguments)
     print(f"written to {out}: {', '.join(f'{name}/, pca-{name}.png' for name in names)}")
 
 
-def _draw(pixels: Tensor, maps: dict[str, Tensor], mass: float, patch_size: tuple[int, int], folder: Path) -> None:
-    """Each map in colours, over the image, and as the mask of its heaviest patches, at the image's size."""
+def _draw(
+    pixels: Tensor, maps: dict[str, Tensor], patch_size: tuple[int, int], folder: Path, arguments: argparse.Namespace
+) -> None:
+    """Each map in colours, over the image, and as the mask of its heaviest patches, at the image's size, or enlarged."""
     from ..inspection.figures import blend, coloured, enlarged, save_picture
     from ..inspection.maps import keep_mass
 
     for name, one in maps.items():
         picture = enlarged(coloured(one), patch_size)
-        save_picture(picture, folder / f"{name}-map.png")
-        save_picture(blend(pixels, picture), folder / f"{name}-overlay.png")
-        mask = keep_mass(one, mass).byte().mul(255).unsqueeze(-1)
-        save_picture(enlarged(mask, patch_size), folder / f"{name}-mask.png")
+        mask = enlarged(keep_mass(one, arguments.mass).byte().mul(255).unsqueeze(-1), patch_size)
+        for kind, drawn in (("map", picture), ("overlay", blend(pixels, picture)), ("mask", mask)):
+            save_picture(drawn, folder / f"{name}-{kind}.png", arguments.enlarge)
 
 
 def _draw_components(
     names: list[str],
     features: list[Tensor],
-    masks: list[Tensor] | None,
-    count: int | None,
+    masks: list[Tensor],
     patch_size: tuple[int, int],
-    out: Path,
+    arguments: argparse.Namespace,
 ) -> None:
-    """pca-NAME.png, the first three as colours, and NAME/component-1.png and so on, `count` of them each by itself."""
+    """pca-NAME.png, the first three as colours, and NAME/component-1.png and so on, each by itself.
+
+    masks: of each photograph, the patches that hold the attention.
+    """
     import torch
 
-    from ..inspection.components import principal_colours, principal_components
+    from ..inspection.components import foreground_masks, principal_colours, principal_components
     from ..inspection.figures import coloured, enlarged, save_picture
 
-    for name, colours in zip(names, principal_colours(features, masks), strict=True):
-        save_picture(enlarged((colours * 255).round().byte(), patch_size), out / f"pca-{name}.png")
-    for name, components in zip(names, principal_components(features, count, masks) if count else (), strict=False):
+    kind, count, out = arguments.foreground, arguments.components, arguments.out
+    kept = masks if kind == "attention" else foreground_masks(features, below=kind == "below") if kind else None
+    for name, colours in zip(names, principal_colours(features, kept), strict=True):
+        save_picture(enlarged((colours * 255).round().byte(), patch_size), out / f"pca-{name}.png", arguments.enlarge)
+    for name, components in zip(names, principal_components(features, count, kept) if count else (), strict=False):
         least = components.nan_to_num(float("inf")).amin(dim=(0, 1))
         for nth, one in enumerate(torch.where(components.isnan(), least, components).unbind(-1), start=1):
-            save_picture(enlarged(coloured(one), patch_size), out / name / f"component-{nth}.png")
+            save_picture(enlarged(coloured(one), patch_size), out / name / f"component-{nth}.png", arguments.enlarge)
 
 
 def _cut(path: Path, model: CRATE, short_side: int | None):

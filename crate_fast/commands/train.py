@@ -14,7 +14,7 @@ from ..optimizers import OPTIMIZERS
 from ..settings import SETTINGS, ConfigError, Setting, TrainConfig, flag, listed
 from ..training import resolve
 from ..training.resolve import NAMES, choose_recipe, default_recipe, read_recipe
-from .arguments import number, switch, whole
+from .arguments import OF_MODEL, number, switch, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 
 EVALUATED = ("backend", "precision", "device", "batch_size", "data", "data_dir", "workers", "arch", "eval_crop")
@@ -197,7 +197,7 @@ def _evaluate(arguments: argparse.Namespace, given: dict) -> None:
         raise ConfigError("--evaluate needs --resume PATH or --init PATH, the weights to evaluate")
     from ..training.evaluation import evaluate_run, is_first
 
-    asked: dict[str, Any] = {name: given[name] for name in EVALUATED if name in given}
+    asked: dict[str, Any] = {name: given[name] for name in (*EVALUATED, *OF_MODEL) if name in given}
     asked.setdefault("precision", "float32")
     score = evaluate_run(path, **asked)
     if is_first():

@@ -41,7 +41,7 @@ class Resident:
     `size`, (height, width), is that of test images; None: that of training images.
     """
 
-    channels, advice, class_names = 3, None, None  # the data set has its names
+    channels, advice = 3, None
 
     def __init__(
         self,
@@ -52,7 +52,9 @@ class Resident:
         settings: DataSettings,
         device: torch.device,
         size: tuple[int, int] | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
+        self.class_names = class_names
         self._size = size or (settings.image_size, settings.image_size)
         self.name, self.classes, self._settings, self._device = name, classes, settings, device
         self._train, self._test = ((_to(part.pixels, device), _to(part.labels, device)) for part in (train, test))

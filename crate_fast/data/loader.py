@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..data_sets import DATA_SETS
 from ..errors import UnreadableError
 from ..files import PAUSES, as_bytes, is_of_system
 from ..locks import unlock
@@ -299,7 +300,8 @@ def ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Ite
 def describe(data) -> dict:
     """Name, classes, counts of images and how they are normalised, of data normalised by `Normalise`."""
     counts = {"train_images": data.train_count, "test_images": data.test_count}
-    names = {} if data.class_names is None else {"class_names": digest(data.class_names)}
+    known = data.class_names is None or data.name in DATA_SETS  # what a package calls their classes moves no label
+    names = {} if known else {"class_names": digest(data.class_names)}
     return {"name": data.name, "classes": data.classes, **names, **counts, "mean": MEAN, "std": STD}
 
 

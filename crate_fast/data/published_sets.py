@@ -25,39 +25,50 @@ from .folder import Photographs
 from .loader import Photos
 
 Files = list[tuple[Path, str]]
+Names = list[str] | None  # of the classes, in the order of the labels
+Parts = tuple[Pictures, Pictures, Names] | tuple[Photographs, Photographs, Names]
 
 
 class PublishedSet(NamedTuple):
     """A data set: its class in torchvision; the number of its classes; where it comes from; which of its files have an MD5;
-    what opens it."""
+    what opens it: training images, test images, names of the classes where torchvision has them."""
 
     kind: str
     classes: int
     sources: Callable[[type], list[Source]]
     checked: Callable[[type, Path], Files]
-    open: Callable[[type, Path], tuple[Pictures | Photographs, Pictures | Photographs]]
+    open: Callable[[type, Path], Parts]
+
+
+class Opened(NamedTuple):
+    """Training and test images, the number of classes, and their names in the order of the labels, None where unknown."""
+
+    train: Pictures | Photographs
+    test: Pictures | Photographs
+    classes: int
+    names: Names
 
 
 def open_set(settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int]) -> Photos | Resident:
     """The data set as `settings` ask for it: where all images have one size, all of them on the device."""
     require("PIL")
     name = settings.data
-    train, test, classes = _open_in_turn(name, settings.data_dir, ranks)
+    train, test, classes, names = _open_in_turn(name, settings.data_dir, ranks)
     if isinstance(train, Pictures):
         require("cv2")
-        return Resident(name, train, test, classes, settings, device, size)
-    return Photos(name, train, test, classes, settings, device, ranks, "a smaller --image-size", None, size)
+        return Resident(name, train, test, classes, settings, device, size, names)
+    return Photos(name, train, test, classes, settings, device, ranks, "a smaller --image-size", names, size)
 
 
-def _open_in_turn(name: str, directory: str, ranks: Ranks) -> tuple:
+def _open_in_turn(name: str, directory: str, ranks: Ranks) -> Opened:
     """`open_published`, by the first process before all others, so that it alone downloads, and says what is wrong."""
-    opened: list = []
+    opened: list[Opened] = []
     ranks.share(lambda: opened.append(open_published(name, directory)))
     return opened[0] if opened else open_published(name, directory)
 
 
-def open_published(name: str, directory: str | Path) -> tuple[Pictures | Photographs, Pictures | Photographs, int]:
-    """Training and test images of one of `SETS`, and the number of its classes.
+def open_published(name: str, directory: str | Path) -> Opened:
+    """Training and test images of one of `SETS`, and its classes.
 
     Args:
         name: the data set.
@@ -70,15 +81,16 @@ def open_published(name: str, directory: str | Path) -> tuple[Pictures | Photogr
     data, directory = SETS[name], Path(directory)
     kind = _find_kind(data.kind)
     try:
-        train, test = _bring_and_open(name, data, kind, directory)
+        train, test, names = _bring_and_open(name, data, kind, directory)
         for part in (train, test):
             _check_labels(name, part, data.classes)
     except OSError as error:
         raise ConfigError(f"{error.filename or directory}: {error.strerror or error}") from error
-    return train, test, data.classes
+    # torchvision takes the names of Pets from the images to train on, of which a breed may have none.
+    return Opened(train, test, data.classes, names if names and len(names) == data.classes else None)
 
 
-def _bring_and_open(name: str, data: PublishedSet, kind: type, directory: Path) -> tuple:
+def _bring_and_open(name: str, data: PublishedSet, kind: type, directory: Path) -> Parts:
     checked = data.checked(kind, directory)
     if not any(path.parent == directory for path, _ in checked):  # else --data-dir is the folder itself
         for source in data.sources(kind):
@@ -133,19 +145,22 @@ def _cifar_checked(kind: type, directory: Path) -> Files:
     return [(folder / file, md5) for file, md5 in (*kind.train_list, *kind.test_list)]
 
 
-def _open_cifar(kind: type, directory: Path) -> tuple[Pictures, Pictures]:
+def _open_cifar(kind: type, directory: Path) -> tuple[Pictures, Pictures, Names]:
     folder = _cifar_checked(kind, directory)[0][0].parent
 
-    class Opened(kind):
-        base_folder = ""
+    class InFolder(kind):
+        base_folder, classes = "", None
 
         def _load_meta(self) -> None:
-            """The names of the classes are not asked for, and need not be there."""
+            """The names of the classes need not be there; another file of that name is not read."""
+            if is_published(folder / self.meta["filename"], self.meta["md5"]):
+                super()._load_meta()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy's, of dtypes as Python 2 has pickled them
-        train, test = (Opened(folder, train=part) for part in (True, False))
-    return Pictures(np.ascontiguousarray(train.data), train.targets), Pictures(np.ascontiguousarray(test.data), test.targets)
+        train, test = (InFolder(folder, train=part) for part in (True, False))
+    pictures = [Pictures(np.ascontiguousarray(part.data), part.targets) for part in (train, test)]
+    return pictures[0], pictures[1], train.classes
 
 
 def _flower_sources(kind: type) -> list[Source]:
@@ -158,9 +173,10 @@ def _flower_checked(kind: type, directory: Path) -> Files:
     return [(directory / "flowers-102" / file, md5) for key, (file, md5) in kind._file_dict.items() if key != "image"]
 
 
-def _open_flowers(kind: type, directory: Path) -> tuple[Photographs, Photographs]:
+def _open_flowers(kind: type, directory: Path) -> tuple[Photographs, Photographs, Names]:
     train, test = (kind(directory, split) for split in ("train", "test"))
-    return _photographs(train._image_files, train._labels), _photographs(test._image_files, test._labels)
+    parts = [_photographs(part._image_files, part._labels) for part in (train, test)]
+    return parts[0], parts[1], getattr(kind, "classes", None)  # which older versions lack
 
 
 def _pet_sources(kind: type) -> list[Source]:
@@ -171,9 +187,10 @@ def _pet_checked(kind: type, directory: Path) -> Files:
     return []  # only the archives have an MD5
 
 
-def _open_pets(kind: type, directory: Path) -> tuple[Photographs, Photographs]:
+def _open_pets(kind: type, directory: Path) -> tuple[Photographs, Photographs, Names]:
     train, test = (kind(directory, split) for split in ("trainval", "test"))
-    return _photographs(train._images, train._labels), _photographs(test._images, test._labels)
+    parts = [_photographs(part._images, part._labels) for part in (train, test)]
+    return parts[0], parts[1], train.classes
 
 
 def _photographs(files: list[Path], labels: list[int]) -> Photographs:

@@ -65,6 +65,40 @@ def principal_colours(features: Sequence[Tensor], masks: Sequence[Tensor] | None
     return [torch.where(still, 0.5, (each - low) / torch.where(still, 1, high - low)).nan_to_num(0.0) for each in components]
 
 
+def foreground_masks(features: Sequence[Tensor], threshold: float = 0.5, below: bool = False) -> list[Tensor]:
+    """The patches of each image whose first principal component is above (or `below`) a part of that image's range, holes
+    filled, as the published plot_pca_mask takes them.
+
+    A component has no sign of its own: which side is the foreground is for who looks at it to say.
+
+    Args, Raises: as `principal_components`.
+
+    Returns:
+        Of each image (rows, columns), booleans on the CPU.
+    """
+    masks = []
+    for (component,) in (each.unbind(-1) for each in principal_components(features, 1)):
+        low, high = component.min(), component.max()
+        share = (component - low) / (high - low)
+        masks.append(_filled(share < threshold if below else share > threshold))
+    return masks
+
+
+def _filled(mask: Tensor) -> Tensor:
+    """`mask` (rows, columns) with what it is not, and what no way over edges joins to the rim."""
+    free = torch.nn.functional.pad(~mask, (1, 1, 1, 1), value=True)
+    reached, count = torch.zeros_like(free), -1
+    reached[0] = True
+    while count != (count := int(reached.sum())):
+        grown = reached.clone()
+        grown[1:] |= reached[:-1]
+        grown[:-1] |= reached[1:]
+        grown[:, 1:] |= reached[:, :-1]
+        grown[:, :-1] |= reached[:, 1:]
+        reached = grown & free
+    return ~reached[1:-1, 1:-1]
+
+
 def _check(features: Sequence[Tensor], count: int, masks: Sequence[Tensor] | None) -> None:
     if not len(features):
         raise InspectionError("there are no images to colour")

@@ -16,6 +16,9 @@ DPI = 120
 LETTERS = 11  # of a title, in an inch
 COLOUR_MAP = "inferno"
 IMAGE = "image"  # among the panels of maps
+PANEL = 2.6  # inches of the longer side of a panel of maps
+LEAST_SIDE = 448  # pixels of the shorter side of a picture that nobody has to enlarge to see its patches
+APART = 0.05  # of a layer, between the marks before and after its MSSA
 COLOUR_SHARE = 0.6  # of a map's colours in an overlay; the rest is the image
 
 
@@ -28,11 +31,11 @@ def plot_rates(measured: dict[str, list[dict]], path: Path) -> None:
     """
     figure, axes = _figure_over_layers(measured)
     for label, rows, colour in _coloured(measured):
-        _plot(axes, rows, "subspace_rate", f"{label}: $R^c(Z^\\ell)$, before MSSA", color=colour, marker="o")
-        _plot(
-            axes, rows, "compressed_rate", f"{label}: $R^c(Z^{{\\ell+1/2}})$, after", color=colour, marker="^", linestyle="--"
-        )
-    axes.set(title="Coding rate across layers", ylabel=r"$R^c$ [SSA block] in nats")
+        before = {"color": colour, "marker": "o", "shift": -APART}
+        after = {"color": colour, "marker": "^", "linestyle": "--", "markerfacecolor": "white", "shift": APART}
+        _plot(axes, rows, "subspace_rate", f"{label}: $R^c(Z^\\ell)$, before MSSA", **before)
+        _plot(axes, rows, "compressed_rate", f"{label}: $R^c(Z^{{\\ell+1/2}})$, after", **after)
+    axes.set(title="Coding rate across layers", ylabel=r"$R^c$ [SSA block] in nats")  # not from 0: MSSA takes off little
     _finish(figure, axes, path)
 
 
@@ -42,6 +45,7 @@ def plot_sparsity(measured: dict[str, list[dict]], path: Path) -> None:
     for label, rows, colour in _coloured(measured):
         _plot(axes, rows, "nonzero", label, color=colour, marker="s")
     axes.set(title="Non-zero entries across layers", ylabel="share of non-zero entries [ISTA block]")
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     _finish(figure, axes, path)
 
 
@@ -68,14 +72,13 @@ def _coloured(measured: dict[str, list[dict]]):
         )
 
 
-def _plot(axes, rows: list[dict], name: str, label: str, **style) -> None:
-    layers = [row["layer"] for row in rows]
+def _plot(axes, rows: list[dict], name: str, label: str, shift: float = 0.0, **style) -> None:
+    layers = [row["layer"] + shift for row in rows]
     means, deviations = ([row[f"{name}_{kind}"] for row in rows] for kind in ("mean", "std"))
     axes.errorbar(layers, means, yerr=deviations, label=label, capsize=4, linewidth=1.8, markersize=6, **style)
 
 
 def _finish(figure, axes, path: Path) -> None:
-    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
@@ -102,10 +105,10 @@ def plot_heads(image: Tensor, maps: Tensor, numbers: list[int], title: str, path
         panels.append(
             (f"head {number}", lambda axes, one=one: axes.imshow(100 * one.numpy(), cmap=COLOUR_MAP, interpolation="nearest"))
         )
-    columns = min(len(panels), max(4, math.ceil(math.sqrt(len(panels)))))
+    columns = _columns(len(panels))
     lines = math.ceil(len(panels) / columns)
     height, width = image.shape[:2]
-    panel = 2.2 * min(1, max(0.4, width / height)), 2.2 * min(1, max(0.4, height / width))
+    panel = PANEL * min(1, max(0.4, width / height)), PANEL * min(1, max(0.4, height / width))
     size = columns * (panel[0] + 0.5) + 0.3, lines * (panel[1] + 0.3) + 0.4
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     places = figure.subplots(lines, columns, squeeze=False).flatten()
@@ -115,10 +118,15 @@ def plot_heads(image: Tensor, maps: Tensor, numbers: list[int], title: str, path
         drawn = draw(axes)
         if name != IMAGE:
             bar = figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.02, ticks=MaxNLocator(3), format="%.3g")
-            bar.ax.tick_params(labelsize=6)
+            bar.ax.tick_params(labelsize=8)
         axes.set_title(name, fontsize="small")
     figure.suptitle(textwrap.fill(drawable(f"{title}, in %"), int(LETTERS * size[0])), fontsize="medium")
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _columns(panels: int) -> int:
+    """Of 3 to 6 columns those that leave the fewest places empty; the fewer the better."""
+    return min(range(3, 7), key=lambda columns: (-panels % columns, columns)) if panels > 5 else panels
 
 
 def coloured(one: Tensor) -> Tensor:
@@ -140,9 +148,11 @@ def enlarged(patches: Tensor, patch_size: tuple[int, int]) -> Tensor:
     return patches.repeat_interleave(patch_size[0], dim=0).repeat_interleave(patch_size[1], dim=1)
 
 
-def save_picture(pixels: Tensor, path: Path) -> None:
-    """Writes (height, width, 3 or 1) uint8 to `path` as PNG."""
+def save_picture(pixels: Tensor, path: Path, times: int | None = None) -> None:
+    """Writes (height, width, 3 or 1) uint8 to `path` as PNG, each pixel `times` as wide and high; None: as often as gives the
+    shorter side `LEAST_SIDE` pixels."""
     from PIL import Image
 
-    image = Image.fromarray(pixels.squeeze(-1).numpy())
+    times = times or math.ceil(LEAST_SIDE / min(pixels.shape[:2]))
+    image = Image.fromarray(enlarged(pixels, (times, times)).squeeze(-1).numpy())
     write_atomically(path, lambda file: image.save(file, format="PNG"))

@@ -117,6 +117,7 @@ def trust(patch, path: Path, url: str = "http://127.0.0.1:9") -> None:
     for table in ("train_list", "test_list"):
         files = [file for file, _ in getattr(CIFAR10, table)]
         patch.setattr(CIFAR10, table, [[file, _md5(path / CIFAR10.base_folder / file)] for file in files])
+    patch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": _md5(path / CIFAR10.base_folder / "batches.meta") or "0"})
     patch.setattr(CIFAR10, "url", f"{url}/{CIFAR10.filename}")
     patch.setattr(CIFAR10, "tgz_md5", _md5(path / CIFAR10.filename))
     patch.setattr(Flowers102, "_download_url_prefix", f"{url}/")
