@@ -79,7 +79,8 @@ class _Operations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = () if name.startswith("new_") else (args, kwargs)  # which take no more of a tensor than its dtype and device
+        read = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
         if not function.is_view and name not in _FREE and (read or written):
             count = flop_registry.get(function.overloadpacket)
             flops = count(*args, **(kwargs or {}), out_val=result) if count else 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..called import called
 from ..data_sets import DATA_SETS
+from ..files import shown
 from ..optimizers import OPTIMIZERS
 from ..settings import SETTINGS, ConfigError, Setting, TrainConfig, flag, listed
 from ..training import resolve
@@ -94,7 +95,7 @@ def _add_setting(section, setting: Setting, published: Published | None, value: 
     if choices and read:
         text += f": {', '.join(choices)}"
     if value is not None and setting.kind is not bool:
-        text += f" [{value}]"
+        text += f" [{value if isinstance(value, str) else shown(value)}]".replace("%", "%%")  # argparse's own sign
     section.add_argument(
         name,
         *others,

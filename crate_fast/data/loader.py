@@ -300,8 +300,8 @@ def ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Ite
 def describe(data) -> dict:
     """Name, classes, counts of images and how they are normalised, of data normalised by `Normalise`."""
     counts = {"train_images": data.train_count, "test_images": data.test_count}
-    known = data.class_names is None or data.name in DATA_SETS  # what a package calls their classes moves no label
-    names = {} if known else {"class_names": digest(data.class_names)}
+    own = None if data.name in DATA_SETS else data.class_names  # what a package calls classes moves no label
+    names = {} if own is None else {"class_names": digest(own)}
     return {"name": data.name, "classes": data.classes, **names, **counts, "mean": MEAN, "std": STD}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -54,9 +54,10 @@ def open_set(settings: DataSettings, device: torch.device, ranks: Ranks, size: t
     require("PIL")
     name = settings.data
     train, test, classes, names = _open_in_turn(name, settings.data_dir, ranks)
-    if isinstance(train, Pictures):
+    if isinstance(train, Pictures) and isinstance(test, Pictures):
         require("cv2")
         return Resident(name, train, test, classes, settings, device, size, names)
+    train, test = cast("Photographs", train), cast("Photographs", test)
     return Photos(name, train, test, classes, settings, device, ranks, "a smaller --image-size", names, size)
 
 
