@@ -187,6 +187,7 @@ def plot_watched(rows: list[dict], path: Path, title: str) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     measured = [row for row in rows if all(isinstance(row.get(name), list) for name in MEASURES)]
     if not measured:
@@ -201,7 +202,7 @@ def plot_watched(rows: list[dict], path: Path, title: str) -> None:
         axes.set(title=words, xlabel="layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.colorbar(scale, ax=places, label="epoch")
+    figure.colorbar(scale, ax=places, label="epoch", ticks=MaxNLocator(integer=True))
     figure.suptitle(drawable(title))
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
@@ -213,6 +214,7 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
     """
     require("matplotlib")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps_per_epoch = rows[-1]["step"] / rows[-1]["epoch"] if rows else 1  # all of its lines may be damaged
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
@@ -226,6 +228,7 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
     loss_axes.set(title="loss", xlabel="epoch", ylabel="cross-entropy (in training with label smoothing)", ylim=(0, None))
     top1_axes.set(title="accuracy", xlabel="epoch", ylabel="top-1 accuracy in %", ylim=(0, 101))
     for axes in (loss_axes, top1_axes):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(drawable(title))
