@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -84,3 +85,16 @@ def test_evaluate_as_the_published_script_has_it(tmp_path, capsys):
         assert (status, out.startswith(" *   Acc@1 "), "of 360)" in out) == (0, True, True)
     status, _, error = call(capsys, "train", "-e", "--out", tmp_path / "other")
     assert (status, "--evaluate needs --resume PATH or --init PATH" in error) == (2, True)
+
+
+def test_a_head_may_have_more_outputs_than_there_are_classes(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert call(capsys, "train", *SMALL, "--epochs", 1, "--num-classes", 20, "--out", run)[0] == 0
+    assert load_file(run / "model.safetensors")["mlp_head.1.weight"].shape[0] == 20
+    status, out, _ = call(capsys, "evaluate", run, "--device", "cpu")
+    assert (status, "of 360)" in out) == (0, True)
+    shutil.copy(run / "model.safetensors", tmp_path / "alone.safetensors")
+    status, _, error = call(capsys, "evaluate", tmp_path / "alone.safetensors", "--device", "cpu")
+    assert (status, "tells 20 classes apart; digits has 1 and 10" in error) == (2, True)  # whose labels would be others
+    status, _, error = call(capsys, "train", *SMALL, "--num-classes", 9, "--out", tmp_path / "x")
+    assert (status, "--num-classes is 9; digits has 10 classes" in error) == (2, True)

@@ -109,6 +109,7 @@ def test_what_main_py_saved_is_taken_with_its_settings(published_class, tmp_path
         assert (start.epoch, start.best, start.settings["optimizer"]) == (1, 0.125, kind)
         assert start.settings["arch"] == "CRATE_tiny" and start.settings["lr"] == 1e-3 and start.settings["weight_decay"] == 0.1
         assert start.rate == pytest.approx(1e-3 * factor(1))
+        assert start.settings["num_classes"] == 10  # the head's, which may be more than the data's
         assert list(start.weights) == list(load_checkpoint(tmp_path / "main.pth.tar").state_dict())
 
 

@@ -126,6 +126,9 @@ class ModelSettings(ImageSettings):
     heads: int = Field(3, ge=1, le=LARGEST, description="attention heads of a layer")
     dim_head: int = Field(32, ge=1, le=LARGEST, description="width of a head")
     patch_size: int = Field(4, ge=1, le=LARGEST, description="side of a patch, in pixels")
+    num_classes: int | None = Field(
+        None, ge=1, le=LARGEST, description="outputs of the head, the data's classes or more; as many as those if not given"
+    )
     pool: Annotated[str, OneOf(POOLS)] = Field(
         "cls", description="what the classifier reads: the class token, or the mean of all"
     )

@@ -78,7 +78,7 @@ def evaluate_run(
             settings = replace(settings, eval_crop=_crop_of(model, file, settings, known=run is not None, tell=ranks.first))
         sizes = {"image_size": model.image_size[0], "patch_size": model.patch_size[0]}
         images = open_data(replace(settings, **sizes), compute.device, ranks, model.image_size)
-        _check_fits(model, images, file)
+        _check_fits(model, images, file, settings.num_classes)
         if run is not None:
             run.check_same_data(images.describe(), CLASS_NAMES)
         batches = images.test_batches(max(1, settings.batch_size // ranks.count), ranks)
@@ -104,7 +104,7 @@ def _settings(path: Path, asked: dict) -> TrainConfig:
         return resolve(asked)
     own = run.read_config()
     still = {} if asked.get("data", own.data) == own.data else UNMOVED
-    return replace(own, classes=None, **still | asked)
+    return replace(own, classes=None, num_classes=own.num_classes if not still else None, **still | asked)
 
 
 def _crop_of(model: CRATE, file: Path, settings: DataSettings, known: bool, tell: bool) -> float:
@@ -142,9 +142,10 @@ def _load(file: Path, settings: MachineSettings, arch: str | None, keywords: dic
     return model
 
 
-def _check_fits(model: CRATE, data: Data, file: Path) -> None:
+def _check_fits(model: CRATE, data: Data, file: Path, outputs: int | None) -> None:
+    """Raises ConfigError where `model` is for other images or classes; more `outputs` than classes are known of its run."""
     channels, classes = model.channels, model.mlp_head[1].out_features
-    if (channels, classes) != (data.channels, data.classes):
+    if channels != data.channels or classes != (outputs or data.classes):
         raise ConfigError(
             f"{file}: the model takes {channels} channels and tells {classes} classes apart; {data.name} has {data.channels} "
             f"and {data.classes}"

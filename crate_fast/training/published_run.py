@@ -27,7 +27,8 @@ from .resolve import check_written
 from .run_directory import NO_RUN, RunDirectory
 
 SHAPE = ("dim", "depth", "heads", "dim_head", "pool", "ista", "lambd")  # of ours, converted: what its arguments say
-KEPT = ("arch", *SHAPE, "patch_size", "image_size", "optimizer", "lr", "weight_decay")
+HEAD = "mlp_head.1.weight"
+KEPT = ("arch", *SHAPE, "num_classes", "patch_size", "image_size", "optimizer", "lr", "weight_decay")
 
 
 class Start(NamedTuple):
@@ -82,6 +83,8 @@ def read_start(path: Path) -> Start:
         raise CheckpointError(f"{path}: its 'epoch' is {str(content['epoch'])[:100]}")
     settings, state, rate = _read_optimizer(path, optimizer)
     settings |= _read_sizes(content)
+    if weights.get(HEAD) is not None and weights[HEAD].dim() == 2:  # main.py's has 1000 outputs, whatever the data
+        settings["num_classes"] = len(weights[HEAD])
     return Start(path, settings, weights, state, content["epoch"], _read_best(path, content), rate)
 
 

@@ -175,12 +175,15 @@ def _train(
 
 def build_model(config: TrainConfig, data: Data) -> CRATE:
     """The CRATE that `config` asks for, with a head for `data`, on the CPU, its weights drawn from the seed."""
+    if config.num_classes is not None and config.num_classes < data.classes:
+        raise ConfigError(f"--num-classes is {config.num_classes}; {data.name} has {data.classes} classes")
     torch.manual_seed(config.seed)
     try:
         model = _build(config, config, data)
     except ValueError as error:  # sizes that are within their bounds one by one
         raise ConfigError(str(error)) from error
-    model.transform = transform_of(config.eval_crop, data.describe(), data.class_names)
+    names = data.class_names if config.num_classes in (None, data.classes) else None  # there are none for all outputs
+    model.transform = transform_of(config.eval_crop, data.describe(), names)
     return model
 
 
@@ -188,7 +191,7 @@ def _build(settings: ModelSettings, machine: MachineSettings, data: Data) -> CRA
     return CRATE(
         image_size=settings.image_size,
         patch_size=settings.patch_size,
-        num_classes=data.classes,
+        num_classes=settings.num_classes or data.classes,
         dim=settings.dim,
         depth=settings.depth,
         heads=settings.heads,
