@@ -76,7 +76,7 @@ class Progress:
         self._bar.set_postfix_str(f"loss {loss:.3f}, top-1 {top1:.1f}%, {speed:,.0f} images/s")
         epoch, place = divmod(step - 1, self._epoch_steps)
         if epoch != self._epoch:
-            self._epoch, self._in_epoch = epoch, Sums()
+            self._epoch, self._since, self._in_epoch = epoch, Sums(), Sums()
         self._since, self._in_epoch = self._since.plus(sums), self._in_epoch.plus(sums)
         if self._all:
             self._say(self._line(epoch, place + 1))
