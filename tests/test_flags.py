@@ -365,3 +365,11 @@ def test_help_shows_what_the_recipe_at_hand_has(words, recipe, lr, capsys):
 
 def test_help_of_a_recipe_that_is_not_there_says_so(capsys):
     assert call(capsys, "train", "--recipe", "nope", "--help")[0] == 2
+
+
+@pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.kind is int])
+def test_no_whole_number_is_without_an_upper_bound(name):
+    """What is computed with them is in floating point at last, and what is said of them has few digits."""
+    for number in (10**400, 10**5000):
+        with pytest.raises(ConfigError, match=re.escape(flag(name))):
+            TrainConfig(**{name: number})

@@ -32,7 +32,7 @@ class ImageSettings(Part):
 class StepSettings(SeedSettings):
     """How an epoch is cut into steps, and a step into parts."""
 
-    batch_size: int = Field(128, ge=1, description="images of a step, over all processes")
+    batch_size: int = Field(128, ge=1, le=LARGEST, description="images of a step, over all processes")
     accumulate: int = Field(1, ge=1, le=LARGEST, description="parts in which a process computes its images of a step")
     last_batch: Literal["keep", "drop"] = Field("drop", description="an epoch's last, incomplete batch")
 
@@ -43,10 +43,12 @@ class RunSettings(SeedSettings):
 
     out: Text | None = Field(None, description="run directory; a new name under runs/ if not given")
     init: Text | None = Field(None, description="weights to start from: a file, or a run's directory; not its head")
-    checkpoint_every: int = Field(10, ge=1, description="epochs from one checkpoint to the next")
+    checkpoint_every: int = Field(10, ge=1, le=LARGEST, description="epochs from one checkpoint to the next")
     checkpoint_minutes: float = Field(10.0, gt=0, description="minutes from one checkpoint to the next within an epoch")
     keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints to keep; the best is kept besides")
-    log_every: int = Field(50, ge=1, description="steps from one line of training metrics to the next, at most an epoch")
+    log_every: int = Field(
+        50, ge=1, le=LARGEST, description="steps from one line of training metrics to the next, at most an epoch"
+    )
     print_log: Switch = Field(False, description="print every line of training metrics as the published main.py does")
     tensorboard: Switch = Field(False, description="write the metrics for TensorBoard too")
     watch_rates: Switch = Field(False, description="measure coding rate and sparsity of every layer at each evaluation")
@@ -74,7 +76,7 @@ class DataSettings(StepSettings, ImageSettings):
         le=65_500,
         description="photographs in folders: reduce them once to N pixels on their short side, in memory; 0: read every time",
     )
-    max_unreadable: int = Field(10, ge=0, description="unreadable images that a process skips before it gives up")
+    max_unreadable: int = Field(10, ge=0, le=10**9, description="unreadable images that a process skips before it gives up")
     augment: Literal["none", "randaugment", "trivial"] = Field(
         "none", description="besides crop and flip (TrivialAugment: trivial)"
     )
