@@ -11,7 +11,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from crate_fast import load_checkpoint
 
 MODEL = ["--dim", "16", "--depth", "1", "--heads", "2", "--dim-head", "8"]
-HOW = ["--device", "cpu", "--epochs", "3", "--schedule", "main-epoch", "--checkpoint-every", "1", "--keep-checkpoints", "9"]
+HOW = [
+    "--num-threads",
+    "1",
+    "--device",
+    "cpu",
+    "--epochs",
+    "3",
+    "--schedule",
+    "main-epoch",
+    "--checkpoint-every",
+    "1",
+    "--keep-checkpoints",
+    "9",
+]
 
 
 def optimizer_of(kind, parameters, lr=1e-3, decay=0.1):
