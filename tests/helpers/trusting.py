@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from pictures import trust
 
 from crate_fast.commands.main import main
+from pictures import trust
 
 if __name__ == "__main__":
     trust(pytest.MonkeyPatch(), Path(sys.argv[1]), sys.argv[2])
