@@ -101,6 +101,7 @@ def load(
 
 
 def _names_of(model: CRATE, source: str | os.PathLike) -> tuple[str, ...]:
+    """The class names: those stored with the weights, else ImageNet's for 1000 classes, else "class 0" and so on."""
     classes: int = model.mlp_head[1].out_features  # pyright: ignore[reportAssignmentType] (of nn.Linear)
     if model.transform is not None and model.transform.names is not None:
         return model.transform.names

@@ -175,7 +175,7 @@ def circumstances(compute: Compute, ranks: Ranks) -> dict[str, str | int]:
 
 
 def _kernels_digest() -> str:
-    """A digest of the kernels' source and of their configurations, which are part of it."""
+    """A digest of the kernels' source and of the table of their shapes in it; shapes that were measured are in none."""
     digest = hashlib.sha256()
     specification: Any = find_spec("crate_fast.kernels")
     for folder in specification.submodule_search_locations or ():

@@ -45,7 +45,8 @@ FIELDS = (("Time", "6.3f"), ("Data", "6.3f"), ("Loss", ".4e"), ("Acc@1", "6.2f")
 
 
 class Progress:
-    """Of a run of `steps` steps, `epoch_steps` an epoch, after `step`; only the first process says anything.
+    """Of a run of `steps` steps, `epoch_steps` an epoch, after `step`; only the first process says anything. With --print-freq
+    or --print-log every line of training metrics is printed.
 
     Lines are those of the published main.py, field by field, so that what reads its logs reads these: `Epoch: [e][i/n]`, then
     each of `FIELDS` as value (mean of this epoch), tabs between. The value is that since the line before: main.py's, one

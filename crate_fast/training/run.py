@@ -226,7 +226,8 @@ def _launch() -> str | None:
 
 
 def _implied(settings: RunSettings, ranks: Ranks) -> str | None:
-    """ "auto" where torchrun has started this process again: it counts its restarts, but not on every machine alike."""
+    """What --resume is without being given: "auto" where torchrun has started this process again, which it does not count on
+    every machine alike, so that a run of this same launch in `out` tells it too; else None."""
     if ranks.restarts:
         return "auto"
     before = RunDirectory(settings.out).read_launch() if settings.out is not None else None
