@@ -78,6 +78,17 @@ def crop(text: str) -> float:
     return part
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds --checkpoint, the model of a command whose other words are photographs."""
+    parser.add_argument(
+        "--checkpoint",
+        type=place,
+        required=True,
+        metavar="PATH",
+        help="a run directory, a file of ours or of the published scripts, or ORGANISATION/NAME",
+    )
+
+
 def add_weights(parser: argparse.ArgumentParser, prefix: str = "") -> None:
     """Adds --weights, and what may have to be said of weights beside which nothing tells it; for `weights_of`.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import InspectionError
 from ..files import as_bytes, first_line, printable, write_atomically
 from ..optional import require
-from .arguments import add_device, add_weights, as_path, place, positive, weights_of
+from .arguments import add_checkpoint, add_device, add_weights, as_path, positive, weights_of
 
 ENDINGS = (".html", ".htm")
 
@@ -21,13 +21,7 @@ def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
         "subspaces see, in colour."
     )
     parser.add_argument("photos", nargs="+", type=as_path, metavar="PHOTO", help="photographs")
-    parser.add_argument(
-        "--checkpoint",
-        type=place,
-        required=True,
-        metavar="PATH",
-        help="a run directory, a file of ours or of the published scripts, or ORGANISATION/NAME",
-    )
+    add_checkpoint(parser)
     parser.add_argument("--out", required=True, type=as_path, metavar="PAGE.html", help="the file to write, or write anew")
     parser.add_argument(
         "--size", type=positive, metavar="N", help="scale the shorter side to N pixels first (default: the model's image)"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import InspectionError
 from ..files import first_line
 from ..optional import require
-from .arguments import add_device, add_weights, as_path, number, place, positive, weights_of
+from .arguments import add_checkpoint, add_device, add_weights, as_path, number, positive, weights_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +27,7 @@ def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
         "all in one; in OUT pca-*.png, the main directions of the last layer's projections in common colours."
     )
     parser.add_argument("images", nargs="+", type=as_path, metavar="IMAGE", help="photographs")
-    parser.add_argument(
-        "--checkpoint",
-        type=place,
-        required=True,
-        metavar="PATH",
-        help="a run directory, a file of ours or of the published scripts, or ORGANISATION/NAME",
-    )
+    add_checkpoint(parser)
     parser.add_argument("--out", required=True, type=as_path, metavar="DIR", help="where to write; made if it is not there")
     parser.add_argument("--layer", type=positive, metavar="N", help="whose attention, counted from 1 (default: the last layer)")
     parser.add_argument("--heads", type=_numbers, metavar="N,N", help="which heads, counted from 1 (default: all)")
