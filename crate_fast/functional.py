@@ -6,13 +6,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .backend import autocasts, check_tensor, choose_backend, is_transformed, without_autocast
+from .cpu_attention import attend_on_cpu
 from .files import shown
 from .operators import operator
 
@@ -75,79 +74,28 @@ def class_token_mssa(h: Tensor, project: Tensor, heads: int, scale: float) -> Te
         heads: number of heads.
         scale: factor on the scores.
     """
-    u = project.unflatten(0, (heads, -1))
     q = F.linear(h[:, 0], project).unflatten(-1, (heads, -1))
+    h, u = h.to(q.dtype), project.to(q.dtype).unflatten(0, (heads, -1))  # which autocast does not reach under a dispatch mode
     probabilities = torch.softmax(torch.einsum("bhp,hpd,bnd->bhn", q, u, h) * scale, dim=-1)
     return torch.einsum("bhn,bnd,hpd->bhp", probabilities, h, u).flatten(1)[:, None]
 
 
 def attend(w: Tensor, heads: int, scale: float) -> Tensor:
-    """`mssa` on "torch", by PyTorch's own attention; a query of NaN, which that answers with zeros on a CPU, mended."""
+    """`mssa` on "torch"."""
     if is_transformed():
-        return reference.mssa(w, heads, scale)  # PyTorch's own attention has no forward mode
-    turned = _turned(w, heads)
-    if _runs_flash_on_cpu(w, turned):
-        out = _FlashOnCPU.apply(w, heads, scale)
-    else:
-        out = F.scaled_dot_product_attention(turned, turned, turned, scale=scale).transpose(1, 2)
-    if w.device.type == "cpu" and not _seen_finite(out):
-        # The sum in float32, where no finite float16 overflows. Of w itself: of the tensor turned twice, code that
-        # torch.compile 2.14 makes for CPUs writes past its memory ("malloc(): unaligned tcache chunk detected").
+        return reference.mssa(w, heads, scale)  # neither of the others has a forward mode
+    plain = type(w) in (Tensor, nn.Parameter) and not torch.compiler.is_exporting() and not torch.jit.is_tracing()
+    if w.device.type == "cpu" and plain:
+        return attend_on_cpu(w, heads, scale)
+    turned = w.unflatten(-1, (heads, -1)).transpose(1, 2)
+    out = F.scaled_dot_product_attention(turned, turned, turned, scale=scale).transpose(1, 2)
+    if w.device.type == "cpu":
+        # A query of NaN, which it answers with zeros there. The sum in float32, where no finite float16 overflows. Of w itself:
+        # of the tensor turned twice, code that torch.compile 2.14 makes for CPUs writes past its memory ("malloc(): unaligned
+        # tcache chunk detected").
         total = w.unflatten(-1, (heads, -1)).sum(-1, keepdim=True, dtype=torch.promote_types(w.dtype, torch.float32))
         out = out + (0 * total).to(out.dtype)
     return out.flatten(2)
-
-
-def _turned(w: Tensor, heads: int) -> Tensor:
-    """(batch, tokens, heads × head width) as (batch, heads, tokens, head width)."""
-    return w.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _runs_flash_on_cpu(w: Tensor, turned: Tensor) -> bool:
-    """Whether PyTorch would differentiate eagerly through its attention for CPUs, whose backward pass has no derivative."""
-    if w.device.type != "cpu" or type(w) is not Tensor or not (w.requires_grad and torch.is_grad_enabled()):
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return torch._fused_sdp_choice(turned, turned, turned) == SDPBackend.FLASH_ATTENTION.value
-
-
-class _FlashOnCPU(torch.autograd.Function):
-    """PyTorch's attention for CPUs, (batch, tokens, heads, head width), its gradient by the reference's mathematics where that
-    is to be differentiated again or batched."""
-
-    @staticmethod
-    def forward(ctx, w: Tensor, heads: int, scale: float) -> Tensor:
-        turned = _turned(w, heads)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(turned, turned, turned, scale=scale)
-        ctx.save_for_backward(w, out, lse)
-        ctx.heads, ctx.scale = heads, scale
-        return out.transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        w, out, lse = ctx.saved_tensors
-        again = torch.is_grad_enabled()
-        if again or is_transformed():
-            with torch.enable_grad(), without_autocast("cpu"):
-                differentiable = reference.mssa(w, ctx.heads, ctx.scale).unflatten(-1, (ctx.heads, -1))
-                return *torch.autograd.grad(differentiable, w, gradient, create_graph=again), None, None
-        turned = _turned(w, ctx.heads)
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = backward(gradient.transpose(1, 2), turned, turned, turned, out, lse, 0.0, False, scale=ctx.scale)
-        return dq.add_(dk).add_(dv).transpose(1, 2).reshape(w.shape), None, None
-
-
-def _seen_finite(out: Tensor) -> bool:
-    """Whether the result of `attend`, (batch, tokens, heads, head width), may be looked at here and shows tokens without NaN.
-
-    The first token shows it for all: another's NaN makes it NaN, and NaN of its own makes it zero, which is hardly ever the
-    answer to numbers. So 1/tokens of the memory is read, in one operation; mending goes over all of it twice.
-    """
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()  # as by make_fx
-    if type(out) is not Tensor or recorded or out.numel() == 0:
-        return False
-    return torch.linalg.vector_norm(out.select(1, 0), ord=-math.inf).item() > 0
 
 
 def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, backend: str = "auto") -> Tensor:

@@ -1,5 +1,5 @@
-"""The sums around tied attention's backward, each a kernel of its own beside its launcher: δ before it, and after it the row
-and column sums of dw that the projection's gradients want."""
+"""The sums around tied attention's backward: δ before it, by a kernel of its own or (`store_head_sums`) in the epilogue of the
+product that makes do, and after it the row and column sums of dw that the projection's gradients want."""
 
 from __future__ import annotations
 
@@ -110,3 +110,42 @@ def _delta_kernel(
     b_product = tl.load(p_oh, mask=m_tile, other=0.0).to(tl.float32) * tl.load(p_gh, mask=m_tile, other=0.0).to(tl.float32)
     p_number = p_delta + head * batches * padded + number
     tl.store(p_number, tl.sum(b_product, 1) * scale, mask=m_number)
+
+
+@triton.jit
+def store_head_sums(
+    p_parts, b_product, block_n, row, m_row, rows, inputs, images, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr,
+    PADDING: tl.constexpr,
+):  # fmt: skip
+    """scale times the row sums over every head that this block of columns touches, and zeros after an image's last token. A
+    head over several blocks is written in pieces, and the block with its last column writes zeros for those that it lacks."""
+    BLOCK_N: tl.constexpr = b_product.shape[1]
+    tokens, scale = images
+    image = row // tokens
+    plane = tl.cast(rows // tokens, tl.int64) * (tokens + PADDING)
+    p_number = p_parts + row + image * PADDING
+    m_last = row - image * tokens == tokens - 1
+    start = block_n * BLOCK_N
+    head_of_column = (start + tl.arange(0, BLOCK_N)) // HEAD_WIDTH
+    HEADS: tl.constexpr = BLOCK_N // HEAD_WIDTH if BLOCK_N % HEAD_WIDTH == 0 else (BLOCK_N - 2) // HEAD_WIDTH + 2
+    for index in tl.static_range(0, HEADS):
+        head = start // HEAD_WIDTH + index
+        first = head * HEAD_WIDTH
+        piece = block_n - first // BLOCK_N
+        m_head = m_row & (first < inputs) & (first < start + BLOCK_N)
+        p_piece = p_number + (head * PIECES + piece).to(tl.int64) * plane
+        b_sum = tl.sum(tl.where((head_of_column == head)[None, :], b_product, 0.0), 1) * scale
+        _store_padded(p_piece, b_sum, m_head, m_last, PADDING)
+        ends = first + HEAD_WIDTH <= start + BLOCK_N
+        for missing in tl.static_range(1, PIECES):
+            _store_padded(
+                p_piece + missing * plane, tl.zeros_like(b_sum), m_head & ends & (piece + missing < PIECES), m_last, PADDING
+            )
+
+
+@triton.jit
+def _store_padded(p_piece, b_sum, m_head, m_last, PADDING: tl.constexpr):
+    """Row sums, and zeros behind those of an image's last token."""
+    tl.store(p_piece, b_sum, mask=m_head)
+    for past in tl.static_range(1, PADDING + 1):
+        tl.store(p_piece + past, 0.0, mask=m_head & m_last)

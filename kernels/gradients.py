@@ -32,6 +32,7 @@ from torch import Tensor
 
 from . import shapes
 from .attention import padded_tokens
+from .attention_sums import store_head_sums
 from .linear import GROUP, Folded, Statistics, _halves, _load_columns, _mask, _swizzle, unmixed
 from .runtime import launch, product_precision
 
@@ -174,24 +175,37 @@ def _begin(
     RESIDUAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What is added to the product: read before it, so that nothing waits for it afterwards."""
-    p_g, stride_gm, stride_gk = g
-    _, _, p_x, p_gamma, p_residual, _, _ = ends
-    b_mean, b_c1, b_c2 = b_terms
     m_dx = _mask(m_row, m_column, WHOLE)
     p_tile = (tl.arange(0, row.shape[0]) * inputs)[:, None] + column[None, :]  # from the tile's first row: 32 bits
     p_tile = first + p_tile
     b_dx = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    b_dx, _ = _add_terms(b_dx, p_tile, m_dx, column, m_column, row, g, ends, b_terms, NORM, SHRINK, RESIDUAL, WHOLE)
+    return b_dx
+
+
+@triton.jit
+def _add_terms(
+    b_dx, p_tile, m_dx, column, m_column, row, g, ends, b_terms, NORM: tl.constexpr, SHRINK: tl.constexpr,
+    RESIDUAL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """b_dx plus γ∘g, LayerNorm's two row terms and the residual, of a tile whose entries are `p_tile` from ends' pointers; and
+    the tile of x, if NORM."""
+    p_g, stride_gm, stride_gk = g
+    _, _, p_x, p_gamma, p_residual, _, _ = ends
+    b_mean, b_c1, b_c2 = b_terms
+    b_x = b_dx
     if SHRINK:
         p_block = p_g + row[:, None] * stride_gm + column[None, :] * stride_gk
-        b_dx = tl.load(p_block, mask=m_dx, other=0.0).to(tl.float32)
+        b_g = tl.load(p_block, mask=m_dx, other=0.0).to(tl.float32)  # [M, N]
         if NORM:
-            b_dx *= _load_columns(p_gamma, column, m_column, WHOLE)[None, :]
+            b_g *= _load_columns(p_gamma, column, m_column, WHOLE)[None, :]
+        b_dx += b_g
     if NORM:
         b_x = tl.load(p_x + p_tile, mask=m_dx, other=0.0).to(tl.float32)
         b_dx -= b_c2[:, None] + (b_x - b_mean[:, None]) * b_c1[:, None]
     if RESIDUAL:
         b_dx += tl.load(p_residual + p_tile, mask=m_dx, other=0.0).to(tl.float32)
-    return b_dx
+    return b_dx, b_x
 
 
 @triton.jit
@@ -216,9 +230,9 @@ def _finish(
             RECTIFIED=RECTIFIED, WHOLE=WHOLE, SPAN=SPAN, PARTS=PARTS // 2,
         )  # fmt: skip
         return left[0] + right[0], left[1] + right[1]
-    p_g, stride_gm, stride_gk = g
-    p_dx, p_totals, p_x, p_gamma, p_residual, p_gain, p_offset = ends
+    p_dx, p_totals, _, _, _, p_gain, p_offset = ends
     row, m_row, height, b_mean, b_c1, b_c2, b_scale = per_row
+    b_terms = b_mean, b_c1, b_c2
     BLOCK_M: tl.constexpr = b_dx.shape[0]
     BLOCK_N: tl.constexpr = b_dx.shape[1]
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -230,17 +244,7 @@ def _finish(
         m_dx = _mask(m_row, m_column, WHOLE)
     b_0 = tl.multiple_of((before[0] + before[1]).to(tl.int32, bitcast=True) & zero, 16)
     p_tile = (tl.arange(0, BLOCK_M) * inputs + b_0)[:, None] + column[None, :]  # from the tile's first row: 32 bits
-    if SHRINK:
-        p_block = p_g + row[:, None] * stride_gm + column[None, :] * stride_gk
-        b_g = tl.load(p_block, mask=m_dx, other=0.0).to(tl.float32)  # [M, N]
-        if NORM:
-            b_g *= _load_columns(p_gamma, column, m_column, WHOLE)[None, :]
-        b_dx += b_g
-    if NORM:
-        b_x = tl.load(p_x + p_tile, mask=m_dx, other=0.0).to(tl.float32)
-        b_dx -= b_c2[:, None] + (b_x - b_mean[:, None]) * b_c1[:, None]
-    if RESIDUAL:
-        b_dx += tl.load(p_residual + p_tile, mask=m_dx, other=0.0).to(tl.float32)
+    b_dx, b_x = _add_terms(b_dx, p_tile, m_dx, column, m_column, row, g, ends, b_terms, NORM, SHRINK, RESIDUAL, WHOLE)
     if RECTIFIED:
         b_dx = tl.where(b_x <= 0.0, 0.0, b_dx)  # keeps the gradient where x is NaN
     if p_totals is not None:
@@ -273,7 +277,7 @@ def _finish_attention(
     b_do = b_do.to(p_do.dtype.element_ty)
     tl.store(p_do + p_tile, b_do, mask=m_do)
     b_product = b_do.to(tl.float32) * b_o
-    _store_head_sums(p_parts, b_product, block_n, row, m_row, rows, inputs, images, HEAD_WIDTH, PIECES, PADDING=PADDING)
+    store_head_sums(p_parts, b_product, block_n, row, m_row, rows, inputs, images, HEAD_WIDTH, PIECES, PADDING=PADDING)
 
 
 @triton.jit
@@ -289,45 +293,6 @@ def _sum_parts(p_sums, row, m_row, parts, rows, BLOCK_M: tl.constexpr):
         p_c1 += rows
         p_c2 += rows
     return b_c1, b_c2
-
-
-@triton.jit
-def _store_head_sums(
-    p_parts, b_product, block_n, row, m_row, rows, inputs, images, HEAD_WIDTH: tl.constexpr, PIECES: tl.constexpr,
-    PADDING: tl.constexpr,
-):  # fmt: skip
-    """scale times the row sums over every head that this block of columns touches, and zeros after an image's last token. A
-    head over several blocks is written in pieces, and the block with its last column writes zeros for those that it lacks."""
-    BLOCK_N: tl.constexpr = b_product.shape[1]
-    tokens, scale = images
-    image = row // tokens
-    plane = tl.cast(rows // tokens, tl.int64) * (tokens + PADDING)
-    p_number = p_parts + row + image * PADDING
-    m_last = row - image * tokens == tokens - 1
-    start = block_n * BLOCK_N
-    head_of_column = (start + tl.arange(0, BLOCK_N)) // HEAD_WIDTH
-    HEADS: tl.constexpr = BLOCK_N // HEAD_WIDTH if BLOCK_N % HEAD_WIDTH == 0 else (BLOCK_N - 2) // HEAD_WIDTH + 2
-    for index in tl.static_range(0, HEADS):
-        head = start // HEAD_WIDTH + index
-        first = head * HEAD_WIDTH
-        piece = block_n - first // BLOCK_N
-        m_head = m_row & (first < inputs) & (first < start + BLOCK_N)
-        p_piece = p_number + (head * PIECES + piece).to(tl.int64) * plane
-        b_sum = tl.sum(tl.where((head_of_column == head)[None, :], b_product, 0.0), 1) * scale
-        _store_padded(p_piece, b_sum, m_head, m_last, PADDING)
-        ends = first + HEAD_WIDTH <= start + BLOCK_N
-        for missing in tl.static_range(1, PIECES):
-            _store_padded(
-                p_piece + missing * plane, tl.zeros_like(b_sum), m_head & ends & (piece + missing < PIECES), m_last, PADDING
-            )
-
-
-@triton.jit
-def _store_padded(p_piece, b_sum, m_head, m_last, PADDING: tl.constexpr):
-    """Row sums, and zeros behind those of an image's last token."""
-    tl.store(p_piece, b_sum, mask=m_head)
-    for past in tl.static_range(1, PADDING + 1):
-        tl.store(p_piece + past, 0.0, mask=m_head & m_last)
 
 
 def data_gradient(g: Tensor, weight: Tensor, out: torch.dtype, *, shrink: bool = False) -> Tensor:

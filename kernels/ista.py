@@ -6,8 +6,9 @@
     backward    g = dy ∘ (y > 0)                   read off the saved result
                 dh = g + g Mᵀ,   dM = hᵀ g
 
-The gradient goes on from M to D by autograd: d³, independent of the number of tokens. Inside a layer the same kernels take
-the LayerNorm in as well (layer.py).
+The gradient goes on from M to D by autograd: d³, independent of the number of tokens. The kernels are those of all products
+(linear.py, gradients.py, weight_gradients.py), their block shapes "ista", "ista_gradient" and "weight_gradient" in tuning.py;
+inside a layer the same take the LayerNorm in as well (layer.py).
 """
 
 from __future__ import annotations

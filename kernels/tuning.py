@@ -273,6 +273,7 @@ def _read(path: Path) -> dict[str, dict[str, list[int]]]:
 def _lookup(
     kernel: str, dtype: torch.dtype, width: int | None, aligned: bool, columns: int, name: str, device: torch.device
 ) -> Config:
+    """What is `forced`, else what was measured on this GPU as `name`, else the table's first line that fits."""
     if kernel in _forced:
         return _forced[kernel]
     if device.type == "cuda":
