@@ -56,7 +56,7 @@ class _Attention(torch.autograd.Function):
 
 def _is_batched(gradient: Tensor) -> bool:
     """Whether it stands for several at once, as in `torch.autograd.grad(is_grads_batched=True)`, of which no transform tells."""
-    return torch._C._dispatch_keys(gradient).has(torch._C.DispatchKey.Batched)
+    return "Batched" in torch._C._dispatch_key_set(gradient)
 
 
 def _like(w: Tensor, *_) -> Tensor:
