@@ -19,6 +19,7 @@ DISTRIBUTIONS = {
     "simplejpeg": "simplejpeg",
     "sklearn": "scikit-learn",
     "tensorboard": "tensorboard",
+    "timm": "timm",
     "torchvision": "torchvision",
     "tqdm": "tqdm",
 }
@@ -26,6 +27,7 @@ DISTRIBUTIONS = {
 OTHERS = dict.fromkeys(("cv2", "lion_pytorch", "pydantic", "simplejpeg", "torchvision"), "train") | {
     "huggingface_hub": "hub",
     "tensorboard": "tensorboard",
+    "timm": "timm",
 }
 """Import name to the extra that brings it, of those that not every training run needs."""
 TRAIN = tuple(name for name in DISTRIBUTIONS if name not in OTHERS)

@@ -28,7 +28,8 @@ from .read import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, model_file, 
 from .resize import grid_of, resized_weights
 
 RESIZED = ("num_classes", "image_size")  # those that may be others than a file's, with a new head and other positions
-FREE = ("training", "backend", "stream", "transform", "frozen")  # settings that a model and what its file builds need not share
+FREE = ("training", "backend", "stream", "transform", "frozen", "drop_path", "grad_checkpointing")
+"""Settings that a model and what its file builds need not share."""
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
