@@ -177,6 +177,23 @@ def test_arguments_have_timms_names_or_crates():
     assert cast(images(cast).double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("size", [(16, 16), (4, 12)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_images_of_another_size_are_refused_or_have_positions_resampled(size, grad):
+    model, dynamic = create(), create(dynamic_img_size=True)
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(7))
+    with pytest.raises(
+        ValueError, match=f"the image is {size[0]}×{size[1]} and this model is for 8×8; make it with that img_size"
+    ):
+        model(x)
+    with torch.set_grad_enabled(grad):
+        found = dynamic(x)
+        assert torch.equal(dynamic(images(model)), model(images(model)))
+        assert dynamic.forward_intermediates(x, 1)[1][0].shape == (2, 32, size[0] // 4, size[1] // 4)
+        model.set_input_size(size)
+        assert torch.equal(model(x), found)
+
+
 def test_dropout_before_the_classifier_is_timms():
     model = create(drop_rate=0.5).train()
     x, width = images(model, 64), model.num_features

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..files import shown
 
 MOST_LAYERS, MOST_WEIGHTS = 10_000, 10**10  # no machine trains more; the largest that is published has 24 and 78 million
@@ -37,6 +39,6 @@ def check_buildable(dim: int, depth: int, inner: int, patch_dim: int, tokens: in
         raise ValueError(f"a model of width {shown(dim)}, {words} has {count} weights; it must have at most {MOST_WEIGHTS:,}")
 
 
-def times(size: tuple[int, int]) -> str:
+def times(size: Sequence[int]) -> str:
     """A size in words."""
     return f"{size[0]}×{size[1]}"

@@ -176,18 +176,23 @@ class CRATE(nn.Module):
 
     def _embed(self, image: Tensor) -> Tensor:
         """(batch, channels, height, width) to the tokens that enter the layers, (batch, 1 + patches, dim)."""
+        positions = self._positions(image)
         if self._embeds_at_once(image):
             _, norm, linear, last_norm = self.to_patch_embedding
             weights = [norm.weight, norm.bias, linear.weight, linear.bias, last_norm.weight, last_norm.bias]
             eps = [norm.eps, last_norm.eps]
-            return evaluated_embedding(image, [*weights, self.cls_token, self.pos_embedding], list(self.patch_size), eps)
+            return evaluated_embedding(image, [*weights, self.cls_token, positions], list(self.patch_size), eps)
         x = self.to_patch_embedding(image)
-        positions = self.pos_embedding[:, : 1 + x.shape[1]]
+        positions = positions[:, : 1 + x.shape[1]]
         positions = torch.cat((self.cls_token + positions[:, :1], positions[:, 1:]), dim=1)
         # The class token's place is kept in the tokens' dtype, under autocast a narrower one than the positions': the wider
         # tokens are written once.
         place = x.new_zeros(()).expand(x.shape[0], 1, x.shape[2])
         return self.dropout(torch.cat((place, x), dim=1) + positions)
+
+    def _positions(self, image: Tensor) -> Tensor:
+        """(1, 1 + patches or more, dim): the position embeddings of an image, of which the first are taken."""
+        return self.pos_embedding
 
     def _embeds_at_once(self, image: Tensor) -> bool:
         """Whether `evaluated_embedding` may stand for the modules, on a CPU: GPUs gain nothing from it."""
@@ -216,6 +221,10 @@ class CRATE(nn.Module):
         size = tuple(image.shape[2:])
         if any(s % p or s == 0 for s, p in zip(size, self.patch_size, strict=True)):
             raise ValueError(f"the image is {size[0]}×{size[1]}, which patches of {times(self.patch_size)} do not divide")
+        self._check_size(size)
+
+    def _check_size(self, size: tuple[int, ...]) -> None:
+        """Raises ValueError where there are no positions for an image of (height, width), which patches divide."""
         patches = (size[0] // self.patch_size[0]) * (size[1] // self.patch_size[1])
         if patches >= self.pos_embedding.shape[1]:
             raise ValueError(

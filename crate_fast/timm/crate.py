@@ -54,7 +54,8 @@ def build(*, global_pool: str = "token", device: Any = None, dtype: torch.dtype 
     """
     if global_pool not in POOLS:
         raise ValueError(f"global_pool is {shown(global_pool)}; allowed are {', '.join(map(repr, POOLS))}")
-    arguments = dict(image_size=224, num_classes=1000) | {NAMES.get(name, name): value for name, value in options.items()}
+    arguments: dict[str, Any] = dict(image_size=224, num_classes=1000)
+    arguments |= {NAMES.get(name, name): value for name, value in options.items()}
     with torch.device(torch.get_default_device() if device is None else device):
         return TimmCRATE(pool=POOLS[global_pool], **arguments).to(dtype=dtype)
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoint.resize import grid_of
 from ..files import shown
 from ..functional import check_number
-from ..model.buildable import as_pair, divide
+from ..model.buildable import as_pair, divide, times
 from ..model.crate import CRATE
 from ..model.positions import resample_positions
 from ..model.transformer import pool_tokens
 
+Size = int | tuple[int, int]
 POOLS: dict[str, str | None] = {"token": "cls", "avg": "mean", "": None}
 """timm's names of what the head reads: the class token; the mean of all tokens; every token by itself."""
 
@@ -30,6 +32,8 @@ class TimmCRATE(CRATE):
         num_classes: number of logits; 0: the model gives features, (batch, dim).
         pool: as of `CRATE`; None: nothing is pooled.
         drop_rate: dropout before the classifier.
+        dynamic_img_size: whether images of any size that patches divide are taken, for which position embeddings are resampled,
+            bicubically, each time; else those of `image_size` alone, where `CRATE` gives smaller ones its first positions.
         arguments: as of `CRATE`.
 
     Raises: as `CRATE`.
@@ -39,10 +43,18 @@ class TimmCRATE(CRATE):
     pretrained_cfg: dict[str, Any]  # which timm sets
     pool: str | None  # pyright: ignore[reportIncompatibleVariableOverride] (None besides)
 
-    def __init__(self, *, num_classes: int, pool: str | None = "cls", drop_rate: float = 0.0, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        pool: str | None = "cls",
+        drop_rate: float = 0.0,
+        dynamic_img_size: bool = False,
+        **arguments: Any,
+    ) -> None:
         # The head is drawn last, so that other weights are the same without it.
         super().__init__(num_classes=num_classes or 1, pool="cls" if pool is None else pool, **arguments)
-        self.pool = pool
+        self.pool, self.dynamic_img_size = pool, dynamic_img_size
         self.drop_rate = check_number("drop_rate", drop_rate)
         if not 0 <= self.drop_rate <= 1:
             raise ValueError(f"drop_rate is {self.drop_rate}; it must be from 0 to 1")
@@ -81,6 +93,19 @@ class TimmCRATE(CRATE):
     def grad_checkpointing(self) -> bool:
         """What `set_grad_checkpointing` has set."""
         return self.transformer.grad_checkpointing
+
+    def _positions(self, image: Tensor) -> Tensor:
+        size = image.shape[-2:]
+        if tuple(size) == self.image_size:
+            return self.pos_embedding
+        return resample_positions(self.pos_embedding, grid_of(self.image_size, self.patch_size), grid_of(size, self.patch_size))
+
+    def _check_size(self, size: tuple[int, ...]) -> None:
+        if not self.dynamic_img_size and size != self.image_size:
+            raise ValueError(
+                f"the image is {times(size)} and this model is for {times(self.image_size)}; make it with that img_size, or "
+                "with dynamic_img_size=True, or change it by set_input_size"
+            )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) to all tokens after the layers, (batch, 1 + patches, dim), not yet normalised."""
@@ -132,7 +157,7 @@ class TimmCRATE(CRATE):
         layers = list(self.transformer.layers)
         taken = _indices(indices, len(layers))
         self._check_image(x)
-        height, width = (side // patch for side, patch in zip(x.shape[-2:], self.patch_size, strict=True))
+        height, width = grid_of(x.shape[-2:], self.patch_size)
         x, done, seen = self._embed(x), 0, {}
         for end in sorted({*taken} if stop_early else {*taken, len(layers) - 1}):
             x, done = self.transformer.run(x, None, layers[done : end + 1]), end + 1
@@ -183,11 +208,12 @@ class TimmCRATE(CRATE):
             raise ValueError(f"num_classes is {shown(num_classes)}; it must be at least 0")
         if global_pool is not None:
             self.pool = POOLS[global_pool]
-        like = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
-        classifier = nn.Linear(self.embed_dim, num_classes, **like) if num_classes else nn.Identity()
+        classifier: nn.Module = nn.Identity()
+        if num_classes:
+            classifier = nn.Linear(self.embed_dim, num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)
         self.mlp_head[1] = classifier.train(self.training)
 
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: object = None) -> None:
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Makes the model one for images of `img_size`, height and width: its position embeddings are resampled, bicubically.
 
         Raises:
@@ -198,10 +224,12 @@ class TimmCRATE(CRATE):
         if img_size is None:
             return
         size = as_pair("img_size", img_size)
-        there, grid = (tuple(map(divide, sides, self.patch_size)) for sides in (self.image_size, size))
+        for side, patch in zip(size, self.patch_size, strict=True):
+            divide(side, patch)
         old = self.pos_embedding
-        if there != grid:
-            self.pos_embedding = nn.Parameter(resample_positions(old.detach(), there, grid), old.requires_grad)
+        if size != self.image_size:
+            grids = grid_of(self.image_size, self.patch_size), grid_of(size, self.patch_size)
+            self.pos_embedding = nn.Parameter(resample_positions(old.detach(), *grids), old.requires_grad)
         self.image_size = size
         self._traits = dict(getattr(self, "_traits", {}), img_size=size)
 
