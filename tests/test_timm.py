@@ -1,6 +1,7 @@
 """CRATE in timm: the contract of timm's own tests/test_models.py, CRATE's numbers and kernels, weights from anywhere."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from crate_fast.eval_transform import Transform
 from crate_fast.kernels import runtime
 from crate_fast.reference import CRATE as Published
 from crate_fast.sizes import SIZES
+from crate_fast.timm.__main__ import main as run_script
 from crate_fast.timm.crate import ARCHITECTURES, IN21K
 
 NAME = "crate_tiny_patch16_224"
@@ -329,6 +331,19 @@ def test_timms_evaluation_shows_the_model_the_pixels_that_ours_does(crop, tmp_pa
     timms = create_transform(**resolve_data_config({"img_size": 56}, model=found) | {"input_size": (3, 56, 56)})
     torch.testing.assert_close(timms(Image.open(tmp_path / "photo.png")), transform(tmp_path / "photo.png"))
     assert resolve_data_config(model=create())["mean"] == MEAN
+
+
+def test_a_script_of_timms_knows_the_names(tmp_path, monkeypatch, capsys):
+    """As `python -m crate_fast.timm SCRIPT WORDS`, which is as `python SCRIPT WORDS`."""
+    (tmp_path / "beside.py").write_text("word = 'beside'")
+    script = tmp_path / "script.py"
+    script.write_text("import sys, timm, beside\nprint(__name__, sys.argv[1:], beside.word, len(timm.list_models('crate_*')))")
+    monkeypatch.setattr("sys.argv", list(sys.argv))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    assert run_script([str(script), "--flag", "3"]) == 0
+    assert capsys.readouterr().out == "__main__ ['--flag', '3'] beside 7\n"
+    assert run_script([]) == 2 and run_script(["none.py"]) == 2
+    assert re.fullmatch("nothing to run; it must be a script.*\nnone.py: no such file; it must.*\n", capsys.readouterr().err)
 
 
 WRONG = {

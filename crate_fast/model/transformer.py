@@ -99,10 +99,13 @@ class Transformer(nn.Module):
             x = self._call(end.through, Layer.class_token, x) if alone else self._call(end, x)
         return pool_tokens(x, pool)
 
-    def _call(self, function: Callable, *arguments):
-        """`function` of `arguments`; with `grad_checkpointing` its backward pass calls it again."""
+    def _call(self, function: Callable, *arguments, draws: bool = True):
+        """`function` of `arguments`; with `grad_checkpointing` its backward pass calls it again.
+
+        draws: whether it may draw random numbers, whose generators are then kept, which takes time and no CUDA graph takes.
+        """
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=draws)
         return function(*arguments)
 
     def _fuses(self, layer: nn.Module, x: Tensor, cast: bool, chosen: dict[int, str]) -> bool:
@@ -134,9 +137,9 @@ class Transformer(nn.Module):
             state = enter_stack(x, activation_dtype)
             for layer in layers:
                 if layer.is_sharded():
-                    state = self._call(layer, state, partial(_run_alone, operand_dtype=operand_dtype))
+                    state = self._call(layer, state, partial(_run_alone, operand_dtype=operand_dtype), draws=False)
                 else:
-                    state = self._call(_run_layer, layer, state, next(weights))
+                    state = self._call(_run_layer, layer, state, next(weights), draws=False)
             return leave_stack(state, result, pool, scaled=operand_dtype == torch.float16)
 
 
