@@ -358,6 +358,20 @@ def test_a_dropped_path_is_a_layer_without_its_step_of_compression(backend):
     assert torch.equal(model.eval()(pixels), build(backend=backend, depth=3).eval()(pixels))
 
 
+@pytest.mark.parametrize("options", [{}, {"heads": 1, "dim_head": 32, "depth": 1}])
+def test_weights_are_drawn_anew_as_the_constructor_draws_them(options):
+    """Also those of a model that was made without memory."""
+    with torch.device("meta"):
+        empty = build(**options)
+    model = empty.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.fill_(torch.nan)
+    torch.manual_seed(3)
+    model.reset_parameters()
+    for got, want in zip(model.parameters(), build(seed=3, **options).parameters(), strict=True):
+        assert torch.equal(got, want) and got.requires_grad
+
+
 def test_embeddings_are_what_need_not_decay():
     model = build()
     assert model.no_weight_decay() == {name for name, _ in model.named_parameters() if "." not in name}

@@ -16,28 +16,16 @@ from ..eval_transform import Transform
 from ..files import shown
 from ..functional import check_number, check_positive
 from ..modules.cpu_inference import evaluated_embedding
-from ..modules.plain import (
-    Place,
-    PlainTree,
-    drops_nothing,
-    has_global_hooks,
-    is_exported,
-    is_plain,
-    keeps_forwards,
-    linear_at,
-    norm_at,
-    same_place,
-)
+from ..modules.plain import has_global_hooks, is_exported, is_plain, keeps_forwards, same_place
 from ..modules.step import STEPS
 from ..optional import require
 from ..sizes import POOLS, SIZES, STREAMS
 from .buildable import as_pair, check_buildable, divide, times
+from .embedding import is_plain_embedding
 from .transformer import Transformer, pool_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_PLAIN_EMBEDDING = PlainTree(Place("0", (Rearrange,)), norm_at("1"), linear_at("2"), norm_at("3"))
 
 
 class CRATE(nn.Module):
@@ -163,6 +151,15 @@ class CRATE(nn.Module):
         """(batch, dim), pooled, to logits."""
         return self.mlp_head(self.to_latent(x))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all weights anew as the constructor does: the same from the same seed."""
+        self.to_patch_embedding.apply(_reset)
+        self.pos_embedding.normal_()
+        self.cls_token.normal_()
+        self.transformer.apply(_reset)
+        self.mlp_head.apply(_reset)
+
     def no_weight_decay(self) -> set[str]:
         """Names of the embeddings, which most recipes for transformers keep from decaying, as they do norms and biases."""
         return {"pos_embedding", "cls_token"}
@@ -200,14 +197,8 @@ class CRATE(nn.Module):
             return False
         if has_global_hooks() or is_transformed() or is_exported() or self.transformer.backend == "reference":
             return False
-        return self._embedding_is_plain() and same_place((image, *self.to_patch_embedding.parameters(), self.cls_token))
-
-    def _embedding_is_plain(self) -> bool:
-        modules = self.to_patch_embedding
-        if not is_plain(modules, nn.Sequential) or not _PLAIN_EMBEDDING.holds(modules):
-            return False
-        plain = modules[2].bias is not None and drops_nothing(self.dropout)
-        return plain and keeps_forwards(modules, *modules, self.dropout)
+        plain = is_plain_embedding(self.to_patch_embedding, self.dropout)
+        return plain and same_place((image, *self.to_patch_embedding.parameters(), self.cls_token))
 
     def _check_image(self, image: Tensor) -> None:
         check_tensor("the image", image)
@@ -284,6 +275,13 @@ class CRATE(nn.Module):
         where |= dict(local_files_only=local_files_only)
         found = _hub_model().from_pretrained(str(source), device=device, overrides=overrides, kind=cls, **where)
         return cast("Self", found.model)
+
+
+def _reset(module: nn.Module) -> None:
+    """Draws the weights of `module` anew, as its own class does."""
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
 
 
 def _hub_model():

@@ -184,6 +184,10 @@ class TimmCRATE(CRATE):
             self.reset_classifier(0, "")
         return taken
 
+    def init_weights(self) -> None:
+        """As `reset_parameters`."""
+        self.reset_parameters()
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters belong together, from the embedding to the head: for learning rates by layer (`--layer-decay`)."""
         stem = r"^cls_token|pos_embedding|to_patch_embedding"
