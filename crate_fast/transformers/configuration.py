@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..checkpoint.constructor import ARGUMENTS
-from ..checkpoint.hub_config import MODEL_TYPE
+from ..checkpoint.hub_config import MODEL_TYPE, OF_A_RUN
 from ..checkpoint.read import TRANSFORM
 from ..eval_transform import MAIN, Transform, read_transform
 
@@ -29,7 +29,7 @@ class CrateConfig(PreTrainedConfig):
         others: of `crate_fast.CRATE`, which checks them when a model is built.
 
     Raises:
-        ValueError: `evaluation` says nothing that can be done to an image.
+        ValueError: `evaluation` says nothing that can be done to an image; in `from_pretrained`, the file is a run's.
     """
 
     model_type = MODEL_TYPE
@@ -70,6 +70,15 @@ class CrateConfig(PreTrainedConfig):
         if self.id2label is not None and self.label2id is None:
             self.label2id = {name: int(label) for label, name in self.id2label.items()}
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As transformers', but the config.json of a training run, which says other things, is refused with a ValueError."""
+        if any(name in config_dict for name in OF_A_RUN):
+            raise ValueError(
+                "this config.json is a run's; crate_fast.load_checkpoint(RUN).save_pretrained(FOLDER) writes a model's"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def arguments(self) -> dict[str, Any]:
         """The keywords of `crate_fast.CRATE`."""

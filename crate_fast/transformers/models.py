@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.hub import PushToHubMixin
 
 from ..backend import check_tensor
 from ..checkpoint.constructor import constructor_arguments
@@ -33,6 +34,8 @@ HEAD = r"^mlp_head\."
 
 class _Unbuilt(CRATE):
     """A CRATE that is built when transformers' own constructor, which calls this one without arguments, has done its part."""
+
+    push_to_hub = PushToHubMixin.push_to_hub  # pyright: ignore[reportAssignmentType] (which transformers' own calls as super's)
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
