@@ -290,7 +290,7 @@ def test_trainer_trains_saves_and_goes_on(tmp_path):
         losses[checkpointed] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[True] == losses[False] and losses[True][-1] < start
     assert abs(losses[True][0] - start) < 1  # a mean over what is accumulated, not its sum
-    assert model.is_activation_checkpointing and model.transformer.grad_checkpointing
+    assert model.gradient_checkpointing and model.transformer.grad_checkpointing
     saved = tmp_path / "True" / "checkpoint-4"
     assert AutoImageProcessor.from_pretrained(saved).size["height"] == 16
     images = Pictures().images
