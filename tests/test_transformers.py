@@ -94,6 +94,21 @@ def test_weights_without_our_metadata_are_what_config_json_says_to_both(tmp_path
         assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path)(images).logits, model(images).logits)
 
 
+def test_what_was_saved_last_in_a_folder_is_what_is_read(tmp_path):
+    images = torch.randn(2, 3, 16, 16)
+    for size in ("20KB", "1GB", "20KB", None):
+        model = classifier(ista=torch.rand(()).item()).eval()
+        nn.init.normal_(model.cls_token)
+        if size is None:
+            model.to_crate().save_pretrained(tmp_path)
+        else:
+            model.save_pretrained(tmp_path, max_shard_size=size)
+        with torch.no_grad():
+            logits = model(images).logits
+            assert torch.equal(load_checkpoint(tmp_path)(images), logits)
+            assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path)(images).logits, logits)
+
+
 def test_a_pipeline_says_what_crate_fast_says(tmp_path):
     small_model().save_pretrained(tmp_path / "hub")
     photograph().save(tmp_path / "photo.png")
@@ -136,6 +151,9 @@ def test_the_processor_leaves_out_what_it_is_told_to_and_refuses_what_it_cannot(
     bytes_ = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
     assert torch.equal(processor(image, do_rescale=False, **plain).pixel_values[0], bytes_.float())
     assert torch.equal(processor(image, rescale_factor=0.5, **plain).pixel_values[0], bytes_ * 0.5)
+    assert torch.equal(processor(image, image_mean=None, crop_pct=None, **plain).pixel_values[0], bytes_ / 255)
+    half = dict(return_tensors="pt", size=16, crop_pct=1, image_mean=0.5, image_std=0.5)
+    assert torch.equal(processor(image, **half).pixel_values[0], (bytes_ / 255 - 0.5) / 0.5)
     # What is no byte stays what it is: no rounding to one of 256 values.
     values = torch.rand(3, 50, 40)
     assert torch.equal(processor(values, do_rescale=False, **plain).pixel_values[0], values)
@@ -243,11 +261,13 @@ def test_a_new_model_is_drawn_as_crate_is_and_shares_its_weights_where_asked():
     drawn = classifier()
     assert drawn.training and all(torch.equal(a, b) for a, b in zip(plain.parameters(), drawn.parameters(), strict=True))
     plain.transform = EVALUATED
+    plain.cls_token.requires_grad_(False)
     theirs = CrateForImageClassification.from_crate(plain.eval())
     back = theirs.to_crate()
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(theirs(images).logits, plain(images)) and torch.equal(back(images), plain(images))
+    assert not plain.cls_token.requires_grad and plain.pos_embedding.requires_grad
     assert theirs.cls_token is back.cls_token is plain.cls_token and type(back) is CRATE
     assert theirs.config.id2label[1] == "dog" and back.transform == EVALUATED and not (theirs.training or back.training)
     plain.mlp_head = nn.Identity()

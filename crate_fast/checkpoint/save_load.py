@@ -122,8 +122,8 @@ def load_checkpoint(
     tell (heads, pool, ista, lambd) is taken as published, and a line on stderr says so.
 
     Args:
-        source: a file, a directory with a model.safetensors, or ORGANISATION/NAME of a model on the Hugging Face Hub (for that
-            `pip install 'crate-fast[hub]'`).
+        source: a file, a directory with a model.safetensors or the index of one that is split, or ORGANISATION/NAME of a model
+            on the Hugging Face Hub (for that `pip install 'crate-fast[hub]'`).
         device: where the weights shall be.
         weights: of a file that has both, "last" for the weights themselves or "mean" for their mean over the steps; None: the
             mean, and a line on stderr says so.

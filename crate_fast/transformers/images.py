@@ -26,7 +26,7 @@ LEFT_OUT = ("do_center_crop", "do_pad")  # what other processors do and this one
 class CrateImagesKwargs(ImagesKwargs, total=False):
     """The settings of transformers' processors, and CRATE's own."""
 
-    crop_pct: float | None
+    crop_pct: float | int | None
 
 
 class CrateImageProcessor(BaseImageProcessor):
@@ -80,6 +80,14 @@ class CrateImageProcessor(BaseImageProcessor):
         if isinstance(image_url_or_urls, str | Path) and Path(image_url_or_urls).is_file():
             return read_photo(image_url_or_urls)
         return super().fetch_images(cast("Any", image_url_or_urls))
+
+    def _standardize_kwargs(self, **kwargs) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As transformers', with its own setting in the place of each that is None, and one number for every channel."""
+        own = {name: getattr(self, name, None) if value is None else value for name, value in kwargs.items()}
+        for name in ("image_mean", "image_std"):
+            if isinstance(own.get(name), int | float):
+                own[name] = (own[name],) * len(self.image_mean)
+        return super()._standardize_kwargs(**own)
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] (all by name)
         asked = next((name for name in LEFT_OUT if kwargs.get(name)), None)

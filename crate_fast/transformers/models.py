@@ -128,19 +128,23 @@ class CratePreTrainedModel(PreTrainedModel, _Unbuilt):  # pyright: ignore[report
         whole = not getattr(self, "_hf_peft_config_loaded", False) and getattr(self, "hf_quantizer", None) is None
         if whole:
             self._settle_config()
-        super().save_pretrained(save_directory, is_main_process, state_dict, **options)
         folder = Path(save_directory)
+        before = _written(folder)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **options)
         if whole and is_main_process:
-            self._describe_files(folder, options.get("variant"))
+            self._describe_files(folder, {name for name, when in _written(folder).items() if before.get(name) != when})
         if push_to_hub and is_main_process:
             self.push_to_hub(upload.pop("repo_id", folder.absolute().name), **upload)
 
     def _settle_config(self) -> None:
         """Makes the configuration what the model is."""
 
-    def _describe_files(self, folder: Path, variant: str | None) -> None:
-        config = self.config
-        images = preprocessor_config(self.image_size, self.channels, config.transform())
+    def _describe_files(self, folder: Path, written: set[str]) -> None:
+        """Completes a folder in which the files of weights called so were `written`, and removes what was there before them."""
+        for name in (INDEX_NAME, MODEL_NAME):
+            if written and name not in written:  # read before what was written, or never again
+                (folder / name).unlink(missing_ok=True)
+        images = preprocessor_config(self.image_size, self.channels, self.config.transform())
         if images is not None and not (folder / PREPROCESSOR_NAME).exists():
             write_json(folder / PREPROCESSOR_NAME, images)
 
@@ -237,15 +241,25 @@ class CrateForImageClassification(CratePreTrainedModel):
             if name != "num_classes" or value != self.config.num_labels:
                 setattr(self.config, name, value)
 
-    def _describe_files(self, folder: Path, variant: str | None) -> None:
-        super()._describe_files(folder, variant)
-        path = folder / MODEL_NAME
-        if variant is None and path.is_file() and not (folder / INDEX_NAME).exists():
+    def _describe_files(self, folder: Path, written: set[str]) -> None:
+        super()._describe_files(folder, written)
+        if MODEL_NAME in written:
             self.transform = self.config.transform()
+            path = folder / MODEL_NAME
             write_tensors(path, read_tensors(path)[1], constructor_arguments(self) | transform_entry(self))
 
 
+def _written(folder: Path) -> dict[str, tuple[int, int]]:
+    """When, by its name, which weights in a folder were written; only those that are read without a variant's name."""
+    found = {name: folder / name for name in (MODEL_NAME, INDEX_NAME)}
+    return {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name, path in found.items() if path.is_file()}
+
+
 def _share(model: CRATE, own: Any) -> Any:
-    """`own`, made without memory, with the weights of `model` and in its mode."""
-    own.load_state_dict(dict(model.named_parameters()), assign=True)
+    """`own`, made without memory, with the weights of `model`, trained or not as they are, and in its mode."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    learned = {name: weight.requires_grad for name, weight in weights.items()}
+    own.load_state_dict(weights, assign=True)
+    for name, weight in weights.items():
+        weight.requires_grad_(learned[name])
     return own.train(model.training)
