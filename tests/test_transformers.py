@@ -94,6 +94,15 @@ def test_weights_without_our_metadata_are_what_config_json_says_to_both(tmp_path
         assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path)(images).logits, model(images).logits)
 
 
+def test_a_processor_of_the_users_own_stays_where_it_makes_the_models_images(tmp_path):
+    own = CrateImageProcessor(size=16, crop_pct=0.5, image_mean=[0.5] * 3, image_std=[0.1] * 3)
+    for size, crop in ((16, 0.5), (24, 0.8)):
+        own.save_pretrained(tmp_path)
+        CrateForImageClassification.from_crate(small_model(image_size=size)).save_pretrained(tmp_path)
+        found = AutoImageProcessor.from_pretrained(tmp_path)
+        assert (found.size["height"], found.crop_pct) == (size, crop)
+
+
 def test_what_was_saved_last_in_a_folder_is_what_is_read(tmp_path):
     images = torch.randn(2, 3, 16, 16)
     for size in ("20KB", "1GB", "20KB", None):
@@ -257,7 +266,7 @@ def test_features_are_what_the_head_reads(tmp_path):
 
 def test_a_new_model_is_drawn_as_crate_is_and_shares_its_weights_where_asked():
     torch.manual_seed(0)
-    plain = CRATE(num_classes=3, **SMALL)
+    plain = CRATE(num_classes=3, drop_path=0.5, stream="float32", **SMALL)
     drawn = classifier()
     assert drawn.training and all(torch.equal(a, b) for a, b in zip(plain.parameters(), drawn.parameters(), strict=True))
     plain.transform = EVALUATED
@@ -268,6 +277,8 @@ def test_a_new_model_is_drawn_as_crate_is_and_shares_its_weights_where_asked():
     with torch.no_grad():
         assert torch.equal(theirs(images).logits, plain(images)) and torch.equal(back(images), plain(images))
     assert not plain.cls_token.requires_grad and plain.pos_embedding.requires_grad
+    for model in (theirs, back):
+        assert model.transformer.stream == "float32" and model.transformer.layers[-1].drop_path == 0.5
     assert theirs.cls_token is back.cls_token is plain.cls_token and type(back) is CRATE
     assert theirs.config.id2label[1] == "dog" and back.transform == EVALUATED and not (theirs.training or back.training)
     plain.mlp_head = nn.Identity()

@@ -20,8 +20,9 @@ from ..checkpoint.constructor import constructor_arguments
 from ..checkpoint.hub_config import PREPROCESSOR_NAME, preprocessor_config, write_json
 from ..checkpoint.save_load import described, skeleton, transform_entry
 from ..checkpoint.tensor_files import INDEX_NAME, MODEL_NAME, read_tensors, write_tensors
+from ..files import parse_json
 from ..model.crate import CRATE
-from ..model.transformer import pool_tokens
+from ..model.transformer import layers_of, pool_tokens
 from ..modules.step import SparseStep
 from .configuration import CrateConfig
 
@@ -113,7 +114,7 @@ class CratePreTrainedModel(PreTrainedModel, _Unbuilt):  # pyright: ignore[report
         push_to_hub: bool = False,
         **options,
     ) -> None:
-        """Writes config.json, the weights and, where there is none yet, preprocessor_config.json to `save_directory`.
+        """Writes config.json, the weights and, where there is none yet for such images, preprocessor_config.json to a folder.
 
         The weights of a classifier in one file say themselves what they are, as those of `CRATE.save_pretrained`.
 
@@ -145,7 +146,7 @@ class CratePreTrainedModel(PreTrainedModel, _Unbuilt):  # pyright: ignore[report
             if written and name not in written:  # read before what was written, or never again
                 (folder / name).unlink(missing_ok=True)
         images = preprocessor_config(self.image_size, self.channels, self.config.transform())
-        if images is not None and not (folder / PREPROCESSOR_NAME).exists():
+        if images is not None and not _makes(folder / PREPROCESSOR_NAME, images):
             write_json(folder / PREPROCESSOR_NAME, images)
 
 
@@ -209,15 +210,13 @@ class CrateForImageClassification(CratePreTrainedModel):
             ValueError: it was changed after it was built.
         """
         arguments, _ = described(model)
-        how = {"backend": model.transformer.backend, "stream": model.transformer.stream}
         with torch.device("meta"):
-            own = cls(CrateConfig(**arguments, **how, **transform_entry(model)))
+            own = cls(CrateConfig(**arguments, **_computation(model), **transform_entry(model)))
         return _share(model, own)
 
     def to_crate(self) -> CRATE:
         """The plain `crate_fast.CRATE`, in this one's mode; both share their weights."""
-        how = {"backend": self.transformer.backend, "stream": self.transformer.stream}
-        own = skeleton(constructor_arguments(self) | how)
+        own = skeleton(constructor_arguments(self) | _computation(self))
         own.transform = self.config.transform()
         return _share(self, own)
 
@@ -253,6 +252,22 @@ def _written(folder: Path) -> dict[str, tuple[int, int]]:
     """When, by its name, which weights in a folder were written; only those that are read without a variant's name."""
     found = {name: folder / name for name in (MODEL_NAME, INDEX_NAME)}
     return {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name, path in found.items() if path.is_file()}
+
+
+def _makes(path: Path, images: dict) -> bool:
+    """Whether a preprocessor_config.json, perhaps with settings of the user's own, makes images of this size and channels."""
+    try:
+        found = parse_json(path.read_bytes())
+        return found["size"] == images["size"] and len(found["image_mean"]) == len(images["image_mean"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _computation(model: CRATE) -> dict[str, Any]:
+    """The arguments of `model` that no file has."""
+    transformer = model.transformer
+    drop_path = max((layer.drop_path for layer in layers_of(transformer)), default=0.0)
+    return {"backend": transformer.backend, "stream": transformer.stream, "drop_path": drop_path}
 
 
 def _share(model: CRATE, own: Any) -> Any:
