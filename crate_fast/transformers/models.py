@@ -71,10 +71,7 @@ class CratePreTrainedModel(PreTrainedModel, _Unbuilt):  # pyright: ignore[report
         if module is self:
             for parameter in (self.pos_embedding, self.cls_token):
                 initialization.normal_(parameter)
-        elif isinstance(module, SparseStep):
-            for name in module.weight_names:
-                initialization.kaiming_uniform_(getattr(module, name))
-        elif isinstance(module, nn.Linear | nn.LayerNorm):
+        elif isinstance(module, nn.Linear | nn.LayerNorm | SparseStep):
             module.reset_parameters()
 
     def _set_gradient_checkpointing(
