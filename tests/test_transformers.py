@@ -177,6 +177,7 @@ def test_the_processor_leaves_out_what_it_is_told_to_and_refuses_what_it_cannot(
         processor(Image.new("RGB", (1_000_000, 1)))
 
 
+@pytest.mark.filterwarnings("ignore:The following device_map keys")  # of parameters that are in no submodule
 def test_dtype_backend_and_device_map_are_as_asked_for(tmp_path):
     model = small_model()
     model.save_pretrained(tmp_path)
