@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 MOST_NAMES = 1_000_000
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, red, green, blue, in 0..1
+STD = (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, as Pillow converts
 LEAST_CROP = 0.05  # of a smaller part an image would be enlarged more than twenty times
 
 
@@ -27,6 +30,14 @@ class Transform(NamedTuple):
 
 MAIN = Transform(0.875)  # main.py's: 256 pixels on the short side, of which the middle 224
 FINETUNE = Transform(0.0)  # finetune.py's: squeezed to 224×224
+
+
+def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of ImageNet's training images by channel: of three, or of their grey."""
+    if channels == len(MEAN):
+        return MEAN, STD
+    mean, std = ((sum(w * v for w, v in zip(LUMA, values, strict=True)),) for values in (MEAN, STD))
+    return mean, std
 
 
 def read_transform(value: object) -> Transform:

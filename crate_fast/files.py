@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,6 +99,12 @@ def printable(name: str) -> str:
 def drawable(name: str) -> str:
     """The name of a file as a figure can show it: what is no UTF-8 in escapes, dollars as themselves and not as formulas."""
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
+def tell(line: str) -> None:
+    """Says it on stderr, once where torchrun started many processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"crate-fast: {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager

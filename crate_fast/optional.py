@@ -19,13 +19,17 @@ DISTRIBUTIONS = {
     "simplejpeg": "simplejpeg",
     "sklearn": "scikit-learn",
     "tensorboard": "tensorboard",
+    "timm": "timm",
     "torchvision": "torchvision",
     "tqdm": "tqdm",
+    "transformers": "transformers",
 }
 """Import name to package name, for all that the extras bring."""
 OTHERS = dict.fromkeys(("cv2", "lion_pytorch", "pydantic", "simplejpeg", "torchvision"), "train") | {
     "huggingface_hub": "hub",
     "tensorboard": "tensorboard",
+    "timm": "timm",
+    "transformers": "transformers",
 }
 """Import name to the extra that brings it, of those that not every training run needs."""
 TRAIN = tuple(name for name in DISTRIBUTIONS if name not in OTHERS)

@@ -28,7 +28,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:make|\.venv/bin/[^`\s]+|python|crate-fast) [^`]+)`")
 TOY = ["--dim", "16", "--depth", "2", "--heads", "2", "--dim-head", "8", "--epochs", "1", "--device", "cpu"]
-OTHERS = ("pre-commit", "pip", "pytest", "main.py", "finetune.py")
+OTHERS = ("pre-commit", "pip", "pytest", "main.py", "finetune.py", "crate_fast.timm")
 """Programs that are not ours; nothing but their names is looked at."""
 
 

@@ -312,6 +312,71 @@ def test_frozen_parameters_accumulation_and_checkpointing(backend):
         assert got is None if name.startswith("transformer.layers.1.") else torch.equal(got, want)
 
 
+@pytest.mark.parametrize(
+    "backend, pool, autocast",
+    [
+        ("torch", "cls", None),
+        ("torch", "mean", torch.bfloat16),
+        ("reference", "cls", torch.bfloat16),
+        ("triton", "cls", torch.float16),
+    ],
+)
+def test_checkpointed_layers_give_the_same_gradients_and_keep_what_enters_them(backend, pool, autocast):
+    """Whatever is drawn in them is drawn again."""
+    drawing = {} if backend == "triton" else {"dropout": 0.2, "drop_path": 0.5}
+    model = build(backend=backend, pool=pool, **drawing)
+    x, found = images(model), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            logits, kept = kept_bytes(model, x)
+        model.zero_grad()
+        logits.float().square().sum().backward()
+        found.append(([p.grad.clone() for p in model.parameters()], kept))
+    (expected, all_kept), (again, kept) = found
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True)) and kept < 0.7 * all_kept
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), build(backend=backend, pool=pool).eval()(x))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_dropped_path_is_a_layer_without_its_step_of_compression(backend):
+    """For each image by itself: the last layer of x is ISTA(x), or ISTA(x + MSSA(x) / share kept); less so in layers before."""
+    model = build(backend=backend, depth=3, drop_path=0.5).train()
+    assert [layer.drop_path for layer in model.transformer.layers] == [0, 0.25, 0.5] and build(depth=1, drop_path=0.5)
+    last, count = model.transformer.layers[2], 8
+    x = torch.randn(count, 5, 32, generator=torch.Generator().manual_seed(7))
+    torch.manual_seed(0)
+    found = model.transformer.run(x, "cls", [last])
+    without, scaled = last[1](x)[:, 0], last[1](last[0](x) / 0.5 + x)[:, 0]
+    left_out, kept = ((found - other).abs().amax(1) < 1e-5 for other in (without, scaled))
+    assert (left_out ^ kept).all() and 1 < left_out.sum() < count - 1
+    last.drop_path = 1.0
+    torch.testing.assert_close(model.transformer.run(x, "cls", [last]), without)
+    pixels = images(model)
+    assert torch.equal(model.eval()(pixels), build(backend=backend, depth=3).eval()(pixels))
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": 1, "dim_head": 32, "depth": 1}])
+def test_weights_are_drawn_anew_as_the_constructor_draws_them(options):
+    """Also those of a model that was made without memory."""
+    with torch.device("meta"):
+        empty = build(**options)
+    model = empty.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.fill_(torch.nan)
+    torch.manual_seed(3)
+    model.reset_parameters()
+    for got, want in zip(model.parameters(), build(seed=3, **options).parameters(), strict=True):
+        assert torch.equal(got, want) and got.requires_grad
+
+
+def test_embeddings_are_what_need_not_decay():
+    model = build()
+    assert model.no_weight_decay() == {name for name, _ in model.named_parameters() if "." not in name}
+
+
 @pytest.mark.parametrize("stream", ["auto", "float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_have_the_autocast_dtype_and_gradients_the_parameters(dtype, stream):
@@ -344,10 +409,8 @@ def test_16_bit_gradients_of_any_size_keep_their_precision(size):
         assert (a - b).norm() <= 2e-3 * a.norm()
 
 
-def kept_bytes(depth: int, batch: int) -> int:
-    """Bytes of distinct memory that the layers keep from forward to backward under fp16 autocast."""
-    model = build(depth=depth, dim=64, dim_head=32, stream="float16", **TRITON)
-    x = torch.randn(batch, 5, 64)
+def kept_bytes(call, x):
+    """(what `call` makes of x, bytes of distinct memory that are kept for its backward pass)."""
     storages: dict[int, int] = {}
 
     def pack(tensor):
@@ -355,14 +418,17 @@ def kept_bytes(depth: int, batch: int) -> int:
         storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype=torch.float16):
-        out = model.transformer(x)
-    assert out.shape == x.shape
-    return sum(storages.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        return call(x), sum(storages.values())
 
 
 def test_a_layer_keeps_four_activations_and_small_statistics():
-    (a, b), (c, d) = ([kept_bytes(depth, batch) for batch in (2, 4)] for depth in (2, 4))
+    def kept(depth, batch):
+        model = build(depth=depth, dim=64, dim_head=32, stream="float16", **TRITON)
+        with torch.autocast("cpu", dtype=torch.float16):
+            return kept_bytes(model.transformer, torch.randn(batch, 5, 64))[1]
+
+    (a, b), (c, d) = ([kept(depth, batch) for batch in (2, 4)] for depth in (2, 4))
     per_token_and_layer = ((d - c) - (b - a)) / (2 * 5) / 2
     assert 8 * 64 < per_token_and_layer <= 8 * 64 + 4 * 2 + 64
 

@@ -16,6 +16,7 @@ from crate_fast import CRATE, inspection, load_checkpoint, reference
 from crate_fast.checkpoint import save_model
 from crate_fast.commands.main import main
 from crate_fast.data.digits import Digits
+from crate_fast.eval_transform import LUMA
 from crate_fast.inspection import figures, photos
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
@@ -312,6 +313,6 @@ def test_normalisation_of_grey(tmp_path):
     white = normalise(Image.new("RGB", (3, 2), "white"))
     assert white.shape == (1, 1, 2, 3)
     mean, std = (
-        sum(w * v for w, v in zip(photos.LUMA, three, strict=True)) for three in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        sum(w * v for w, v in zip(LUMA, three, strict=True)) for three in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )
     torch.testing.assert_close(white, torch.full_like(white, (1 - mean) / std))

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import call
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import crate_fast.checkpoint.hub
 from crate_fast import CRATE, CheckpointError, CRATE_small, load_checkpoint
 from crate_fast.checkpoint import constructor_arguments, save_checkpoint, save_model
+from crate_fast.checkpoint.hub_config import OF_TRANSFORMERS
 from crate_fast.checkpoint.published import infer_arguments
 from crate_fast.checkpoint.save_load import transform_entry
 from crate_fast.eval_transform import Transform
@@ -202,9 +204,13 @@ def test_wrong_input_is_one_line(line, tmp_path, capsys):
 def test_pretrained_directory(tmp_path, capsys):
     model = small_model(**OTHER)
     assert model.save_pretrained(tmp_path / "here") is None
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"README.md", "config.json", "model.safetensors"} | {
+        "preprocessor_config.json"
+    }
     said = json.loads((tmp_path / "here" / "config.json").read_text())
-    assert said == constructor_arguments(model) | transform_entry(model)
+    assert said == constructor_arguments(model) | transform_entry(model) | OF_TRANSFORMERS
+    images = json.loads((tmp_path / "here" / "preprocessor_config.json").read_text())
+    assert images["size"] == {"height": 8, "width": 8} and (images["crop_pct"], len(images["image_mean"])) == (0.875, 1)
     card = (tmp_path / "here" / "README.md").read_text()
     assert card.startswith("---\n") and "library_name: crate-fast" in card and "license: mit" in card
     assert "| `ista` | `0.25` |" in card and f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
@@ -238,8 +244,87 @@ def test_weights_that_another_tool_wrote_are_what_config_json_beside_them_says(t
     save_model(model, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"heads is .* by its metadata and 1 by config.json beside it"):
         load_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 10_000, "[]", '"dim depth"', '{"dim": 1, "depth": 1, "model_type": "vit"}'])
+def test_a_config_json_of_something_else_does_not_stop_weights_that_say_what_they_are(tmp_path, content, capsys):
+    model = small_model(**OTHER)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    assert constructor_arguments(load_checkpoint(tmp_path)) == constructor_arguments(model)
+    said = capsys.readouterr().err
+    broken = content in ("{", "[" * 10_000)
+    assert said.count("\n") == broken and ("taken: what model.safetensors says of itself" in said) == broken
+    save_file(model.state_dict(), tmp_path / "model.safetensors")  # our metadata are gone
+    with pytest.raises(CheckpointError, match="cannot be read" if broken else "say heads"):
+        load_checkpoint(tmp_path)
+
+
+def test_config_json_is_that_of_weights_called_as_on_the_hub_and_of_those_that_say_nothing(tmp_path):
+    save_model(small_model(**OTHER), tmp_path / "best.safetensors")
+    small_model(depth=1).save_pretrained(tmp_path)
+    assert load_checkpoint(tmp_path / "best.safetensors").transformer.depth == 2  # another model's lies beside it
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "best.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"depth is 2 by its metadata and 1 by config\.json"):
+        load_checkpoint(tmp_path)
+    small_model(**OTHER).save_pretrained(tmp_path)
+    save_file(small_model(**OTHER).state_dict(), tmp_path / "last.safetensors")
+    assert constructor_arguments(load_checkpoint(tmp_path / "last.safetensors"))["ista"] == OTHER["ista"]
+
+
+def split(model, folder):
+    """Writes `model` as the Hub's libraries do a large one: in two files, with an index."""
+    model.save_pretrained(folder)
+    weights = list(model.state_dict().items())
+    parts = {f"model-0000{part}-of-00002.safetensors": dict(weights[part - 1 :: 2]) for part in (1, 2)}
+    for name, part in parts.items():
+        save_file(part, folder / name, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    places = {key: name for name, part in parts.items() for key in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return places
+
+
+@pytest.mark.parametrize("missing", [EntryNotFoundError, LocalEntryNotFoundError])
+def test_weights_in_several_files_are_one_model(tmp_path, monkeypatch, missing):
+    model = small_model(**OTHER)
+    split(model, tmp_path)
+    for source in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        loaded = load_checkpoint(source)
+        assert loaded.state_dict().keys() == model.state_dict().keys() and loaded.pool == "mean"
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+    def fetch(repo_id, filename, local_files_only=False, **_):
+        assert filename == "model.safetensors" or local_files_only == (missing is LocalEntryNotFoundError)  # not asked again
+        if not (tmp_path / filename).is_file():
+            raise missing("not there")
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(crate_fast.checkpoint.hub, "hf_hub_download", fetch)
+    assert torch.equal(load_checkpoint("somebody/crate").cls_token, model.cls_token)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match="no model of the Hub that can be had"):
+        load_checkpoint("somebody/crate")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda places: "{", "no index of weights"),
+        (lambda places: json.dumps({"weight_map": []}), "no index of weights"),
+        (lambda places: json.dumps({"weight_map": {}}), "it names no file"),
+        (lambda places: json.dumps({"weight_map": places | {"cls_token": "../model-00001-of-00002.safetensors"}}), "it names"),
+        (lambda places: json.dumps({"weight_map": places | {"cls_token": 7}}), "it names 7"),
+        (lambda places: json.dumps({"weight_map": places | {"x": "model-00001-of-00002.safetensors"}}), "it has no 'x'"),
+        (lambda places: json.dumps({"weight_map": places | {"cls_token": "model-00003-of-00002.safetensors"}}), "00003"),
+        (lambda places: json.dumps({"weight_map": dict(list(places.items())[1:])}), "weights are missing|no weights of"),
+    ],
+)
+def test_an_index_that_is_wrong_is_told(tmp_path, change, message):
+    places = split(small_model(**OTHER), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(change(places))
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path)
 
 

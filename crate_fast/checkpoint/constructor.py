@@ -20,21 +20,27 @@ def constructor_arguments(model: CRATE) -> dict:
         ValueError: no arguments do, since the model was changed after it was built.
     """
     try:
-        return _arguments_of(model)
+        return _arguments_of(model, model.mlp_head[1].out_features, model.pool)
     except (AttributeError, TypeError, IndexError) as error:  # a module in the place of another
         raise ValueError(f"{CHANGED}: {first_line(error)}") from error
 
 
-def _arguments_of(model: CRATE) -> dict:
+def body_arguments(model: CRATE) -> dict:
+    """Those of the arguments that say what is before the head, which may be another than the constructor's."""
+    arguments = _arguments_of(model, None, None)
+    return {name: value for name, value in arguments.items() if name not in ("num_classes", "pool")}
+
+
+def _arguments_of(model: CRATE, num_classes: object, pool: object) -> dict:
     transformer = model.transformer
     arguments = {
         "image_size": list(model.image_size),
         "patch_size": list(model.patch_size),
-        "num_classes": model.mlp_head[1].out_features,
+        "num_classes": num_classes,
         "dim": transformer.dim,
         "depth": transformer.depth,
         "heads": transformer.heads,
-        "pool": model.pool,
+        "pool": pool,
         "channels": model.channels,
         "emb_dropout": float(model.dropout.p),
     }

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from ..files import first_line, write_atomically
+from ..files import first_line
 from ..model.crate import CRATE
-from .hub_config import CONFIG_NAME
-from .read import MODEL_NAME, CheckpointError
+from .hub_config import CONFIG_NAME, OF_TRANSFORMERS, PREPROCESSOR_NAME, preprocessor_config, write_json
+from .read import CheckpointError, in_directory
 from .save_load import constructor_arguments, load_file, save_model, transform_entry
+from .tensor_files import INDEX_NAME, MODEL_NAME, shards_of
 
 PAPER = "https://arxiv.org/abs/2306.01129"
 CARD = """---
@@ -30,6 +30,15 @@ A white-box vision transformer ([White-Box Transformers via Sparse Rate Reductio
 from crate_fast import CRATE
 
 model = CRATE.from_pretrained("{{ repo_id | default("ORGANISATION/NAME", true) }}")
+```
+
+or, of transformers:
+
+```python
+import crate_fast.transformers
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="{{ repo_id | default("ORGANISATION/NAME", true) }}")
 ```
 
 `model.safetensors` has the weights under the names of the published class, and the constructor's arguments in its metadata.
@@ -55,9 +64,12 @@ class HubModel(
         self.model = model
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_model(self.model, save_directory / MODEL_NAME)
-        text = json.dumps(constructor_arguments(self.model) | transform_entry(self.model), indent=2) + "\n"
-        write_atomically(save_directory / CONFIG_NAME, lambda file: file.write(text.encode()))
+        model = self.model
+        save_model(model, save_directory / MODEL_NAME)
+        write_json(save_directory / CONFIG_NAME, constructor_arguments(model) | transform_entry(model) | OF_TRANSFORMERS)
+        images = preprocessor_config(model.image_size, model.channels, model.transform)
+        if images is not None:
+            write_json(save_directory / PREPROCESSOR_NAME, images)
 
     @classmethod
     def from_pretrained(cls, source: str, **options) -> HubModel:  # pyright: ignore[reportIncompatibleMethodOverride] (its name)
@@ -69,7 +81,7 @@ class HubModel(
         cls, *, model_id: str, device: str = "cpu", overrides: dict | None = None, kind: type[CRATE] = CRATE, **where
     ) -> HubModel:
         folder = Path(model_id)
-        path = folder / MODEL_NAME if folder.is_dir() else download(model_id, **where)
+        path = (in_directory(folder) or folder / MODEL_NAME) if folder.is_dir() else download(model_id, **where)
         return cls(load_file(path, device, overrides or {}, kind=kind))
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
@@ -79,7 +91,8 @@ class HubModel(
 
 
 def download(name: str, **where) -> Path:
-    """The file of the model called `name`, ORGANISATION/NAME, brought here from the Hub or its cache with its config.json.
+    """The file of the model called `name`, ORGANISATION/NAME, or the index of the files it is split into, brought here from the
+    Hub or its cache with its config.json.
 
     Args:
         where: `revision`, `cache_dir`, `force_download`, `local_files_only`, `token` of `huggingface_hub.hf_hub_download`.
@@ -88,12 +101,28 @@ def download(name: str, **where) -> Path:
         CheckpointError: there is no such file here, and none on the Hub, or the Hub cannot be reached.
     """
     try:
-        path = Path(hf_hub_download(name, MODEL_NAME, **where))
+        try:
+            path = Path(hf_hub_download(name, MODEL_NAME, **where))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # the Hub was not asked, or did not answer: it is not asked again
+                where |= {"local_files_only": True}
+            path = _download_shards(name, error, **where)
         with suppress(EntryNotFoundError):  # there need be none
             hf_hub_download(name, CONFIG_NAME, **where)
         return path
     except Exception as error:
         raise _unavailable(name, error) from error
+
+
+def _download_shards(name: str, otherwise: Exception, **where) -> Path:
+    """The index of the model's files, brought here with them; raises `otherwise` where there is no index."""
+    try:
+        index = Path(hf_hub_download(name, INDEX_NAME, **where))
+    except EntryNotFoundError:
+        raise otherwise from None
+    for shard in shards_of(index):
+        hf_hub_download(name, shard, **where)
+    return index
 
 
 def _unavailable(name: str, error: Exception) -> CheckpointError:

@@ -1,21 +1,32 @@
-"""The config.json beside weights, as on the Hugging Face Hub: what it says of a model whose weights have lost what we say."""
+"""What stands beside weights on the Hugging Face Hub: config.json says what the model is, preprocessor_config.json what is done
+to a photograph. Both are what huggingface_hub's mixin and transformers read and write."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files import check_regular, parse_json, shown
+from ..eval_transform import MAIN, Transform, imagenet_statistics
+from ..files import check_regular, parse_json, shown, tell, write_atomically
 from .constructor import ARGUMENTS
+from .tensor_files import is_of_hub
 
 CONFIG_NAME = "config.json"
+PREPROCESSOR_NAME = "preprocessor_config.json"
 OF_A_RUN = ("config", "resolved")  # what that of a run's directory has, which tells other things
 NEEDED = ("dim", "depth")  # what one that describes a CRATE has at least
 PAIRS = ("image_size", "patch_size")
+MODEL_TYPE = "crate"  # to transformers, which chooses its classes by it
+OF_TRANSFORMERS = {"model_type": MODEL_TYPE, "architectures": ["CrateForImageClassification"]}
+PROCESSOR = "CrateImageProcessor"
+PHOTOGRAPHS = (1, 3)  # channels of what is made of one
+BILINEAR = 2  # as Pillow numbers it
 
 
 def read_beside(weights: Path) -> dict | None:
-    """What the Hub's kind of config.json beside a file of weights says of the model, or None where there is none.
+    """What the Hub's kind of config.json beside a file of weights says of the model; None where there is none, or another's.
 
     Raises:
         CheckpointError: it cannot be read, or is no JSON.
@@ -30,16 +41,28 @@ def read_beside(weights: Path) -> dict | None:
         raise CheckpointError(f"{path}: cannot be read ({error}); it says what the weights beside it are") from error
     if not isinstance(content, dict) or any(name in content for name in OF_A_RUN) or not all(n in content for n in NEEDED):
         return None
-    return content
+    return content if content.get("model_type", MODEL_TYPE) == MODEL_TYPE else None
 
 
 def settled(weights: Path, arguments: dict | None) -> tuple[dict | None, dict | None]:
     """(the constructor's arguments, config.json): those of the weights' own `arguments`, else of config.json.
 
+    Weights that say nothing of themselves are what config.json beside them says, whatever they are called. Those that do are
+    held against it where they are called as on the Hub, model.safetensors or a part of it, whose config.json is theirs: a file
+    of any other name may lie beside another model's. One that cannot be read is then said on stderr, and passed over.
+
     Raises:
-        CheckpointError: both are there and differ, or as `read_beside`.
+        CheckpointError: both are there and differ; there is config.json alone, and it cannot be read.
     """
-    content = read_beside(weights)
+    if arguments is not None and not is_of_hub(weights):
+        return arguments, None
+    try:
+        content = read_beside(weights)
+    except CheckpointError as error:
+        if arguments is None:
+            raise
+        tell(f"{error}; taken: what {weights.name} says of itself")
+        return arguments, None
     if content is None:
         return arguments, None
     stated = {name: content[name] for name in ARGUMENTS if name in content}
@@ -56,3 +79,39 @@ def settled(weights: Path, arguments: dict | None) -> tuple[dict | None, dict | 
 def _plain(name: str, value: object) -> object:
     """Sizes of squares as pairs, in which both may be written."""
     return [value, value] if name in PAIRS and isinstance(value, int) else list(value) if isinstance(value, tuple) else value
+
+
+def preprocessor_config(image_size: Sequence[int], channels: int, transform: Transform | None) -> dict | None:
+    """What preprocessor_config.json says of a model's images, for `crate_fast.transformers`: as `crate_fast.load` makes them.
+
+    None where no photograph has the model's channels, or its mean and std are of others.
+
+    Args:
+        image_size: height and width.
+        channels: of the model.
+        transform: how its images are evaluated; what that leaves open is as in main.py, and ImageNet's.
+    """
+    if channels not in PHOTOGRAPHS:
+        return None
+    transform = transform or MAIN
+    known = transform.mean is not None and transform.std is not None
+    mean, std = (transform.mean, transform.std) if known else imagenet_statistics(channels)
+    if mean is None or std is None or len(mean) != channels:
+        return None
+    return {
+        "image_processor_type": PROCESSOR,
+        "do_resize": True,
+        "size": dict(zip(("height", "width"), image_size, strict=True)),
+        "crop_pct": transform.crop,
+        "resample": BILINEAR,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes `values` to `path`, whole or not at all; raises OSError where it cannot be written."""
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,21 +14,19 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..eval_transform import FINETUNE, MAIN, Transform, read_transform
-from ..files import digest_of, first_line, is_text, parse_json
+from ..files import digest_of, first_line, parse_json
 from ..optional import MissingPackageError, require
 from . import distributed
 from .archives import ZIP_SIGNATURE, DamagedError, read_archive, read_beside_others, signature_of, unread
 from .hub_config import settled
 from .layouts import Found, choose, find_weights, joined
 from .published import without_unused
+from .tensor_files import DIGEST, INDEX_NAME, METADATA_KEY, MODEL_NAME, read_shards, read_tensors
 from .unfinished import newest_checkpoint
 
-METADATA_KEY = "crate_fast"
-DIGEST = "digest"  # of all weights in a file of safetensors and of what is said of them, which has no checksums of its own
 TRANSFORM = "evaluation"  # beside the constructor's arguments in safetensors, and a checkpoint's own entry
 # By where main.py and finetune.py put their weights.
 PUBLISHED: dict[str | None, Transform] = {"state_dict": MAIN, "model": FINETUNE}
-MODEL_NAME = "model.safetensors"
 SUFFIXES = (".pt", ".pth", ".tar", ".safetensors", ".bin", ".ckpt", ".t7")  # of files, and of no model on the Hub
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -45,9 +42,7 @@ def model_file(source: str | os.PathLike) -> Path:
     """
     path = Path(source)
     if path.is_dir() and not distributed.is_in_parts(path):
-        if not (path / MODEL_NAME).is_file():
-            return _of_unfinished(path)
-        return path / MODEL_NAME
+        return in_directory(path) or _of_unfinished(path)
     name = str(source)
     if path.exists() or path.parent.is_dir() or path.suffix in SUFFIXES or not HUB_NAME.fullmatch(name):
         return path
@@ -58,6 +53,11 @@ def model_file(source: str | os.PathLike) -> Path:
     from .hub import download
 
     return download(name)
+
+
+def in_directory(folder: Path) -> Path | None:
+    """The model of a directory, or the index of the files it is split into; None where it has neither."""
+    return next((folder / name for name in (MODEL_NAME, INDEX_NAME) if (folder / name).is_file()), None)
 
 
 def _of_unfinished(run: Path) -> Path:
@@ -103,6 +103,8 @@ def read_model(path: Path, wanted: str | None = None) -> Model:
 
 
 def _read_file(path: Path, wanted: str | None) -> Model:
+    if path.name == INDEX_NAME:
+        return _without_metadata(path, read_shards(path), wanted)
     start = signature_of(path)
     if start[8:] == b"{" and not start.startswith(ZIP_SIGNATURE):
         return _read_safetensors(path, wanted)
@@ -217,27 +219,8 @@ def _read_state(file: Path, what: str) -> dict:
     return content
 
 
-@contextmanager
-def _named_in_text(path: Path) -> Iterator[str | Path]:
-    """A name of the file in UTF-8, which is all that safetensors takes: where it has none, that of an open file."""
-    if is_text(str(path)):
-        yield path
-        return
-    with open(path, "rb") as file:
-        yield f"/dev/fd/{file.fileno()}"
-
-
 def _read_safetensors(path: Path, wanted: str | None) -> Model:
-    require("safetensors")
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with _named_in_text(path) as name, safe_open(name, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Copies, since what safetensors gives may lie in the file's own pages, at any alignment.
-            weights = {key: file.get_tensor(key).clone() for key in file.offset_keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged, or not safetensors ({first_line(error)})") from error
+    metadata, weights = read_tensors(path)
     if METADATA_KEY not in metadata:
         return _without_metadata(path, weights, wanted)
     try:

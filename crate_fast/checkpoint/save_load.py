@@ -7,7 +7,6 @@ A checkpoint is a `torch.save` archive of plain values and tensors, read with `w
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -18,17 +17,18 @@ import torch
 from torch import Tensor
 
 from ..eval_transform import Transform
-from ..files import digest_of, first_line, shown, write_atomically
+from ..files import first_line, shown, tell, write_atomically
 from ..model.crate import CRATE
-from ..optional import require
 from .constructor import ARGUMENTS, CHANGED, constructor_arguments
 from .layouts import WORDS
 from .published import infer_arguments
-from .read import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, model_file, read_model
+from .read import TRANSFORM, CheckpointError, model_file, read_model
 from .resize import grid_of, resized_weights
+from .tensor_files import write_tensors
 
 RESIZED = ("num_classes", "image_size")  # those that may be others than a file's, with a new head and other positions
-FREE = ("training", "backend", "stream", "transform", "frozen")  # settings that a model and what its file builds need not share
+FREE = ("training", "backend", "stream", "transform", "frozen", "drop_path", "grad_checkpointing")
+"""Settings that a model and what its file builds need not share."""
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,39 +40,8 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
         ValueError: it was changed after it was built, so that `load_checkpoint` could not build it again.
         OSError: `path` cannot be written.
     """
-    require("safetensors")
-    from safetensors.torch import save
-
-    arguments, weights = _describe(model)
-    tensors = _apart(weights)
-    values = arguments | transform_entry(model)
-    values |= {DIGEST: digest_of(values, {key: value.cpu() for key, value in tensors.items()})}
-    # "format" is what other libraries look for.
-    data = _in_order(save(tensors, metadata={METADATA_KEY: json.dumps(values), "format": "pt"}))
-    write_atomically(path, lambda file: file.write(data))
-
-
-def _in_order(data: bytes) -> bytes:
-    """A file of safetensors, its metadata in order: equal models are equal files, and safetensors keeps no order of its own."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
-def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, contiguous and each in memory of its own, as safetensors wants them; layers may share theirs."""
-    apart, places = {}, set()
-    for key, value in weights.items():
-        value = value.detach().contiguous()
-        storage = value.untyped_storage()
-        if storage.data_ptr() in places or storage.nbytes() != value.nbytes:
-            value = value.clone()
-        places.add(storage.data_ptr())
-        apart[key] = value
-    return apart
+    arguments, weights = described(model)
+    write_tensors(Path(path), weights, arguments | transform_entry(model))
 
 
 def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
@@ -80,7 +49,7 @@ def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
 
     Raises: as `save_model`; also TypeError where `state` has what could not be read again, such as NumPy's numbers.
     """
-    write_state(model, path, model=_describe(model)[1], **state)
+    write_state(model, path, model=described(model)[1], **state)
 
 
 def write_state(model: CRATE, path: str | os.PathLike, /, **content) -> None:
@@ -105,12 +74,12 @@ def transform_entry(model: CRATE) -> dict:
     return {} if model.transform is None else {TRANSFORM: model.transform._asdict()}
 
 
-def _describe(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
-    """(constructor arguments, state_dict), checked to fit each other."""
+def described(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
+    """(constructor arguments, state_dict), checked to fit each other; raises as `save_model`."""
     if not isinstance(model, CRATE):
         raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE")
     arguments, weights = constructor_arguments(model), model.state_dict()
-    built = _skeleton(arguments)
+    built = skeleton(arguments)
     difference = _difference(built, weights) or _change(built, model)
     if difference:
         raise ValueError(f"{CHANGED}: {difference}")
@@ -153,8 +122,8 @@ def load_checkpoint(
     tell (heads, pool, ista, lambd) is taken as published, and a line on stderr says so.
 
     Args:
-        source: a file, a directory with a model.safetensors, or ORGANISATION/NAME of a model on the Hugging Face Hub (for that
-            `pip install 'crate-fast[hub]'`).
+        source: a file, a directory with a model.safetensors or the index of one that is split, or ORGANISATION/NAME of a model
+            on the Hugging Face Hub (for that `pip install 'crate-fast[hub]'`).
         device: where the weights shall be.
         weights: of a file that has both, "last" for the weights themselves or "mean" for their mean over the steps; None: the
             mean, and a line on stderr says so.
@@ -193,7 +162,7 @@ def load_file(
         raise ValueError(f"weights is {wanted!r}; allowed are {' and '.join(map(repr, WORDS))}")
     arguments, weights, transform, note, inferred = read_model(path, wanted)
     if note is not None:
-        _tell(f"{path}: {note}")
+        tell(f"{path}: {note}")
     if arguments is None:
         arguments = _settle(path, weights, inferred, overrides)
         model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(ARGUMENTS)}, kind)
@@ -224,7 +193,7 @@ def _settle(path: Path, weights: dict[str, Tensor], inferred: Mapping, overrides
         raise CheckpointError(f"{path}: {first_line(error)}") from error
     if assumed:
         words = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
-        _tell(f"{path}: taken as published, since shapes do not tell it: {words}")
+        tell(f"{path}: taken as published, since shapes do not tell it: {words}")
     return arguments
 
 
@@ -234,14 +203,14 @@ def _resized(path: Path, model: CRATE, overrides: dict) -> CRATE:
     wanted = own | {name: overrides[name] for name in RESIZED if name in overrides}
     rest = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
     try:
-        built = _skeleton(wanted | rest, type(model))
+        built = skeleton(wanted | rest, type(model))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: no CRATE is of these sizes ({first_line(error)})") from error
     weights, lines = resized_weights(model, wanted["num_classes"], grid_of(built.image_size, built.patch_size))
     if not lines and built.image_size == model.image_size:
         return model
     if lines:
-        _tell(f"{path}: {'; '.join(lines)}")
+        tell(f"{path}: {'; '.join(lines)}")
     built.load_state_dict(weights, assign=True)
     return built.requires_grad_(True).eval()
 
@@ -254,12 +223,6 @@ def _fitting(path: Path, model: CRATE, transform: Transform | None, overrides: d
     if overrides.get("num_classes") == classes:  # another head than the file's, whose classes are others
         return transform._replace(names=None)
     raise CheckpointError(f"{path}: it has names of {len(names)} classes; the model tells {classes} apart")
-
-
-def _tell(line: str) -> None:
-    """Says it on stderr, once where torchrun started many processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"crate-fast: {line}", file=sys.stderr)
 
 
 def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[CRATE] = CRATE) -> CRATE:
@@ -277,7 +240,7 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
     if arguments.get("depth") != len(layers):
         raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {shown(arguments.get('depth'))}")
     try:
-        model = _skeleton(arguments, kind)
+        model = skeleton(arguments, kind)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: its arguments build no CRATE ({first_line(error)})") from error
     difference = _difference(model, weights)
@@ -298,7 +261,7 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
-def _skeleton(arguments: dict, kind: type[CRATE] = CRATE) -> CRATE:
+def skeleton(arguments: dict, kind: type[CRATE] = CRATE) -> CRATE:
     """The model without memory for its weights, and without drawing them."""
     with torch.device("meta"):
         return kind(**arguments)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -12,9 +13,10 @@ from ..model.crate import CRATE
 from ..model.positions import resample_positions
 from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
+from .constructor import body_arguments, constructor_arguments
 from .read import CheckpointError, Model, model_file, read_model
 from .resize import HEAD, grid_of
-from .save_load import build, check_floating, constructor_arguments
+from .save_load import build, check_floating
 
 SAME = ("dim", "depth", "heads", "dim_head", "channels", "patch_size", "ista", "lambd")  # what a weight means hangs on these
 
@@ -34,19 +36,22 @@ def read_weights(path: str | Path) -> Model:
     return source._replace(arguments=constructor_arguments(model), weights=model.state_dict())
 
 
-def start_from(model: CRATE, source: Model, path: str | Path) -> str:
-    """Gives `model` the weights read from `path`, all but the head's; says in a line what was loaded, replaced and missing.
+def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collection[str] | None = None) -> str:
+    """Gives `model` the weights read from `path`; says in a line what was loaded, replaced and missing.
 
     Position embeddings of another image size are resampled, bicubically.
+
+    Args:
+        new: names of weights that stay as they are; None: those of the head.
 
     Raises:
         CheckpointError: nothing fits, a weight has another shape, or the file says that they are of a model that computes
             something else with them.
     """
     weights, own, stated = dict(source.weights), model.state_dict(), source.arguments or {}
-    _check_same(constructor_arguments(model), stated or source.inferred, path)
-    head = [key for key in own if key.startswith(HEAD)]
-    wanted = [key for key in own if not key.startswith(HEAD)]
+    _check_same(body_arguments(model), stated or source.inferred, path)
+    head = [key for key in own if (key.startswith(HEAD) if new is None else key in new)]
+    wanted = [key for key in own if key not in head]
     missing = [key for key in wanted if key not in weights]
     surplus = [key for key in weights if key not in own]
     if len(missing) == len(wanted):
@@ -65,7 +70,8 @@ def start_from(model: CRATE, source: Model, path: str | Path) -> str:
             )
     loaded = {key: weights[key] for key in wanted if key in weights}
     model.load_state_dict(loaded, strict=False)
-    line = f"{path}: {len(loaded)} weights loaded{resampled}; new: the head ({len(head)})"
+    line = f"{path}: {len(loaded)} weights loaded{resampled}"
+    line += f"; new: the head ({len(head)})" if head else ""
     if stated.get("pool", model.pool) != model.pool:
         line += f", which reads by pool {model.pool!r}, not {stated['pool']!r} as there"
     line += f"; {source.note}" if source.note else ""
@@ -73,7 +79,7 @@ def start_from(model: CRATE, source: Model, path: str | Path) -> str:
     return line + (f"; not of this model, and left out: {', '.join(map(str, surplus))}" if surplus else "")
 
 
-def _check_same(own: dict, stated: Mapping, path: str | Path) -> None:
+def _check_same(own: dict, stated: Mapping, path: str | os.PathLike) -> None:
     """Raises CheckpointError where the file says of its weights what makes something else of them than the model does."""
     for name in SAME:
         if name in stated and own.get(name, stated[name]) != stated[name]:
@@ -86,7 +92,7 @@ def _check_same(own: dict, stated: Mapping, path: str | Path) -> None:
         raise CheckpointError(f"{path}: step is {there!r} in it and {here!r} in this run, for which its weights mean nothing")
 
 
-def _flags(stated: Mapping, path: str | Path) -> str:
+def _flags(stated: Mapping, path: str | os.PathLike) -> str:
     """The flags that say what the file does."""
     values = {name: stated[name] for name in SAME if name in stated and name != "channels"}
     if "patch_size" in stated:
@@ -97,7 +103,7 @@ def _flags(stated: Mapping, path: str | Path) -> str:
     return " ".join(f"{flag(name)} {value}" for name, value in values.items())
 
 
-def _grid_there(embedding: Tensor, stated: dict, own: tuple[int, int], path: str | Path) -> tuple[int, int]:
+def _grid_there(embedding: Tensor, stated: dict, own: tuple[int, int], path: str | os.PathLike) -> tuple[int, int]:
     """(rows, columns) of the patches of `embedding`, (1, 1 + patches, dim): as the file says, else of a square."""
     if stated:
         return grid_of(stated["image_size"], stated["patch_size"])

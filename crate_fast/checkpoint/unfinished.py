@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
+
+from ..files import tell
 
 NUMBERED = re.compile(r"step-[0-9]{8,}(_[0-9]{3})?\.(pt|dcp)")
 
@@ -23,8 +24,7 @@ def newest_checkpoint(run: Path) -> Path | None:
     if not names:
         return None
     newest = folder / max(names, key=_place)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"crate-fast: {run}: the run has not ended; taken: {newest}", file=sys.stderr, flush=True)
+    tell(f"{run}: the run has not ended; taken: {newest}")
     return newest
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data_sets import DATA_SETS
 from ..errors import UnreadableError
+from ..eval_transform import MEAN, STD
 from ..files import PAUSES, as_bytes, is_of_system
 from ..locks import unlock
 from ..processes import Ranks
@@ -27,8 +28,6 @@ from .order import Plan, epoch_order, share_of
 from .philox import image_generator
 from .pictures import READER, READER_ENTRY
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, red, green, blue, in 0..1
-STD = (0.229, 0.224, 0.225)
 COLOUR = np.rint(np.array(MEAN) * 255).astype(np.uint8)  # of what is erased
 IGNORED = -100  # label of an image that could not be read: it counts nowhere
 PREFETCH = 4  # batches that a worker is ahead

@@ -15,7 +15,7 @@ from ..checkpoint.archives import read_archive
 from ..checkpoint.read import check_all_plain
 from ..data.pictures import SUFFIXES, check_pixels, find_pictures, read_picture, tell_left_out
 from ..errors import InspectionError
-from ..eval_transform import MAIN
+from ..eval_transform import MAIN, imagenet_statistics
 from ..files import parse_json, reason_of
 from ..model.crate import CRATE
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MODES = {1: "L", 3: "RGB"}
-LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, as Pillow converts
 
 
 class PhotoError(InspectionError):
@@ -40,7 +39,7 @@ class Normalisation:
             own = stored.mean, stored.std
         else:
             own = _of_run(Path(source))
-        self.mean, self.std = own or _of_imagenet(model.channels)
+        self.mean, self.std = own or imagenet_statistics(model.channels)
         self.origin = "its run's" if own else "ImageNet's"
         if not all(len(values) == model.channels for values in (self.mean, self.std)):
             raise InspectionError(
@@ -72,15 +71,6 @@ def _of_run(source: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
             continue  # it is no run's; what of a run's cannot be read just now is told, not passed over
         return mean, std
     return None
-
-
-def _of_imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    from ..data.loader import MEAN, STD
-
-    if channels == 3:
-        return MEAN, STD
-    mean, std = ((sum(w * v for w, v in zip(LUMA, values, strict=True)),) for values in (MEAN, STD))
-    return mean, std
 
 
 def to_array(image: Image) -> Tensor:

@@ -16,28 +16,16 @@ from ..eval_transform import Transform
 from ..files import shown
 from ..functional import check_number, check_positive
 from ..modules.cpu_inference import evaluated_embedding
-from ..modules.plain import (
-    Place,
-    PlainTree,
-    drops_nothing,
-    has_global_hooks,
-    is_exported,
-    is_plain,
-    keeps_forwards,
-    linear_at,
-    norm_at,
-    same_place,
-)
+from ..modules.plain import has_global_hooks, is_exported, is_plain, keeps_forwards, same_place
 from ..modules.step import STEPS
 from ..optional import require
 from ..sizes import POOLS, SIZES, STREAMS
+from .buildable import as_pair, check_buildable, divide, times
+from .embedding import is_plain_embedding
 from .transformer import Transformer, pool_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-MOST_LAYERS, MOST_WEIGHTS = 10_000, 10**10  # no machine trains more; the largest that is published has 24 and 78 million
-_PLAIN_EMBEDDING = PlainTree(Place("0", (Rearrange,)), norm_at("1"), linear_at("2"), norm_at("3"))
 
 
 class CRATE(nn.Module):
@@ -64,8 +52,10 @@ class CRATE(nn.Module):
             times as exact; what exceeds 65,504 becomes infinite), "bfloat16", "float32", or "auto": float16 under bfloat16
             autocast and float32 under float16, each at least as precise as the published code under the same by the logits and
             the median over gradients.
-
         step: name of the step of sparsification: "ista", or another `SparseStep` of `crate_fast.modules.STEPS`.
+        drop_path: stochastic depth, in training: the share of a batch's images for which the last layer leaves out its step of
+            compression, x + MSSA(LN(x)) being x; 0 in the first layer, linearly more from layer to layer. A layer's other step
+            has no residual and is never left out.
 
     Raises:
         TypeError: a size that is no integer, a step size, threshold or dropout that is no number.
@@ -94,6 +84,7 @@ class CRATE(nn.Module):
         backend: str = "auto",
         stream: str = "auto",
         step: str = "ista",
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if pool not in POOLS:
@@ -110,16 +101,17 @@ class CRATE(nn.Module):
             if value < (name in sizes):
                 raise ValueError(f"{name} is {shown(value)}; it must be at least {int(name in sizes)}")
         # Numbers of Python's own from here on, whatever NumPy's they were: a checkpoint with others could not be read again.
-        dropout, emb_dropout = check_number("dropout", dropout), check_number("emb_dropout", emb_dropout)
+        shares = {"dropout": dropout, "emb_dropout": emb_dropout, "drop_path": drop_path}
+        dropout, emb_dropout, drop_path = (check_number(name, share) for name, share in shares.items())
         ista, lambd = check_positive("ista", ista), check_positive("lambd", lambd)
-        for name, share in (("dropout", dropout), ("emb_dropout", emb_dropout)):
+        for name, share in zip(shares, (dropout, emb_dropout, drop_path), strict=True):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share}; it must be from 0 to 1")
-        self.image_size, self.patch_size = _pair("image_size", image_size), _pair("patch_size", patch_size)
-        rows, columns = (_divide(i, p) for i, p in zip(self.image_size, self.patch_size, strict=True))
+        self.image_size, self.patch_size = as_pair("image_size", image_size), as_pair("patch_size", patch_size)
+        rows, columns = (divide(i, p) for i, p in zip(self.image_size, self.patch_size, strict=True))
         patch_height, patch_width = self.patch_size
         patch_dim = channels * patch_height * patch_width
-        _check_buildable(dim, depth, heads * dim_head, patch_dim, rows * columns + 1, num_classes)
+        check_buildable(dim, depth, heads * dim_head, patch_dim, rows * columns + 1, num_classes)
         self.channels = channels
 
         self.to_patch_embedding = nn.Sequential(
@@ -131,7 +123,7 @@ class CRATE(nn.Module):
         self.pos_embedding = nn.Parameter(torch.randn(1, rows * columns + 1, dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.dropout = nn.Dropout(emb_dropout)
-        self.transformer = Transformer(dim, depth, heads, dim_head, dropout, ista, lambd, backend, stream, step)
+        self.transformer = Transformer(dim, depth, heads, dim_head, dropout, ista, lambd, backend, stream, step, drop_path)
         self.pool = pool
         self.to_latent = nn.Identity()
         self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
@@ -145,28 +137,59 @@ class CRATE(nn.Module):
             TypeError: the image is no dense tensor of real floating point, or, outside autocast, not of the model's dtype.
             ValueError: its shape or device does not fit.
         """
+        return self._classify(self._features(image, self.pool))
+
+    def _features(self, image: Tensor, pool: str | None) -> Tensor:
+        """What the layers make of an image: (batch, dim) with pool "cls" or "mean", (batch, 1 + patches, dim) with None."""
         self._check_image(image)
         x = self._embed(image)
         if has_global_hooks() or not (is_plain(self.transformer, Transformer) and keeps_forwards(self.transformer)):
-            x = pool_tokens(self.transformer(x), self.pool)
-        else:
-            x = self.transformer.run(x, self.pool)
+            return pool_tokens(self.transformer(x), pool)
+        return self.transformer.run(x, pool)
+
+    def _classify(self, x: Tensor) -> Tensor:
+        """(batch, dim), pooled, to logits."""
         return self.mlp_head(self.to_latent(x))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all weights anew as the constructor does: the same from the same seed."""
+        self.to_patch_embedding.apply(_reset)
+        self.pos_embedding.normal_()
+        self.cls_token.normal_()
+        self.transformer.apply(_reset)
+        self.mlp_head.apply(_reset)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the embeddings, which most recipes for transformers keep from decaying, as they do norms and biases."""
+        return {"pos_embedding", "cls_token"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Has a layer keep for its backward pass what enters it alone, and compute the rest there again; or all, as at first.
+
+        The gradients are the same to the bit; a step takes about a third more time.
+        """
+        self.transformer.grad_checkpointing = bool(enable)
 
     def _embed(self, image: Tensor) -> Tensor:
         """(batch, channels, height, width) to the tokens that enter the layers, (batch, 1 + patches, dim)."""
+        positions = self._positions(image)
         if self._embeds_at_once(image):
             _, norm, linear, last_norm = self.to_patch_embedding
             weights = [norm.weight, norm.bias, linear.weight, linear.bias, last_norm.weight, last_norm.bias]
             eps = [norm.eps, last_norm.eps]
-            return evaluated_embedding(image, [*weights, self.cls_token, self.pos_embedding], list(self.patch_size), eps)
+            return evaluated_embedding(image, [*weights, self.cls_token, positions], list(self.patch_size), eps)
         x = self.to_patch_embedding(image)
-        positions = self.pos_embedding[:, : 1 + x.shape[1]]
+        positions = positions[:, : 1 + x.shape[1]]
         positions = torch.cat((self.cls_token + positions[:, :1], positions[:, 1:]), dim=1)
         # The class token's place is kept in the tokens' dtype, under autocast a narrower one than the positions': the wider
         # tokens are written once.
         place = x.new_zeros(()).expand(x.shape[0], 1, x.shape[2])
         return self.dropout(torch.cat((place, x), dim=1) + positions)
+
+    def _positions(self, image: Tensor) -> Tensor:
+        """(1, 1 + patches or more, dim): the position embeddings of an image, of which the first are taken."""
+        return self.pos_embedding
 
     def _embeds_at_once(self, image: Tensor) -> bool:
         """Whether `evaluated_embedding` may stand for the modules, on a CPU: GPUs gain nothing from it."""
@@ -174,14 +197,8 @@ class CRATE(nn.Module):
             return False
         if has_global_hooks() or is_transformed() or is_exported() or self.transformer.backend == "reference":
             return False
-        return self._embedding_is_plain() and same_place((image, *self.to_patch_embedding.parameters(), self.cls_token))
-
-    def _embedding_is_plain(self) -> bool:
-        modules = self.to_patch_embedding
-        if not is_plain(modules, nn.Sequential) or not _PLAIN_EMBEDDING.holds(modules):
-            return False
-        plain = modules[2].bias is not None and drops_nothing(self.dropout)
-        return plain and keeps_forwards(modules, *modules, self.dropout)
+        plain = is_plain_embedding(self.to_patch_embedding, self.dropout)
+        return plain and same_place((image, *self.to_patch_embedding.parameters(), self.cls_token))
 
     def _check_image(self, image: Tensor) -> None:
         check_tensor("the image", image)
@@ -194,12 +211,16 @@ class CRATE(nn.Module):
             raise ValueError(f"the image has shape {tuple(image.shape)}; it must be (batch, {self.channels}, height, width)")
         size = tuple(image.shape[2:])
         if any(s % p or s == 0 for s, p in zip(size, self.patch_size, strict=True)):
-            raise ValueError(f"the image is {size[0]}×{size[1]}, which patches of {_times(self.patch_size)} do not divide")
+            raise ValueError(f"the image is {size[0]}×{size[1]}, which patches of {times(self.patch_size)} do not divide")
+        self._check_size(size)
+
+    def _check_size(self, size: tuple[int, ...]) -> None:
+        """Raises ValueError where there are no positions for an image of (height, width), which patches divide."""
         patches = (size[0] // self.patch_size[0]) * (size[1] // self.patch_size[1])
         if patches >= self.pos_embedding.shape[1]:
             raise ValueError(
                 f"the image is {size[0]}×{size[1]}, {patches} patches; this model has position embeddings for "
-                f"{self.pos_embedding.shape[1] - 1} (image_size={_times(self.image_size)})"
+                f"{self.pos_embedding.shape[1] - 1} (image_size={times(self.image_size)})"
             )
 
     def save_pretrained(self, directory: str | os.PathLike[str], **options) -> str | None:
@@ -256,6 +277,13 @@ class CRATE(nn.Module):
         return cast("Self", found.model)
 
 
+def _reset(module: nn.Module) -> None:
+    """Draws the weights of `module` anew, as its own class does."""
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+
+
 def _hub_model():
     require("huggingface_hub")
     from ..checkpoint.hub import HubModel
@@ -266,38 +294,6 @@ def _hub_model():
 def pair(t: Any) -> tuple:
     """`t` itself where it is a tuple, else (t, t); one of the published module's names."""
     return t if isinstance(t, tuple) else (t, t)
-
-
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    sides = value if isinstance(value, tuple | list) else (value, value)
-    if len(sides) != 2 or not all(hasattr(side, "__index__") and not isinstance(side, bool) for side in sides):
-        raise TypeError(f"{name} is {shown(value)}; it must be an integer, or two: height and width")
-    height, width = map(int, sides)
-    if height < 1 or width < 1:
-        raise ValueError(f"{name} is {shown(value)}; it must be positive")
-    return height, width
-
-
-def _divide(image: int, patch: int) -> int:
-    if image % patch:
-        raise ValueError(f"image_size {shown(image)} is not divisible by patch_size {shown(patch)}")
-    return image // patch
-
-
-def _check_buildable(dim: int, depth: int, inner: int, patch_dim: int, tokens: int, num_classes: int) -> None:
-    """Raises ValueError where a model of these sizes would keep the constructor busy, or ask for memory, without end."""
-    if depth > MOST_LAYERS:
-        raise ValueError(f"depth is {shown(depth)}; it must be at most {MOST_LAYERS:,}")
-    weights = dim * (depth * (2 * inner + dim) + patch_dim + tokens + num_classes) + patch_dim
-    if weights > MOST_WEIGHTS:
-        count = f"{weights:,}" if weights < 10**30 else "more than 10^30"
-        layers = f"{depth:,} layers of {shown(inner)} in all heads"
-        words = f"{layers}, patches of {shown(patch_dim)} values, {shown(tokens)} tokens and {shown(num_classes)} classes"
-        raise ValueError(f"a model of width {shown(dim)}, {words} has {count} weights; it must have at most {MOST_WEIGHTS:,}")
-
-
-def _times(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
 
 
 def build(size: str, num_classes: int = 1000, **options) -> CRATE:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..backend import autocasts, choose_backend
 from ..modules.kernel_weights import kernel_weights, make_weights
@@ -31,7 +32,11 @@ class Transformer(nn.Module):
         backend: see `crate_fast.choose_backend`.
         stream: dtype of the activations that fused layers keep under autocast; see `crate_fast.CRATE`.
         step: name of the step of sparsification, in `crate_fast.modules.STEPS`.
+        drop_path: stochastic depth of the last layer; see `crate_fast.CRATE`.
     """
+
+    grad_checkpointing: bool = False
+    """Whether what a layer keeps for its backward pass is computed again there, from what enters it."""
 
     def __init__(
         self,
@@ -45,6 +50,7 @@ class Transformer(nn.Module):
         backend: str = "auto",
         stream: str = "auto",
         step: str = "ista",
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
@@ -53,17 +59,20 @@ class Transformer(nn.Module):
         self.dim = dim
         self.backend = backend
         self.stream = stream
-        for _ in range(depth):
+        for index in range(depth):
             attention = Attention(dim, heads=heads, dim_head=dim_head, dropout=dropout, backend=backend)
             mssa = PreNorm(dim, attention)
             sparse = STEPS[step](dim, dim, dropout=dropout, step_size=ista, lambd=lambd, backend=backend)
-            self.layers.append(Layer(mssa, PreNorm(dim, sparse)))
+            layer = Layer(mssa, PreNorm(dim, sparse))
+            layer.drop_path = drop_path * index / (depth - 1) if depth > 1 else drop_path
+            self.layers.append(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, None)
 
-    def run(self, x: Tensor, pool: str | None) -> Tensor:
-        """The layers, then the pooling: (batch, dim) with pool "cls" or "mean", all tokens with None.
+    def run(self, x: Tensor, pool: str | None, layers: Iterable[nn.Module] | None = None) -> Tensor:
+        """The layers, or those of them that are given, then the pooling: (batch, dim) with pool "cls" or "mean", all tokens
+        with None.
 
         Pooling belongs here because a fused run can pool what it holds in 16 bit without writing all tokens in 32.
         """
@@ -71,7 +80,10 @@ class Transformer(nn.Module):
         cast, chosen = autocasts(x.device.type), {}
         runs: list[tuple[bool, list[Any]]] = [  # of `Layer` where they are fused, else of whatever modules there are
             (fused, list(layers))
-            for fused, layers in groupby(self.layers, key=lambda layer: not watched and self._fuses(layer, x, cast, chosen))
+            for fused, layers in groupby(
+                self.layers if layers is None else layers,
+                key=lambda layer: not watched and self._fuses(layer, x, cast, chosen),
+            )
         ]
         for index, (fused, layers) in enumerate(runs):
             last = index == len(runs) - 1
@@ -81,11 +93,20 @@ class Transformer(nn.Module):
                     return x
                 continue
             for layer in layers[:-1]:
-                x = layer(x)
+                x = self._call(layer, x)
             end = layers[-1]
             alone = last and pool == "cls" and isinstance(end, Layer) and end.runs_unwatched(x)
-            x = end.through(Layer.class_token, x) if alone else end(x)
+            x = self._call(end.through, Layer.class_token, x) if alone else self._call(end, x)
         return pool_tokens(x, pool)
+
+    def _call(self, function: Callable, *arguments, draws: bool = True):
+        """`function` of `arguments`; with `grad_checkpointing` its backward pass calls it again.
+
+        draws: whether it may draw random numbers, whose generators are then kept, which takes time and no CUDA graph takes.
+        """
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=draws)
+        return function(*arguments)
 
     def _fuses(self, layer: nn.Module, x: Tensor, cast: bool, chosen: dict[int, str]) -> bool:
         """Whether kernels run `layer` on x, `cast` by autocast or not; `chosen` is filled with the backend by head width."""
@@ -116,9 +137,9 @@ class Transformer(nn.Module):
             state = enter_stack(x, activation_dtype)
             for layer in layers:
                 if layer.is_sharded():
-                    state = layer(state, partial(_run_alone, operand_dtype=operand_dtype))
+                    state = self._call(layer, state, partial(_run_alone, operand_dtype=operand_dtype), draws=False)
                 else:
-                    state = _run_layer(layer, state, next(weights))
+                    state = self._call(_run_layer, layer, state, next(weights), draws=False)
             return leave_stack(state, result, pool, scaled=operand_dtype == torch.float16)
 
 

@@ -96,6 +96,8 @@ class Layer(nn.Sequential):
 
     frozen: dict[torch.dtype, tuple] | None = None
     """What `fresh_weights` gave, by the operands' dtype, in a copy that `crate_fast.freeze` made; else None."""
+    drop_path: float = 0.0
+    """In training, the share of a batch's images for which this layer leaves out its step of compression; see `drop_path`."""
     _modules: dict[str, Any]
 
     if TYPE_CHECKING:  # nn.Sequential tells no more of the two than that they are modules
@@ -111,7 +113,7 @@ class Layer(nn.Sequential):
         if run is not None:
             return run(self, x)
         if not self._is_evaluated(x):
-            return self[1](self[0](x) + x)
+            return self[1](drop_path(self[0](x), self.drop_path if self.training else 0.0) + x)
         mssa, sparse = self
         step: SparseStep = sparse.fn
         numbers = (mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, sparse.norm.eps)
@@ -155,11 +157,13 @@ class Layer(nn.Sequential):
 
     def is_fusable(self, backends: tuple[str, ...] = ("auto", "triton")) -> bool:
         """Whether one fused computation may stand for all modules of this layer: none is hooked, changed or dropping out,
-        and their backends are among `backends`."""
+        or dropping a path, and their backends are among `backends`."""
         if not self._is_plain() or (torch.compiler.is_compiling() and not keeps_forwards(*self.modules())):
             return False
         attention, step = (part._modules["fn"] for part in self._modules.values())
         if attention.backend not in backends or step.backend not in backends:
+            return False
+        if self.training and self.drop_path > 0:
             return False
         inner = attention._modules
         linear, dropout = inner["to_out"]._modules.values()
@@ -212,6 +216,15 @@ class Layer(nn.Sequential):
         mssa, sparse = self
         inner, dim = mssa.fn.qkv.weight.shape
         return tokens * (2 * inner * (dim + tokens) + sparse.fn.flops(dim))
+
+
+def drop_path(step: Tensor, share: float) -> Tensor:
+    """Stochastic depth (arXiv:1603.09382): a residual's `step`, (batch, tokens, dim), zero for each image with probability
+    `share`, and 1 / (1 − share) times as large for the others, so that its mean is what it was; `step` itself for 0."""
+    if share == 0:
+        return step
+    kept = step.new_empty((step.shape[0], 1, 1)).bernoulli_(1 - share)
+    return step * (kept / (1 - share) if share < 1 else kept)
 
 
 _PLAIN = PlainTree(  # what is below a layer that one computation may stand for

@@ -64,12 +64,16 @@ class SparseStep(nn.Module):
     ) -> None:
         super().__init__()
         for name, shape in self.shapes(dim).items():
-            weight = nn.Parameter(torch.empty(shape))
-            nn.init.kaiming_uniform_(weight)
-            setattr(self, name, weight)
+            setattr(self, name, nn.Parameter(torch.empty(shape)))
+        self.reset_parameters()
         self.step_size = functional.check_positive("step_size", step_size)
         self.lambd = functional.check_positive("lambd", lambd)
         self.backend = backend
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew, in the order of `shapes`."""
+        for name in self.weight_names:
+            nn.init.kaiming_uniform_(getattr(self, name))
 
     def forward(self, x: Tensor) -> Tensor:
         choice = choose_backend(self.backend, x)

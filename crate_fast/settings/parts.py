@@ -137,6 +137,12 @@ class ModelSettings(ImageSettings):
     ista: float = Field(0.1, gt=0, le=1000, description="step size of the ISTA step")
     lambd: float = Field(0.1, ge=0, le=1000, description="threshold of the ISTA step")
     dropout: float = Field(0.0, ge=0, lt=1, description="in the attention and on the embedded tokens")
+    drop_path: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="stochastic depth: part of the images for which the last layer has no attention; less before",
+    )
 
 
 @checked

@@ -204,6 +204,7 @@ def _build(settings: ModelSettings, machine: MachineSettings, data: Data) -> CRA
         lambd=settings.lambd,
         backend=machine.backend,
         stream=machine.stream,
+        drop_path=settings.drop_path,
     )
 
 

@@ -1,0 +1,111 @@
+"""The published sizes under timm's names; timm lists them as of a module "crate"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from ..eval_transform import MAIN
+from ..files import shown
+from ..sizes import SIZES
+from .model import POOLS, TimmCRATE
+from .weights import checkpoint_filter_fn
+
+IN21K = 21842  # classes
+_PATCH8 = dict(patch_size=8, depth=12, num_classes=IN21K)
+ARCHITECTURES: dict[str, dict[str, int]] = {
+    **{f"crate_{size}_patch16_224": dict(patch_size=16) | sizes for size, sizes in SIZES.items()},
+    "crate_small_21k_patch8_224": _PATCH8 | dict(dim=384, heads=6, dim_head=64),
+    "crate_base_21k_patch8_224": _PATCH8 | dict(dim=768, heads=12, dim_head=64),
+    "crate_base_demo_patch8_224": _PATCH8 | dict(dim=768, heads=6, dim_head=128),
+}
+"""By name: the published classifiers, those trained on ImageNet-21k, and the segmentation demo's, with 6 heads of 128."""
+
+NAMES = {
+    "img_size": "image_size",
+    "in_chans": "channels",
+    "embed_dim": "dim",
+    "num_heads": "heads",
+    "head_dim": "dim_head",
+    "pos_drop_rate": "emb_dropout",
+    "attn_drop_rate": "dropout",
+    "drop_path_rate": "drop_path",
+}
+"""What timm calls arguments of `crate_fast.CRATE`; both names are taken."""
+_TIMMS = {own: name for name, own in NAMES.items()}
+
+
+def build(*, global_pool: str = "token", device: Any = None, dtype: torch.dtype | None = None, **options) -> TimmCRATE:
+    """The model of arguments by timm's names; those that timm has no name for by `TimmCRATE`'s.
+
+    Args:
+        global_pool: what the head reads: "token", the class token; "avg", the mean of all tokens, the class token too, as the
+            published class has it; "", nothing is pooled.
+        device, dtype: of its weights; PyTorch's default where they are None.
+
+    Raises:
+        TypeError: an argument is unknown.
+        ValueError: an unknown `global_pool`, and as `crate_fast.CRATE`.
+    """
+    if global_pool not in POOLS:
+        raise ValueError(f"global_pool is {shown(global_pool)}; allowed are {', '.join(map(repr, POOLS))}")
+    arguments: dict[str, Any] = dict(image_size=224, num_classes=1000)
+    arguments |= {NAMES.get(name, name): value for name, value in options.items()}
+    with torch.device(torch.get_default_device() if device is None else device):
+        return TimmCRATE(pool=POOLS[global_pool], **arguments).to(dtype=dtype)
+
+
+def _by_timms_names(options: dict[str, Any]) -> dict[str, Any]:
+    """The `options` by timm's names, which it looks for; raises TypeError where one is there by both."""
+    renamed = {_TIMMS.get(name, name): value for name, value in options.items()}
+    if len(renamed) < len(options):
+        twice = next(name for name in options if NAMES.get(name) in options)
+        raise TypeError(f"{twice} and {NAMES[twice]} are the same argument by two names; say one of them")
+    return renamed
+
+
+def _create(name: str, pretrained: bool = False, pretrained_cfg_overlay: dict | None = None, **options) -> nn.Module:
+    """The model called `name`; weights in a file that the overlay names are read by crate_fast's reader."""
+    overlay = dict(pretrained_cfg_overlay or {})
+    if overlay.get("file"):
+        overlay.setdefault("custom_load", True)
+    features = dict(out_indices=options.pop("out_indices", 3), feature_cls="getter")
+    arguments = _by_timms_names(ARCHITECTURES[name]) | _by_timms_names(options)
+    return build_model_with_cfg(
+        build, name, pretrained, pretrained_cfg_overlay=overlay, pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=features, **arguments,
+    )  # fmt: skip
+
+
+def _cfg(arguments: dict[str, int]) -> dict[str, Any]:
+    """timm's description of a model: how its images are evaluated, here as by the published main.py."""
+    return dict(
+        num_classes=arguments.get("num_classes", 1000), input_size=(3, 224, 224), fixed_input_size=True, pool_size=None,
+        crop_pct=MAIN.crop, interpolation="bilinear", mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD, first_conv="to_patch_embedding.2",
+        classifier="mlp_head.1", license="mit", origin_url="https://github.com/Ma-Lab-Berkeley/CRATE",
+        paper_name="White-Box Transformers via Sparse Rate Reduction", paper_ids="arXiv:2306.01129",
+    )  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs({name: _cfg(arguments) for name, arguments in ARCHITECTURES.items()})
+
+
+def _entry_point(name: str) -> Callable[..., nn.Module]:
+    """What timm calls to build `name`; it knows a function by its name and its module."""
+
+    def create(pretrained: bool = False, **options) -> nn.Module:
+        return _create(name, pretrained, **options)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"The CRATE called {name}: {', '.join(f'{key} {value}' for key, value in ARCHITECTURES[name].items())}."
+    return create
+
+
+for _name in ARCHITECTURES:
+    globals()[_name] = register_model(_entry_point(_name))
