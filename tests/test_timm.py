@@ -288,7 +288,7 @@ def test_files_go_both_ways_with_how_they_are_evaluated(tmp_path):
     assert config["mean"] == (0.5,) * 3 and config["std"] == (0.25,) * 3 and config["crop_mode"] == "squash"
     assert found.pretrained_cfg["label_names"] == tuple("abcde")
 
-    timm.models.save_for_hf(found, tmp_path / "timms")
+    timm.models.save_for_hf(found, tmp_path / "timms", model_args=TINY)
     back = timm.create_model(f"local-dir:{tmp_path / 'timms'}", pretrained=True).eval()
     assert torch.equal(back(x), model(x)) and back.pretrained_cfg["crop_mode"] == "squash"
     torch.save({"state_dict": back.state_dict(), "state_dict_ema": model.state_dict()}, tmp_path / "last.pth.tar")
