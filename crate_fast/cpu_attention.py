@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import is_transformed, without_autocast
+from .backend import cpu_product_dtype, is_transformed, without_autocast
 from .operators import operator
 
 BLOCK = 2 << 20
@@ -47,7 +47,7 @@ class _Attention(torch.autograd.Function):
         (w,) = ctx.saved_tensors
         compiled = torch.compiler.is_compiling()
         again = not compiled and torch.is_grad_enabled()
-        if again or is_transformed() or not compiled and _is_batched(gradient):
+        if again or is_transformed() or (not compiled and _is_batched(gradient)):
             with torch.enable_grad(), without_autocast("cpu"):
                 out = reference.mssa(w, ctx.heads, ctx.scale)
                 return *torch.autograd.grad(out, w, gradient, create_graph=again), None, None
@@ -55,7 +55,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _is_batched(gradient: Tensor) -> bool:
-    """Whether it stands for several at once, as in `torch.autograd.grad(is_grads_batched=True)`, of which no transform tells."""
+    """Whether it stands for several at once, as in `torch.autograd.grad(is_grads_batched=True)`: no transform tells of that."""
     return "Batched" in torch._C._dispatch_key_set(gradient)
 
 
@@ -145,16 +145,10 @@ def _like_block(scratch: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
 def _by_heads(w: Tensor, heads: int) -> Tensor:
     """(batch, tokens, heads × head width) as (batch × heads, tokens, head width), contiguous, in the dtype of the products."""
     turned = w.unflatten(-1, (heads, -1)).transpose(1, 2)
-    return turned.to(_product_dtype(w.dtype), memory_format=torch.contiguous_format).flatten(0, 1)
+    return turned.to(cpu_product_dtype(w.dtype), memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def _by_tokens(x: Tensor, like: Tensor, heads: int) -> Tensor:
     """Back to the shape and dtype of `like`, contiguous."""
     turned = x.unflatten(0, (like.shape[0], heads)).transpose(1, 2)
     return turned.to(like.dtype, memory_format=torch.contiguous_format).flatten(2)
-
-
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 in place of a dtype that this processor has no matrix instructions for: emulated, they take ten times as long."""
-    fast = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.float16: lambda: False}
-    return dtype if fast.get(dtype, lambda: True)() else torch.float32
