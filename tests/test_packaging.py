@@ -117,9 +117,12 @@ def metadata(built):
         return HeaderParser().parsestr(wheel.read(path).decode())
 
 
-def test_all_is_every_extra_but_those_of_the_project_itself(metadata):
+def test_all_is_every_extra_but_those_of_the_project_itself_and_each_is_explained(metadata):
     (own,) = (line for line in metadata.get_all("Requires-Dist") if line.endswith('extra == "all"'))
-    assert set(re.search(r"\[(.*)\]", own)[1].split(",")) == set(metadata.get_all("Provides-Extra")) - {"all", "docs", "test"}
+    extras = set(metadata.get_all("Provides-Extra"))
+    assert set(re.search(r"\[(.*)\]", own)[1].split(",")) == extras - {"all", "docs", "test"}
+    told = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for cell in told for name in re.findall(r"\w+", cell)} == extras
 
 
 def test_there_is_one_version(metadata):
