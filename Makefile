@@ -14,7 +14,12 @@ OLDEST_VERSIONS := torch==2.11.* triton==3.6.* 'numpy<2.4' pytest pytest-xdist
 # What depends on them: the compiler and export, kernels, FSDP and DDP, streams and graphs, training on the digits.
 OLDEST_TESTS := $(patsubst %,tests/test_%.py,export gpu_training graphed kernels layer model odd_tensors)
 
-.PHONY: train test quick one test-oldest test-rounding fuzz bench gpu wheels lint types
+# What builds the documentation reads the code and does not import it: no PyTorch is installed for it.
+SITE := .venv-docs
+TOOLS := import sys; toml = __import__("tomllib" if sys.version_info > (3, 11) else "pip._vendor.tomli", fromlist=["load"]); \
+	print(*toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+
+.PHONY: train test quick one test-oldest test-rounding fuzz bench gpu wheels lint types site
 
 train: $(VENV)/installed-train
 	$(BIN)/crate-fast train $(ARGS)
@@ -79,6 +84,10 @@ lint: $(VENV)/installed-test
 types: $(VENV)/installed-test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# In site/, index.html first; it needs no server. Warnings are errors.
+site: $(SITE)/installed
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict $(ARGS)
+
 # The stamp is written last, so an installation that was cut off is taken up again; an environment without a working pip
 # is made anew.
 $(VENV)/installed-%: setup.py pyproject.toml
@@ -91,4 +100,11 @@ $(OLDEST)/installed: setup.py pyproject.toml Makefile
 	@echo "installing crate-fast[train] with the oldest PyTorch in $(OLDEST) (minutes, the first time)"
 	@$(PYTHON) -m venv --clear $(OLDEST)
 	@$(OLDEST)/bin/python -m pip --quiet --disable-pip-version-check install $(BY_PATH) --editable '.[train]' $(OLDEST_VERSIONS)
+	@touch $@
+
+$(SITE)/installed: pyproject.toml Makefile
+	@echo "installing what builds the documentation in $(SITE)"
+	@$(PYTHON) -m venv --clear $(SITE)
+	@$(SITE)/bin/python -c '$(TOOLS)' > $(SITE)/tools.txt
+	@$(SITE)/bin/python -m pip --quiet --disable-pip-version-check install --requirement $(SITE)/tools.txt
 	@touch $@

@@ -16,6 +16,7 @@ DISTRIBUTIONS = {
     "pydantic": "pydantic",
     "safetensors": "safetensors",
     "scipy": "scipy",
+    "shtab": "shtab",
     "simplejpeg": "simplejpeg",
     "sklearn": "scikit-learn",
     "tensorboard": "tensorboard",
@@ -27,6 +28,7 @@ DISTRIBUTIONS = {
 """Import name to package name, for all that the extras bring."""
 OTHERS = dict.fromkeys(("cv2", "lion_pytorch", "pydantic", "simplejpeg", "torchvision"), "train") | {
     "huggingface_hub": "hub",
+    "shtab": "completion",
     "tensorboard": "tensorboard",
     "timm": "timm",
     "transformers": "transformers",

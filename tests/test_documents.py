@@ -24,11 +24,13 @@ from crate_fast.eval_transform import Transform
 from crate_fast.model import CRATE
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:make|\.venv/bin/[^`\s]+|python|crate-fast) [^`]+)`")
 TOY = ["--dim", "16", "--depth", "2", "--heads", "2", "--dim-head", "8", "--epochs", "1", "--device", "cpu"]
-OTHERS = ("pre-commit", "pip", "pytest", "main.py", "finetune.py", "crate_fast.timm")
+OTHERS = (
+    "pre-commit", "pip", "pytest", "build", "twine", "venv", "main.py", "finetune.py", "vis_utils/crate_hook.py", "crate_fast.timm",
+)  # fmt: skip
 """Programs that are not ours; nothing but their names is looked at."""
 
 

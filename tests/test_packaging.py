@@ -1,5 +1,6 @@
 """What is built of the project holds every file once, under the name that it is imported by."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -20,13 +21,23 @@ OURS = sorted({path.relative_to(ROOT).as_posix() for path in (*FILES, ROOT / "cr
                if not path.is_relative_to(ROOT / "crate_fast" / "kernels")})  # fmt: skip
 
 
+def project_files() -> list[str]:
+    """Names of the project's files: those that git has, or in a source archive those that it lists."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+            "\0"
+        )
+    else:
+        listed = (ROOT / "crate_fast.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines()
+    return sorted(name for name in listed if (ROOT / name).is_file() and not name.startswith("crate_fast.egg-info/"))
+
+
 def copy_sources(copy: Path) -> None:
-    """Copies of the project what it is built from."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("crate_fast", "kernels", "tests"):
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
+    """Copies of the project what it is built from: its files, new ones of the packages too, and the link to the kernels."""
+    for name in {*project_files(), *OURS}:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    (copy / "crate_fast" / "kernels").symlink_to("../kernels")
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +78,53 @@ def test_a_wheel_holds_every_file_of_the_packages_once_and_nothing_else(built):
     assert sorted(names) == sorted(f"crate_fast/{name}" if name.startswith("kernels/") else name for name in OURS)
 
 
-def test_a_source_archive_holds_them_as_the_checkout_does_and_no_tests(built):
+def test_a_source_archive_holds_what_a_checkout_does(built):
     with tarfile.open(built[0]) as archive:
-        names = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
-    assert sorted(name for name in names if name.startswith(("crate_fast/", "kernels/"))) == OURS
-    assert not [name for name in names if name.startswith("tests")]
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"} <= set(names)
+        members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
+    made = {name for name in members if name.startswith("crate_fast.egg-info")} | {"", "PKG-INFO", "setup.cfg"}
+    files = {name for name, member in members.items() if member.isfile()} - made
+    assert files == {*project_files(), *OURS} - made
+    assert not [name for name, member in members.items() if not (member.isfile() or member.isdir())]  # a link, say
 
 
-def test_there_is_one_version(built):
+@pytest.mark.slow
+def test_a_source_archive_passes_its_own_tests(built, tmp_path):
+    """Two of them: of the kernels, which a checkout has behind a link, and of what lies beside the packages."""
+    with tarfile.open(built[0]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    two = ("test_kernels.py::test_mssa_takes_any_scale", "test_site.py::test_every_page_is_in_the_sites_navigation_and_there")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--quiet",
+        "--quick",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/{name}" for name in two),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def metadata(built):
+    """What the wheel says of itself."""
     with zipfile.ZipFile(built[1]) as wheel:
         (path,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-        metadata = HeaderParser().parsestr(wheel.read(path).decode())
+        return HeaderParser().parsestr(wheel.read(path).decode())
+
+
+def test_all_is_every_extra_but_those_of_the_project_itself_and_each_is_explained(metadata):
+    (own,) = (line for line in metadata.get_all("Requires-Dist") if line.endswith('extra == "all"'))
+    extras = set(metadata.get_all("Provides-Extra"))
+    assert set(re.search(r"\[(.*)\]", own)[1].split(",")) == extras - {"all", "docs", "test"}
+    told = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for cell in told for name in re.findall(r"\w+", cell)} == extras
+
+
+def test_there_is_one_version(metadata):
     assert metadata["Version"] == crate_fast.__version__
     assert f"\n## {crate_fast.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -35,6 +35,7 @@ SUMMARIES = {
     "segment": "draw where a model looks in photographs",
     "explore": "write a page in which one moves through a model's layers",
     "tune": "find the fastest shapes of the kernels on this GPU",
+    "completion": "print a script by which a shell completes all this",
 }
 MODULES = {"finetune": "train"}  # of subcommands, where one is not called as it is
 CHOICE = re.compile(r"invalid choice: '(?P<word>.*)' \(choose from (?P<choices>.*)\)", re.DOTALL)
@@ -52,11 +53,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
         self._fill = fill
 
-    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As ever, but a subcommand's parser complains of what it does not know itself, and points to its own help."""
+    def fill(self, words: list[str]) -> None:
+        """Adds the flags with which `words` are parsed, if they have not been."""
         fill, self._fill = self._fill, None
         if fill is not None:
-            fill(self, list(sys.argv[1:] if args is None else args))
+            fill(self, words)
+
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As ever, but a subcommand's parser complains of what it does not know itself, and points to its own help."""
+        self.fill(list(sys.argv[1:] if args is None else args))
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flags = [word for word in self._option_string_actions if word.startswith("--")]
