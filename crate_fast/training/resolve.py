@@ -98,6 +98,8 @@ def check_unchanged(config: TrainConfig, given: dict, where: Path) -> dict:
         ours = getattr(config, name)
         if name == LONGER and isinstance(value, int) and value > ours:
             continue
+        if name == "precision" and value == "auto":  # the run's own, which it keeps, is what that turned out to mean
+            continue
         if name not in (*CHANGEABLE, "out", "data") and read_stored(name, value) != ours:
             kept = "which a resumed run keeps" if name != LONGER else "and a resumed run has as many or more"
             before = f"the run in {where} was started with {as_flag(ours)}, {kept}"

@@ -242,13 +242,18 @@ def find_run(resume: str, out: str | None) -> RunDirectory | None:
     """The run that `--resume` names: its directory or a checkpoint in it, or with "auto" what is in `out`; None: start one.
 
     Raises:
-        ConfigError: there is none in the path, or "auto" has no `out` to look in.
+        ConfigError: there is none in the path, or `out` is another directory; or "auto" has no `out` to look in.
     """
     if resume != "auto":
         path = Path(resume)
         run = RunDirectory(path.parent.parent if path.suffix in (".pt", SUFFIX) else path)
         if not path.exists() or not run.config.is_file():
             raise ConfigError(f"--resume is {resume}, which {NO_RUN}")
+        if out is not None and not (os.path.exists(out) and os.path.samefile(out, run.path)):
+            raise ConfigError(
+                f"--out is {out} and --resume is {resume}; a resumed run stays in its directory, {run.path}: leave --out away, "
+                "or resume a copy of it"
+            )
         return run
     if out is None:
         raise ConfigError("--resume is 'auto', which goes on with the run in --out DIR; --out is not given")
