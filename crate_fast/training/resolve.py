@@ -49,8 +49,8 @@ def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -
     values = read_recipe(recipe)
     if "data" not in values and "data" not in given:
         raise ConfigError(f"--recipe is {recipe!r}, which needs --data DIR, a folder of photographs")
-    if command == "finetune" and given.get("optimizer", "AdamW") != "AdamW":
-        values["weight_decay"] = 0.0  # the published script gives it to AdamW alone
+    if command == "finetune" and recipe in NAMES and given.get("optimizer", "AdamW") != "AdamW":
+        values["weight_decay"] = 0.0  # the published script gives it to AdamW alone; a recipe of the user's own says its own
     asked = _sizes(given) | given
     return TrainConfig(**values | asked)
 
