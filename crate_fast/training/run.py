@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from ..backend import choose_backend
 from ..checkpoint.save_load import constructor_arguments, save_model
 from ..checkpoint.start_from import read_weights, start_from
 from ..data.loader import UnreadableError
@@ -25,7 +24,7 @@ from ..optional import TRAIN, require
 from ..processes import Ranks, process_group, read_ranks
 from ..settings import ConfigError, MachineSettings, ModelSettings, RunSettings, TrainConfig
 from ..signals import Signals, Stopped
-from .checkpoints import circumstances, warn_of_changes
+from .circumstances import warn_of_changes
 from .cuda_graphs import check_graphs
 from .ddp import check_strategy, parallel_kind
 from .loop import Trainer, TrainingError
@@ -278,7 +277,7 @@ def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> st
     if checkpoint is None:
         return f"no checkpoint yet: from the {'start' if run.read_start() is None else 'published one'}{longer}"
     if trainer.ranks.first:
-        warn_of_changes(checkpoint["circumstances"], circumstances(trainer.compute, trainer.ranks))
+        warn_of_changes(checkpoint["circumstances"], trainer.circumstances())
     return f"going on after step {trainer.step} of {trainer.steps}{longer}"
 
 
@@ -299,8 +298,7 @@ def _lengthen(trainer: Trainer, run: RunDirectory) -> str:
 
 def _announce(trainer: Trainer, given: dict, run: RunDirectory, lines: list[str]) -> None:
     """Says what is computed, where and how."""
-    config, compute, ranks = trainer.config, trainer.compute, trainer.ranks
-    backend = choose_backend(config.backend, trainer.model.pos_embedding, config.dim_head)
+    config, compute, ranks, backend = trainer.config, trainer.compute, trainer.ranks, trainer.backend
     print(f"{compute.describe()}, {compute.precision}, backend {backend.name} ({backend.reason}); run directory {run.path}")
     data, sizes = trainer.data, trainer.model.transformer
     print(
@@ -321,21 +319,20 @@ def _announce(trainer: Trainer, given: dict, run: RunDirectory, lines: list[str]
 def _describe(trainer: Trainer) -> dict:
     """What config.json says: the settings, and all that followed from them and from the machine."""
     config, compute = trainer.config, trainer.compute
-    backend = choose_backend(config.backend, trainer.model.pos_embedding, config.dim_head)
     return {
         "config": asdict(config),
         "resolved": {
             "device": str(compute.device),
             "device_name": compute.describe(),
             "precision": compute.precision,
-            "backend": backend._asdict(),
+            "backend": trainer.backend._asdict(),
             "num_threads": torch.get_num_threads(),
             "training_flops": trainer.flops,
             "peak_flops": trainer.peak,
             "steps": trainer.steps,
             "warmup_steps": warmup_steps(trainer.steps, config.warmup),
         },
-        "circumstances": circumstances(compute, trainer.ranks),
+        "circumstances": trainer.circumstances(),
         "launch": _launch(),
         "model": constructor_arguments(trainer.model),
         "data": trainer.data.describe(),
