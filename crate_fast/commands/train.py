@@ -16,7 +16,7 @@ from ..optimizers import OPTIMIZERS
 from ..settings import SETTINGS, ConfigError, Setting, TrainConfig, flag, listed
 from ..training import resolve
 from ..training.resolve import NAMES, choose_recipe, default_recipe, read_recipe
-from .arguments import OF_MODEL, number, switch, whole
+from .arguments import MODEL_KEYWORDS, number, switch, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 
 EVALUATED = ("backend", "precision", "device", "batch_size", "data", "data_dir", "workers", "arch", "eval_crop")
@@ -28,7 +28,7 @@ RESUME = (
 READERS = {"arch": architecture, "data": data_set, "optimizer": optimizer}
 TYPES = {bool: switch, int: whole, float: number, str: str}
 METAVARS = {bool: "{no,yes}", int: "N", float: "X", str: "NAME"}
-SECTIONS = {
+SECTION_TEXTS = {
     "data": "; ".join(f"{name}: {known.text}" for name, known in DATA_SETS.items()),
     "optimisation": "; ".join(f"{name}: {known.text}" for name, known in OPTIMIZERS.items()),
 }
@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser, words: list[str]) -> None:
     for name in COMMON:
         _add_setting(section, SETTINGS[name], published.get(name), values.get(name))
     for group, settings in groupby(SETTINGS.values(), key=lambda setting: setting.section):
-        section = parser.add_argument_group(group, SECTIONS.get(group))
+        section = parser.add_argument_group(group, SECTION_TEXTS.get(group))
         for setting in settings:
             if setting.name not in COMMON:
                 _add_setting(section, setting, published.get(setting.name), values.get(setting.name))
@@ -202,7 +202,7 @@ def _evaluate(arguments: argparse.Namespace, given: dict) -> None:
         raise ConfigError("--evaluate needs --resume PATH or --init PATH, the weights to evaluate")
     from ..training.evaluation import evaluate_run, is_first
 
-    asked: dict[str, Any] = {name: given[name] for name in (*EVALUATED, *OF_MODEL) if name in given}
+    asked: dict[str, Any] = {name: given[name] for name in (*EVALUATED, *MODEL_KEYWORDS) if name in given}
     asked.setdefault("precision", "float32")
     for line in _without_effect(arguments, given.keys() - {*asked, "init"}):
         print(f"crate-fast: warning: {line}", file=sys.stderr)

@@ -29,7 +29,7 @@ CHANGEABLE = ("data_dir", "workers", *SAVING, "max_unreadable", *WATCHING)
 FEW = 10_000  # photographs: what a CPU learns from in an hour, and what fits its memory, reduced
 STEPS = 800  # of a run on few, about
 MOST_EPOCHS, LEAST_EPOCHS = 100, 10
-OF_MODEL = frozenset(setting.name for setting in SETTINGS.values() if setting.section == "model")
+MODEL_SETTINGS = frozenset(setting.name for setting in SETTINGS.values() if setting.section == "model")
 LONGER = "epochs"  # what it may be told more of: the learning rate is from there on that of the longer run
 
 
@@ -91,7 +91,7 @@ def _sizes(values: dict) -> dict:
     return dict(size) if size and str(arch).startswith("CRATE_") else {}
 
 
-def check_unchanged(config: TrainConfig, given: dict, where: Path) -> dict:
+def check_given_against_run(config: TrainConfig, given: dict, where: Path) -> dict:
     """The settings of `given` that a resumed run takes; raises ConfigError if another one differs from the run's `config`, or
     if there are to be fewer epochs."""
     for name, value in given.items():
@@ -107,7 +107,7 @@ def check_unchanged(config: TrainConfig, given: dict, where: Path) -> dict:
     return {name: value for name, value in given.items() if name in (*CHANGEABLE, LONGER, "data")}
 
 
-def check_written(config: TrainConfig, written: dict, where: Path, before: Iterable[int] = ()) -> None:
+def check_run_against_checkpoint(config: TrainConfig, written: dict, where: Path, before: Iterable[int] = ()) -> None:
     """Raises ConfigError unless the settings read from `where` are those that a checkpoint was `written` with, but for what may
     change, and for epochs, of which there were as many as one of `before` says. Checkpoints of before have none."""
     for name in SETTINGS.keys() & written.keys() - {*CHANGEABLE, "out", "data"}:
@@ -129,7 +129,7 @@ def choose_recipe(given: dict) -> tuple[str, dict, str] | None:
         given: settings that were asked for, by name.
     """
     data, device = given.get("data", "digits"), given.get("device", "auto")
-    if OF_MODEL & given.keys() or data in DATA_SETS or not Path(data).is_dir() or device not in ("auto", "cpu"):
+    if MODEL_SETTINGS & given.keys() or data in DATA_SETS or not Path(data).is_dir() or device not in ("auto", "cpu"):
         return None
     count = count_pictures(data, FEW)
     if not 0 < count <= FEW or _has_gpu(given):

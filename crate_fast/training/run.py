@@ -32,7 +32,7 @@ from .metrics import Score
 from .monitor import plot_curves, plot_watched
 from .optimizer import learning_rate_at, warmup_steps
 from .published_run import Start, as_checkpoint, check_settings, describe_start, names_published, read_start
-from .resolve import check_unchanged, check_written, describe
+from .resolve import check_given_against_run, check_run_against_checkpoint, describe
 from .run_directory import START, RunDirectory, check_free, find_run
 
 LOST = {
@@ -98,7 +98,7 @@ def _start(
     run = find_run(resume, config.out) if resume else None
     if run is not None:
         own = run.read_config()
-        config = replace(own, **check_unchanged(own, given, run.path), out=str(run.path))
+        config = replace(own, **check_given_against_run(own, given, run.path), out=str(run.path))
     else:
         if start is not None:
             config = replace(config, **check_settings(start, config, given))
@@ -139,7 +139,7 @@ def _train(
     signals: Signals,
     start: Start | None,
 ) -> tuple[RunDirectory | None, Score]:
-    checkpoint = _find_checkpoint(run, resume, config, ranks) if run is not None and resume is not None else None
+    checkpoint = _lock_and_read_checkpoint(run, resume, config, ranks) if run is not None and resume is not None else None
     if run is not None and checkpoint is None and (path := run.read_start()) is not None:  # killed before it had one of its own
         start = read_start(path)
     # Weights before data, which may have to be downloaded or listed for minutes.
@@ -243,7 +243,7 @@ def _create(config: TrainConfig, trainer: Trainer, start: Start | None) -> RunDi
     return run
 
 
-def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks: Ranks) -> dict | None:
+def _lock_and_read_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks: Ranks) -> dict | None:
     """Locks a run that exists; the checkpoint to go on from, in every process, or None where it has none yet."""
 
     checkpoints = parallel_kind(config).checkpoints(run.checkpoints, 1)
@@ -263,7 +263,9 @@ def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks:
     if path is None:
         return None
     checkpoint = checkpoints.read(Path(path), whole=False)
-    check_written(config, checkpoint.get("settings", {}), run.config, [run.read_config().epochs, *run.former_epochs()])
+    check_run_against_checkpoint(
+        config, checkpoint.get("settings", {}), run.config, [run.read_config().epochs, *run.former_epochs()]
+    )
     return checkpoint
 
 

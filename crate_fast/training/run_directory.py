@@ -37,7 +37,7 @@ READ_ANEW = (
     "begun before images of 16 bits, transparent and turned ones were read as they are now; with such images the run does not "
     "go on to the same bits"
 )
-FACTS = {
+DATA_IDENTITY = {
     "name": "they are of another kind",
     "classes": "the number of classes is another",
     **CLASS_NAMES,
@@ -178,14 +178,14 @@ class RunDirectory:
             raise ConfigError(f"{self.config}: not the configuration of a run (no table, or its data are none)")
         return content
 
-    def check_same_data(self, now: dict, facts: dict[str, str] = FACTS) -> None:
+    def check_same_data(self, now: dict, compared: dict[str, str] = DATA_IDENTITY) -> None:
         """Compares data, as they `describe` themselves, with what the run was started with.
 
         Raises:
-            ConfigError: one of the `facts` differs, which are in words beside their names.
+            ConfigError: one of the `compared` differs, which are in words beside their names.
         """
         before = self._read()["data"]
-        for name, words in facts.items():
+        for name, words in compared.items():
             if name in before and name in now and before[name] != now[name]:
                 why = COUNTED_ANEW if before.get(READER_ENTRY) != now.get(READER_ENTRY) else ""
                 raise ConfigError(
