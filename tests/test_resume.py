@@ -218,7 +218,7 @@ def test_a_run_goes_on_from_an_older_checkpoint(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     run, _ = train(SMALL, resume=str(tmp_path / "run" / "checkpoints" / "step-00000018.pt"))
     assert same_end(run, finished)
-    assert read_checkpoint(run.last_checkpoint)["step"] == 24
+    assert read_checkpoint(run.checkpoints / "last.pt")["step"] == 24
     names = {path.name.partition(".")[2].partition("-")[0] for path in run.checkpoints.glob("step-*")}
     assert names == {"pt", "left"}
 
@@ -229,7 +229,7 @@ def test_the_newest_and_the_best_are_kept(finished):
     rows = [row for row in finished.read_metrics() if row["split"] == "test"]
     best = max(rows, key=lambda row: row["top1"])
     assert read_checkpoint(finished.checkpoints / "best.pt")["epoch"] == best["epoch"]
-    assert read_checkpoint(finished.last_checkpoint)["step"] == 24
+    assert read_checkpoint(finished.checkpoints / "last.pt")["step"] == 24
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):

@@ -20,20 +20,8 @@ from crate_fast.inspection import figures, photos
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
 RUN = [
-    "--epochs",
-    "1",
-    "--dim",
-    "32",
-    "--depth",
-    "2",
-    "--heads",
-    "2",
-    "--dim-head",
-    "16",
-    "--device",
-    "cpu",
-    "--num-threads",
-    "1",
+    *("--epochs", "1", "--dim", "32", "--depth", "2", "--heads", "2", "--dim-head", "16"),
+    *("--device", "cpu", "--num-threads", "1"),
 ]
 
 

@@ -29,13 +29,7 @@ def test_a_run_is_watched(tmp_path, capsys):
     words = [
         "train",
         *SMALL,
-        "--tensorboard",
-        "--profile",
-        "--peak-tflops",
-        "0.5",
-        "--log-every",
-        "5",
-        "--out",
+        *["--tensorboard", "--profile", "--peak-tflops", "0.5", "--log-every", "5", "--out"],
         tmp_path / "run",
     ]
     status, _, err = call(capsys, *words)

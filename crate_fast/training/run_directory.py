@@ -66,7 +66,6 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.trace = self.path / "trace.json"
         self.checkpoints = self.path / "checkpoints"
-        self.last_checkpoint = self.checkpoints / "last.pt"
         self.model = self.path / MODEL_NAME
 
     @classmethod
