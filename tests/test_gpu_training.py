@@ -19,13 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crate_fast.checkpoint import load_checkpoint
 from crate_fast.data.augment_batch import Changes
 from crate_fast.data.device_loader import Pictures, Resident
-from crate_fast.data.loader import COLOUR, STD, Normalise
+from crate_fast.data.loader import Normalise
 from crate_fast.data.open import Data, open_data
 from crate_fast.data.order import Plan
 from crate_fast.data.pack_encoding import Settings
 from crate_fast.data.pack_folder import open_packs
 from crate_fast.data.pack_loader import Packed
 from crate_fast.data.pack_writer import prepare
+from crate_fast.data.samples import COLOUR, STD
 from crate_fast.processes import ALONE
 from crate_fast.training import TrainConfig, resolve, train
 from crate_fast.training.cuda_graphs import Graphed

@@ -12,7 +12,7 @@ import torch
 from conftest import call
 from PIL import Image
 
-from crate_fast.data import loader
+from crate_fast.data import samples
 from crate_fast.data.folder import open_folder
 from crate_fast.data.open import open_data
 from crate_fast.data.pack_encoding import Settings, encode
@@ -118,7 +118,7 @@ def everywhere(path):
         (root / split / "a").mkdir(parents=True)
         (root / split / "a" / path.name).write_bytes(path.read_bytes())
     train, val, _ = open_folder(root)
-    whole = loader.TestSamples(val, val.read(0).size[::-1], 0.0)[0].pixels
+    whole = samples.TestSamples(val, val.read(0).size[::-1], 0.0)[0].pixels
     packed = encode(str(path), path.name, 0, True, Settings(short_side=0, raw=True))
     stored = np.frombuffer(packed.content, np.uint8).reshape(packed.height, packed.width, 3)
     return [np.asarray(train.read(0)), whole, stored, np.asarray(read_photo(path))]

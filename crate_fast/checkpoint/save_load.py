@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..eval_transform import Transform
-from ..files import digest_of, first_line, shown, write_atomically
+from ..files import digest_of, first_line, write_atomically
 from ..model.crate import CRATE
 from ..optional import require
-from .constructor import ARGUMENTS, CHANGED, constructor_arguments
+from .constructor import ARGUMENTS, CHANGED, build, constructor_arguments, difference_of, skeleton
 from .layouts import WORDS
 from .published import infer_arguments
 from .read import DIGEST, METADATA_KEY, TRANSFORM, CheckpointError, model_file, read_model
@@ -29,7 +29,6 @@ from .resize import grid_of, resized_weights
 
 RESIZED = ("num_classes", "image_size")  # those that may be others than a file's, with a new head and other positions
 FREE = ("training", "backend", "stream", "transform", "frozen")  # settings that a model and what its file builds need not share
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_model(model: CRATE, path: str | os.PathLike) -> None:
@@ -110,8 +109,8 @@ def _describe(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
     if not isinstance(model, CRATE):
         raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE")
     arguments, weights = constructor_arguments(model), model.state_dict()
-    built = _skeleton(arguments)
-    difference = _difference(built, weights) or _change(built, model)
+    built = skeleton(arguments)
+    difference = difference_of(built, weights) or _change(built, model)
     if difference:
         raise ValueError(f"{CHANGED}: {difference}")
     return arguments, weights
@@ -234,7 +233,7 @@ def _resized(path: Path, model: CRATE, overrides: dict) -> CRATE:
     wanted = own | {name: overrides[name] for name in RESIZED if name in overrides}
     rest = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
     try:
-        built = _skeleton(wanted | rest, type(model))
+        built = skeleton(wanted | rest, type(model))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: no CRATE is of these sizes ({first_line(error)})") from error
     weights, lines = resized_weights(model, wanted["num_classes"], grid_of(built.image_size, built.patch_size))
@@ -260,60 +259,3 @@ def _tell(line: str) -> None:
     """Says it on stderr, once where torchrun started many processes."""
     if os.environ.get("RANK", "0") == "0":
         print(f"crate-fast: {line}", file=sys.stderr)
-
-
-def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[CRATE] = CRATE) -> CRATE:
-    """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
-    if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
-        raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {shown(arguments)}")
-    check_floating(path, weights)
-    arguments = arguments | overrides
-    number = next((name for name in ("ista", "lambd") if not _is_size(arguments.get(name, 0.0))), None)
-    if number is not None:
-        words = f"its argument {number} is {shown(arguments[number])}; it must be a finite number, at least 0"
-        raise CheckpointError(f"{path}: {words}")
-    # Before anything is built: a false depth could keep the constructor busy for ever.
-    layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
-    if arguments.get("depth") != len(layers):
-        raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {shown(arguments.get('depth'))}")
-    try:
-        model = _skeleton(arguments, kind)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: its arguments build no CRATE ({first_line(error)})") from error
-    difference = _difference(model, weights)
-    if difference:
-        raise CheckpointError(f"{path}: {difference}")
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
-
-
-def check_floating(path: Path, weights: dict) -> None:
-    """Raises CheckpointError where one of the weights is no tensor that a model computes with, such as a quantised one."""
-    wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
-    if wrong is not None:
-        raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
-
-
-def _skeleton(arguments: dict, kind: type[CRATE] = CRATE) -> CRATE:
-    """The model without memory for its weights, and without drawing them."""
-    with torch.device("meta"):
-        return kind(**arguments)
-
-
-def _difference(model: CRATE, weights: dict[str, Tensor]) -> str | None:
-    """The first thing in which names and shapes of `weights` are not those of `model`, in words; None if nothing."""
-    expected = model.state_dict()
-    missing = sorted(set(expected) - set(weights))
-    surplus = sorted(set(weights) - set(expected), key=str)
-    if missing:
-        return f"{len(missing)} weights are missing, {missing[0]!r} first"
-    if surplus:
-        return f"{len(surplus)} weights do not belong to the model, {surplus[0]!r} first"
-    for key, value in expected.items():
-        if weights[key].shape != value.shape:
-            return f"{key!r} has shape {tuple(weights[key].shape)}; it must be {tuple(value.shape)}"
-    return None

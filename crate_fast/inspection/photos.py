@@ -75,7 +75,7 @@ def _of_run(source: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
 
 
 def _of_imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    from ..data.loader import MEAN, STD
+    from ..data.samples import MEAN, STD
 
     if channels == 3:
         return MEAN, STD

@@ -12,10 +12,10 @@ import torch
 
 from ..checkpoint.save_load import constructor_arguments, save_model
 from ..checkpoint.start_from import read_weights, start_from
-from ..data.loader import UnreadableError
 from ..data.open import Data, open_data
 from ..data.order import check_parts, make_plan
 from ..device import Compute, check_kernels, choose_compute
+from ..errors import UnreadableError
 from ..eval_transform import transform_of
 from ..files import is_text
 from ..locks import unlock
