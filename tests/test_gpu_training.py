@@ -30,8 +30,8 @@ from crate_fast.data.samples import COLOUR, STD
 from crate_fast.processes import ALONE
 from crate_fast.training import TrainConfig, resolve, train
 from crate_fast.training.cuda_graphs import Graphed
-from crate_fast.training.ddp import replicate
 from crate_fast.training.loop import NEVER
+from crate_fast.training.parallel.ddp import replicate
 
 CPU = torch.device("cpu")
 DIGITS = dict(image_size=8, dim=16, depth=2, heads=1, dim_head=16, epochs=1, num_threads=1, optimizer="AdamW", lr=1e-3)

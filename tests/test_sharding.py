@@ -25,7 +25,7 @@ from crate_fast.optimizers import OPTIMIZERS
 from crate_fast.processes import ALONE, process_group
 from crate_fast.settings import listed
 from crate_fast.training import ConfigError, TrainConfig, evaluate_run, train
-from crate_fast.training.ddp import check_strategy
+from crate_fast.training.parallel import check_strategy
 
 SIZES = dict(image_size=16, patch_size=8, num_classes=10, dim=32, depth=2, heads=2, dim_head=16)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -131,7 +131,7 @@ from crate_fast import CRATE
 from crate_fast.training import TrainConfig, train
 from crate_fast.device import choose_compute
 from crate_fast.processes import process_group, read_ranks
-from crate_fast.training.fsdp import shard
+from crate_fast.training.parallel.fsdp import shard
 from test_sharding import SIZES, kernels_of
 
 config = TrainConfig(image_size=8, dim=18, depth=2, heads=3, dim_head=6, device="cpu", num_threads=1, log_every=1,

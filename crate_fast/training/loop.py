@@ -24,11 +24,11 @@ from ..signals import Signals, Stopped
 from .checkpoint_contents import check_place
 from .circumstances import circumstances
 from .data_wait import DataWait
-from .ddp import parallel_kind
 from .metrics import Meter, Score, evaluate, measure
 from .mixing import mix
 from .monitor import Monitor, peak_flops, training_flops
 from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from .parallel import parallel_kind
 from .progress import Progress, Sums
 from .run_directory import RunDirectory
 

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,16 +25,17 @@ from ..optional import TRAIN, require
 from ..processes import Ranks, process_group, read_ranks
 from ..settings import ConfigError, MachineSettings, ModelSettings, RunSettings, TrainConfig
 from ..signals import Signals, Stopped
-from .circumstances import warn_of_changes
 from .cuda_graphs import check_graphs
-from .ddp import check_strategy, parallel_kind
 from .loop import Trainer, TrainingError
 from .metrics import Score
 from .monitor import plot_curves, plot_watched
-from .optimizer import learning_rate_at, warmup_steps
+from .optimizer import warmup_steps
+from .parallel import check_strategy
 from .published_run import Start, as_checkpoint, check_settings, describe_start, names_published, read_start
-from .resolve import check_given_against_run, check_run_against_checkpoint, describe
+from .resolve import check_given_against_run, describe
+from .resume import lock_and_read_checkpoint, take_up
 from .run_directory import START, RunDirectory, check_free, find_run
+from .same_data import check_same_data, warn_of_reader
 
 LOST = {
     r"DataLoader worker .*(is killed|exited)|Pin memory thread exited": "a process that reads images was ended from outside, "
@@ -72,7 +74,10 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
     with Signals(tell=ranks.first) as signals:
         try:
             with process_group(ranks, choose_compute(config.device, config.precision, ranks).device):
-                return _start(config, given or {}, resume, ranks, signals)
+                task = _settle(config, given or {}, resume, ranks)
+                compute = _check(task.config, ranks)
+                with process_group(ranks, compute.device, alone=task.config.strategy == "fsdp"):
+                    return _train(task, compute, ranks, signals)
         except RuntimeError as error:
             if isinstance(error, TrainingError | UnreadableError):
                 raise
@@ -86,27 +91,38 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
             unlock()
 
 
-def _start(
-    config: TrainConfig, given: dict, resume: str | None, ranks: Ranks, signals: Signals
-) -> tuple[RunDirectory | None, Score]:
-    """Settles what is asked for: a new run, or an older one with its own settings."""
+class Task(NamedTuple):
+    """What is to be trained, once that is settled.
+
+    config: the settings; a resumed run's own.
+    given: those of them that were asked for.
+    run: the directory of a run that goes on, and by what word (itself, a checkpoint in it, "auto"); None: a new one.
+    start: the checkpoint of the published main.py from which a new run goes on, if any.
+    """
+
+    config: TrainConfig
+    given: dict
+    run: tuple[RunDirectory, str] | None
+    start: Start | None
+
+
+def _settle(config: TrainConfig, given: dict, resume: str | None, ranks: Ranks) -> Task:
+    """A new run, or an older one with its own settings."""
     start = None
     if resume is None or names_published(resume):
         again = ranks.share(lambda: _implied(config, ranks))
         start = read_start(Path(resume)) if resume and not again else None
         resume = again
-    run = find_run(resume, config.out) if resume else None
-    if run is not None:
+    run = find_run(resume, config.out) if resume is not None else None
+    if run is not None and resume is not None:
         own = run.read_config()
         config = replace(own, **check_given_against_run(own, given, run.path), out=str(run.path))
-    else:
-        if start is not None:
-            config = replace(config, **check_settings(start, config, given))
-        if (out := config.out) is not None:
-            ranks.share(lambda: check_free(out))
-    compute = _check(config, ranks)
-    with process_group(ranks, compute.device, alone=config.strategy == "fsdp"):
-        return _train(config, given, compute, run, resume, ranks, signals, start)
+        return Task(config, given, (run, resume), start)
+    if start is not None:
+        config = replace(config, **check_settings(start, config, given))
+    if (out := config.out) is not None:
+        ranks.share(lambda: check_free(out))
+    return Task(config, given, None, start)
 
 
 def _check(config: TrainConfig, ranks: Ranks) -> Compute:
@@ -129,26 +145,35 @@ def _check(config: TrainConfig, ranks: Ranks) -> Compute:
     return compute
 
 
-def _train(
-    config: TrainConfig,
-    given: dict,
-    compute: Compute,
-    run: RunDirectory | None,
-    resume: str | None,
-    ranks: Ranks,
-    signals: Signals,
-    start: Start | None,
-) -> tuple[RunDirectory | None, Score]:
-    checkpoint = _lock_and_read_checkpoint(run, resume, config, ranks) if run is not None and resume is not None else None
-    if run is not None and checkpoint is None and (path := run.read_start()) is not None:  # killed before it had one of its own
-        start = read_start(path)
+def _train(task: Task, compute: Compute, ranks: Ranks, signals: Signals) -> tuple[RunDirectory | None, Score]:
+    trainer, run, lines = _make_trainer(task, compute, ranks, signals)
+    if ranks.first:
+        _announce(trainer, task.given, run, lines)
+    score = trainer.fit(run)
+    model = trainer.parallel.whole(trainer.evaluated_model)
+    if ranks.first:
+        save_model(model, run.model)
+        rows, title = run.read_metrics(), f"CRATE on {trainer.data.name}: test {score}"
+        plot_curves(rows, run.curves, title)
+        plot_watched(rows, run.rates, title)
+    return (run if ranks.first else None), score
+
+
+def _make_trainer(task: Task, compute: Compute, ranks: Ranks, signals: Signals) -> tuple[Trainer, RunDirectory, list[str]]:
+    """(a trainer at the step from which it is to go on, its run directory, what is to be said of that)"""
+    config, start, checkpoint = task.config, task.start, None
+    if task.run is not None:
+        run, resume = task.run
+        checkpoint = lock_and_read_checkpoint(run, resume, config, ranks)
+        if checkpoint is None and (path := run.read_start()) is not None:  # killed before it had one of its own
+            start = read_start(path)
     # Weights before data, which may have to be downloaded or listed for minutes.
     weights = read_weights(config.init) if config.init and checkpoint is None else None
     data = open_data(config, compute.device, ranks)
-    if run is not None:
-        run.check_same_data(data.describe())
+    if task.run is not None:
+        check_same_data(task.run[0], data.describe())
         if ranks.first:
-            run.warn_of_reader(data.describe())
+            warn_of_reader(task.run[0], data.describe())
     plan = make_plan(config, data.train_count, ranks)
     model = build_model(config, data)
     lines = [] if weights is None or config.init is None else [start_from(model, weights, config.init)]
@@ -156,20 +181,9 @@ def _train(
     if start is not None:
         trainer.load(as_checkpoint(start, trainer))
         lines += describe_start(start, config)
-    if run is None:
-        run = ranks.share(lambda: _create(config, trainer, start))
-    else:
-        lines.append(_take_up(trainer, run, checkpoint))
-    if ranks.first:
-        _announce(trainer, given, run, lines)
-    score = trainer.fit(run)
-    model = trainer.parallel.whole(trainer.evaluated_model)
-    if ranks.first:
-        save_model(model, run.model)
-        rows, title = run.read_metrics(), f"CRATE on {data.name}: test {score}"
-        plot_curves(rows, run.curves, title)
-        plot_watched(rows, run.rates, title)
-    return (run if ranks.first else None), score
+    if task.run is None:
+        return trainer, ranks.share(lambda: _create(config, trainer, start)), lines
+    return trainer, task.run[0], [*lines, take_up(trainer, task.run[0], checkpoint)]
 
 
 def build_model(config: TrainConfig, data: Data) -> CRATE:
@@ -241,61 +255,6 @@ def _create(config: TrainConfig, trainer: Trainer, start: Start | None) -> RunDi
         run.write_held_out(held_out)
     run.write_config(_describe(trainer) | ({} if start is None else {START: str(start.path.absolute())}))
     return run
-
-
-def _lock_and_read_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks: Ranks) -> dict | None:
-    """Locks a run that exists; the checkpoint to go on from, in every process, or None where it has none yet."""
-
-    checkpoints = parallel_kind(config).checkpoints(run.checkpoints, 1)
-
-    def lock_and_find() -> str | None:
-        run.lock()
-        run.tidy()
-        if resume.endswith(checkpoints.suffix):
-            checkpoints.set_aside_after(checkpoints.read(Path(resume))["step"])
-            return resume
-        found = checkpoints.load_newest()
-        if found is None:
-            run.check_begun(config.checkpoint_every)
-        return found and str(found[0])
-
-    path = ranks.share(lock_and_find)
-    if path is None:
-        return None
-    checkpoint = checkpoints.read(Path(path), whole=False)
-    check_run_against_checkpoint(
-        config, checkpoint.get("settings", {}), run.config, [run.read_config().epochs, *run.former_epochs()]
-    )
-    return checkpoint
-
-
-def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> str:
-    """Loads `checkpoint` and cuts the metrics back to it; a line that says where the run goes on."""
-    if checkpoint is not None:
-        trainer.load(checkpoint)  # which may refuse it, and then nothing is to have been touched
-    if trainer.ranks.first:
-        run.cut_log(checkpoint["logged"] if checkpoint else 0)
-    longer = _lengthen(trainer, run)
-    if checkpoint is None:
-        return f"no checkpoint yet: from the {'start' if run.read_start() is None else 'published one'}{longer}"
-    if trainer.ranks.first:
-        warn_of_changes(checkpoint["circumstances"], trainer.circumstances())
-    return f"going on after step {trainer.step} of {trainer.steps}{longer}"
-
-
-def _lengthen(trainer: Trainer, run: RunDirectory) -> str:
-    """Where the run is to have more epochs than it was begun with, writes that down; what it means, in words, else nothing."""
-    config, step, epoch_steps = trainer.config, trainer.step + 1, trainer.plan.steps
-    before = trainer.ranks.share(lambda: run.read_config().epochs)
-    if config.epochs == before:
-        return ""
-    if trainer.ranks.first:
-        run.lengthen(config.epochs, trainer.steps, trainer.step)
-    old = learning_rate_at(step, epoch_steps, replace(config, epochs=before)) if step <= before * epoch_steps else 0.0
-    return (
-        f"; {config.epochs} epochs, not {before}: from step {step} on the learning rate is that of a run of {config.epochs} "
-        f"epochs, {learning_rate_at(step, epoch_steps, config):.3g} now, not {old:.3g}"
-    )
 
 
 def _announce(trainer: Trainer, given: dict, run: RunDirectory, lines: list[str]) -> None:
