@@ -343,6 +343,8 @@ def test_a_run_in_use_is_refused(finished, tmp_path):
 def test_resume_names_what_it_needs(finished, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="--out is not given"):
         train(SMALL, resume="auto")
+    with pytest.raises(ConfigError, match="absent, which is not there"):
+        train(SMALL, resume=str(tmp_path / "absent"))
     with pytest.raises(ConfigError, match="neither a run directory nor a checkpoint"):
         train(SMALL, resume=str(tmp_path))
     monkeypatch.setenv("RANK", "0")

@@ -171,6 +171,10 @@ def warnings_of(arguments: argparse.Namespace, given: dict, config: TrainConfig)
     changes = any(name in given for name in ("randaugment_ops", "randaugment_magnitude"))
     if changes and config.augment != "randaugment":
         lines.append(f"--randaugment-ops and --randaugment-magnitude have no effect: --augment is {config.augment}")
+    if given.get("workers") and config.keep_short_side:
+        lines.append(
+            f"--workers has no effect: --keep-short-side is {config.keep_short_side}, by which this process keeps images"
+        )
     return lines
 
 

@@ -25,6 +25,9 @@ from .pictures import READER, READER_ENTRY
 from .samples import MEAN, STD, Problem, Reduced, Sample, Store, TestSamples, TrainSamples
 
 PREFETCH = 4  # batches that a worker is ahead
+FOR_KEPT = (
+    "a smaller --image-size or --keep-short-side, or --augment none (images are kept in memory, where one process changes them)"
+)
 
 
 class Photos:
@@ -56,10 +59,11 @@ class Photos:
         self.name, self.classes, self._settings, self._device = name, classes, settings, device
         self._train, self._test, self.class_names, self.held_out = train, test, class_names, held_out
         self._workers = workers_of(settings.workers, ranks)
-        if settings.keep_short_side:  # in this process, which keeps them; others would read them anew in every epoch
-            self._train, self._workers = Reduced(train, settings.keep_short_side), 0
-        self._seen: dict[int, Sample] | None = {} if settings.keep_short_side else None
+        self._seen: dict[int, Sample] | None = None
         self.advice = more_workers(min(settings.workers, cores()), quicker)
+        if settings.keep_short_side:  # in this process, which keeps them; others would read them anew in every epoch
+            self._train, self._workers, self._seen = Reduced(train, settings.keep_short_side), 0, {}
+            self.advice = FOR_KEPT
         self._unreadable: set[str] = set()
         self._normalise = Normalise(device)
         self._evaluated_size = evaluated_size or (settings.image_size, settings.image_size)

@@ -210,6 +210,8 @@ def find_run(resume: str, out: str | None) -> RunDirectory | None:
     if resume != "auto":
         path = Path(resume)
         run = RunDirectory(path.parent.parent if path.suffix in (".pt", SUFFIX) else path)
+        if not os.path.lexists(path):
+            raise ConfigError(f"--resume is {resume}, which is not there")
         if not path.exists() or not run.config.is_file():
             raise ConfigError(f"--resume is {resume}, which {NO_RUN}")
         if out is not None and not (os.path.exists(out) and os.path.samefile(out, run.path)):
