@@ -1,3 +1,5 @@
+# A kernel is read by Triton: its ranges can be looped over.
+# pyright: reportGeneralTypeIssues=false
 """The sums around tied attention's backward: δ before it, by a kernel of its own or (`store_head_sums`) in the epilogue of the
 product that makes do, and after it the row and column sums of dw that the projection's gradients want."""
 

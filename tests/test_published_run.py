@@ -12,18 +12,8 @@ from crate_fast import load_checkpoint
 
 MODEL = ["--dim", "16", "--depth", "1", "--heads", "2", "--dim-head", "8"]
 HOW = [
-    "--num-threads",
-    "1",
-    "--device",
-    "cpu",
-    "--epochs",
-    "3",
-    "--schedule",
-    "main-epoch",
-    "--checkpoint-every",
-    "1",
-    "--keep-checkpoints",
-    "9",
+    *("--num-threads", "1", "--device", "cpu", "--epochs", "3", "--schedule", "main-epoch"),
+    *("--checkpoint-every", "1", "--keep-checkpoints", "9"),
 ]
 
 

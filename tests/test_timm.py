@@ -16,8 +16,7 @@ import crate_fast
 import crate_fast.timm
 from crate_fast import CRATE, CheckpointError, load_checkpoint
 from crate_fast.checkpoint import save_model
-from crate_fast.data.loader import MEAN, STD
-from crate_fast.eval_transform import Transform
+from crate_fast.eval_transform import MEAN, STD, Transform
 from crate_fast.kernels import runtime
 from crate_fast.reference import CRATE as Published
 from crate_fast.sizes import SIZES

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..eval_transform import Transform
-from ..files import first_line, shown, tell, write_atomically
+from ..files import first_line, tell, write_atomically
 from ..model.crate import CRATE
-from .constructor import ARGUMENTS, CHANGED, constructor_arguments
+from .constructor import ARGUMENTS, CHANGED, build, constructor_arguments, difference_of, skeleton
 from .layouts import WORDS
 from .published import infer_arguments
 from .read import TRANSFORM, CheckpointError, model_file, read_model
@@ -29,7 +28,6 @@ from .tensor_files import write_tensors
 RESIZED = ("num_classes", "image_size")  # those that may be others than a file's, with a new head and other positions
 FREE = ("training", "backend", "stream", "transform", "frozen", "drop_path", "grad_checkpointing")
 """Settings that a model and what its file builds need not share."""
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_model(model: CRATE, path: str | os.PathLike) -> None:
@@ -80,7 +78,7 @@ def described(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
         raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE")
     arguments, weights = constructor_arguments(model), model.state_dict()
     built = skeleton(arguments)
-    difference = _difference(built, weights) or _change(built, model)
+    difference = difference_of(built, weights) or _change(built, model)
     if difference:
         raise ValueError(f"{CHANGED}: {difference}")
     return arguments, weights
@@ -223,60 +221,3 @@ def _fitting(path: Path, model: CRATE, transform: Transform | None, overrides: d
     if overrides.get("num_classes") == classes:  # another head than the file's, whose classes are others
         return transform._replace(names=None)
     raise CheckpointError(f"{path}: it has names of {len(names)} classes; the model tells {classes} apart")
-
-
-def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[CRATE] = CRATE) -> CRATE:
-    """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
-    if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
-        raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {shown(arguments)}")
-    check_floating(path, weights)
-    arguments = arguments | overrides
-    number = next((name for name in ("ista", "lambd") if not _is_size(arguments.get(name, 0.0))), None)
-    if number is not None:
-        words = f"its argument {number} is {shown(arguments[number])}; it must be a finite number, at least 0"
-        raise CheckpointError(f"{path}: {words}")
-    # Before anything is built: a false depth could keep the constructor busy for ever.
-    layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
-    if arguments.get("depth") != len(layers):
-        raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {shown(arguments.get('depth'))}")
-    try:
-        model = skeleton(arguments, kind)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: its arguments build no CRATE ({first_line(error)})") from error
-    difference = _difference(model, weights)
-    if difference:
-        raise CheckpointError(f"{path}: {difference}")
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
-
-
-def check_floating(path: Path, weights: dict) -> None:
-    """Raises CheckpointError where one of the weights is no tensor that a model computes with, such as a quantised one."""
-    wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
-    if wrong is not None:
-        raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
-
-
-def skeleton(arguments: dict, kind: type[CRATE] = CRATE) -> CRATE:
-    """The model without memory for its weights, and without drawing them."""
-    with torch.device("meta"):
-        return kind(**arguments)
-
-
-def _difference(model: CRATE, weights: dict[str, Tensor]) -> str | None:
-    """The first thing in which names and shapes of `weights` are not those of `model`, in words; None if nothing."""
-    expected = model.state_dict()
-    missing = sorted(set(expected) - set(weights))
-    surplus = sorted(set(weights) - set(expected), key=str)
-    if missing:
-        return f"{len(missing)} weights are missing, {missing[0]!r} first"
-    if surplus:
-        return f"{len(surplus)} weights do not belong to the model, {surplus[0]!r} first"
-    for key, value in expected.items():
-        if weights[key].shape != value.shape:
-            return f"{key!r} has shape {tuple(weights[key].shape)}; it must be {tuple(value.shape)}"
-    return None

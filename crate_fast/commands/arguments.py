@@ -59,7 +59,7 @@ def as_path(text: str) -> Path:
     return Path(place(text))
 
 
-OF_MODEL = {
+MODEL_KEYWORDS = {
     "heads": (whole, "heads of a layer"),
     "pool": (str, "what the head reads"),
     "ista": (number, "step size of the ISTA step"),
@@ -101,7 +101,7 @@ def add_weights(parser: argparse.ArgumentParser, prefix: str = "") -> None:
         help="of a checkpoint that has both: the last weights, or their mean over the steps (default: the mean, which is said)",
     )
     section = parser.add_argument_group("what the shapes of weights alone do not tell")
-    for name, (kind, text) in OF_MODEL.items():
+    for name, (kind, text) in MODEL_KEYWORDS.items():
         choices = POOLS if name == "pool" else None
         metavar = None if choices else {whole: "N", number: "X"}[kind]
         words, dest = f"{text} (default: as published)", f"model_{name}"
@@ -112,7 +112,7 @@ def add_weights(parser: argparse.ArgumentParser, prefix: str = "") -> None:
 
 def weights_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `add_weights` read, as keywords of `load_checkpoint`."""
-    given = {name: getattr(arguments, f"model_{name}") for name in OF_MODEL}
+    given = {name: getattr(arguments, f"model_{name}") for name in MODEL_KEYWORDS}
     return {"weights": arguments.weights} | {name: value for name, value in given.items() if value is not None}
 
 

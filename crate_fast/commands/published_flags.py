@@ -122,7 +122,12 @@ MAIN = (
 
 FINETUNE = (
     Published(("--lr",), "lr", "learning rate", read=number),
-    Published(("--opt",), "optimizer", f"{_optimizers('finetune')}; decay only with adamW, unless asked", read=optimizer),
+    Published(
+        ("--opt",),
+        "optimizer",
+        f"{_optimizers('finetune')}; decay only with adamW, unless a flag or a recipe of yours says it",
+        read=optimizer,
+    ),
     Published(("--net",), "arch", "CRATE_tiny (if not given), CRATE_small, ...; vit_* are refused", read=architecture),
     Published(("--bs",), "batch_size", "is --batch-size", read=whole),
     Published(("--data",), "data", f"{_data_sets()}, or a folder", read=data_set),

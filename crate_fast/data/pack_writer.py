@@ -31,7 +31,7 @@ from ..settings import ConfigError
 from .folder import Photographs, open_folder
 from .pack_encoding import Settings, encode
 from .pack_file import Encoded, Pack, PackError, Unreadable, write_pack
-from .pack_folder import MANIFEST, SETTINGS, open_listed, open_packs
+from .pack_folder import MANIFEST, SETTINGS, open_listed
 from .pictures import READER, READER_ENTRY
 
 UNREADABLE = "unreadable.txt"
@@ -107,19 +107,6 @@ def count_warnings(classes: list[str], counts: dict[str, int]) -> list[str]:
         for split, count in IMAGENET.items()
         if counts[split] != count
     ]
-
-
-def verify(target: Path) -> int:
-    """Compares all images of all packs with their checksums; how many there are.
-
-    Raises:
-        PackError: one is not what was written, or the packs are not complete.
-    """
-    packs = open_packs(target)
-    for split in (packs.train, packs.val):
-        for index in range(len(split)):
-            split.pixels(index)
-    return len(packs.train) + len(packs.val)
 
 
 def _check_target(target: Path, source: Path) -> None:

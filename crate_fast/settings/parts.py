@@ -197,7 +197,7 @@ class TrainConfig(MachineSettings, ModelSettings, OptimisationSettings, DataSett
                     raise ConfigError(f"{flag(name)} is {value!r}; it changes {kind}, and --data is {self.data}")
 
 
-SECTIONS: dict[str, tuple[type, ...]] = {
+PARTS_BY_SECTION: dict[str, tuple[type, ...]] = {
     "run": (RunSettings, SeedSettings),
     "data": (DataSettings,),
     "optimisation": (OptimisationSettings, StepSettings),

@@ -23,7 +23,8 @@ from ..settings import ConfigError, DataSettings, MachineSettings, TrainConfig
 from ..sizes import SIZES
 from .metrics import Score, evaluate
 from .resolve import resolve
-from .run_directory import CLASS_NAMES, RunDirectory
+from .run_directory import RunDirectory
+from .same_data import CLASS_NAMES, check_same_data
 
 SAID = ("dim", "depth", "heads")  # what --arch says of a model
 # Settings of the run's own data, which are no others'.
@@ -80,7 +81,7 @@ def evaluate_run(
         images = open_data(replace(settings, **sizes), compute.device, ranks, model.image_size)
         _check_fits(model, images, file, settings.num_classes)
         if run is not None:
-            run.check_same_data(images.describe(), CLASS_NAMES)
+            check_same_data(run, images.describe(), CLASS_NAMES)
         batches = images.test_batches(max(1, settings.batch_size // ranks.count), ranks)
         batches = _normalised_for(model, batches, images.describe(), file)
         return evaluate(model.to(compute.device), batches, compute, ranks)

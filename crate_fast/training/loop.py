@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..backend import choose_backend
 from ..called import called
 from ..data.open import Data
 from ..data.order import Plan
@@ -21,13 +22,13 @@ from ..model.crate import CRATE
 from ..settings import TrainConfig
 from ..signals import Signals, Stopped
 from .checkpoint_contents import check_place
-from .checkpoints import circumstances
+from .circumstances import circumstances
 from .data_wait import DataWait
-from .ddp import parallel_kind
 from .metrics import Meter, Score, evaluate, measure
 from .mixing import mix
 from .monitor import Monitor, peak_flops, training_flops
 from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from .parallel import parallel_kind
 from .progress import Progress, Sums
 from .run_directory import RunDirectory
 
@@ -40,6 +41,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, model: CRATE, data: Data, plan: Plan, compute: Compute, signals: Signals) -> None:
         self.config, self.model, self.data, self.plan, self.compute = config, model, data, plan, compute
         self.ranks, self.signals = plan.ranks, signals
+        self.backend = choose_backend(config.backend, model.pos_embedding, config.dim_head)
         self.flops, self.peak = training_flops(model), peak_flops(config, compute)
         self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
         self.parallel = parallel_kind(config)(model, self.average, config, plan, compute)
@@ -89,8 +91,12 @@ class Trainer:
             "score": None if self.score is None else list(self.score),
             "best": self.best,
             "settings": asdict(self.config) | {"precision": self.compute.precision},
-            "circumstances": circumstances(self.compute, self.ranks),
+            "circumstances": self.circumstances(),
         }
+
+    def circumstances(self) -> dict:
+        """What the bits depend on beside the settings."""
+        return circumstances(self.config, self.compute, self.ranks, fused=self.backend.name == "triton")
 
     def load(self, checkpoint: dict) -> None:
         """Takes up where `checkpoint` was saved.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.loader import IGNORED
+from ..data.samples import IGNORED
 from ..device import Compute
 from ..processes import ALONE, Ranks
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..data.order import share_of
-from ..model.crate import CRATE
-from ..processes import Ranks
+from ...data.order import share_of
+from ...model.crate import CRATE
+from ...processes import Ranks
 
 
 class Together:

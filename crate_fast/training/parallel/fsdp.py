@@ -20,13 +20,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import get_total_norm
 
-from ..checkpoint import distributed
-from ..checkpoint.read import CheckpointError
-from ..checkpoint.save_load import constructor_arguments
-from ..data.order import Plan
-from ..device import Compute
-from ..model.crate import CRATE
-from ..settings import MachineSettings
+from ...checkpoint import distributed
+from ...checkpoint.read import CheckpointError
+from ...checkpoint.save_load import constructor_arguments
+from ...data.order import Plan
+from ...device import Compute
+from ...model.crate import CRATE
+from ...settings import MachineSettings
 from .collectives import Together
 from .sharded_checkpoints import ShardedCheckpoints
 
