@@ -2,9 +2,16 @@
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
+import torch
 from conftest import call
+
+from crate_fast.settings import TrainConfig
+from crate_fast.training import progress
+from crate_fast.training.metrics import Meter, Score
+from crate_fast.training.progress import Progress, Sums
 
 NUMBER = r"\s*[-+.e\d]+"
 
@@ -67,3 +74,75 @@ def test_lines_come_at_the_published_scripts_steps(tmp_path, capsys):
     )
     tests = found(TEST, out.splitlines())
     assert (status, [line[:2] for line in tests], len(found(SUMMARY, out.splitlines()))) == (0, [("1", "4"), ("3", "4")], 1)
+
+
+class Clock:
+    """Seconds that pass only as a test says."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "clock", clock)
+    return clock
+
+
+def lines_of(capsys, clock, seconds, acts):
+    """(time, line) of what each act, `seconds` long, printed."""
+    said = []
+    for act in acts:
+        clock.now += seconds
+        act()
+        said += [(clock.now, line) for line in capsys.readouterr().out.splitlines()]
+    return said
+
+
+@pytest.mark.parametrize("seconds", [0.7, 25.0, 60.0, 95.0])
+def test_a_log_is_silent_for_a_minute_at_most_and_the_step_that_ends_it(capsys, clock, seconds):
+    """In training and in evaluation, however seldom metrics are written."""
+    steps, batches = 600, 300
+    settings, meter = TrainConfig(log_every=10**6), Meter(torch.device("cpu"))
+    with Progress(settings, steps, steps, 0, first=True) as told:
+        sums = [Sums.of(step, seconds * step, 0.0, Score(2.5, step, 2 * step, 4 * step)) for step in range(steps + 1)]
+        training = [lambda step=step: told.step(step, lambda: sums[step]) for step in range(1, steps + 1)]
+        evaluated = told.testing(batches)
+        said = lines_of(capsys, clock, seconds, [*training, *batches * [lambda: evaluated(meter)]])
+    times = [0.0, *(when for when, _ in said), clock.now]
+    pauses = [after - before for before, after in pairwise(times)]
+    assert max(pauses) < progress.EVERY + seconds and min(pauses[:-1]) >= progress.EVERY
+    texts = [line for _, line in said]
+    for line in texts[:4]:
+        place, _, left = found(EPOCH, [line.rpartition("\t")[0]])[0][1], *line.rpartition("\t")[1:]
+        assert re.fullmatch(r"(\d+ days?, )?\d+:\d\d:\d\d left", left) and 1 <= int(place) <= steps
+        assert "Loss 2.5000e+00 (2.5000e+00)\tAcc@1  25.00 ( 25.00)\tAcc@5  50.00" in line
+    assert re.fullmatch(rf"evaluating: \d+ of {batches} batches, (\d days?, )?\d+:\d\d:\d\d left", texts[-1])
+
+
+def test_a_run_says_where_it_is_between_lines_of_metrics(tmp_path, capsys, clock, monkeypatch):
+    monkeypatch.setattr(Clock, "__call__", lambda self: setattr(self, "now", self.now + 25.0) or self.now)
+    status, out, _ = call(capsys, "train", *SMALL, "--log-every", 1000, "--out", tmp_path / "run")
+    rows = [json.loads(line)["split"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    places = [line[1] for line in found(EPOCH, [line.rpartition("\t")[0] for line in out.splitlines()])]
+    assert (status, rows) == (0, 2 * ["train", "test"]) and len(places) > 6 and places[0] != "11"
+    assert "evaluating: " in out
+    status, out, error = call(capsys, "evaluate", tmp_path / "run", "--batch-size", 20, "--device", "cpu")
+    assert (status, out.count("\n")) == (0, 1)  # what reads it finds the score alone
+    assert re.match(r"crate-fast: evaluating: \d+ of 18 batches, \d+:\d\d:\d\d left\n", error)
+
+
+def test_other_processes_than_the_first_say_nothing(capsys, clock):
+    with Progress(TrainConfig(print_log=True), 9, 9, 0, first=False) as told:
+        evaluated = told.testing(9)
+        acts = [
+            lambda: told.step(1, Sums),
+            lambda: evaluated(Meter(torch.device("cpu"))),
+            lambda: told.tested(Score(1.0, 1, 1, 1), ""),
+        ]
+        assert lines_of(capsys, clock, 100.0, acts) == []
+    assert capsys.readouterr().err == ""
