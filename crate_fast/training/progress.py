@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
 
-from tqdm import tqdm
-
+from ..bar import Bar
 from ..settings import RunSettings
 from .metrics import Meter, Score
 
-# One estimate, and no more columns than a terminal of 80 has.
-BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-COLUMNS = 79
 EVERY = 60.0  # seconds after a line, where there is no bar, until another is due
 REDRAWN = 0.5  # seconds from one drawing of the bar to the next while a model is evaluated
 clock = time.monotonic
@@ -119,8 +114,7 @@ class Progress:
     def __init__(self, settings: RunSettings, steps: int, epoch_steps: int, step: int, first: bool) -> None:
         self._steps, self._epoch_steps, self._first = steps, epoch_steps, first
         self._every = settings.log_every if settings.print_log else 0
-        hide = None if first else True  # None: hidden unless stderr is a terminal
-        self._bar = tqdm(total=steps, initial=step, disable=hide, bar_format=BAR, ncols=columns())
+        self._bar = Bar(steps, step, hide=not first)
         self._speaker = Speaker(self._write, self._write if self._bar.disable else None) if first else Speaker()
         self._began, self._begun, self._drawn = step, clock(), clock()
         self._epoch, self._in_epoch, self._before = -1, Sums(), Sums()
@@ -143,7 +137,7 @@ class Progress:
     def trained(self, step: int, sums: Sums, speed: float) -> None:
         """After the steps until `step` since this was called last, `speed` images a second."""
         loss, top1 = sums.values()[2:4]
-        self._bar.set_postfix_str(f"loss {loss:.3f}, top-1 {top1:.1f}%, {speed:,.0f} images/s")
+        self._bar.say(f"loss {loss:.3f}", f"top-1 {top1:.1f}%", f"{speed:,.0f} images/s")
         self._enter_epoch_of(step)
         self._in_epoch = self._in_epoch.plus(sums)
 
@@ -155,7 +149,7 @@ class Progress:
             lines(meter)
             if not self._bar.disable and clock() - self._drawn >= REDRAWN:
                 self._drawn = clock()
-                self._bar.set_postfix_str(f"evaluating {lines.place} of {count}")
+                self._bar.say(f"evaluating {lines.place} of {count}")
 
         return after
 
@@ -187,11 +181,6 @@ class Progress:
     def _write(self, line: str) -> None:
         self._bar.write(line)
         sys.stdout.flush()  # to a file, whose reader waits
-
-
-def columns() -> int:
-    """How wide the bar is: a line that reached a terminal's last column would be broken by many."""
-    return min(COLUMNS, shutil.get_terminal_size().columns - 1)
 
 
 def _words(seconds: float) -> timedelta:
