@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -41,6 +41,11 @@ class Bar(tqdm):
         """Draws the bar with `words`, as many as there is room for."""
         self.words = words
         self.refresh()
+
+    def tell(self, line: str, stream: TextIO) -> None:
+        """Prints `line` above the bar: it has arrived when the bar is drawn again, and a log's reader need not wait for it."""
+        with self.external_write_mode(stream):
+            print(line, file=stream, flush=True)
 
     def close(self) -> None:
         if self._before is not None:

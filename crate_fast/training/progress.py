@@ -118,6 +118,7 @@ class Progress:
         self._speaker = Speaker(self._write, self._write if self._bar.disable else None) if first else Speaker()
         self._began, self._begun, self._drawn = step, clock(), clock()
         self._epoch, self._in_epoch, self._before = -1, Sums(), Sums()
+        self._words: tuple[str, ...] = ()
 
     def __enter__(self) -> Progress:
         return self
@@ -137,7 +138,8 @@ class Progress:
     def trained(self, step: int, sums: Sums, speed: float) -> None:
         """After the steps until `step` since this was called last, `speed` images a second."""
         loss, top1 = sums.values()[2:4]
-        self._bar.say(f"loss {loss:.3f}", f"top-1 {top1:.1f}%", f"{speed:,.0f} images/s")
+        self._words = (f"loss {loss:.3f}", f"top-1 {top1:.1f}%", f"{speed:,.0f} images/s")
+        self._bar.say(*self._words)
         self._enter_epoch_of(step)
         self._in_epoch = self._in_epoch.plus(sums)
 
@@ -155,6 +157,7 @@ class Progress:
 
     def tested(self, score: Score, line: str | None) -> None:
         """After an evaluation; `line` is what there is to say of it in any case."""
+        self._bar.say(*self._words)
         if self._every:
             self._speaker.say(summary(score))
         if line is not None:
@@ -163,7 +166,7 @@ class Progress:
     def warn(self, line: str) -> None:
         """Says `line` on stderr."""
         if self._first:
-            self._bar.write(f"crate-fast: warning: {line}", file=sys.stderr)
+            self._bar.tell(f"crate-fast: warning: {line}", sys.stderr)
 
     def _enter_epoch_of(self, step: int) -> None:
         epoch = (step - 1) // self._epoch_steps
@@ -179,8 +182,7 @@ class Progress:
         return line_of(f"Epoch: [{self._epoch}]", place, self._epoch_steps, own, total, FIELDS)
 
     def _write(self, line: str) -> None:
-        self._bar.write(line)
-        sys.stdout.flush()  # to a file, whose reader waits
+        self._bar.tell(line, sys.stdout)
 
 
 def _words(seconds: float) -> timedelta:
