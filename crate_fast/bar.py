@@ -57,7 +57,7 @@ class Bar(tqdm):
     def format_dict(self) -> dict[str, Any]:
         """What tqdm draws from, with the words that fit."""
         self.ncols, words = columns(), self.words
-        values = super().format_dict
+        values = dict(super().format_dict)
         least = values | {"ncols": None, "bar_format": FORMAT.replace("{bar}", LEAST * "#")}
         while words and len(self.format_meter(**least | {"postfix": ", ".join(words)})) > self.ncols:
             words = words[:-1]
