@@ -43,8 +43,11 @@ def shown(monkeypatch, path, folder, **options):
     """The images that `evaluate` shows the model in `path`."""
     seen = []
     real = metrics.evaluate
-    module = "crate_fast.training.evaluation.evaluate"
-    monkeypatch.setattr(module, lambda model, batches, *rest: real(model, (seen.append(b[0]) or b for b in batches), *rest))
+
+    def evaluate(model, batches, *rest, **more):
+        return real(model, (seen.append(b[0]) or b for b in batches), *rest, **more)
+
+    monkeypatch.setattr("crate_fast.training.evaluation.evaluate", evaluate)
     evaluate_run(path, data=str(folder), workers=0, device="cpu", **options)
     return torch.cat(seen)
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from crate_fast import CRATE, CheckpointError, load_checkpoint, reference
+from crate_fast import CRATE, CheckpointError, inspection, load_checkpoint, reference
 from crate_fast.checkpoint import constructor_arguments, save_model
 from crate_fast.checkpoint.read import read_model
 from crate_fast.checkpoint.start_from import read_weights, start_from
@@ -181,12 +181,18 @@ def test_a_file_that_holds_itself_is_read_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def demo():
-    """Weights as those of the segmentation demo, and the logits they make."""
+    """Weights as those of the segmentation demo, images, the logits, and the notebook's maps: the class token's attention to
+    the patches, in the last layer, (images, 6, 4)."""
     torch.manual_seed(0)
-    model = reference.CRATE(**DEMO).eval()
-    images = torch.randn(1, 3, 16, 16)
+    model, seen = reference.CRATE(**DEMO).eval(), []
+    images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        return model.state_dict(), images, model(images)
+        for mssa, _ in model.transformer.layers:
+            mssa.fn.qkv.weight *= 0.3  # else the class token looks at itself alone
+        model.transformer.layers[-1][0].fn.qkv.register_forward_hook(lambda _, __, out: seen.append(out))
+        logits = model(images)
+        w = seen[0].unflatten(-1, (6, 128)).transpose(1, 2)
+        return model.state_dict(), images, logits, torch.softmax(w @ w.mT * 128**-0.5, dim=-1)[:, :, 0, 1:]
 
 
 HEAD = {"head.weight": torch.zeros(21842, 768), "head.bias": torch.zeros(21842)}
@@ -194,7 +200,7 @@ HEAD = {"head.weight": torch.zeros(21842, 768), "head.bias": torch.zeros(21842)}
 
 @pytest.mark.parametrize("beside", [HEAD, {}], ids=["with the head", "without"])
 def test_the_segmentation_demo_has_six_heads(demo, beside, tmp_path, capsys):
-    values, images, logits = demo
+    values, images, logits, maps = demo
     torch.save({"model": under("module.", values | beside)}, tmp_path / "demo.pth")
     model = load_checkpoint(tmp_path / "demo.pth")
     assert (model.transformer.heads, model.patch_size, model.transform) == (6, (8, 8), None if beside else model.transform)
@@ -202,6 +208,9 @@ def test_the_segmentation_demo_has_six_heads(demo, beside, tmp_path, capsys):
     assert "heads=6" in said and ("'head' beside 'mlp_head'" in said) == bool(beside)
     with torch.no_grad():
         torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
+    drawn = inspection.attention_maps(model, images, [-1])[0].flatten(-2)
+    torch.testing.assert_close(drawn, maps, rtol=1e-4, atol=1e-6)
+    assert maps.min() > 0.01  # there is something to see
 
 
 def test_what_tells_the_demo_from_the_base_model_is_asked_for(demo, tmp_path):

@@ -104,7 +104,7 @@ MAIN = (
     Published(("--momentum",), "momentum", "of SGD; other optimizers have none, there and here", read=number),
     Published(("--wd", "--weight-decay"), "weight_decay", "weight decay", read=number),
     Published(
-        ("--print-freq", "-p"), "log_every", "is --log-every, and prints its lines", read=whole, also=(("print_log", True),)
+        ("--print-freq", "-p"), "log_every", "is --log-every, with main.py's lines", read=whole, also=(("print_log", True),)
     ),
     Published(("--resume",), "resume", "a run, a checkpoint of it or of main.py, or auto", read=resume_switch),
     Published(("--evaluate", "-e"), "evaluate", "evaluates what --resume or --init names, in float32", read=None, value=True),

@@ -205,14 +205,16 @@ def _evaluate(arguments: argparse.Namespace, given: dict) -> None:
     if path is None or path == "auto":
         raise ConfigError("--evaluate needs --resume PATH or --init PATH, the weights to evaluate")
     from ..training.evaluation import evaluate_run, is_first
+    from ..training.progress import summary
 
     asked: dict[str, Any] = {name: given[name] for name in (*EVALUATED, *MODEL_KEYWORDS) if name in given}
     asked.setdefault("precision", "float32")
-    for line in _without_effect(arguments, given.keys() - {*asked, "init"}):
+    for line in _without_effect(arguments, given.keys() - {*asked, "init", "log_every", "print_log"}):
         print(f"crate-fast: warning: {line}", file=sys.stderr)
-    score = evaluate_run(path, **asked)
+    lines = resolve({name: given[name] for name in ("log_every", "print_log") if name in given})
+    score = evaluate_run(path, print_every=lines.log_every if lines.print_log else 0, **asked)
     if is_first():
-        print(f" *   Acc@1 {100 * score.top1:.3f} Acc@5 {100 * score.top5:.3f}\ntest {score}")
+        print(f"{summary(score)}\ntest {score}")
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -220,14 +220,14 @@ def _estimate(jobs: list[Job], settings: Settings) -> float:
 
 def _write_all(jobs: list[Job], settings: Settings, workers: int) -> None:
     """Writes packs in `workers` processes, the number of images so far in a bar."""
-    from tqdm import tqdm
+    from ..bar import Bar
 
     if not jobs:
         return
     context = multiprocessing.get_context("fork")
     count = context.Value("q", 0)  # images so far; negative: stop
     workers, total = min(workers, len(jobs)), sum(len(job.files) for job in jobs)
-    bar = tqdm(total=total, unit="image", disable=None, dynamic_ncols=True)
+    bar = Bar(total)
     with bar, ProcessPoolExecutor(workers, context, _start_worker, (count, settings)) as pool:
         left = {pool.submit(_write_one, job) for job in jobs}
         try:

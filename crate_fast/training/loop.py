@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..backend import choose_backend
 from ..called import called
 from ..data.open import Data
-from ..data.order import Plan
+from ..data.order import Plan, most_batches
 from ..device import Compute
 from ..errors import TrainingError
 from ..model.crate import CRATE
@@ -125,7 +126,7 @@ class Trainer:
         start, logged = time.perf_counter(), self.step
         for place in range(first, self.plan.steps):
             self._train_step(place, batches)
-            self.progress.step()
+            self.progress.step(self.step, partial(self._untold, start, self.step - logged))
             self.monitor.step()
             if self.step % self.config.log_every == 0 or place + 1 == self.plan.steps:
                 self._log_training(start, self.step - logged)
@@ -181,15 +182,19 @@ class Trainer:
     def _log_training(self, start: float, steps: int) -> None:
         """A line of metrics, and of progress, for the steps since `start`; waits for the device."""
         self._check_finite()
-        seconds = time.perf_counter() - start
-        waiting, line = self.data_wait.read(seconds)
+        sums = self._untold(start, steps)
+        waiting, line = self.data_wait.read(sums.seconds)
         if line is not None:
             self.progress.warn(line)
         score, self.meter = self.meter.read(), Meter(self.compute.device)
-        speed = steps * self.config.batch_size / seconds
+        speed = steps * self.config.batch_size / sums.seconds
         self._log("train", score, lr=self.lr, **self._timing(waiting, speed))
-        counts = score.count, score.loss * score.count, score.correct, score.correct5
-        self.progress.trained(self.step, Sums(steps, seconds, waiting * seconds, *counts), speed)
+        self.progress.trained(self.step, sums, speed)
+
+    def _untold(self, start: float, steps: int) -> Sums:
+        """The sums of the `steps` steps since `start`, which no line of metrics has yet; waits for the device."""
+        score = self.meter.read()
+        return Sums.of(steps, time.perf_counter() - start, self.data_wait.waited(), score)
 
     def _timing(self, waiting: float, speed: float) -> dict:
         """What of a line of metrics differs from run to run."""
@@ -206,7 +211,8 @@ class Trainer:
         batches = self.data.test_batches(batch, self.ranks)
         batches = self.monitor.first_of(batches)
         batches = self.parallel.fill_up(batches, batch, self.data.test_count, self.model, self.compute.device)
-        score = evaluate(self.evaluated_model, batches, self.compute, self.ranks, between=self._pause)
+        tell = self.progress.testing(most_batches(self.data.test_count, batch, self.ranks))
+        score = evaluate(self.evaluated_model, batches, self.compute, self.ranks, self._pause, tell)
         self.evaluated += 1
         self._log("test", score, **self.monitor.rates(self.evaluated_model))
         if not math.isfinite(score.loss):

@@ -235,7 +235,7 @@ def save_main(source: Path, target: Path, prefix: str = WRAPPERS[0], wanted: str
     check_whole(model, optimizer, content, False, source)
     saved = _as_main(model, config, content, prefix, optimizer.param_groups[0]["betas"])
     write_atomically(target, lambda file: torch.save(saved, file))
-    return model, _notes(content, config, saved["arch"], run.read_steps() // config.epochs)
+    return model, _notes(content, config, saved["arch"], run.read_steps() // config.epochs, prefix)
 
 
 def _as_main(model: CRATE, config: TrainConfig, content: dict, prefix: str, betas: tuple[float, float]) -> dict:
@@ -269,8 +269,17 @@ def name_of(model: CRATE) -> str:
     return next((f"CRATE_{name}" for name, size in SIZES.items() if own.items() <= size.items()), "CRATE")
 
 
-def _notes(content: dict, config: TrainConfig, name: str, steps: int) -> list[str]:
-    lines = [f"for finetune.py --ckpt_dir, and main.py --resume with --optimizer {config.optimizer} --epochs {config.epochs}"]
+def taken_by_finetune(prefix: str) -> str:
+    """Whether the published finetune.py takes weights whose names have `prefix`."""
+    if prefix == WRAPPERS[0]:
+        return "for finetune.py --ckpt_dir"
+    return f"not for finetune.py --ckpt_dir, which takes nothing but names with {WRAPPERS[0]} and does not say so"
+
+
+def _notes(content: dict, config: TrainConfig, name: str, steps: int, prefix: str) -> list[str]:
+    flags = f"--optimizer {config.optimizer} --epochs {config.epochs}"
+    main = f"main.py --resume with {flags}{'' if prefix else ' on a CPU or one --gpu'}"
+    lines = [f"for {main}" if prefix in ("", WRAPPERS[0]) else "not for main.py --resume", taken_by_finetune(prefix)]
     if content["step"] != content["epoch"] * steps:
         lines.append(f"it is of step {content['step']}, within epoch {content['epoch'] + 1}, which main.py begins again")
     if config.schedule != "main-epoch":
