@@ -57,14 +57,14 @@ class Bar(tqdm):
     def format_dict(self) -> dict[str, Any]:
         """What tqdm draws from, with the words that fit."""
         self.ncols, words = columns(), self.words
-        values = dict(super().format_dict)
-        least = values | {"ncols": None, "bar_format": FORMAT.replace("{bar}", LEAST * "#")}
+        values: dict[str, Any] = dict(super().format_dict)
+        least: dict[str, Any] = values | {"ncols": None, "bar_format": FORMAT.replace("{bar}", LEAST * "#")}
         while words and len(self.format_meter(**least | {"postfix": ", ".join(words)})) > self.ncols:
             words = words[:-1]
         return values | {"postfix": ", ".join(words)}
 
     @staticmethod
-    def status_printer(file) -> Callable[[str], None]:
+    def status_printer(file: Any) -> Callable[[str], None]:
         def draw(text: str) -> None:
             file.write(row(text))
             file.flush()
