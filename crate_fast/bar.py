@@ -59,9 +59,12 @@ class Bar(tqdm):
         self.ncols, words = columns(), self.words
         values: dict[str, Any] = dict(super().format_dict)
         least: dict[str, Any] = values | {"ncols": None, "bar_format": FORMAT.replace("{bar}", LEAST * "#")}
-        while words and len(self.format_meter(**least | {"postfix": ", ".join(words)})) > self.ncols:
+        while words and self._length({**least, "postfix": ", ".join(words)}) > self.ncols:
             words = words[:-1]
         return values | {"postfix": ", ".join(words)}
+
+    def _length(self, values: dict[str, Any]) -> int:
+        return len(self.format_meter(**values))
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
