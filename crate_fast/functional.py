@@ -170,7 +170,10 @@ def _rectified_product_torch(h: Tensor, matrix: Tensor, shrinkage: float, operan
         shrunk = torch.sub(rows, shrinkage).addmm_(rows, matrix)
         compiled = torch.compiler.is_compiling() and h.device.type == "cpu" and torch.is_grad_enabled()
         return (_CompiledRelu.apply(shrunk) if compiled else shrunk.relu_()).view(h.shape)
-    return (h + F.linear(h.to(operand), matrix.t().to(operand))).sub_(shrinkage).relu_()
+    product = F.linear(h.to(operand), matrix.t().to(operand))
+    if operand == h.dtype:  # 16 bit: the threshold is taken off what is small, so that one sum alone is rounded as h is
+        return product.sub_(shrinkage).add_(h).relu_()
+    return torch.add(h, product).sub_(shrinkage).relu_()
 
 
 class _CompiledRelu(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,11 +37,15 @@ def evaluated_layer(
     norm1_weight, norm1_bias, project, out_weight, out_bias, norm2_weight, norm2_bias, *of_step = weights
     width = x.shape[-1:]
     w = F.linear(F.layer_norm(x, width, norm1_weight, norm1_bias, eps_mssa), project)
-    z = F.linear(functional.attend(w, heads, scale), out_weight, out_bias).add_(x)
-    h = F.layer_norm(z, width, norm2_weight, norm2_bias, eps_step)
+    # Between its products a layer of 16 bit computes in float32, as under autocast, and rounds its result once: three roundings
+    # of the stream a layer, as the published code has them, are what its error is made of.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = F.linear(functional.attend(w, heads, scale), out_weight, out_bias).to(wide).add_(x)
+    h = F.layer_norm(z, width, norm2_weight.to(wide), norm2_bias.to(wide), eps_step)
     sparse = STEPS[step]
     matrix = kept_matrix(sparse.fold, of_step, step_size) if sparse.folds else None
-    return sparse.sparsify(h, of_step, matrix, step_size, lambd, "torch")
+    with torch.autocast(x.device.type, x.dtype) if wide != x.dtype else nullcontext():
+        return sparse.sparsify(h, of_step, matrix, step_size, lambd, "torch").to(x.dtype)
 
 
 def _embedded_shape(image, weights, patch_size, eps):
