@@ -28,7 +28,7 @@ from crate_fast.training.run_directory import RunDirectory
 
 SMALL = TrainConfig(
     **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, batch_size=256, epochs=4),
-    **dict(checkpoint_every=1, log_every=2, ema=0.9, mixup=0.2, dropout=0.1, accumulate=2, last_batch="keep"),
+    **dict(checkpoint_every=1, log_every=2, ema=0.9, mixup=0.2, dropout=0.1, drop_path=0.2, accumulate=2, last_batch="keep"),
 )
 
 

@@ -137,7 +137,7 @@ from test_sharding import SIZES, kernels_of
 config = TrainConfig(image_size=8, dim=18, depth=2, heads=3, dim_head=6, device="cpu", num_threads=1, log_every=1,
                      epochs=1, batch_size=140, lr=1e-3)
 cases = {
-    "lion": dict(accumulate=2, clip_norm=0.5, ema=0.9, dropout=0.1, mixup=0.2),
+    "lion": dict(accumulate=2, clip_norm=0.5, ema=0.9, dropout=0.1, drop_path=0.2, mixup=0.2),
     "adamw": dict(optimizer="AdamW", decay="matrices", precision="bfloat16"),
     "scaled": dict(optimizer="AdamW", precision="float16", clip_norm=0.5),
 }
