@@ -56,13 +56,13 @@ class ISTA(torch.autograd.Function):
     def forward(ctx, h: Tensor, m: Tensor, shrinkage: float, operand: torch.dtype) -> Tensor:
         rows = h.reshape(-1, h.shape[-1])
         matrix = m.to(operand)
-        y = ista_step(rows, matrix, shrinkage)
+        y = torch.ops.aten._unsafe_view(ista_step(rows, matrix, shrinkage), h.shape)  # no view to autograd, see layer.py
         ctx.save_for_backward(rows, y, matrix)
-        return y.view(h.shape)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         rows, y, matrix = ctx.saved_tensors
-        dh, dm = ista_step_backward(dy.reshape(rows.shape), rows, y, matrix)
+        dh, dm = ista_step_backward(dy.reshape(rows.shape), rows, y.view(rows.shape), matrix)
         return dh.view(dy.shape), dm, None, None

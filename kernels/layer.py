@@ -160,7 +160,8 @@ def layer_forward(
     o, lse = mssa_forward(w, heads, scale)
     z = linear(o.view(len(rows), -1), out, x.dtype, offset=out_bias, residual=rows, moments=z_moments)
     y = norm_linear(z, z_moments, ista, norm2_weight, x.dtype, eps_ista, Statistics(mean2, rstd2), y_moments)
-    return w, o, z.view(x.shape), y.view(x.shape), lse, statistics, y_moments, _empty_totals(x, prepared)
+    y = torch.ops.aten._unsafe_view(y, x.shape)  # no view to autograd, which FSDP2 warns of where a layer returns one
+    return w, o, z.view(x.shape), y, lse, statistics, y_moments, _empty_totals(x, prepared)
 
 
 def _backward_shapes(dy, sums, totals, gradient_scale, saved, prepared, weights, below, scale, wanted):
