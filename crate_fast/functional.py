@@ -171,8 +171,9 @@ def _rectified_product_torch(h: Tensor, matrix: Tensor, shrinkage: float, operan
         shrunk, compiled = torch.sub(rows, shrinkage), torch.compiler.is_compiling()
         watched = not compiled and is_in_torch_dispatch_mode()  # PyTorch's counter of flops knows no product in place
         shrunk = shrunk.addmm(rows, matrix) if watched else shrunk.addmm_(rows, matrix)
-        # As F.linear shapes its own: no view to autograd, which FSDP2 warns of where a module returns one.
-        shrunk = torch.ops.aten._unsafe_view(shrunk, h.shape)
+        # As F.linear shapes its own: no view to autograd, which FSDP2 warns of where a module returns one. In a trace the shape
+        # of another image has to go in.
+        shrunk = shrunk.view(h.shape) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view(shrunk, h.shape)
         return (
             _CompiledRelu.apply(shrunk) if compiled and h.device.type == "cpu" and torch.is_grad_enabled() else shrunk.relu_()
         )
