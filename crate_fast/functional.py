@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .backend import autocasts, check_tensor, choose_backend, cpu_product_dtype, is_transformed, without_autocast
@@ -167,9 +168,15 @@ def _rectified_product_torch(h: Tensor, matrix: Tensor, shrinkage: float, operan
     if operand == h.dtype == matrix.dtype and not is_transformed():  # vmap knows no product in place with a batch of M
         # The residual goes in as the product's addend: I + M would save its copy, but rounds M to the precision of I.
         rows = h.reshape(-1, h.shape[-1])
-        shrunk = torch.sub(rows, shrinkage).addmm_(rows, matrix)
-        compiled = torch.compiler.is_compiling() and h.device.type == "cpu" and torch.is_grad_enabled()
-        return (_CompiledRelu.apply(shrunk) if compiled else shrunk.relu_()).view(h.shape)
+        shrunk, compiled = torch.sub(rows, shrinkage), torch.compiler.is_compiling()
+        watched = not compiled and is_in_torch_dispatch_mode()  # PyTorch's counter of flops knows no product in place
+        shrunk = shrunk.addmm(rows, matrix) if watched else shrunk.addmm_(rows, matrix)
+        # As F.linear shapes its own: no view to autograd, which FSDP2 warns of where a module returns one. In a trace the shape
+        # of another image has to go in.
+        shrunk = shrunk.view(h.shape) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view(shrunk, h.shape)
+        return (
+            _CompiledRelu.apply(shrunk) if compiled and h.device.type == "cpu" and torch.is_grad_enabled() else shrunk.relu_()
+        )
     product = F.linear(h.to(operand), matrix.t().to(operand))
     if operand == h.dtype:  # 16 bit: the threshold is taken off what is small, so that one sum alone is rounded as h is
         return product.sub_(shrinkage).add_(h).relu_()

@@ -79,6 +79,28 @@ def test_layers_in_parts_compute_as_they_do_whole(alone, backend, dtype, layers)
                 weight.mul_(1.25)
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("triton", torch.float16), ("triton", None), ("torch", torch.bfloat16), ("torch", None)]
+)
+def test_layers_in_parts_return_nothing_that_pytorch_warns_of(alone, backend, dtype, recwarn):
+    """A view, of which one who writes to it in place loses the gradient."""
+    model = CRATE(**SIZES | {"depth": 1}, backend=backend)
+    fully_shard(model.transformer.layers[0][1].fn, mesh=alone)
+    for parts in (model, in_parts(CRATE(**SIZES | {"depth": 1}, backend=backend), alone)):
+        kernels_of(parts, dtype)
+    assert [str(warning.message) for warning in recwarn if "FSDP2" in str(warning.message)] == []
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_what_a_step_returns_is_not_changed_before_its_gradient_unnoticed(backend):
+    layer = CRATE(**SIZES | {"depth": 1}, backend=backend).transformer.layers[0]
+    for module in (layer, layer[1].fn):
+        y = module(torch.randn(2, 5, 32))
+        y.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
 def test_layers_that_are_watched_or_cast_run_their_modules(alone):
     torch.manual_seed(0)
     whole = CRATE(**SIZES, backend="triton")

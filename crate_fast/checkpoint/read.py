@@ -95,7 +95,9 @@ def read_model(path: Path, wanted: str | None = None) -> Model:
         CheckpointError: the file is missing or damaged, asks for code to be run, has no weights of a CRATE, or not those.
     """
     try:
-        return _read_parts(path, wanted) if path.is_dir() else _read_file(path, wanted)
+        if path.is_dir():
+            return _read_parts_of_others(path, wanted) if distributed.is_of_others(path) else _read_parts(path, wanted)
+        return _read_file(path, wanted)
     except CheckpointError:
         raise
     except ValueError as error:
@@ -178,6 +180,21 @@ def _read_parts(path: Path, wanted: str | None) -> Model:
     except (OSError, MemoryError) as error:
         raise unread(path, error) from error
     return Model(content["arguments"], weights, _transform_of(content), chosen.note)
+
+
+def _read_parts_of_others(path: Path, wanted: str | None) -> Model:
+    """`read_model` of a folder that `torch.distributed.checkpoint.save` wrote for somebody else."""
+    try:
+        content, names = distributed.tensors_of_others(path)
+        found = find_weights(content, wanted)
+        if not found.weights:
+            raise CheckpointError(f"{path}: no weights of a CRATE in it")
+        weights = distributed.read_named(path, {own: names[id(tensor)] for own, tensor in found.weights.items()})
+    except distributed.DamagedError as error:
+        raise CheckpointError(f"{path}: damaged, or no checkpoint of torch.distributed: {error}") from error
+    except (OSError, MemoryError) as error:
+        raise unread(path, error) from error
+    return _foreign(found._replace(weights=weights))
 
 
 def read_state(path: Path, whole: bool = True) -> dict:

@@ -116,11 +116,12 @@ def load_checkpoint(
     those of the published scripts and of others: bare state dicts, or under "state_dict", "model", "net" and the like, part of
     a larger model such as Lightning's, with the names of DataParallel, DistributedDataParallel, FSDP, torch.compile or
     activation checkpointing in theirs; as PyTorch's archives, in which settings and numbers of other packages are passed over,
-    or as safetensors. Where a file does not have the constructor's arguments, they are what its shapes tell; what they cannot
-    tell (heads, pool, ista, lambd) is taken as published, and a line on stderr says so.
+    as safetensors, or as a folder of `torch.distributed.checkpoint.save`. Where there are no arguments of the constructor, they
+    are what shapes tell; what they cannot tell (heads, pool, ista, lambd) is taken as published, and a line on stderr says so.
 
     Args:
-        source: a file, a directory with a model.safetensors or the index of one that is split, or ORGANISATION/NAME of a model
+        source: a file, a folder of `torch.distributed.checkpoint`, which holds all of the weights whatever number of processes
+            wrote it, a directory with a model.safetensors or the index of one that is split, or ORGANISATION/NAME of a model
             on the Hugging Face Hub (for that `pip install 'crate-fast[hub]'`).
         device: where the weights shall be.
         weights: of a file that has both, "last" for the weights themselves or "mean" for their mean over the steps; None: the
