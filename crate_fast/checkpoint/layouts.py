@@ -178,8 +178,10 @@ def _likeliest(found: list[Found]) -> Found:
     ranks = [sum(map(_rank, (one.key or "").split("."))) if one.key else -1 for one in found]
     best = min(ranks)
     if ranks.count(best) > 1 or (len(found) > 1 and best >= _rank("")):
-        words = "say which (--weights NAME), or save one of them by itself"
-        raise ValueError(f"it has several models ({_names(found)}), and nothing tells which is meant; {words}")
+        raise ValueError(
+            f"it has several models ({_names(found)}), and nothing tells which is meant; say which (--weights NAME), or save "
+            "one of them by itself"
+        )
     chosen = found[ranks.index(best)]
     others = ", ".join(repr(one.key) for one in found if one is not chosen)
     note = f"it has other weights beside: {others}; taken: {chosen.key!r}" if others else None
