@@ -45,7 +45,7 @@ def test_it_is_a_copy_that_neither_trains_nor_changes_what_it_was_made_of():
         weight.zero_()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert error(model, published) < 1e-6
-    with pytest.raises(ValueError, match="call model.eval"):
+    with pytest.raises(ValueError, match=r"call model\.eval"):
         as_linears(model.train())
     with pytest.raises(TypeError, match="not a Linear"):
         as_linears(nn.Linear(2, 2))

@@ -38,7 +38,7 @@ def as_linears(model: Model) -> Model:
     """A copy of `model` as it is now, for inference, in which every step of sparsification's product is an nn.Linear.
 
     The dictionary D of a step is a parameter of the step itself, which tools that replace or quantise each nn.Linear pass by.
-    In the copy M = η(D − DᵀD) is the weight of one, a third of the weights of a layer of CRATE-tiny. What it computes is the same
+    In the copy M = η(D − DᵀD) is the weight of one, a third of a layer's weights in CRATE-tiny. What it computes is the same
     but for rounding; its layers run by their modules, not fused, and it is not saved as a CRATE.
 
     Args:
