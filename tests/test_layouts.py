@@ -171,6 +171,32 @@ def test_what_cannot_be_told_apart_is_refused_in_a_line(content, words, tmp_path
     assert str(info.value).startswith(f"{tmp_path / 'x.pth'}: ") and "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize("save", [torch.save, save_file], ids=["archive", "safetensors"])
+def test_weights_under_any_prefix_are_found_and_of_several_the_one_that_is_named(save, tmp_path, capsys):
+    named = {"student.backbone": weights(), "teacher.backbone": weights(1), "head.0": {"bias": torch.zeros(3)}}
+    flat = {f"{prefix}.{name}": value for prefix, values in named.items() for name, value in values.items()}
+    save({name: value for name, value in flat.items() if not name.startswith("teacher")}, tmp_path / "one")
+    assert torch.equal(load_checkpoint(tmp_path / "one", heads=2).cls_token, weights()["cls_token"])
+    assert "left out, not of the model: 1 entries, 'head.0.bias' first" in capsys.readouterr().err
+    save(flat, tmp_path / "both")
+    for name, values in list(named.items())[:2]:
+        assert torch.equal(load_checkpoint(tmp_path / "both", heads=2, weights=name).cls_token, values["cls_token"])
+    status, _, err = call(capsys, "convert", tmp_path / "both", tmp_path / "x.pth", "--heads", "2")
+    assert status == 2 and "('student.backbone', 'teacher.backbone'), and nothing tells which is meant; say which" in err
+    line = ("convert", tmp_path / "both", tmp_path / "x.pth", "--heads", "2", "--overwrite", "--weights")
+    assert call(capsys, *line, "teacher.backbone")[0] == 0
+    status, _, err = call(capsys, *line, "backbone")
+    assert status == 2 and "--weights is 'backbone'; there are 'student.backbone', 'teacher.backbone' in it" in err
+
+
+def test_a_name_of_weights_that_have_none_is_refused(tmp_path):
+    save_model(CRATE(**SMALL), tmp_path / "x.safetensors")
+    torch.save(weights(), tmp_path / "x.pth")
+    for file, words in (("x.safetensors", "one model in it, which has no name"), ("x.pth", "weights without a name")):
+        with pytest.raises(CheckpointError, match=f"--weights is 'student'; there .*{words}"):
+            load_checkpoint(tmp_path / file, heads=2, weights="student")
+
+
 def test_a_file_that_holds_itself_is_read_once(tmp_path):
     content = OrderedDict(a=None)
     content["a"] = content["b"] = {f"{number}": content for number in range(300)}

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..eval_transform import FINETUNE, MAIN, Transform, read_transform
-from ..files import digest_of, first_line, parse_json
+from ..files import digest_of, first_line, parse_json, shown
 from ..optional import MissingPackageError, require
 from . import distributed
 from .archives import ZIP_SIGNATURE, DamagedError, read_archive, read_beside_others, signature_of, unread
 from .hub_config import settled
-from .layouts import Found, choose, find_weights, joined
+from .layouts import Found, choose, find_weights, is_name, joined
 from .published import without_unused
 from .tensor_files import DIGEST, INDEX_NAME, METADATA_KEY, MODEL_NAME, read_shards, read_tensors
 from .unfinished import newest_checkpoint
@@ -240,6 +240,8 @@ def _read_safetensors(path: Path, wanted: str | None) -> Model:
     metadata, weights = read_tensors(path)
     if METADATA_KEY not in metadata:
         return _without_metadata(path, weights, wanted)
+    if is_name(wanted):
+        raise CheckpointError(f"{path}: --weights is {shown(wanted)}; there is one model in it, which has no name")
     try:
         arguments = parse_json(metadata[METADATA_KEY])
     except ValueError as error:

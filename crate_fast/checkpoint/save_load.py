@@ -124,8 +124,9 @@ def load_checkpoint(
             wrote it, a directory with a model.safetensors or the index of one that is split, or ORGANISATION/NAME of a model
             on the Hugging Face Hub (for that `pip install 'crate-fast[hub]'`).
         device: where the weights shall be.
-        weights: of a file that has both, "last" for the weights themselves or "mean" for their mean over the steps; None: the
-            mean, and a line on stderr says so.
+        weights: of a file that has both, "last" for the weights themselves or "mean" for their mean over the steps; of a file
+            with several models the name of one, "student.backbone" where the positions are called
+            "student.backbone.pos_embedding"; None: the mean, and a line on stderr says so.
         overrides: keywords of `CRATE` that replace the file's, such as `backend`, or say what it leaves open. With another
             `num_classes` the head is a new one, random, and with another `image_size` position embeddings are resampled, as
             `crate-fast finetune` does; a line on stderr says so.
@@ -134,7 +135,7 @@ def load_checkpoint(
         CheckpointError: the file is missing or damaged, asks for code to be run, or holds no model, or one of other names or
             shapes.
         MissingPackageError: safetensors, or for the Hub huggingface-hub, is not installed.
-        TypeError: `overrides` has a keyword that CRATE does not take, or `source` is no path.
+        TypeError: `overrides` has a keyword that CRATE does not take, `source` is no path, or `weights` no text.
         ValueError: `device` is none that PyTorch has here.
     """
     if not isinstance(source, str | os.PathLike):
@@ -157,8 +158,8 @@ def load_file(
     unknown = sorted(set(overrides) - set(taken))
     if unknown and all(each.kind is not each.VAR_KEYWORD for each in taken.values()):
         raise TypeError(f"{kind.__name__} takes no {', '.join(unknown)}")
-    if wanted not in (None, *WORDS):
-        raise ValueError(f"weights is {wanted!r}; allowed are {' and '.join(map(repr, WORDS))}")
+    if not isinstance(wanted, str | None):
+        raise TypeError(f"weights is {shown(wanted)}; allowed are {' and '.join(map(repr, WORDS))}, and the name of a model")
     arguments, weights, transform, note, inferred = read_model(path, wanted)
     if note is not None:
         tell(f"{path}: {note}")

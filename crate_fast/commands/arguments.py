@@ -11,8 +11,6 @@ from ..files import names_something
 from ..settings import SWITCHES
 from ..sizes import POOLS
 
-WORDS = ("last", "mean")  # as of `load_checkpoint`, which needs PyTorch
-
 
 def whole(text: str) -> int:
     """A whole number in ASCII digits; raises argparse.ArgumentTypeError, as all here."""
@@ -97,8 +95,9 @@ def add_weights(parser: argparse.ArgumentParser, prefix: str = "") -> None:
     """
     parser.add_argument(
         "--weights",
-        choices=WORDS,
-        help="of a checkpoint that has both: the last weights, or their mean over the steps (default: the mean, which is said)",
+        metavar="WHICH",
+        help="of a checkpoint that has both: last, the last weights, or mean, their mean over the steps (default: the mean, "
+        "which is said); of one with several models: the name of one",
     )
     section = parser.add_argument_group("what the shapes of weights alone do not tell")
     for name, (kind, text) in MODEL_KEYWORDS.items():
