@@ -137,11 +137,34 @@ def ista_matrix(weight: Tensor, step_size: float) -> Tensor:
     narrow = _training_product_dtype(weight)
     with without_autocast(weight.device.type):
         d = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        if narrow != d.dtype:
-            operand = d.to(narrow)
-            return torch.sub(d, operand.mT @ operand).mul_(step_size)
-        product = torch.addmm if d.dim() == 2 else torch.baddbmm
-        return product(d, d.mT, d, beta=step_size, alpha=-step_size)
+        if d.requires_grad and torch.is_grad_enabled() and not is_transformed():
+            return _Matrix.apply(d, step_size, narrow)
+        return _matrix(d, step_size, narrow)
+
+
+def _matrix(d: Tensor, step_size: float, narrow: torch.dtype) -> Tensor:
+    if narrow != d.dtype:
+        operand = d.to(narrow)
+        return torch.sub(d, operand.mT @ operand).mul_(step_size)
+    product = torch.addmm if d.dim() == 2 else torch.baddbmm
+    return product(d, d.mT, d, beta=step_size, alpha=-step_size)
+
+
+class _Matrix(torch.autograd.Function):
+    """M of D, whose gradient η(dM − D(dM + dMᵀ)) is one product, where autograd would take two."""
+
+    @staticmethod
+    def forward(ctx, d: Tensor, step_size: float, narrow: torch.dtype) -> Tensor:
+        ctx.save_for_backward(d)
+        ctx.step_size, ctx.narrow = step_size, narrow
+        return _matrix(d, step_size, narrow)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (d,) = ctx.saved_tensors
+        with without_autocast(d.device.type):
+            product = d.to(ctx.narrow) @ (gradient + gradient.mT).to(ctx.narrow)
+            return (gradient - product) * ctx.step_size, None, None
 
 
 def _training_product_dtype(weight: Tensor) -> torch.dtype:
