@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
@@ -30,7 +30,8 @@ def operator(fake: Callable, flops: Callable[..., int] | None = None):
         registered = torch.library.custom_op(f"crate_fast::{name}", function, mutates_args=())
         registered.register_fake(fake)
         if flops is not None:
-            FORMULAS[getattr(torch.ops.crate_fast, name)] = lambda *given, out_val=None, **named: flops(*given, **named)
+            count = flops  # which is not None, as the type of a variable that a function closes over does not know
+            FORMULAS[getattr(torch.ops.crate_fast, name)] = lambda *given, out_val=None, **named: count(*given, **named)
             _tell_counters()
 
         @wraps(function)
@@ -60,7 +61,7 @@ def _is_seen(argument: torch.Tensor) -> bool:
 def _tell_counters() -> None:
     """Gives the formulas to `torch.utils.flop_counter`, and to those of its counters that are at work, which have copied the
     formulas there were. Nobody counts where that module, which takes 80 ms to import, is not there yet."""
-    module = sys.modules.get("torch.utils.flop_counter")
+    module = cast("Any", sys.modules.get("torch.utils.flop_counter"))
     if module is None:
         return
     counters = [getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack()]

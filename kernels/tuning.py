@@ -92,11 +92,11 @@ TABLE = (
     Line(("mssa_forward",), 32, 96, True, Config(32, 32, 0, 4, 2, 128), "one stage spills 8 to 24 bytes", 80),
     Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 4, 1), "200 registers; two stages held to 128 spill 120", 80),
     Line(
-        ("mssa_forward",), 32, 64, True, Config(32, 32, 0, 8, 2, 128), "free, triton 3.6 spills 8 to 16 bytes in 64 registers"
+        ("mssa_forward",), 32, 64, True, Config(32, 32, 0, 8, 2, 168), "free, triton 3.6 spills 8 to 16 bytes in 64 registers"
     ),
-    Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 8, 2, 128), "4 warps spill 8 bytes at width 80 and 96", 90),
+    Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 8, 2, 168), "4 warps spill 8 bytes at width 80 and 96", 90),
     Line(("mssa_forward",), 32, 128, True, Config(32, 32, 0, 4, 2, 128), "8 warps spill 16 to 24 bytes on sm_100 at width 80"),
-    Line(("mssa_backward",), 32, 64, True, Config(32, 32, 0, 8, 2, 128), "free, triton 3.6 spills 8 to 16 bytes in 80", 80),
+    Line(("mssa_backward",), 32, 64, True, Config(32, 32, 0, 8, 2, 168), "free, triton 3.6 spills 8 to 16 bytes in 80", 80),
     Line(("mssa_backward",), 32, 16, True, Config(32, 32, 0, 8, 2), "one stage held to 168 spills 8 bytes", 100),
     Line(("mssa_backward",), 32, 48, True, Config(32, 32, 0, 8, 1, 168), "16 columns spill 32 bytes at width 48"),
     Line(("mssa_backward",), 32, 64, True, Config(32, 16, 0, 8, 2, 128), "32 columns spill 16 to 40 bytes"),

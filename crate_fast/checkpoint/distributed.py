@@ -90,7 +90,7 @@ def tensors_of_others(path: Path) -> tuple[dict, dict[int, str]]:
         if not _is_entry(name, entry):
             continue  # a pickle of something else
         try:
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # pyright: ignore[reportAttributeAccessIssue]
         except (RuntimeError, TypeError) as error:
             raise DamagedError(f"{TABLE} tells of something else than tensors ({_reason(error)})") from error
         names[id(tensor)] = name
@@ -102,11 +102,12 @@ def tensors_of_others(path: Path) -> tuple[dict, dict[int, str]]:
     return content, names
 
 
-def _keys(places: Any, name: str) -> list[tuple]:
+def _keys(places: Any, name: str) -> list:
     """The keys under which the tensor `name` was saved: its name where the table does not tell them."""
     keys = places.get(name) if isinstance(places, dict) else None
-    good = isinstance(keys, tuple) and keys and all(type(key) in (str, int) for key in keys)
-    return list(keys) if good and ".".join(map(str, keys)) == name else [name]
+    if isinstance(keys, tuple) and keys and all(type(key) in (str, int) for key in keys) and ".".join(map(str, keys)) == name:
+        return list(keys)
+    return [name]
 
 
 def read_named(path: Path, names: dict[str, str]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..eval_transform import Transform
-from ..files import first_line, tell, write_atomically
+from ..files import first_line, shown, tell, write_atomically
 from ..model.crate import CRATE
 from .constructor import ARGUMENTS, CHANGED, build, constructor_arguments, difference_of, skeleton
 from .layouts import WORDS
