@@ -64,7 +64,7 @@ def _tell_counters() -> None:
     module = cast("Any", sys.modules.get("torch.utils.flop_counter"))
     if module is None:
         return
-    counters = [getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack()]
+    counters: list[Any] = [getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack()]
     copies = [counter.flop_registry for counter in counters if isinstance(counter, module.FlopCounterMode)]
     for operator_, formula in FORMULAS.items():
         if operator_ not in module.flop_registry:
