@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import cpu_product_dtype, is_transformed, without_autocast
+from .backend import cpu_product_dtype, is_batched, is_transformed, without_autocast
 from .operators import operator
 
 BLOCK = 2 << 20
@@ -47,16 +47,11 @@ class _Attention(torch.autograd.Function):
         (w,) = ctx.saved_tensors
         compiled = torch.compiler.is_compiling()
         again = not compiled and torch.is_grad_enabled()
-        if again or is_transformed() or (not compiled and _is_batched(gradient)):
+        if again or is_transformed() or (not compiled and is_batched(gradient)):
             with torch.enable_grad(), without_autocast("cpu"):
                 out = reference.mssa(w, ctx.heads, ctx.scale)
                 return *torch.autograd.grad(out, w, gradient, create_graph=again), None, None
         return _tied_attention_gradient(w, gradient, ctx.heads, ctx.scale), None, None
-
-
-def _is_batched(gradient: Tensor) -> bool:
-    """Whether it stands for several at once, as in `torch.autograd.grad(is_grads_batched=True)`: no transform tells of that."""
-    return "Batched" in torch._C._dispatch_key_set(gradient)
 
 
 def _like(w: Tensor, *_) -> Tensor:

@@ -165,8 +165,7 @@ class _Matrix(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (d,) = ctx.saved_tensors
         with without_autocast(d.device.type):
-            both = (gradient + gradient.mT).to(ctx.narrow)  # symmetric
-            product = cpu_products.linear(d, both) if cpu_products.takes(d, both) else d.to(ctx.narrow) @ both
+            product = d.to(ctx.narrow) @ (gradient + gradient.mT).to(ctx.narrow)
             return (gradient - product) * ctx.step_size, None, None
 
 
