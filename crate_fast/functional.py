@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import cpu_products, reference
+from . import reference
 from .backend import autocasts, check_tensor, choose_backend, cpu_product_dtype, is_transformed, without_autocast
 from .cpu_attention import attend_on_cpu
 from .files import shown
@@ -137,7 +137,8 @@ def ista_matrix(weight: Tensor, step_size: float) -> Tensor:
     narrow = _training_product_dtype(weight)
     with without_autocast(weight.device.type):
         d = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        if d.requires_grad and torch.is_grad_enabled() and not is_transformed():
+        plain = not is_transformed() and not torch.jit.is_tracing()  # a trace knows PyTorch's own operators alone
+        if d.requires_grad and torch.is_grad_enabled() and plain:
             return _Matrix.apply(d, step_size, narrow)
         return _matrix(d, step_size, narrow)
 
@@ -146,8 +147,6 @@ def _matrix(d: Tensor, step_size: float, narrow: torch.dtype) -> Tensor:
     if narrow != d.dtype:
         operand = d.to(narrow)
         return torch.sub(d, operand.mT @ operand).mul_(step_size)
-    if d.dim() == 2 and cpu_products.takes(d, d):
-        return torch.sub(d, cpu_products.linear(d.t(), d.t())).mul_(step_size)
     product = torch.addmm if d.dim() == 2 else torch.baddbmm
     return product(d, d.mT, d, beta=step_size, alpha=-step_size)
 
@@ -193,9 +192,6 @@ def _rectified_product_torch(h: Tensor, matrix: Tensor, shrinkage: float, operan
     if operand == h.dtype == matrix.dtype and not is_transformed():  # vmap knows no product in place with a batch of M
         # The residual goes in as the product's addend: I + M would save its copy, but rounds M to the precision of I.
         rows = h.reshape(-1, h.shape[-1])
-        if cpu_products.takes(rows, matrix):
-            offset = rows.new_full(matrix.shape[1:], -shrinkage)
-            return cpu_products.linear_added(rows, matrix.t(), offset, rows).relu_().view(h.shape)
         shrunk, compiled = torch.sub(rows, shrinkage), torch.compiler.is_compiling()
         watched = not compiled and is_in_torch_dispatch_mode()  # PyTorch's counter of flops knows no product in place
         shrunk = shrunk.addmm(rows, matrix) if watched else shrunk.addmm_(rows, matrix)
