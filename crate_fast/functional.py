@@ -85,7 +85,7 @@ def attend(w: Tensor, heads: int, scale: float) -> Tensor:
     """`mssa` on "torch"."""
     if is_transformed():
         return reference.mssa(w, heads, scale)  # neither of the others has a forward mode
-    plain = type(w) in (Tensor, nn.Parameter) and not torch.compiler.is_exporting() and not torch.jit.is_tracing()
+    plain = type(w) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
     if w.device.type == "cpu" and plain:
         return attend_on_cpu(w, heads, scale)
     turned = w.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -137,7 +137,8 @@ def ista_matrix(weight: Tensor, step_size: float) -> Tensor:
     narrow = _training_product_dtype(weight)
     with without_autocast(weight.device.type):
         d = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        plain = not is_transformed() and not torch.jit.is_tracing()  # a trace knows PyTorch's own operators alone
+        # A trace knows PyTorch's own operators alone, and a graph for any sizes no function with numbers.
+        plain = not (is_transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling())
         if d.requires_grad and torch.is_grad_enabled() and plain:
             return _Matrix.apply(d, step_size, narrow)
         return _matrix(d, step_size, narrow)
