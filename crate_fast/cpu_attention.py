@@ -58,7 +58,18 @@ def _like(w: Tensor, *_) -> Tensor:
     return torch.empty_like(w, memory_format=torch.contiguous_format)
 
 
-@operator(fake=_like)
+def _attention_flops(w: Tensor, heads: int, scale: float) -> int:
+    return 4 * w.numel() * w.shape[1]
+
+
+def _gradient_flops(w: Tensor, gradient: Tensor, heads: int, scale: float) -> int:
+    """Of five products, the scores again among them, or four where the scores' gradient and its transpose are added first."""
+    dtype, size = cpu_product_dtype(w.dtype), w.shape[1]
+    whole = w.numel() == 0 or 4 * BLOCK // dtype.itemsize // size >= size
+    return 2 * (4 if whole and dtype.itemsize > 2 else 5) * w.numel() * size
+
+
+@operator(fake=_like, flops=_attention_flops)
 def _tied_attention(w: Tensor, heads: int, scale: float) -> Tensor:
     with without_autocast("cpu"):
         x = _by_heads(w, heads)
@@ -69,7 +80,7 @@ def _tied_attention(w: Tensor, heads: int, scale: float) -> Tensor:
         return _by_tokens(out, w, heads)
 
 
-@operator(fake=_like)
+@operator(fake=_like, flops=_gradient_flops)
 def _tied_attention_gradient(w: Tensor, gradient: Tensor, heads: int, scale: float) -> Tensor:
     """With P the probabilities and g the gradient: dw = Pᵀg + scale · (dS + dSᵀ) w, where dS is the scores' through softmax."""
     with without_autocast("cpu"):

@@ -27,6 +27,7 @@ from .weight_gradients import weight_gradient
 
 @operator(
     fake=lambda h, matrix, shrinkage: torch.empty_like(h, memory_format=torch.contiguous_format),
+    flops=lambda h, matrix, shrinkage: 2 * h.numel() * len(matrix),
 )
 def ista_step(h: Tensor, matrix: Tensor, shrinkage: float) -> Tensor:
     """h: (rows, dim); matrix: M (dim, dim) in the operands' dtype. The result has h's dtype."""
@@ -38,7 +39,7 @@ def _fake_backward(dy, h, y, matrix):
     return torch.empty_like(h, memory_format=torch.contiguous_format), matrix.new_empty(matrix.shape, dtype=torch.float32)
 
 
-@operator(fake=_fake_backward)
+@operator(fake=_fake_backward, flops=lambda dy, h, y, matrix: 4 * h.numel() * len(matrix))
 def ista_step_backward(dy: Tensor, h: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(dh, dM): (rows, dim) in h's dtype and (dim, dim) in float32."""
     h, g = readable(h), readable(torch.ops.aten.threshold_backward(dy, y, 0))  # 0 where y <= 0; what relu's own backward is

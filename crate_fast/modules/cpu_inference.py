@@ -18,7 +18,13 @@ def _like(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@operator(fake=_like)
+def _layer_flops(x, weights, heads, scale, eps_mssa, eps_step, step, step_size, lambd) -> int:
+    """M is kept, and forming it counts for nothing."""
+    tokens, dim = x.shape[1:]
+    return 2 * x.shape[0] * tokens * (2 * len(weights[2]) * (dim + tokens) + STEPS[step].flops(dim))
+
+
+@operator(fake=_like, flops=_layer_flops)
 def evaluated_layer(
     x: Tensor,
     weights: list[Tensor],
@@ -54,7 +60,11 @@ def _embedded_shape(image, weights, patch_size, eps):
     return image.new_empty(batch, 1 + count, weights[4].shape[0])
 
 
-@operator(fake=_embedded_shape)
+def _embedding_flops(image, weights, patch_size, eps) -> int:
+    return 2 * image.numel() * len(weights[2])
+
+
+@operator(fake=_embedded_shape, flops=_embedding_flops)
 def evaluated_embedding(image: Tensor, weights: list[Tensor], patch_size: list[int], eps: list[float]) -> Tensor:
     """The class token and the embedded patches, with their positions: (batch, 1 + patches, dim).
 
