@@ -1,12 +1,13 @@
 """MSSA on a CPU: batched products of one tensor with itself, in blocks whose scores stay in the cache.
 
 PyTorch's own attention for CPUs reads query, key and value as if they were three and keeps 16-bit numbers away from the
-processor's matrix instructions. Measured on two cores of an EPYC with AVX-512 and bfloat16, 8 images of CRATE-tiny, in ms:
+processor's matrix instructions. 8 images of CRATE-tiny on two cores of an EPYC with AVX-512 and bfloat16, in ms (float32 as in
+benchmarks/results, 16 bit measured once):
 
     forward, backward      PyTorch's       here
-    float32                4.0, 9.0        3.5, 8.2
-    bfloat16               4.0, 10.1       1.6, 3.4
-    float16                9.3, 57         3.5, 8.2
+    float32                3.0, 7.8        3.4, 7.5
+    bfloat16               4.0, 10.1       1.5, 2.8
+    float16                9.3, 57         3.4, 6.8
 """
 
 from __future__ import annotations
