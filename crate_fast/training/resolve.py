@@ -60,6 +60,23 @@ def default_recipe(command: str, data: str) -> str:
     return "finetune" if command == "finetune" else "digits" if data == "digits" else "main"
 
 
+def data_of_run(resume: str | None) -> dict:
+    """The setting "data" of the run that is to go on, by which other flags are judged; nothing where it cannot be read, which
+    is said by whoever takes the run up.
+
+    Args:
+        resume: a run directory, or a checkpoint in one.
+    """
+    for place in () if resume in (None, "auto") else (Path(resume), Path(resume).absolute().parent.parent):
+        try:
+            check_regular(place / "config.json")
+            data = parse_json((place / "config.json").read_text(encoding="utf-8"))["config"]["data"]
+        except (OSError, KeyError, TypeError, ValueError, RecursionError):
+            continue
+        return {"data": data} if isinstance(data, str) else {}
+    return {}
+
+
 def read_recipe(name: str) -> dict:
     """The settings in a recipe, by name; those that an `arch` in it stands for are among them.
 
