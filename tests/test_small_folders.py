@@ -146,9 +146,7 @@ def test_few_photographs_without_a_gpu_get_a_recipe_that_is_named(folder, monkey
 
 
 @pytest.mark.parametrize("flags", [(), ("--resume", "auto")], ids=["", "auto"])
-def test_the_recipe_for_few_photographs_starts_a_run_that_is_to_go_on_by_itself_too(
-    folder, tmp_path, monkeypatch, capsys, flags
-):
+def test_the_recipe_for_few_photographs_is_that_of_resume_auto_too(folder, tmp_path, monkeypatch, capsys, flags):
     begun = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("crate_fast.training.train", lambda config, **_: begun.append(config) or (None, None))
