@@ -19,7 +19,7 @@ from torch import Tensor
 from ..eval_transform import Transform
 from ..files import first_line, shown, tell, write_atomically
 from ..model.crate import CRATE
-from .constructor import ARGUMENTS, CHANGED, constructor_arguments
+from .constructor import CHANGED, OF_MODELS, class_of, constructor_arguments
 from .layouts import WORDS
 from .published import infer_arguments
 from .read import TRANSFORM, CheckpointError, model_file, read_model
@@ -165,7 +165,7 @@ def load_file(
         tell(f"{path}: {note}")
     if arguments is None:
         arguments = _settle(path, weights, inferred, overrides)
-        model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(ARGUMENTS)}, kind)
+        model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(OF_MODELS)}, kind)
     else:
         rest = {name: value for name, value in overrides.items() if name not in RESIZED}
         model = build(path, arguments, weights, _head_width(arguments, rest) | rest, kind)
@@ -186,7 +186,7 @@ def _head_width(arguments: object, overrides: dict) -> dict:
 
 def _settle(path: Path, weights: dict[str, Tensor], inferred: Mapping, overrides: dict) -> dict:
     """The arguments that fit weights which come without; says those that neither they nor `overrides` tell."""
-    known = {**inferred, **{name: value for name, value in overrides.items() if name in ARGUMENTS and name not in RESIZED}}
+    known = {**inferred, **{name: value for name, value in overrides.items() if name in OF_MODELS and name not in RESIZED}}
     try:
         arguments, assumed = infer_arguments(weights, known, overrides.get("image_size"))
     except (ValueError, TypeError) as error:
@@ -201,7 +201,7 @@ def _resized(path: Path, model: CRATE, overrides: dict) -> CRATE:
     """`model`, with another head or other positions where `overrides` have other sizes, which is said."""
     own = constructor_arguments(model)
     wanted = own | {name: overrides[name] for name in RESIZED if name in overrides}
-    rest = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
+    rest = {name: value for name, value in overrides.items() if name not in OF_MODELS}
     try:
         built = skeleton(wanted | rest, type(model))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -227,7 +227,7 @@ def _fitting(path: Path, model: CRATE, transform: Transform | None, overrides: d
 
 def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[CRATE] = CRATE) -> CRATE:
     """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
-    if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
+    if not isinstance(arguments, dict) or not set(arguments) <= set(OF_MODELS):
         raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {shown(arguments)}")
     check_floating(path, weights)
     arguments = arguments | overrides
@@ -263,8 +263,9 @@ def _is_size(value: object) -> bool:
 
 def skeleton(arguments: dict, kind: type[CRATE] = CRATE) -> CRATE:
     """The model without memory for its weights, and without drawing them."""
+    kind = class_of(arguments, kind)
     with torch.device("meta"):
-        return kind(**arguments)
+        return kind(**{name: value for name, value in arguments.items() if name != "model"})
 
 
 def _difference(model: CRATE, weights: dict[str, Tensor]) -> str | None:

@@ -41,6 +41,9 @@ class SparseStep(nn.Module):
     name: ClassVar[str]
     weight_names: ClassVar[tuple[str, ...]]
 
+    residual: ClassVar[bool] = (
+        False  # whether a layer adds what entered the step: x + step(LN(x)); such layers run by their modules
+    )
     folds: ClassVar[bool]  # whether there is an M
 
     def __init_subclass__(cls, name: str | None = None, **options) -> None:
@@ -121,6 +124,10 @@ class SparseStep(nn.Module):
         for (name, shape), weight in zip(cls.shapes(h.shape[-1]).items(), weights, strict=True):
             if weight.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(weight.shape)}; for h of {tuple(h.shape)} it must be {shape}")
+
+    def code(self, h: Tensor) -> Tensor:
+        """What the step makes sparse of h, (..., dim), whose sparsity `crate-fast inspect` measures: what it gives itself."""
+        return self(h)
 
     @staticmethod
     def flops(dim: int) -> int:
