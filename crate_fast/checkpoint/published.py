@@ -41,7 +41,8 @@ def model_of(weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def infer_arguments(weights: dict[str, Tensor], known: dict, image_size=None) -> tuple[dict, dict]:
-    """The arguments of `CRATE` or `CRATEAlpha`, as names tell, that fit `weights`: those that shapes tell, and those that are assumed to be as published.
+    """The arguments of `CRATE`, or as names tell `CRATEAlpha`, that fit `weights`: those that shapes tell, and those that are
+    assumed to be as published.
 
     Args:
         weights: by the names of its class.

@@ -124,7 +124,7 @@ class Layer(nn.Sequential):
     frozen: dict[torch.dtype, tuple] | None = None
     """What `fresh_weights` gave, by the operands' dtype, in a copy that `crate_fast.freeze` made; else None."""
     drop_path: float = 0.0
-    """In training, the share of a batch's images for which this layer leaves out a step that has a residual; see `drop_path`."""
+    """In training, the share of a batch's images for which this layer leaves out a step with a residual; see `drop_path`."""
     residual: bool = False
     """Whether the step of sparsification has a residual, as `SparseStep.residual` says."""
     _modules: dict[str, Any]

@@ -11,8 +11,12 @@ from torch.autograd.function import once_differentiable
 from .. import reference_alpha
 from ..backend import cpu_product_dtype, is_transformed
 from ..functional import operand_dtype
+from ..operators import operator
 from .plain import is_exported
 from .step import SparseStep
+
+
+_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class OvercompleteISTABlock(SparseStep, name="odl"):
@@ -27,7 +31,7 @@ class OvercompleteISTABlock(SparseStep, name="odl"):
 
     @staticmethod
     def shapes(dim: int) -> dict[str, tuple[int, ...]]:
-        return {name: (dim, reference_alpha.WIDENING * dim) for name in ("D", "D1")}
+        return dict.fromkeys(("D", "D1"), (dim, reference_alpha.WIDENING * dim))
 
     @staticmethod
     def reference(h: Tensor, weights: Sequence[Tensor], step_size: float, lambd: float) -> Tensor:
@@ -122,10 +126,15 @@ def _masked(gradient: Tensor, result: Tensor) -> Tensor:
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
     """x w of matrices of one dtype."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        # What inductor calls. PyTorch's own product is MKL's, which on an EPYC keeps from AVX-512: it takes twice the time.
-        return torch.ops.mkldnn._linear_pointwise(x, w.t(), None, "none", [], "")
+    if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu":
+        return _onednn_product(x, w)
     return torch.mm(x, w)
+
+
+@operator(fake=lambda x, w: x.new_empty(x.shape[0], w.shape[1]))
+def _onednn_product(x: Tensor, w: Tensor) -> Tensor:
+    """x w in float32. PyTorch's own product is MKL's, which keeps from AVX-512 on an EPYC, where it takes twice the time."""
+    return torch.ops.mkldnn._linear_pointwise(x, w.t(), None, "none", [], "")
 
 
 def _add_product(onto: Tensor, x: Tensor, w: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
