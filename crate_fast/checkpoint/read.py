@@ -122,6 +122,8 @@ def _read_file(path: Path, wanted: str | None) -> Model:
 def _foreign(found: Found, transform: Transform | None = None) -> Model:
     """The model of weights beside which no arguments stand."""
     weights, inferred, note = without_unused(found.weights)
+    if model_of(weights):
+        transform = MAIN  # as the published eval_in1k_cls.py, wherever they lie
     return Model(None, weights, None if note else transform, joined(found.note, note), model_of(weights) | inferred)
 
 

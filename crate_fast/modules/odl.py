@@ -15,7 +15,6 @@ from ..operators import operator
 from .plain import is_exported
 from .step import SparseStep
 
-
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 
