@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same is imported where it is 
     from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny, pair
     from .model.cuda_graph import graphed
     from .model.freezing import freeze
+    from .model.linears import as_linears
     from .model.transformer import Transformer
     from .modules import Attention, FeedForward, PreNorm
     from .prediction import load
@@ -37,6 +38,7 @@ else:
             "model.crate": ("pair",),
             "model.cuda_graph": ("graphed",),
             "model.freezing": ("freeze",),
+            "model.linears": ("as_linears",),
             "model.transformer": ("Transformer",),
             "modules": ("Attention", "FeedForward", "PreNorm"),
             "prediction": ("load",),
@@ -63,6 +65,7 @@ __all__ = [
     "PreNorm",
     "Transformer",
     "__version__",
+    "as_linears",
     "choose_backend",
     "freeze",
     "functional",

@@ -52,3 +52,13 @@ def test_importing_the_package_does_not_import_the_compiler():
     late = ("torch._dynamo", "matplotlib", "PIL", "pydantic")
     script = f"import sys, crate_fast; sys.exit(sum(name in sys.modules for name in {late}))"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
+def test_who_looks_for_the_other_project_called_kernels_registers_no_operator_again():
+    """As transformers does; a second registration would take the operators away from whoever has them."""
+    code = (
+        "import sys, crate_fast.kernels, kernels\n"
+        "assert not hasattr(kernels, 'ISTA') and not [name for name in sys.modules if name.startswith('kernels.')]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

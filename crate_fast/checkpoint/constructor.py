@@ -1,7 +1,14 @@
-"""The arguments of `CRATE` that build a model like the one at hand."""
+"""The arguments of `CRATE` that build a model like the one at hand, and the model that arguments and weights build."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
 from ..files import first_line, shown
 from ..model.alpha import CRATEAlpha
 from ..model.crate import CRATE
@@ -15,6 +22,7 @@ OF_MODELS = (*ARGUMENTS, "model", "init_values")
 """Those of a CRATE's and of other members of the family: which of them it is, and what they alone take."""
 MODELS: dict[str, type[CRATE]] = {"CRATE": CRATE, "CRATEAlpha": CRATEAlpha}
 PUBLISHED_MODEL = "CRATE"  # what files mean that name none
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHANGED = "the model was changed after it was built"
 
 
@@ -85,3 +93,61 @@ def _layer_arguments(attention, step) -> dict:
         "ista": float(step.step_size),
         "lambd": float(step.lambd),
     } | ({} if step.name == PUBLISHED_STEP else {"step": step.name})
+
+
+def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[CRATE] = CRATE) -> CRATE:
+    """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
+    if not isinstance(arguments, dict) or not set(arguments) <= set(OF_MODELS):
+        raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {shown(arguments)}")
+    check_floating(path, weights)
+    arguments = arguments | overrides
+    number = next((name for name in ("ista", "lambd") if not _is_size(arguments.get(name, 0.0))), None)
+    if number is not None:
+        words = f"its argument {number} is {shown(arguments[number])}; it must be a finite number, at least 0"
+        raise CheckpointError(f"{path}: {words}")
+    # Before anything is built: a false depth could keep the constructor busy for ever.
+    layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
+    if arguments.get("depth") != len(layers):
+        raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {shown(arguments.get('depth'))}")
+    try:
+        model = skeleton(arguments, kind)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: its arguments build no CRATE ({first_line(error)})") from error
+    difference = difference_of(model, weights)
+    if difference:
+        raise CheckpointError(f"{path}: {difference}")
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def check_floating(path: Path, weights: dict) -> None:
+    """Raises CheckpointError where one of the weights is no tensor that a model computes with, such as a quantised one."""
+    wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def skeleton(arguments: dict, kind: type[CRATE] = CRATE) -> CRATE:
+    """The model without memory for its weights, and without drawing them."""
+    kind = class_of(arguments, kind)
+    with torch.device("meta"):
+        return kind(**{name: value for name, value in arguments.items() if name != "model"})
+
+
+def difference_of(model: CRATE, weights: dict[str, Tensor]) -> str | None:
+    """The first thing in which names and shapes of `weights` are not those of `model`, in words; None if nothing."""
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(weights))
+    surplus = sorted(set(weights) - set(expected), key=str)
+    if missing:
+        return f"{len(missing)} weights are missing, {missing[0]!r} first"
+    if surplus:
+        return f"{len(surplus)} weights do not belong to the model, {surplus[0]!r} first"
+    for key, value in expected.items():
+        if weights[key].shape != value.shape:
+            return f"{key!r} has shape {tuple(weights[key].shape)}; it must be {tuple(value.shape)}"
+    return None

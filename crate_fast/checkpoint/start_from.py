@@ -13,10 +13,9 @@ from ..model.crate import CRATE
 from ..model.positions import resample_positions
 from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
-from .constructor import PUBLISHED_MODEL, body_arguments, constructor_arguments
+from .constructor import PUBLISHED_MODEL, body_arguments, build, check_floating, constructor_arguments
 from .read import CheckpointError, Model, model_file, read_model
 from .resize import HEAD, grid_of
-from .save_load import build, check_floating
 
 SAME = ("dim", "depth", "heads", "dim_head", "channels", "patch_size", "ista", "lambd")  # what a weight means hangs on these
 
