@@ -14,3 +14,12 @@ SIZES: dict[str, dict[str, int]] = {
 """The four published sizes (arXiv:2306.01129, table 3), all for images of 224 and patches of 16 pixels."""
 
 ARCHITECTURES = tuple(f"CRATE_{size}" for size in SIZES)
+
+ALPHA_SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(dim=192, depth=12, heads=3, dim_head=64, patch_size=16),
+    "small": dict(dim=576, depth=12, heads=12, dim_head=48, patch_size=16),
+    "base": dict(dim=768, depth=12, heads=12, dim_head=64, patch_size=16),
+    "large": dict(dim=1024, depth=24, heads=16, dim_head=64, patch_size=14),
+    "huge": dict(dim=1280, depth=32, heads=16, dim_head=80, patch_size=14),
+}
+"""The sizes of CRATE-α in its published code (arXiv:2405.20299), each with one of its published patch sizes."""

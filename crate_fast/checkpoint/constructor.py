@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import first_line, shown
+from ..model.alpha import CRATEAlpha
 from ..model.crate import CRATE
 from ..model.transformer import layers_of
 from ..modules.step import PUBLISHED_STEP
@@ -17,12 +18,17 @@ from ..modules.step import PUBLISHED_STEP
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
 ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd", "step")
+OF_MODELS = (*ARGUMENTS, "model", "init_values")
+"""Those of a CRATE's and of other members of the family: which of them it is, and what they alone take."""
+MODELS: dict[str, type[CRATE]] = {"CRATE": CRATE, "CRATEAlpha": CRATEAlpha}
+PUBLISHED_MODEL = "CRATE"  # what files mean that name none
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHANGED = "the model was changed after it was built"
 
 
 def constructor_arguments(model: CRATE) -> dict:
-    """The arguments of `CRATE` that build a model like this one, as plain numbers, strings and lists.
+    """The arguments of `CRATE` that build a model like this one, as plain numbers, strings and lists; of another member of the
+    family those of its class, and as "model" which it is.
 
     Raises:
         ValueError: no arguments do, since the model was changed after it was built.
@@ -55,7 +61,29 @@ def _arguments_of(model: CRATE, num_classes: object, pool: object) -> dict:
     of_layers = [_layer_arguments(mssa.fn, sparse.fn) for mssa, sparse in layers_of(transformer)]
     if any(layer != of_layers[0] for layer in of_layers):
         raise ValueError("the layers differ in dim_head, dropout, ista, lambd or step; the constructor gives all the same")
-    return arguments | (of_layers[0] if of_layers else {})
+    arguments |= of_layers[0] if of_layers else {}
+    return _of_alpha(model, arguments) if isinstance(model, CRATEAlpha) else arguments
+
+
+def _of_alpha(model: CRATEAlpha, arguments: dict) -> dict:
+    """Those that a CRATEAlpha takes, of those that CRATE does."""
+    arguments = {name: value for name, value in arguments.items() if name not in ("pool", "step")}
+    scale = {} if model.init_values is None else {"init_values": model.init_values}
+    return {"model": "CRATEAlpha"} | arguments | scale
+
+
+def class_of(arguments: dict, kind: type[CRATE]) -> type[CRATE]:
+    """The class that `arguments` name, or `kind` where that is one of it; raises ValueError where it is another's."""
+    name = arguments.get("model", PUBLISHED_MODEL)
+    if name not in MODELS:
+        raise ValueError(f"model is {shown(name)}; allowed are {', '.join(map(repr, MODELS))}")
+    named = MODELS[name]
+    if kind is CRATE or kind is named:
+        return named
+    family = next(each for each in reversed(MODELS.values()) if issubclass(kind, each))
+    if family is not named:
+        raise ValueError(f"it is a {name}, and no {kind.__name__}")
+    return kind
 
 
 def _layer_arguments(attention, step) -> dict:
@@ -69,7 +97,7 @@ def _layer_arguments(attention, step) -> dict:
 
 def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[CRATE] = CRATE) -> CRATE:
     """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
-    if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
+    if not isinstance(arguments, dict) or not set(arguments) <= set(OF_MODELS):
         raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {shown(arguments)}")
     check_floating(path, weights)
     arguments = arguments | overrides
@@ -105,8 +133,9 @@ def _is_size(value: object) -> bool:
 
 def skeleton(arguments: dict, kind: type[CRATE] = CRATE) -> CRATE:
     """The model without memory for its weights, and without drawing them."""
+    kind = class_of(arguments, kind)
     with torch.device("meta"):
-        return kind(**arguments)
+        return kind(**{name: value for name, value in arguments.items() if name != "model"})
 
 
 def difference_of(model: CRATE, weights: dict[str, Tensor]) -> str | None:

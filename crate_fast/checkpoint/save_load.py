@@ -18,7 +18,7 @@ from torch import Tensor
 from ..eval_transform import Transform
 from ..files import first_line, shown, tell, write_atomically
 from ..model.crate import CRATE
-from .constructor import ARGUMENTS, CHANGED, build, constructor_arguments, difference_of, skeleton
+from .constructor import CHANGED, OF_MODELS, build, constructor_arguments, difference_of, skeleton
 from .layouts import WORDS
 from .published import infer_arguments
 from .read import TRANSFORM, CheckpointError, model_file, read_model
@@ -165,7 +165,7 @@ def load_file(
         tell(f"{path}: {note}")
     if arguments is None:
         arguments = _settle(path, weights, inferred, overrides)
-        model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(ARGUMENTS)}, kind)
+        model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(OF_MODELS)}, kind)
     else:
         rest = {name: value for name, value in overrides.items() if name not in RESIZED}
         model = build(path, arguments, weights, _head_width(arguments, rest) | rest, kind)
@@ -186,7 +186,7 @@ def _head_width(arguments: object, overrides: dict) -> dict:
 
 def _settle(path: Path, weights: dict[str, Tensor], inferred: Mapping, overrides: dict) -> dict:
     """The arguments that fit weights which come without; says those that neither they nor `overrides` tell."""
-    known = {**inferred, **{name: value for name, value in overrides.items() if name in ARGUMENTS and name not in RESIZED}}
+    known = {**inferred, **{name: value for name, value in overrides.items() if name in OF_MODELS and name not in RESIZED}}
     try:
         arguments, assumed = infer_arguments(weights, known, overrides.get("image_size"))
     except (ValueError, TypeError) as error:
@@ -201,7 +201,7 @@ def _resized(path: Path, model: CRATE, overrides: dict) -> CRATE:
     """`model`, with another head or other positions where `overrides` have other sizes, which is said."""
     own = constructor_arguments(model)
     wanted = own | {name: overrides[name] for name in RESIZED if name in overrides}
-    rest = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
+    rest = {name: value for name, value in overrides.items() if name not in OF_MODELS}
     try:
         built = skeleton(wanted | rest, type(model))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -13,7 +13,7 @@ from ..model.crate import CRATE
 from ..model.positions import resample_positions
 from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
-from .constructor import body_arguments, build, check_floating, constructor_arguments
+from .constructor import PUBLISHED_MODEL, body_arguments, build, check_floating, constructor_arguments
 from .read import CheckpointError, Model, model_file, read_model
 from .resize import HEAD, grid_of
 
@@ -80,6 +80,9 @@ def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collec
 
 def _check_same(own: dict, stated: Mapping, path: str | os.PathLike) -> None:
     """Raises CheckpointError where the file says of its weights what makes something else of them than the model does."""
+    there, here = (arguments.get("model", PUBLISHED_MODEL) for arguments in (stated, own))
+    if there != here:
+        raise CheckpointError(f"{path}: it is a {there}, and the model of this run a {here}")
     for name in SAME:
         if name in stated and own.get(name, stated[name]) != stated[name]:
             raise CheckpointError(

@@ -115,19 +115,36 @@ class CRATE(nn.Module):
         check_buildable(dim, depth, heads * dim_head, patch_dim, rows * columns + 1, num_classes)
         self.channels = channels
 
+        self._make_embedding(dim)
+        self.pos_embedding = nn.Parameter(torch.randn(1, rows * columns + 1, dim))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.dropout = nn.Dropout(emb_dropout)
+        numbers = dropout, ista, lambd, backend, stream, step, drop_path
+        self.transformer = self._made_layers(dim, depth, heads, dim_head, *numbers)
+        self.pool = pool
+        self.to_latent = nn.Identity()
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+
+    def _make_embedding(self, dim: int) -> None:
+        """Adds the modules that make tokens of patches."""
+        height, width = self.patch_size
+        patch_dim = self.channels * height * width
         self.to_patch_embedding = nn.Sequential(
-            Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=patch_height, p2=patch_width),
+            Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=height, p2=width),
             nn.LayerNorm(patch_dim),
             nn.Linear(patch_dim, dim),
             nn.LayerNorm(dim),
         )
-        self.pos_embedding = nn.Parameter(torch.randn(1, rows * columns + 1, dim))
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
-        self.dropout = nn.Dropout(emb_dropout)
-        self.transformer = Transformer(dim, depth, heads, dim_head, dropout, ista, lambd, backend, stream, step, drop_path)
-        self.pool = pool
-        self.to_latent = nn.Identity()
-        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+
+    def _made_layers(self, *sizes) -> Transformer:
+        return Transformer(*sizes)
+
+    def _embedding(self) -> nn.Module:
+        return self.to_patch_embedding
+
+    def embed_patches(self, image: Tensor) -> Tensor:
+        """(batch, channels, height, width), which patches divide, to (batch, patches, dim), without their positions."""
+        return self.to_patch_embedding(image)
 
     def forward(self, image: Tensor) -> Tensor:
         """(batch, channels, height, width) to logits (batch, num_classes).
@@ -155,7 +172,7 @@ class CRATE(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws all weights anew as the constructor does: the same from the same seed."""
-        self.to_patch_embedding.apply(_reset)
+        self._embedding().apply(_reset)
         self.pos_embedding.normal_()
         self.cls_token.normal_()
         self.transformer.apply(_reset)
@@ -180,7 +197,7 @@ class CRATE(nn.Module):
             weights = [norm.weight, norm.bias, linear.weight, linear.bias, last_norm.weight, last_norm.bias]
             eps = [norm.eps, last_norm.eps]
             return evaluated_embedding(image, [*weights, self.cls_token, positions], list(self.patch_size), eps)
-        x = self.to_patch_embedding(image)
+        x = self.embed_patches(image)
         positions = positions[:, : 1 + x.shape[1]]
         positions = torch.cat((self.cls_token + positions[:, :1], positions[:, 1:]), dim=1)
         # The class token's place is kept in the tokens' dtype, under autocast a narrower one than the positions': the wider

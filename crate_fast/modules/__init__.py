@@ -1,7 +1,8 @@
 """A layer of CRATE as modules, with the published names, and what runs in their place."""
 
 from .ista import FeedForward
-from .layer import Attention, Layer, PreNorm
+from .layer import Attention, Layer, PreNorm, ScaledPreNorm
+from .odl import OvercompleteISTABlock
 from .step import STEPS, SparseStep
 
-__all__ = ["STEPS", "Attention", "FeedForward", "Layer", "PreNorm", "SparseStep"]
+__all__ = ["STEPS", "Attention", "FeedForward", "Layer", "OvercompleteISTABlock", "PreNorm", "ScaledPreNorm", "SparseStep"]
