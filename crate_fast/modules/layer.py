@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..backend import autocasts, choose_backend, is_transformed
 from ..reference import constant_to_compile
+from .applied import applied
 from .cpu_inference import evaluated_layer
 from .plain import (
     Place,
@@ -98,10 +99,10 @@ class Attention(nn.Module):
             self.to_out = nn.Sequential(nn.Linear(inner_dim, dim, bias=out_bias), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.qkv(x)
-        if self._needs_probabilities():
-            return self.to_out(self._attend_openly(w))
-        return self.to_out(functional.mssa(w, self.heads, self.scale, self.backend))
+        w = applied(self.qkv, x, self.backend)
+        openly = self._needs_probabilities()
+        out = self._attend_openly(w) if openly else functional.mssa(w, self.heads, self.scale, self.backend)
+        return applied(self.to_out, out, self.backend)
 
     def _needs_probabilities(self) -> bool:
         """Whether the matrix of probabilities must exist: it is dropped from, or somebody watches it."""
@@ -223,7 +224,7 @@ class Layer(nn.Sequential):
         mssa, sparse = self
         attention = mssa.fn
         out = functional.class_token_mssa(mssa.norm(x), attention.qkv.weight, attention.heads, attention.scale)
-        z = attention.to_out(out) + x[:, :1]
+        z = applied(attention.to_out, out, attention.backend) + x[:, :1]
         return sparse(z) + z if self.residual else sparse(z)
 
     def weights(self) -> tuple[Tensor, ...]:
