@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .lazy import lazily
-from .sizes import SIZES
+from .sizes import MAE_SIZES, SIZES
 
 if TYPE_CHECKING:  # what a type checker sees; the same is imported where it is used
     from . import functional
@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same is imported where it is 
     from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny, pair
     from .model.cuda_graph import graphed
     from .model.freezing import freeze
+    from .model.mae import CRATEMAE, mae_crate_base, mae_crate_large, mae_crate_small, mae_crate_tiny
     from .model.transformer import Transformer
     from .modules import Attention, FeedForward, PreNorm
     from .prediction import load
@@ -28,6 +29,7 @@ else:
             "model.crate": ("pair",),
             "model.cuda_graph": ("graphed",),
             "model.freezing": ("freeze",),
+            "model.mae": ("CRATEMAE", *(f"mae_crate_{size}" for size in MAE_SIZES)),
             "model.transformer": ("Transformer",),
             "modules": ("Attention", "FeedForward", "PreNorm"),
             "prediction": ("load",),
@@ -37,6 +39,7 @@ else:
 __version__ = "0.1.0"
 __all__ = [
     "CRATE",
+    "CRATEMAE",
     "Attention",
     "BackendError",
     "CRATE_base",
@@ -54,5 +57,9 @@ __all__ = [
     "graphed",
     "load",
     "load_checkpoint",
+    "mae_crate_base",
+    "mae_crate_large",
+    "mae_crate_small",
+    "mae_crate_tiny",
     "pair",
 ]

@@ -14,3 +14,8 @@ SIZES: dict[str, dict[str, int]] = {
 """The four published sizes (arXiv:2306.01129, table 3), all for images of 224 and patches of 16 pixels."""
 
 ARCHITECTURES = tuple(f"CRATE_{size}" for size in SIZES)
+
+MAE_SIZES: dict[str, dict[str, int]] = {
+    name: dict(embed_dim=size["dim"], depth=size["depth"], num_heads=size["heads"]) for name, size in SIZES.items()
+}
+"""The published sizes of CRATE-MAE (arXiv:2404.02446), of the encoder and of the decoder, which is as large."""

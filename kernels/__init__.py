@@ -1,5 +1,15 @@
 """Triton kernels of CRATE with their autograd functions. Depends on torch, triton and `crate_fast.operators` alone."""
 
+from .decoder import (
+    DecoderSettings,
+    DecoderState,
+    DecoderWeights,
+    PreparedDecoder,
+    enter_decoder,
+    fused_decoder_layer,
+    leave_decoder,
+    prepare_decoder,
+)
 from .ista import ISTA
 from .layer import LayerSettings, LayerWeights, PreparedWeights, fused_layer, prepare_layers, stack_weights
 from .mssa import MSSA
@@ -10,13 +20,21 @@ __all__ = [
     "INTERPRETED",
     "ISTA",
     "MSSA",
+    "DecoderSettings",
+    "DecoderState",
+    "DecoderWeights",
     "LayerSettings",
     "LayerWeights",
+    "PreparedDecoder",
     "PreparedWeights",
     "StackState",
+    "enter_decoder",
     "enter_stack",
+    "fused_decoder_layer",
     "fused_layer",
+    "leave_decoder",
     "leave_stack",
+    "prepare_decoder",
     "prepare_layers",
     "stack_weights",
 ]
