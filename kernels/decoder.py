@@ -159,8 +159,8 @@ def decoder_backward(
 ) -> list[Tensor]:
     """[dx, its column sums in parts, then the gradients of `DecoderWeights` in order, float32 and unscaled].
 
-    saved: x, z, w, o, lse, statistics. totals: parts of the column sums of dy. wanted: whether the weights of the dictionary, the
-    projection, the projection back are wanted; tensors are empty where not.
+    saved: x, z, w, o, lse, statistics. totals: parts of the column sums of dy. wanted: whether the weights of the
+    dictionary, the projection, the projection back are wanted; tensors are empty where not.
     """
     x, z, w, o, lse, statistics = saved
     own = DecoderWeights(*weights)

@@ -9,34 +9,40 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..eval_transform import Transform
 from ..files import first_line, shown, tell, write_atomically
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 from .constructor import ARGUMENTS, CHANGED, constructor_arguments
 from .layouts import WORDS
+from .mae import LAYERS, MAE_ARGUMENTS, changed_arguments, depth_of, infer_mae, is_mae, mae_keywords
 from .published import infer_arguments
-from .read import TRANSFORM, CheckpointError, model_file, read_model
+from .read import TRANSFORM, CheckpointError, Model, model_file, read_model
 from .resize import grid_of, resized_weights
 from .tensor_files import write_tensors
 
 RESIZED = ("num_classes", "image_size")  # those that may be others than a file's, with a new head and other positions
 FREE = ("training", "backend", "stream", "transform", "frozen", "drop_path", "grad_checkpointing")
 """Settings that a model and what its file builds need not share."""
+OF_CRATE = CRATE.__name__, ARGUMENTS, {"depth": "transformer.layers."}
+OF_MAE = CRATEMAE.__name__, MAE_ARGUMENTS, LAYERS
+NO_CLASSES = "it holds a CRATE-MAE, which tells no classes apart; crate_fast.load_checkpoint reads it, --init starts from it"
+Built = TypeVar("Built", CRATE, CRATEMAE)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def save_model(model: CRATE, path: str | os.PathLike) -> None:
+def save_model(model: CRATE | CRATEMAE, path: str | os.PathLike) -> None:
     """Writes weights (in their own dtypes) and constructor arguments of `model` to `path`, as safetensors.
 
     Raises:
-        TypeError: `model` is not a CRATE.
+        TypeError: `model` is no CRATE and no CRATEMAE.
         ValueError: it was changed after it was built, so that `load_checkpoint` could not build it again.
         OSError: `path` cannot be written.
     """
@@ -44,7 +50,7 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
     write_tensors(Path(path), weights, arguments | transform_entry(model))
 
 
-def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
+def save_checkpoint(model: CRATE | CRATEMAE, path: str | os.PathLike, **state) -> None:
     """Writes `model` and `state` (tensors and plain values: optimizer state, counters) to `path`, for `read_checkpoint`.
 
     Raises: as `save_model`; also TypeError where `state` has what could not be read again, such as NumPy's numbers.
@@ -52,11 +58,11 @@ def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
     write_state(model, path, model=described(model)[1], **state)
 
 
-def write_state(model: CRATE, path: str | os.PathLike, /, **content) -> None:
+def write_state(model: CRATE | CRATEMAE, path: str | os.PathLike, /, **content) -> None:
     """Writes `content` and what builds a model like this one, whose weights may lie elsewhere; raises as `save_checkpoint`."""
     for name, value in content.items():
         _check_readable(name, value)
-    content = {"arguments": constructor_arguments(model), **transform_entry(model), **content}
+    content = {"arguments": arguments_of(model), **transform_entry(model), **content}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -69,30 +75,35 @@ def _check_readable(name: str, value: object) -> None:
         _check_readable(name, each)
 
 
-def transform_entry(model: CRATE) -> dict:
+def transform_entry(model: CRATE | CRATEMAE) -> dict:
     """What stands in a checkpoint of how the images of `model` are evaluated; nothing where that is not known."""
     return {} if model.transform is None else {TRANSFORM: model.transform._asdict()}
 
 
-def described(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
+def arguments_of(model: CRATE | CRATEMAE) -> dict:
+    """The constructor's arguments of either; raises ValueError where the model was changed after it was built."""
+    return changed_arguments(model, CHANGED) if isinstance(model, CRATEMAE) else constructor_arguments(model)
+
+
+def described(model: CRATE | CRATEMAE) -> tuple[dict, dict[str, Tensor]]:
     """(constructor arguments, state_dict), checked to fit each other; raises as `save_model`."""
-    if not isinstance(model, CRATE):
+    if not isinstance(model, CRATE | CRATEMAE):
         raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE")
-    arguments, weights = constructor_arguments(model), model.state_dict()
-    built = skeleton(arguments)
+    arguments, weights = arguments_of(model), model.state_dict()
+    built = skeleton(arguments, CRATEMAE if isinstance(model, CRATEMAE) else CRATE)
     difference = _difference(built, weights) or _change(built, model)
     if difference:
         raise ValueError(f"{CHANGED}: {difference}")
     return arguments, weights
 
 
-def _change(built: CRATE, model: CRATE) -> str | None:
+def _change(built: nn.Module, model: nn.Module) -> str | None:
     """The first thing beside the weights in which `model` computes otherwise than it was `built`, in words; None if nothing."""
     own, expected = (dict(each.named_modules(remove_duplicate=False)) for each in (model, built))
     odd = sorted(own.keys() ^ expected.keys())
     if odd:
         return f"its module {odd[0]!r} is {'new' if odd[0] in own else 'missing'}"
-    if type(model).forward is not CRATE.forward:
+    if type(model).forward is not type(built).forward:
         return f"{type(model).__name__} has a forward of its own"
     for name, module in own.items():
         other, settings = expected[name], vars(module)
@@ -111,15 +122,16 @@ def _change(built: CRATE, model: CRATE) -> str | None:
 
 def load_checkpoint(
     source: str | os.PathLike, *, device: str | torch.device = "cpu", weights: str | None = None, **overrides
-) -> CRATE:
-    """The model in `source`, in evaluation mode, its dtypes as saved; nothing in a file is executed.
+) -> Any:
+    """The model in `source`, a `CRATE` or a `CRATEMAE`, in evaluation mode, its dtypes as saved; nothing in a file is executed.
 
     Read are files of `save_model` and `save_checkpoint` (of a training run's the mean of the weights, where it keeps one), and
     those of the published scripts and of others: bare state dicts, or under "state_dict", "model", "net" and the like, part of
     a larger model such as Lightning's, with the names of DataParallel, DistributedDataParallel, FSDP, torch.compile or
     activation checkpointing in theirs; as PyTorch's archives, in which settings and numbers of other packages are passed over,
-    or as safetensors. Where a file does not have the constructor's arguments, they are what its shapes tell; what they cannot
-    tell (heads, pool, ista, lambd) is taken as published, and a line on stderr says so.
+    or as safetensors. Names tell a CRATE from a CRATE-MAE. Where a file has no arguments of the constructor, they are what
+    its shapes tell; what they cannot tell (heads, pool, ista, lambd, norm_pix_loss) is taken as published, and a line on stderr
+    says so.
 
     Args:
         source: a file, a directory with a model.safetensors or the index of one that is split, or ORGANISATION/NAME of a model
@@ -135,12 +147,23 @@ def load_checkpoint(
         CheckpointError: the file is missing or damaged, asks for code to be run, or holds no model, or one of other names or
             shapes.
         MissingPackageError: safetensors, or for the Hub huggingface-hub, is not installed.
-        TypeError: `overrides` has a keyword that CRATE does not take, or `source` is no path.
+        TypeError: `overrides` has a keyword that neither class takes, or `source` is no path.
         ValueError: `device` is none that PyTorch has here.
     """
+    return _load(_file_of(source), _check_device(device), overrides, weights, (CRATE, CRATEMAE))
+
+
+def load_classifier(
+    source: str | os.PathLike, *, device: str | torch.device = "cpu", weights: str | None = None, **overrides
+) -> CRATE:
+    """`load_checkpoint` where nothing but a CRATE will do; raises CheckpointError for a CRATE-MAE."""
+    return load_file(_file_of(source), _check_device(device), overrides, weights)
+
+
+def _file_of(source: str | os.PathLike) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source is a {type(source).__name__}; it must be a path or a name, as a str or os.PathLike")
-    return load_file(model_file(source), _check_device(device), overrides, weights)
+    return model_file(source)
 
 
 def _check_device(device: str | torch.device) -> torch.device:
@@ -153,24 +176,57 @@ def _check_device(device: str | torch.device) -> torch.device:
 def load_file(
     path: Path, device: str | torch.device, overrides: dict, wanted: str | None = None, kind: type[CRATE] = CRATE
 ) -> CRATE:
-    """`load_checkpoint` of a file, as a model of the class `kind`."""
-    taken = inspect.signature(kind).parameters
-    unknown = sorted(set(overrides) - set(taken))
-    if unknown and all(each.kind is not each.VAR_KEYWORD for each in taken.values()):
-        raise TypeError(f"{kind.__name__} takes no {', '.join(unknown)}")
+    """`load_classifier` of a file, as a model of the class `kind`."""
+    return _load(path, device, overrides, wanted, (kind,))
+
+
+def _load(path: Path, device: torch.device | str, overrides: dict, wanted: str | None, kinds: tuple[type, ...]) -> Any:
+    """The model in a file, as one of the first of `kinds`, or of a second, CRATEMAE, where it holds such a one."""
+    kind, unknown = kinds[0], set.intersection(*(_untaken(kind, overrides) for kind in kinds))
+    if unknown:
+        raise TypeError(f"{kind.__name__} takes no {', '.join(sorted(unknown))}")
     if wanted not in (None, *WORDS):
         raise ValueError(f"weights is {wanted!r}; allowed are {' and '.join(map(repr, WORDS))}")
-    arguments, weights, transform, note, inferred = read_model(path, wanted)
+    found = read_model(path, wanted)
+    arguments, weights, transform, note, inferred = found
     if note is not None:
         tell(f"{path}: {note}")
+    if is_mae(weights):
+        if CRATEMAE not in kinds:
+            raise CheckpointError(f"{path}: {NO_CLASSES}")
+        return load_mae(path, found, overrides).to(device)
+    if wrong := sorted(_untaken(kind, overrides)):
+        raise CheckpointError(f"{path}: it holds a CRATE, which has no {wrong[0]}")
     if arguments is None:
-        arguments = _settle(path, weights, inferred, overrides)
+        known = {**inferred, **{n: value for n, value in overrides.items() if n in ARGUMENTS and n not in RESIZED}}
+        arguments = _settle(path, lambda: infer_arguments(weights, known, overrides.get("image_size")))
         model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(ARGUMENTS)}, kind)
     else:
         rest = {name: value for name, value in overrides.items() if name not in RESIZED}
         model = build(path, arguments, weights, _head_width(arguments, rest) | rest, kind)
     model = _resized(path, model, overrides).to(device)
     model.transform = _fitting(path, model, transform, overrides)
+    return model
+
+
+def _untaken(kind: type, overrides: dict) -> set[str]:
+    """The keywords that the class does not take."""
+    taken = inspect.signature(kind).parameters
+    return set() if any(each.kind is each.VAR_KEYWORD for each in taken.values()) else set(overrides) - set(taken)
+
+
+def load_mae(path: Path, found: Model, overrides: dict) -> CRATEMAE:
+    """The CRATE-MAE that was `found` in a file; raises CheckpointError where its arguments or weights make none."""
+    arguments, weights, transform, *_ = found
+    try:
+        overrides = mae_keywords(overrides)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if arguments is None:
+        transform = None  # by the key under which a classifier's lie
+        arguments = _settle(path, lambda: infer_mae(weights, {n: v for n, v in overrides.items() if n in MAE_ARGUMENTS}))
+    model = build(path, arguments, weights, overrides, CRATEMAE)
+    model.transform = transform
     return model
 
 
@@ -184,11 +240,10 @@ def _head_width(arguments: object, overrides: dict) -> dict:
     return {"dim_head": numbers[1] * numbers[2] // numbers[0]}
 
 
-def _settle(path: Path, weights: dict[str, Tensor], inferred: Mapping, overrides: dict) -> dict:
-    """The arguments that fit weights which come without; says those that neither they nor `overrides` tell."""
-    known = {**inferred, **{name: value for name, value in overrides.items() if name in ARGUMENTS and name not in RESIZED}}
+def _settle(path: Path, infer: Callable[[], tuple[dict, dict]]) -> dict:
+    """The arguments that fit weights which come without, as `infer` finds them; says those that nothing tells."""
     try:
-        arguments, assumed = infer_arguments(weights, known, overrides.get("image_size"))
+        arguments, assumed = infer()
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
     if assumed:
@@ -225,24 +280,26 @@ def _fitting(path: Path, model: CRATE, transform: Transform | None, overrides: d
     raise CheckpointError(f"{path}: it has names of {len(names)} classes; the model tells {classes} apart")
 
 
-def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[CRATE] = CRATE) -> CRATE:
+def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[Built] = CRATE) -> Built:
     """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
-    if not isinstance(arguments, dict) or not set(arguments) <= set(ARGUMENTS):
-        raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {shown(arguments)}")
+    name, taken, layers = OF_MAE if issubclass(kind, CRATEMAE) else OF_CRATE
+    if not isinstance(arguments, dict) or not set(arguments) <= set(taken):
+        raise CheckpointError(f"{path}: its metadata does not hold arguments of {name}: {shown(arguments)}")
     check_floating(path, weights)
     arguments = arguments | overrides
-    number = next((name for name in ("ista", "lambd") if not _is_size(arguments.get(name, 0.0))), None)
+    number = next((each for each in ("ista", "lambd") if not _is_size(arguments.get(each, 0.0))), None)
     if number is not None:
         words = f"its argument {number} is {shown(arguments[number])}; it must be a finite number, at least 0"
         raise CheckpointError(f"{path}: {words}")
     # Before anything is built: a false depth could keep the constructor busy for ever.
-    layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
-    if arguments.get("depth") != len(layers):
-        raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {shown(arguments.get('depth'))}")
+    for depth, prefix in layers.items():
+        count = depth_of(weights, prefix)
+        if arguments.get(depth) != count:
+            raise CheckpointError(f"{path}: it has the weights of {count} layers; {depth} is {shown(arguments.get(depth))}")
     try:
         model = skeleton(arguments, kind)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: its arguments build no CRATE ({first_line(error)})") from error
+        raise CheckpointError(f"{path}: its arguments build no {name} ({first_line(error)})") from error
     difference = _difference(model, weights)
     if difference:
         raise CheckpointError(f"{path}: {difference}")
@@ -261,13 +318,13 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
-def skeleton(arguments: dict, kind: type[CRATE] = CRATE) -> CRATE:
+def skeleton(arguments: dict, kind: type[Built] = CRATE) -> Built:
     """The model without memory for its weights, and without drawing them."""
     with torch.device("meta"):
         return kind(**arguments)
 
 
-def _difference(model: CRATE, weights: dict[str, Tensor]) -> str | None:
+def _difference(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
     """The first thing in which names and shapes of `weights` are not those of `model`, in words; None if nothing."""
     expected = model.state_dict()
     missing = sorted(set(expected) - set(weights))

@@ -10,10 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 from ..model.positions import resample_positions
 from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
 from .constructor import body_arguments, constructor_arguments
+from .layouts import joined
+from .mae import NOTE, as_crate, crate_arguments, is_mae, mae_arguments
+from .mae import OPEN as OPEN_OF_MAE
+from .published import OPEN
 from .read import CheckpointError, Model, model_file, read_model
 from .resize import HEAD, grid_of
 from .save_load import build, check_floating
@@ -22,18 +27,34 @@ SAME = ("dim", "depth", "heads", "dim_head", "channels", "patch_size", "ista", "
 
 
 def read_weights(path: str | Path) -> Model:
-    """The weights in `path`, on the CPU, by the names of `CRATE`; whatever `crate_fast.load_checkpoint` reads.
+    """The weights in `path`, on the CPU, by the names of `CRATE`; whatever `crate_fast.load_checkpoint` reads, of a CRATE-MAE
+    those of its encoder.
 
     Raises:
         CheckpointError: the file is missing, damaged, or has no weights of a CRATE.
     """
     file = model_file(path)
     source = read_model(file)
+    if is_mae(source.weights):
+        return _encoder(file, source)
     if source.arguments is None:
         check_floating(file, source.weights)
         return source
     model = build(file, source.arguments, source.weights, {})  # which checks both
     return source._replace(arguments=constructor_arguments(model), weights=model.state_dict())
+
+
+def _encoder(file: Path, source: Model) -> Model:
+    """The encoder of a CRATE-MAE as weights of a CRATE, of which the head is missing."""
+    arguments, weights = None, source.weights
+    check_floating(file, weights)
+    if source.arguments is not None:
+        model = build(file, source.arguments, weights, {}, CRATEMAE)
+        arguments, weights = crate_arguments(mae_arguments(model)), model.state_dict()
+    try:
+        return Model(arguments, as_crate(weights), source.transform if arguments else None, joined(source.note, NOTE))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collection[str] | None = None) -> str:
@@ -50,6 +71,8 @@ def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collec
     """
     weights, own, stated = dict(source.weights), model.state_dict(), source.arguments or {}
     _check_same(body_arguments(model), stated or source.inferred, path)
+    if source.arguments is None and NOTE in (source.note or ""):
+        _check_threshold(model, path)
     head = [key for key in own if (key.startswith(HEAD) if new is None else key in new)]
     wanted = [key for key in own if key not in head]
     missing = [key for key in wanted if key not in weights]
@@ -90,6 +113,16 @@ def _check_same(own: dict, stated: Mapping, path: str | os.PathLike) -> None:
     there, here = (arguments.get("step", PUBLISHED_STEP) for arguments in (stated, own))
     if stated and there != here:
         raise CheckpointError(f"{path}: step is {there!r} in it and {here!r} in this run, for which its weights mean nothing")
+
+
+def _check_threshold(model: CRATE, path: str | os.PathLike) -> None:
+    """Raises CheckpointError where `model` has a CRATE's own threshold and starts from a CRATE-MAE that does not say its."""
+    if body_arguments(model).get("lambd") == OPEN["lambd"]:
+        published = OPEN_OF_MAE["lambd"]
+        raise CheckpointError(
+            f"{path}: weights of a CRATE-MAE that do not say their threshold, and lambd is {OPEN['lambd']} in this run; it may "
+            f"start from them with --lambd {published}, as published, or what they were trained with"
+        )
 
 
 def _flags(stated: Mapping, path: str | os.PathLike) -> str:

@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backend import autocasts, check_backend, check_tensor
+from ..eval_transform import Transform
 from ..files import shown
 from ..functional import check_number, check_positive
 from ..sizes import MAE_SIZES, STREAMS
 from .buildable import as_pair, check_buildable, divide, times
 from .mae_blocks import decoder_blocks, encoder_blocks
 from .positions import sine_positions
+
+NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
@@ -64,6 +67,8 @@ class CRATEMAE(nn.Module):
         MissingPackageError: NumPy is not installed.
     """
 
+    transform: Transform | None = None  # how its images are normalised, where its file says so
+
     def __init__(
         self,
         *,
@@ -77,7 +82,7 @@ class CRATEMAE(nn.Module):
         decoder_depth: int | None = None,
         decoder_num_heads: int | None = None,
         mlp_ratio: float = 4.0,
-        norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+        norm_layer: Callable[[int], nn.Module] = NORM,
         norm_pix_loss: bool = False,
         lambd: float = 0.5,
         backend: str = "auto",
@@ -91,13 +96,13 @@ class CRATEMAE(nn.Module):
         layers, heads = _or(decoder_depth, depth), _or(decoder_num_heads, num_heads)
         _check_sizes(in_chans, embed_dim, (depth, layers), (num_heads, heads))
         if width != embed_dim:
-            raise ValueError(f"decoder_embed_dim is {shown(width)}; it must be embed_dim, {embed_dim}, as mask tokens enter first")
+            raise ValueError(f"decoder_embed_dim is {shown(width)}; it must be embed_dim, {embed_dim}")
         image, patch = as_pair("img_size", img_size), as_pair("patch_size", patch_size)
         if image[0] != image[1] or patch[0] != patch[1]:
             raise ValueError(f"img_size is {times(image)} and patch_size {times(patch)}; both must be squares")
         side = divide(image[0], patch[0])
         check_buildable(width, depth + layers, width, in_chans * patch[0] ** 2, 2 * (side**2 + 1), in_chans * patch[0] ** 2)
-        self.heads, self.depth, self.patch_size = num_heads, depth, patch_size
+        self.heads, self.depth, self.patch_size = num_heads, depth, patch[0]
         lambd, self.norm_pix_loss = check_positive("lambd", lambd), bool(norm_pix_loss)
 
         self.patch_embed = PatchEmbed(image, patch, in_chans, width)
@@ -218,7 +223,7 @@ class CRATEMAE(nn.Module):
         return {"cls_token", "mask_token", "pos_embed", "decoder_pos_embed"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Has a layer keep for its backward pass what enters it alone, and compute the rest there again; or all, as at first."""
+        """Has a layer keep for its backward pass what enters it alone, and compute the rest there again; or all."""
         self.blocks.grad_checkpointing = self.decoder_blocks.grad_checkpointing = bool(enable)
 
     def _until(self, x: Tensor, layer: int) -> Callable[..., Tensor]:
@@ -295,7 +300,7 @@ def _initialize(module: nn.Module) -> None:
 
 
 def build_mae(size: str, **options) -> CRATEMAE:
-    """A CRATE-MAE of a published size ("tiny", "small", "base", "large") for 224 px and patches of 16, unless `options` differ."""
+    """A CRATE-MAE of a published size ("tiny", "small", "base", "large") for 224 px, unless `options` differ."""
     if size not in MAE_SIZES:
         raise ValueError(f"size is {size!r}; allowed are {', '.join(map(repr, MAE_SIZES))}")
     arguments: dict[str, Any] = dict(MAE_SIZES[size])

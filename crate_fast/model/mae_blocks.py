@@ -132,5 +132,3 @@ def decoder_blocks(dim: int, depth: int, heads: int, backend: str, stream: str) 
         mssa = PreNorm(dim, Attention(dim, heads=heads, dim_head=dim // heads, backend=backend))
         layers.append(DecoderLayer(sparse, mssa))
     return DecoderBlocks([Block(layer, dim, heads) for layer in layers], backend, stream)
-
-

@@ -55,5 +55,6 @@ def sine_positions(dim: int, side: int) -> Tensor:
     omega = 1.0 / 10000**omega
     rows, columns = np.divmod(np.arange(side * side), side)
     angles = [np.einsum("m,d->md", axis.astype(np.float32), omega) for axis in (columns, rows)]
-    patches = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
-    return torch.cat((torch.zeros(1, dim), torch.from_numpy(patches).float()))[None]
+    positions = np.zeros((1, 1 + side * side, dim), dtype=np.float32)
+    positions[0, 1:] = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
+    return torch.from_numpy(positions)

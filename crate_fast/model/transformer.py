@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Stack(nn.Module):
-    """Layers in a row, however they are named: what runs them, by fused kernels where that is possible and nobody could tell."""
+    """Layers in a row, however they are named, run by fused kernels where that is possible and nobody could tell."""
 
     layers: Any  # of modules, a `Layer` each where it may be fused
     backend: str

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.read import model_file
-from ..checkpoint.save_load import load_checkpoint
+from ..checkpoint.save_load import load_classifier
 from ..data.open import Data, open_data
 from ..data_sets import UNCHANGED
 from ..device import check_kernels, choose_compute
@@ -135,7 +135,7 @@ def _normalised_for(
 
 def _load(file: Path, settings: MachineSettings, arch: str | None, keywords: dict[str, Any]) -> CRATE:
     """The model in float32, to which `precision` refers, whatever its file has."""
-    model = load_checkpoint(file, backend=settings.backend, **keywords).float()
+    model = load_classifier(file, backend=settings.backend, **keywords).float()
     if arch is not None and any(getattr(model.transformer, name) != SIZES[arch.removeprefix("CRATE_")][name] for name in SAID):
         size = ", ".join(f"{name} {getattr(model.transformer, name)}" for name in SAID)
         raise ConfigError(f"--arch is {arch}; {file} holds a model of {size}")
