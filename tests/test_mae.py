@@ -67,26 +67,39 @@ def test_float64_agrees_with_the_published_class(published_mae, options, mask_ra
         assert own.keys() == gradients.keys() and all(far(own[name], gradients[name]) < 1e-11 for name in own)
 
 
-@pytest.mark.parametrize("options", SIZES, ids=["2", "17", "65"])
-def test_the_kernels_agree_with_float64(device, options):
-    """Encoder and decoder are run whole, but for layers without a projection back."""
-    options = options | {"depth": 1 if options is LARGER else 2}
-    ours, launched = moved(drawn(CRATEMAE, **options, backend="triton")), []
-    right = reference.CRATEMAE(**options).double()
+@pytest.mark.parametrize("tokens", [1, 17, 65])
+def test_the_decoders_kernels_agree_with_float64(device, tokens):
+    options = {"embed_dim": 36, "depth": 2 if tokens == 17 else 1}  # heads of 18
+    ours = moved(drawn(CRATEMAE, **SMALL | options, backend="triton")).decoder_blocks.to(device)
+    right = reference.CRATEMAE(**SMALL | options).decoder_blocks.double().to(device)
     right.load_state_dict(ours.state_dict())
-    images = torch.randn(1, 3, options["img_size"], options["img_size"], device="cpu")
-    *wanted, gradients = trained(right.cpu(), images.double())
+    x, towards, launched = torch.randn(1, tokens, 36), torch.randn(1, tokens, 36), []
+    own, wanted = x.clone().requires_grad_(), x.double().requires_grad_()
     with runtime.observed(lambda kernel, *_: launched.append(kernel.__name__)):
-        *found, own = trained(ours.cpu() if device.type == "cpu" else ours, images.to(device))
-    if device.type == "cpu":  # a GPU draws other masks
-        assert all(far(a, b) < 1e-5 for a, b in zip(found, wanted, strict=True))
-        assert all(far(own[name], gradients[name]) < 1e-4 for name in gradients)
-    assert launched.count("_enter_kernel") == (2 if options["num_heads"] > 1 else 0)
+        found = ours(own)
+        found.backward(towards)
+    expected = right[0](wanted) if options["depth"] == 1 else right[1](right[0](wanted))
+    expected.backward(towards.double())
+    assert far(found, expected) < 1e-5 and far(own.grad, wanted.grad) < 1e-5
+    for (name, p), q in zip(ours.named_parameters(), right.parameters(), strict=True):
+        if q.grad.abs().max() > 1e-9:  # one token attends to itself whatever its scores are
+            assert far(p.grad, q.grad) < 2e-5, name
+    assert launched.count("_enter_kernel") == 1 and launched.count("_mssa_kernel") <= options["depth"]
+
+
+def test_the_whole_model_on_kernels_agrees_with_float64():
+    ours, images = moved(drawn(CRATEMAE, **SMALL | {"depth": 1}, backend="triton")), torch.randn(1, 3, 16, 16)
+    right = reference.CRATEMAE(**SMALL | {"depth": 1}).double()
+    right.load_state_dict(ours.state_dict())
+    *found, own = trained(ours, images)
+    *expected, gradients = trained(right, images.double())
+    assert all(far(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+    assert own.keys() == gradients.keys() and all(far(own[name], gradients[name]) < 1e-4 for name in own)
 
 
 def test_gradients_too_small_for_half_precision_reach_the_decoders_weights(device):
     decoder = moved(drawn(CRATEMAE, **SMALL, backend="triton")).decoder_blocks.to(device)
-    tokens, towards, gradients = torch.randn(1, 17, 32), 1e-9 * torch.randn(1, 17, 32), []
+    tokens, towards, gradients = torch.randn(1, 9, 32), 1e-9 * torch.randn(1, 9, 32), []
     for dtype in (torch.float16, torch.float32):
         with torch.autocast(device.type, dtype=torch.float16, enabled=dtype == torch.float16):
             result = decoder(tokens) if dtype == torch.float16 else decoder[1](decoder[0](tokens))
@@ -97,22 +110,27 @@ def test_gradients_too_small_for_half_precision_reach_the_decoders_weights(devic
     assert all(far(gradients[0][name], g) < 0.02 for name, g in gradients[1].items())
 
 
-def test_whoever_watches_a_layer_is_called(monkeypatch):
-    ours, seen = drawn(CRATEMAE, **SMALL, backend="triton").eval(), []
-    expected = trained(ours, images := torch.randn(1, 3, 16, 16))[1]
-    ours.decoder_blocks[1].layers[0][0].norm.register_forward_hook(lambda *_: seen.append("norm"))
+@torch.no_grad()
+def test_whoever_watches_a_layer_is_called():
+    ours, seen = drawn(CRATEMAE, **SMALL | {"depth": 1}, backend="triton").eval(), []
+    tokens, launched = torch.randn(1, 17, 32), []
+    expected = [blocks[0](tokens) for blocks in (ours.blocks, ours.decoder_blocks)]
+    ours.decoder_blocks[0].layers[0][0].norm.register_forward_hook(lambda *_: seen.append("norm"))
     ours.blocks[0].register_forward_hook(lambda *_: seen.append("block"))
-    found = trained(ours, images)[1]
-    assert seen == ["block", "norm"] and far(found, expected) < 1e-5
+    with runtime.observed(lambda kernel, *_: launched.append(kernel.__name__)):
+        found = [blocks(tokens) for blocks in (ours.blocks, ours.decoder_blocks)]
+    assert seen == ["block", "norm"] and "_enter_kernel" not in launched
+    assert all(far(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
 
 
 def test_layers_that_keep_only_what_enters_them_give_the_same_gradients():
-    ours = drawn(CRATEMAE, **SMALL, backend="triton")
-    *_, expected = trained(ours, images := torch.randn(2, 3, 16, 16))
-    expected = {name: g.clone() for name, g in expected.items()}
-    ours.zero_grad()
-    ours.set_grad_checkpointing()
-    assert all(torch.equal(g, expected[name]) for name, g in trained(ours, images)[3].items())
+    ours, tokens, gradients = drawn(CRATEMAE, **SMALL | {"depth": 1}, backend="triton"), torch.randn(1, 3, 32), []
+    for enable in (False, True):
+        ours.zero_grad()
+        ours.set_grad_checkpointing(enable)
+        ours.decoder_blocks(tokens).sum().backward()
+        gradients.append([p.grad.clone() for p in ours.decoder_blocks.parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_none_masked_is_a_mean_of_nothing_and_all_masked_sees_no_image():
@@ -198,7 +216,7 @@ def test_weights_are_read_wherever_they_lie(kind, tmp_path):
         torch.save({"bare": weights, "model": {"model": weights, "epoch": 1}, "wrapped": {"model": wrapped}}[kind], path)
     loaded, images = load_checkpoint(path, **said), torch.randn(1, 3, 16, 16)
     assert not loaded.training and all(
-        torch.equal(a, b) for a, b in zip(trained(loaded, images)[:3], trained(ours, images)[:3])
+        torch.equal(a, b) for a, b in zip(trained(loaded, images)[:3], trained(ours, images)[:3], strict=True)
     )
 
 
