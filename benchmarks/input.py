@@ -38,12 +38,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from crate_fast.data.augment_batch import mirror
-from crate_fast.data.loader import MEAN, STD
 from crate_fast.data.open import open_data
 from crate_fast.data.order import Plan
 from crate_fast.data.pack_encoding import Settings
 from crate_fast.data.pack_writer import prepare
 from crate_fast.data.philox import CHANGES, uniforms
+from crate_fast.eval_transform import MEAN, STD
 from crate_fast.processes import ALONE
 from crate_fast.settings import ConfigError, TrainConfig
 from timing import machine

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from peers import Peer, Unavailable, check_graphs, graphed
 from timing import kept_bytes, peak_bytes, synchronise
-from workloads import Call, Workload, prepare, replays_itself, timed_step
+from workloads import DTYPES, Call, Workload, prepare, replays_itself, timed_step
 
 # What the published code's own error against float64 may be before nothing else can be judged by it.
-SANE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}
+SANE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 SLACK = 4.0
 """A peer may be this many times as far from float64 as the published code in the same precision."""
 GRAIN = 4e-3
@@ -46,7 +46,10 @@ class Judge:
         inputs = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in self.inputs)
         if self._call.module is None:
             return self._results(self._call.run, inputs, [])
-        module = prepare(self.workload._replace(dtype="float32"), published, "eager", self.device).module.double()
+        module = prepare(self.workload._replace(dtype="float32"), published, "eager", self.device).module
+        if self.workload.is_pure:
+            module.to(DTYPES[self.workload.dtype])  # weights as they are rounded: what is judged is what is computed with them
+        module.double()
         return self._results(module, inputs, list(module.parameters()))
 
     def _results(self, run, inputs: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
@@ -79,7 +82,7 @@ class Judge:
         """Why a peer with these errors is not right; None if it is."""
         for name, error, own in zip(("output", "gradients"), errors, self.published, strict=False):
             grain = GRAIN if name == "gradients" else 0.0
-            if not own <= max(SANE[self.workload.dtype], SLACK * grain):
+            if not own <= max(SANE[DTYPES[self.workload.dtype]], SLACK * grain):
                 return f"no parity: the published code's own {name} is {own:.1e} from float64, more than any rounding explains"
             if not error <= SLACK * max(own, grain):
                 return f"no parity: {name} {error:.1e} from float64, where the published code is {own:.1e} from it"

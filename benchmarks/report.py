@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from crate_fast.files import write_atomically
-from pictures import CHECKOUT, groups, largest, plot, title
+from pictures import CHECKOUT, groups, plot, title
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- results: made by `python benchmarks/run.py --report` -->", "<!-- end of results -->"
@@ -55,23 +55,34 @@ def _megabytes(size: int | None) -> str:
 
 
 def table(result: dict) -> str:
-    """The README's table: inference and training at the largest batch, the published class itself and crate_fast, eager and
-    compiled; without rows where it was not measured beside, since our transcription of it is slower in training."""
-    lines = ["| | published class | crate_fast | |", "|---|---|---|---|"]
+    """The README's table: inference and training, the published class itself and crate_fast, eager and compiled, at the largest
+    batch, and how many times as fast at others; without rows where it was not measured beside, since our transcription of it
+    is slower in training."""
+    lines = ["| | published class | crate_fast | | other batches |", "|---|---|---|---|---|"]
     for suite, what in (("inference", "inference"), ("train", "training step")):
-        chosen = [row for row in largest(result["rows"], suite) if "ms" in row]
-        for group in groups(chosen).values():
-            for mode in dict.fromkeys(row["mode"] for row in group):
-                found = {row["peer"]: row for row in group if row["mode"] == mode}
-                if {CHECKOUT, "crate_fast"} <= set(found):
-                    lines.append(_line(what, mode, found[CHECKOUT], found["crate_fast"]))
+        rows = [row for row in result["rows"] if row["suite"] == suite and "ms" in row]
+        published = {(_case(row), row["batch"]): row for row in rows if row["peer"] == CHECKOUT}
+        cases: dict[tuple, dict[int, tuple[dict, dict]]] = {}
+        for row in rows:
+            beside = published.get((_case(row), row["batch"]))
+            if row["peer"] == "crate_fast" and beside:
+                cases.setdefault(_case(row), {})[row["batch"]] = beside, row
+        lines += [_line(what, *case, by_batch) for case, by_batch in cases.items()]
     return "\n".join(lines)
 
 
-def _line(what: str, mode: str, published: dict, ours: dict) -> str:
-    name = f"CRATE-{ours['size']}, {what}, batch {ours['batch']}, {ours['dtype']}, {mode}"
-    speeds = [f"{row['images_per_second']:,.1f} images/s" for row in (published, ours)]
-    return f"| {name} | {speeds[0]} | {speeds[1]} | **{published['ms'] / ours['ms']:.2f}×** |"
+def _case(row: dict) -> tuple[str, str, str]:
+    return row["size"], row["dtype"], row["mode"]
+
+
+def _line(what: str, size: str, dtype: str, mode: str, by_batch: dict[int, tuple[dict, dict]]) -> str:
+    """A row of the table from (published, ours) of every batch."""
+    most = max(by_batch)
+    speeds = [f"{row['images_per_second']:,.1f} images/s" for row in by_batch[most]]
+    times = {batch: f"{published['ms'] / ours['ms']:.2f}×" for batch, (published, ours) in sorted(by_batch.items())}
+    others = ", ".join(f"{batch}: {faster}" for batch, faster in times.items() if batch != most)
+    name = f"CRATE-{size}, {what}, batch {most}, {dtype}, {mode}"
+    return f"| {name} | {speeds[0]} | {speeds[1]} | **{times[most]}** | {others} |"
 
 
 def section(folder: Path) -> str:

@@ -182,7 +182,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--what", type=names, metavar="NAMES", help=f"only these of the suites: of {', '.join(WHATS)}")
     parser.add_argument("--model", type=names, metavar="NAMES", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--batch", type=lambda t: [int(n) for n in t.split(",")], metavar="N,...", help="images of a step")
-    parser.add_argument("--dtype", type=names, metavar="NAMES", help=f"of {', '.join(DTYPES)}; 16 bit means autocast")
+    parser.add_argument(
+        "--dtype", type=names, metavar="NAMES", help=f"of {', '.join(DTYPES)}; 16 bit means autocast, unless pure"
+    )
     parser.add_argument("--mode", type=names, metavar="NAMES", help=f"only these modes: of {', '.join(MODES)}")
     parser.add_argument("--against", type=names, metavar="NAMES", help="peers to measure beside published and crate_fast")
     parser.add_argument("--published", type=Path, metavar="DIR", help="a checkout of the published repository")

@@ -19,7 +19,11 @@ from peers import COMPILED, Peer, in_mode
 from timing import rotated
 
 IMAGE, PATCH, TOKENS, CLASSES = 224, 16, 197, 1000
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "pure bfloat16": torch.bfloat16, "pure float16": torch.float16,
+}  # fmt: skip
+"""By name: 16 bit means autocast, "pure" 16 bit that weights and images are of that dtype themselves."""
 
 
 def largest_batch(size: str) -> int:
@@ -45,6 +49,11 @@ class Workload(NamedTuple):
     def part(self) -> str:
         """ "forward", "backward" or "both"; of whole models "forward" or "both"."""
         return {"inference": "forward", "train": "both"}.get(self.what) or self.what.split()[1]
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether weights and images are 16 bit themselves, without autocast."""
+        return self.dtype.startswith("pure ")
 
     def concerns(self, peer: Peer) -> bool:
         """Whether `peer` does such a thing: operations that are its own, a layer of this architecture, any whole model."""
@@ -91,20 +100,22 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
     if peer.same_function:
         module.load_state_dict(weights)
     module = (module.transformer if workload.suite == "layer" else module).to(device)
+    pure = dtype if workload.is_pure else torch.float32
+    module.to(pure)
     module.train(workload.part != "forward")
     run = in_mode(module, mode)
     shape = (TOKENS, sizes["dim"]) if workload.suite == "layer" else (3, IMAGE, IMAGE)
     wants_gradient = workload.suite == "layer" and workload.part != "forward"
 
     def inputs(batch: int) -> tuple[Tensor, ...]:
-        return (torch.randn(batch, *shape, device=device).requires_grad_(wants_gradient),)
+        return (torch.randn(batch, *shape, device=device).to(pure).requires_grad_(wants_gradient),)
 
     if replays_itself(workload, module, mode):
-        with _autocast(device, dtype):
+        with _autocast(device, workload):
             run = crate_fast.graphed(module, *inputs(workload.batch))
 
     def autocast_run(*tensors: Tensor) -> Tensor:
-        with _autocast(device, dtype):
+        with _autocast(device, workload):
             return run(*tensors)
 
     return Call(autocast_run, inputs, list(module.parameters()), module)
@@ -133,8 +144,9 @@ def _prepare_operation(workload: Workload, function, mode: str, dtype: torch.dty
     return Call(run, inputs, [], None)
 
 
-def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+def _autocast(device: torch.device, workload: Workload) -> AbstractContextManager:
+    dtype = DTYPES[workload.dtype]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32 and not workload.is_pure)
 
 
 def timed_step(workload: Workload, call: Call, device: torch.device, fixed: bool) -> tuple[Callable, Callable]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same is imported where it is 
     from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny, pair
     from .model.cuda_graph import graphed
     from .model.freezing import freeze
+    from .model.linears import as_linears
     from .model.mae import CRATEMAE, mae_crate_base, mae_crate_large, mae_crate_small, mae_crate_tiny
     from .model.transformer import Transformer
     from .modules import Attention, FeedForward, PreNorm
@@ -29,6 +30,7 @@ else:
             "model.crate": ("pair",),
             "model.cuda_graph": ("graphed",),
             "model.freezing": ("freeze",),
+            "model.linears": ("as_linears",),
             "model.mae": ("CRATEMAE", *(f"mae_crate_{size}" for size in MAE_SIZES)),
             "model.transformer": ("Transformer",),
             "modules": ("Attention", "FeedForward", "PreNorm"),
@@ -51,6 +53,7 @@ __all__ = [
     "PreNorm",
     "Transformer",
     "__version__",
+    "as_linears",
     "choose_backend",
     "freeze",
     "functional",

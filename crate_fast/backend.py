@@ -62,6 +62,11 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or _is_in_functorch()
 
 
+def is_batched(gradient: Tensor) -> bool:
+    """Whether it stands for several at once, as in `torch.autograd.grad(is_grads_batched=True)`: no transform tells of that."""
+    return "Batched" in torch._C._dispatch_key_set(gradient)
+
+
 # Constant to torch.compile, which takes what peek gives for an object even where that is None, and guards transforms itself.
 @constant_to_compile
 def _is_in_functorch() -> bool:

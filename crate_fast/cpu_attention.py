@@ -1,12 +1,13 @@
 """MSSA on a CPU: batched products of one tensor with itself, in blocks whose scores stay in the cache.
 
 PyTorch's own attention for CPUs reads query, key and value as if they were three and keeps 16-bit numbers away from the
-processor's matrix instructions. Measured on two cores of an EPYC with AVX-512 and bfloat16, 8 images of CRATE-tiny, in ms:
+processor's matrix instructions. 8 images of CRATE-tiny on two cores of an EPYC with AVX-512 and bfloat16, in ms (float32 as in
+benchmarks/results, 16 bit measured once):
 
     forward, backward      PyTorch's       here
-    float32                4.0, 9.0        3.5, 8.2
-    bfloat16               4.0, 10.1       1.6, 3.4
-    float16                9.3, 57         3.5, 8.2
+    float32                3.0, 7.8        3.4, 7.5
+    bfloat16               4.0, 10.1       1.5, 2.8
+    float16                9.3, 57         3.4, 6.8
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import cpu_product_dtype, is_transformed, without_autocast
+from .backend import cpu_product_dtype, is_batched, is_transformed, without_autocast
 from .operators import operator
 
 BLOCK = 2 << 20
@@ -47,23 +48,29 @@ class _Attention(torch.autograd.Function):
         (w,) = ctx.saved_tensors
         compiled = torch.compiler.is_compiling()
         again = not compiled and torch.is_grad_enabled()
-        if again or is_transformed() or (not compiled and _is_batched(gradient)):
+        if again or is_transformed() or (not compiled and is_batched(gradient)):
             with torch.enable_grad(), without_autocast("cpu"):
                 out = reference.mssa(w, ctx.heads, ctx.scale)
                 return *torch.autograd.grad(out, w, gradient, create_graph=again), None, None
         return _tied_attention_gradient(w, gradient, ctx.heads, ctx.scale), None, None
 
 
-def _is_batched(gradient: Tensor) -> bool:
-    """Whether it stands for several at once, as in `torch.autograd.grad(is_grads_batched=True)`: no transform tells of that."""
-    return "Batched" in torch._C._dispatch_key_set(gradient)
-
-
 def _like(w: Tensor, *_) -> Tensor:
     return torch.empty_like(w, memory_format=torch.contiguous_format)
 
 
-@operator(fake=_like)
+def _attention_flops(w: Tensor, heads: int, scale: float) -> int:
+    return 4 * w.numel() * w.shape[1]
+
+
+def _gradient_flops(w: Tensor, gradient: Tensor, heads: int, scale: float) -> int:
+    """Of five products, the scores again among them, or four where the scores' gradient and its transpose are added first."""
+    dtype, size = cpu_product_dtype(w.dtype), w.shape[1]
+    whole = w.numel() == 0 or 4 * BLOCK // dtype.itemsize // size >= size
+    return 2 * (4 if whole and dtype.itemsize > 2 else 5) * w.numel() * size
+
+
+@operator(fake=_like, flops=_attention_flops)
 def _tied_attention(w: Tensor, heads: int, scale: float) -> Tensor:
     with without_autocast("cpu"):
         x = _by_heads(w, heads)
@@ -74,7 +81,7 @@ def _tied_attention(w: Tensor, heads: int, scale: float) -> Tensor:
         return _by_tokens(out, w, heads)
 
 
-@operator(fake=_like)
+@operator(fake=_like, flops=_gradient_flops)
 def _tied_attention_gradient(w: Tensor, gradient: Tensor, heads: int, scale: float) -> Tensor:
     """With P the probabilities and g the gradient: dw = Pᵀg + scale · (dS + dSᵀ) w, where dS is the scores' through softmax."""
     with without_autocast("cpu"):

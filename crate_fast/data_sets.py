@@ -24,7 +24,7 @@ DATA_SETS = {
     "cifar100": DataSet("60,000 small photographs of 100 kinds of things", "published_sets", finetune="cifar100"),
     "flowers102": DataSet("8,189 photographs of 102 kinds of flowers", "published_sets", finetune="flower"),
     "pets": DataSet("7,349 photographs of 37 breeds of cats and dogs", "published_sets", finetune="pets"),
-    "synthetic": DataSet("numbers by chance in ImageNet's shape, to time the loop", "loader", images=""),
+    "synthetic": DataSet("numbers by chance in ImageNet's shape, to time the loop", "synthetic", images=""),
 }
 """By name; any other `--data` is a folder, of photographs."""
 

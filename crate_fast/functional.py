@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .backend import autocasts, check_tensor, choose_backend, cpu_product_dtype, is_transformed, without_autocast
@@ -84,7 +85,7 @@ def attend(w: Tensor, heads: int, scale: float) -> Tensor:
     """`mssa` on "torch"."""
     if is_transformed():
         return reference.mssa(w, heads, scale)  # neither of the others has a forward mode
-    plain = type(w) in (Tensor, nn.Parameter) and not torch.compiler.is_exporting() and not torch.jit.is_tracing()
+    plain = type(w) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
     if w.device.type == "cpu" and plain:
         return attend_on_cpu(w, heads, scale)
     turned = w.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -136,11 +137,36 @@ def ista_matrix(weight: Tensor, step_size: float) -> Tensor:
     narrow = _training_product_dtype(weight)
     with without_autocast(weight.device.type):
         d = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        if narrow != d.dtype:
-            operand = d.to(narrow)
-            return torch.sub(d, operand.mT @ operand).mul_(step_size)
-        product = torch.addmm if d.dim() == 2 else torch.baddbmm
-        return product(d, d.mT, d, beta=step_size, alpha=-step_size)
+        # A trace knows PyTorch's own operators alone, and a graph for any sizes no function with numbers.
+        plain = not (is_transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling())
+        if d.requires_grad and torch.is_grad_enabled() and plain:
+            return _Matrix.apply(d, step_size, narrow)
+        return _matrix(d, step_size, narrow)
+
+
+def _matrix(d: Tensor, step_size: float, narrow: torch.dtype) -> Tensor:
+    if narrow != d.dtype:
+        operand = d.to(narrow)
+        return torch.sub(d, operand.mT @ operand).mul_(step_size)
+    product = torch.addmm if d.dim() == 2 else torch.baddbmm
+    return product(d, d.mT, d, beta=step_size, alpha=-step_size)
+
+
+class _Matrix(torch.autograd.Function):
+    """M of D, whose gradient η(dM − D(dM + dMᵀ)) is one product, where autograd would take two."""
+
+    @staticmethod
+    def forward(ctx, d: Tensor, step_size: float, narrow: torch.dtype) -> Tensor:
+        ctx.save_for_backward(d)
+        ctx.step_size, ctx.narrow = step_size, narrow
+        return _matrix(d, step_size, narrow)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (d,) = ctx.saved_tensors
+        with without_autocast(d.device.type):
+            product = d.to(ctx.narrow) @ (gradient + gradient.mT).to(ctx.narrow)
+            return (gradient - product) * ctx.step_size, None, None
 
 
 def _training_product_dtype(weight: Tensor) -> torch.dtype:
@@ -167,10 +193,19 @@ def _rectified_product_torch(h: Tensor, matrix: Tensor, shrinkage: float, operan
     if operand == h.dtype == matrix.dtype and not is_transformed():  # vmap knows no product in place with a batch of M
         # The residual goes in as the product's addend: I + M would save its copy, but rounds M to the precision of I.
         rows = h.reshape(-1, h.shape[-1])
-        shrunk = torch.sub(rows, shrinkage).addmm_(rows, matrix)
-        compiled = torch.compiler.is_compiling() and h.device.type == "cpu" and torch.is_grad_enabled()
-        return (_CompiledRelu.apply(shrunk) if compiled else shrunk.relu_()).view(h.shape)
-    return (h + F.linear(h.to(operand), matrix.t().to(operand))).sub_(shrinkage).relu_()
+        shrunk, compiled = torch.sub(rows, shrinkage), torch.compiler.is_compiling()
+        watched = not compiled and is_in_torch_dispatch_mode()  # PyTorch's counter of flops knows no product in place
+        shrunk = shrunk.addmm(rows, matrix) if watched else shrunk.addmm_(rows, matrix)
+        # As F.linear shapes its own: no view to autograd, which FSDP2 warns of where a module returns one. In a trace the shape
+        # of another image has to go in.
+        shrunk = shrunk.view(h.shape) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view(shrunk, h.shape)
+        return (
+            _CompiledRelu.apply(shrunk) if compiled and h.device.type == "cpu" and torch.is_grad_enabled() else shrunk.relu_()
+        )
+    product = F.linear(h.to(operand), matrix.t().to(operand))
+    if operand == h.dtype:  # 16 bit: the threshold is taken off what is small, so that one sum alone is rounded as h is
+        return product.sub_(shrinkage).add_(h).relu_()
+    return torch.add(h, product).sub_(shrinkage).relu_()
 
 
 class _CompiledRelu(torch.autograd.Function):

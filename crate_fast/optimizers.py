@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Build = Callable[..., "Optimizer"]  # of groups of parameters and, by keyword, lr, weight_decay and what `takes` has
 
 
-class Kind(NamedTuple):
+class OptimizerEntry(NamedTuple):
     """An optimizer.
 
     text: what it is, for the help.
@@ -69,10 +69,10 @@ MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
 BETAS = ("beta1", "beta2")
 
 OPTIMIZERS = {
-    "Lion": Kind("arXiv:2302.06675", _lion, frozenset({"exp_avg"}), BETAS, main="Lion", needs="_foreach_sign_"),
-    "AdamW": Kind("arXiv:1711.05101", _adamw, MOMENTS, BETAS, main="AdamW", finetune="adamW"),
-    "Adam": Kind("arXiv:1412.6980", _adam, MOMENTS, BETAS, finetune="adam"),
-    "SGD": Kind(
+    "Lion": OptimizerEntry("arXiv:2302.06675", _lion, frozenset({"exp_avg"}), BETAS, main="Lion", needs="_foreach_sign_"),
+    "AdamW": OptimizerEntry("arXiv:1711.05101", _adamw, MOMENTS, BETAS, main="AdamW", finetune="adamW"),
+    "Adam": OptimizerEntry("arXiv:1412.6980", _adam, MOMENTS, BETAS, finetune="adam"),
+    "SGD": OptimizerEntry(
         "with momentum",
         _sgd,
         frozenset({"momentum_buffer"}),

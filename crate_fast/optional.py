@@ -37,10 +37,20 @@ OTHERS = dict.fromkeys(("cv2", "lion_pytorch", "pydantic", "simplejpeg", "torchv
 TRAIN = tuple(name for name in DISTRIBUTIONS if name not in OTHERS)
 
 
+def missing(error: ModuleNotFoundError) -> MissingPackageError | None:
+    """What `require` says of the package that could not be imported; None if that is no optional one."""
+    name = (error.name or "").partition(".")[0]
+    try:
+        require(*([name] if name in DISTRIBUTIONS else []))
+    except MissingPackageError as needed:
+        return needed
+    return None
+
+
 def require(*modules: str) -> None:
     """Raises MissingPackageError, naming all that is missing, unless every one of `modules` can be imported."""
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        extras = ",".join(sorted({OTHERS.get(name, "train") for name in missing}))
-        names = ", ".join(DISTRIBUTIONS[name] for name in missing)
+    absent = [name for name in modules if find_spec(name) is None]
+    if absent:
+        extras = ",".join(sorted({OTHERS.get(name, "train") for name in absent}))
+        names = ", ".join(DISTRIBUTIONS[name] for name in absent)
         raise MissingPackageError(f"this needs {names}: pip install 'crate-fast[{extras}]'")

@@ -97,10 +97,10 @@ def load(
     """
     require("numpy", "PIL")
     model = load_classifier(source, device=device, weights=weights, **overrides)
-    return Loaded(model, Evaluated(model, source, crop), _names_of(model, source))
+    return Loaded(model, Evaluated(model, source, crop), _class_names(model, source))
 
 
-def _names_of(model: CRATE, source: str | os.PathLike) -> tuple[str, ...]:
+def _class_names(model: CRATE, source: str | os.PathLike) -> tuple[str, ...]:
     """The class names: those stored with the weights, else ImageNet's for 1000 classes, else "class 0" and so on."""
     classes: int = model.mlp_head[1].out_features  # pyright: ignore[reportAssignmentType] (of nn.Linear)
     if model.transform is not None and model.transform.names is not None:

@@ -106,9 +106,11 @@ class Signals:
 
 
 def _write(text: str, tell: bool) -> None:
+    """Writes a line, if this process tells anything."""
     with suppress(OSError):  # nobody reads it
         if tell:
-            os.write(2, as_bytes(text))
+            over = f"\r{text[:-1]:79}\n" if os.isatty(2) else text  # a bar may be there, and the cursor where it begins
+            os.write(2, as_bytes(over))
 
 
 def hear_of_no_process() -> None:

@@ -25,7 +25,10 @@ from .runtime import readable
 from .weight_gradients import weight_gradient
 
 
-@operator(fake=lambda h, matrix, shrinkage: torch.empty_like(h, memory_format=torch.contiguous_format))
+@operator(
+    fake=lambda h, matrix, shrinkage: torch.empty_like(h, memory_format=torch.contiguous_format),
+    flops=lambda h, matrix, shrinkage: 2 * h.numel() * len(matrix),
+)
 def ista_step(h: Tensor, matrix: Tensor, shrinkage: float) -> Tensor:
     """h: (rows, dim); matrix: M (dim, dim) in the operands' dtype. The result has h's dtype."""
     offset = torch.full((h.shape[1],), -shrinkage, dtype=torch.float32, device=h.device)
@@ -36,7 +39,7 @@ def _fake_backward(dy, h, y, matrix):
     return torch.empty_like(h, memory_format=torch.contiguous_format), matrix.new_empty(matrix.shape, dtype=torch.float32)
 
 
-@operator(fake=_fake_backward)
+@operator(fake=_fake_backward, flops=lambda dy, h, y, matrix: 4 * h.numel() * len(matrix))
 def ista_step_backward(dy: Tensor, h: Tensor, y: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(dh, dM): (rows, dim) in h's dtype and (dim, dim) in float32."""
     h, g = readable(h), readable(torch.ops.aten.threshold_backward(dy, y, 0))  # 0 where y <= 0; what relu's own backward is
@@ -53,13 +56,13 @@ class ISTA(torch.autograd.Function):
     def forward(ctx, h: Tensor, m: Tensor, shrinkage: float, operand: torch.dtype) -> Tensor:
         rows = h.reshape(-1, h.shape[-1])
         matrix = m.to(operand)
-        y = ista_step(rows, matrix, shrinkage)
+        y = torch.ops.aten._unsafe_view(ista_step(rows, matrix, shrinkage), h.shape)  # no view to autograd, see layer.py
         ctx.save_for_backward(rows, y, matrix)
-        return y.view(h.shape)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         rows, y, matrix = ctx.saved_tensors
-        dh, dm = ista_step_backward(dy.reshape(rows.shape), rows, y, matrix)
+        dh, dm = ista_step_backward(dy.reshape(rows.shape), rows, y.view(rows.shape), matrix)
         return dh.view(dy.shape), dm, None, None

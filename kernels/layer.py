@@ -26,7 +26,7 @@ from crate_fast.operators import operator
 from .attention import padded_tokens
 from .gradients import Rectified, attention_gradient, column_blocks, norm_data_gradient, row_blocks
 from .linear import Folded, Statistics, empty_moments, linear, norm_linear
-from .mssa import mssa_backward, mssa_forward
+from .mssa import attention_backward_flops, attention_flops, mssa_backward, mssa_forward
 from .stack import StackState, fit_sums
 from .weight_gradients import weight_gradient
 from .weights import NormProduct, finish_layer, prepare_weights
@@ -126,7 +126,12 @@ def _empty_totals(x: Tensor, prepared: list[Tensor]) -> Tensor:
     return x.new_empty(1, row_blocks(prepared[0].t(), batch * tokens), dim, dtype=torch.float32)
 
 
-@operator(fake=_forward_shapes)
+def _forward_flops(x, moments, prepared, *_) -> int:
+    w = x.new_empty(*x.shape[:2], prepared[0].shape[0], device="meta")
+    return 2 * x.numel() * (2 * w.shape[2] + x.shape[2]) + attention_flops(w)
+
+
+@operator(fake=_forward_shapes, flops=_forward_flops)
 def layer_forward(
     x: Tensor,
     moments: Tensor,
@@ -155,7 +160,8 @@ def layer_forward(
     o, lse = mssa_forward(w, heads, scale)
     z = linear(o.view(len(rows), -1), out, x.dtype, offset=out_bias, residual=rows, moments=z_moments)
     y = norm_linear(z, z_moments, ista, norm2_weight, x.dtype, eps_ista, Statistics(mean2, rstd2), y_moments)
-    return w, o, z.view(x.shape), y.view(x.shape), lse, statistics, y_moments, _empty_totals(x, prepared)
+    y = torch.ops.aten._unsafe_view(y, x.shape)  # no view to autograd, which FSDP2 warns of where a layer returns one
+    return w, o, z.view(x.shape), y, lse, statistics, y_moments, _empty_totals(x, prepared)
 
 
 def _backward_shapes(dy, sums, totals, gradient_scale, saved, prepared, weights, below, scale, wanted):
@@ -167,7 +173,13 @@ def _backward_shapes(dy, sums, totals, gradient_scale, saved, prepared, weights,
     return [torch.empty_like(x), *dx_sums, *gradients]
 
 
-@operator(fake=_backward_shapes)
+def _backward_flops(dy, sums, totals, gradient_scale, saved, prepared, weights, below, scale, wanted) -> int:
+    x, w = saved[:2]
+    of_matrices = [2 * x.numel() * w.shape[2], 2 * x.numel() * w.shape[2], 2 * x.numel() * x.shape[2]]
+    return sum(each * (1 + want) for each, want in zip(of_matrices, wanted, strict=True)) + attention_backward_flops(w)
+
+
+@operator(fake=_backward_shapes, flops=_backward_flops)
 def layer_backward(
     dy: Tensor,
     sums: Tensor,

@@ -30,17 +30,30 @@ from .attention_sums import head_products
 from .runtime import readable
 
 
+def attention_flops(w: Tensor) -> int:
+    """Of S and P w, for w of (batch, tokens, heads × width); the same for any number of heads."""
+    return 4 * w.numel() * w.shape[1]
+
+
+def attention_backward_flops(w: Tensor) -> int:
+    """Of S again, do wᵀ, w doᵀ, E w and Pᵀ do."""
+    return 10 * w.numel() * w.shape[1]
+
+
 def _addressable(x: Tensor) -> Tensor:
     """x, or a copy, whose columns and tokens 32 bits address within one image, as the kernels do."""
     return readable(x) if x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
 
 
-@operator(fake=lambda w, heads, scale: empty_results(w, heads))
+@operator(fake=lambda w, heads, scale: empty_results(w, heads), flops=lambda w, *_: attention_flops(w))
 def attend(w: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     return mssa_forward(_addressable(w), heads, scale)
 
 
-@operator(fake=lambda w, o, do, lse, heads, scale: torch.empty_like(w, memory_format=torch.contiguous_format))
+@operator(
+    fake=lambda w, o, do, lse, heads, scale: torch.empty_like(w, memory_format=torch.contiguous_format),
+    flops=lambda w, *_: attention_backward_flops(w),
+)
 def attend_backward(w: Tensor, o: Tensor, do: Tensor, lse: Tensor, heads: int, scale: float) -> Tensor:
     w, do = _addressable(w), _addressable(do)
     return mssa_backward(w, do, lse, head_products(o, do, heads, scale), scale)[0]

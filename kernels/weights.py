@@ -136,9 +136,10 @@ def prepare_weights(
     """
     results = _prepared_shapes(project, gamma1, beta1, out, matrix, gamma2, beta2, operand, shrinkage)
     layers, inner, dim = project.shape
-    programs = layers * (blocks(inner, BLOCK) + 2 * blocks(dim, BLOCK))
+    block = BLOCK if dim % 16 == inner % 16 == 0 else BLOCK // 2  # an address for each element: of 64 × 64 they spill
+    programs = layers * (blocks(inner, block) + 2 * blocks(dim, block))
     weights = (project, gamma1, beta1, out, matrix, gamma2, beta2)
-    launch(_prepare_kernel, programs, weights, results, dim, inner, shrinkage, BLOCK=BLOCK, num_warps=4, num_stages=2)
+    launch(_prepare_kernel, programs, weights, results, dim, inner, shrinkage, BLOCK=block, num_warps=4, num_stages=2)
     return results
 
 

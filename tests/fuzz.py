@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked processes share no threa
 
 import torch
 from helpers import mutations
-from helpers.fuzzed import KINDS, Kind, ending, make_corpus
+from helpers.fuzzed import KINDS, FileKind, ending, make_corpus
 
 from crate_fast import CRATE
 from crate_fast.commands.main import USER_ERRORS, main
@@ -118,7 +118,7 @@ def _wait(process: int, asked: bool) -> tuple[int, resource.struct_rusage, float
         time.sleep(0.002)
 
 
-def _judge(kind: Kind, status: int, usage, text: str) -> str | None:
+def _judge(kind: FileKind, status: int, usage, text: str) -> str | None:
     """What is wrong with an end, in words."""
     lines = [line for line in text.splitlines() if "error:" in line]
     if "Traceback" in text or status in (70, 71):

@@ -23,11 +23,11 @@ from crate_fast.data.augment import (
     strength,
 )
 from crate_fast.data.folder import open_folder
-from crate_fast.data.loader import MEAN, STD
 from crate_fast.data.open import open_data
 from crate_fast.data.order import Plan
 from crate_fast.data.published_sets import SETS
 from crate_fast.data_sets import DATA_SETS, UNCHANGED
+from crate_fast.eval_transform import MEAN, STD
 from crate_fast.processes import ALONE, Ranks
 from crate_fast.training import ConfigError, TrainConfig, UnreadableError, resolve, train
 

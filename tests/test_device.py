@@ -26,9 +26,10 @@ from crate_fast.data.augment import (
 )
 from crate_fast.data.augment_batch import ERASING, Changes, change_each, erased_boxes, fill, mirror
 from crate_fast.data.device_loader import Pictures, Resident, resample
-from crate_fast.data.loader import COLOUR, MEAN, STD
 from crate_fast.data.order import Plan
 from crate_fast.data.philox import CHANGES, CROP, CROP_UNIFORMS, crop_boxes, philox, uniforms
+from crate_fast.data.samples import COLOUR
+from crate_fast.eval_transform import MEAN, STD
 from crate_fast.processes import ALONE, Ranks
 from crate_fast.settings import TrainConfig
 

@@ -29,7 +29,8 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:make|\.venv/bin/[^`\s]+|python|crate-fast) [^`]+)`")
 TOY = ["--dim", "16", "--depth", "2", "--heads", "2", "--dim-head", "8", "--epochs", "1", "--device", "cpu"]
 OTHERS = (
-    "pre-commit", "pip", "pytest", "build", "twine", "venv", "main.py", "finetune.py", "vis_utils/crate_hook.py", "crate_fast.timm",
+    "pre-commit", "pip", "pytest", "build", "twine", "venv",
+    "main.py", "finetune.py", "vis_utils/crate_hook.py", "crate_fast.timm",
 )  # fmt: skip
 """Programs that are not ours; nothing but their names is looked at."""
 

@@ -12,8 +12,8 @@ from PIL import Image
 from crate_fast import CRATE, CheckpointError, load_checkpoint
 from crate_fast.checkpoint import save_checkpoint, save_model
 from crate_fast.checkpoint.start_from import read_weights, start_from
-from crate_fast.data.loader import MEAN, STD, digest
-from crate_fast.eval_transform import Transform, read_transform
+from crate_fast.data.loader import digest
+from crate_fast.eval_transform import MEAN, STD, Transform, read_transform
 from crate_fast.training import ConfigError, metrics
 from crate_fast.training.checkpoints import Checkpoints
 from crate_fast.training.evaluation import evaluate_run
@@ -43,8 +43,11 @@ def shown(monkeypatch, path, folder, **options):
     """The images that `evaluate` shows the model in `path`."""
     seen = []
     real = metrics.evaluate
-    module = "crate_fast.training.evaluation.evaluate"
-    monkeypatch.setattr(module, lambda model, batches, *rest: real(model, (seen.append(b[0]) or b for b in batches), *rest))
+
+    def evaluate(model, batches, *rest, **more):
+        return real(model, (seen.append(b[0]) or b for b in batches), *rest, **more)
+
+    monkeypatch.setattr("crate_fast.training.evaluation.evaluate", evaluate)
     evaluate_run(path, data=str(folder), workers=0, device="cpu", **options)
     return torch.cat(seen)
 

@@ -18,6 +18,7 @@ from crate_fast.commands.main import build_parser, main
 from crate_fast.commands.published_flags import PUBLISHED
 from crate_fast.commands.train import given_settings, warnings_of
 from crate_fast.model import SIZES
+from crate_fast.optimizers import OPTIMIZERS
 from crate_fast.settings import SETTINGS, flag
 from crate_fast.training import ConfigError, TrainConfig, resolve
 from crate_fast.training.resolve import NAMES, describe, read_recipe
@@ -121,6 +122,17 @@ def test_flag_has_its_effect(capsys, command, words, effect):
     else:
         assert warned == []
         assert getattr(config, kind) == value
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_finetune_decays_as_the_users_recipe_says_and_else_with_adamw_alone(tmp_path, optimizer):
+    mine = "\n".join(describe(resolve({}, "finetune"))).replace("weight_decay = 0.01", "weight_decay = 0.05")
+    (tmp_path / "mine.toml").write_text(mine)
+    line = f"finetune --opt {optimizer}"
+    assert parsed(f"{line} --recipe {tmp_path / 'mine.toml'}")[0].weight_decay == 0.05
+    for recipe in ("", " --recipe cifar10-finetune"):
+        assert parsed(line + recipe)[0].weight_decay == (0.01 if optimizer == "AdamW" else 0.0)
+        assert parsed(f"{line}{recipe} --weight-decay 0.3")[0].weight_decay == 0.3
 
 
 def test_all_published_flags_are_tried_and_in_the_documentation():

@@ -20,7 +20,7 @@ from gpu_queue import state as states
 from gpu_queue.queue import SHARDS, Step, queue
 
 ROOT = BENCHMARKS.parent
-FACTS = {"device": "some GPU", "architecture": "sm_90", "torch": "2", "triton": "3", "driver": None}
+MACHINE = {"device": "some GPU", "architecture": "sm_90", "torch": "2", "triton": "3", "driver": None}
 REHEARSED = (
     "parity tiny", "parity base", "train base", "ours alone base", "published alone tiny", "layer and operations tiny",
     "tests 1/1", "graph tiny", "inference graphs tiny", "precision", "tune tiny", "photographs",
@@ -161,7 +161,7 @@ def place(tmp_path, monkeypatch):
     def start(budget: float = 60.0, **steps):
         functions = {name: function for name, (function, _) in steps.items()}
         monkeypatch.setattr(kinds, "KINDS", functions)
-        state = states.State(tmp_path / "state", tmp_path / "scratch", FACTS)
+        state = states.State(tmp_path / "state", tmp_path / "scratch", MACHINE)
         rows = [Step(name, name, {}, needs, work=0.1, seconds=3) for name, (_, needs) in steps.items()]
         where = {"scratch": tmp_path / "scratch", "workers": 1, "rehearse": False, "name": "some GPU"}
         return gpu.run_queue(rows, state, where, time.monotonic() + gpu.MARGIN + budget, False), state
@@ -218,12 +218,12 @@ def test_nothing_is_timed_before_these_kernels_have_passed_and_failures_come_las
 
 
 def test_parity_holds_for_an_architecture_and_times_for_a_device(tmp_path):
-    state = states.State(tmp_path, tmp_path / "scratch", FACTS)
+    state = states.State(tmp_path, tmp_path / "scratch", MACHINE)
     for kind in ("parity", "train"):
         state.add(Step(kind, kind, {}), {"outcome": "passed", "rows": []})
-    other = states.State(tmp_path, tmp_path / "scratch", FACTS | {"device": "another GPU"})
+    other = states.State(tmp_path, tmp_path / "scratch", MACHINE | {"device": "another GPU"})
     assert (other.outcome("parity"), other.outcome("train")) == ("passed", "")
-    newer = states.State(tmp_path, tmp_path / "scratch", FACTS | {"architecture": "sm_100"})
+    newer = states.State(tmp_path, tmp_path / "scratch", MACHINE | {"architecture": "sm_100"})
     assert newer.outcome("parity") == ""
 
 

@@ -19,18 +19,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crate_fast.checkpoint import load_checkpoint
 from crate_fast.data.augment_batch import Changes
 from crate_fast.data.device_loader import Pictures, Resident
-from crate_fast.data.loader import COLOUR, STD, Normalise
+from crate_fast.data.loader import Normalise
 from crate_fast.data.open import Data, open_data
 from crate_fast.data.order import Plan
 from crate_fast.data.pack_encoding import Settings
 from crate_fast.data.pack_folder import open_packs
 from crate_fast.data.pack_loader import Packed
 from crate_fast.data.pack_writer import prepare
+from crate_fast.data.samples import COLOUR
+from crate_fast.eval_transform import STD
 from crate_fast.processes import ALONE
 from crate_fast.training import TrainConfig, resolve, train
 from crate_fast.training.cuda_graphs import Graphed
-from crate_fast.training.ddp import replicate
 from crate_fast.training.loop import NEVER
+from crate_fast.training.parallel.ddp import replicate
 
 CPU = torch.device("cpu")
 DIGITS = dict(image_size=8, dim=16, depth=2, heads=1, dim_head=16, epochs=1, num_threads=1, optimizer="AdamW", lr=1e-3)

@@ -242,3 +242,20 @@ def test_16_bit_layers_are_no_less_precise_on_a_model_trained_on_the_digits(prec
     assert rows["bf16"]["largest"] <= 2, rows
     assert rows["fp16"]["logits"] <= 1, rows
     assert max(rows[row]["median"] for row in ("fp16", "fp16, float16 stream")) <= 1.5, rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_models_that_are_16_bit_themselves_are_no_less_precise_than_the_published_class(published_class, dtype):
+    ratios = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        sizes = {"image_size": 32, "patch_size": 8, "num_classes": 40, "dim": 96, "depth": 6, "heads": 2, "dim_head": 48}
+        published, images = published_class(**sizes).to(dtype).eval(), torch.randn(8, 3, 32, 32).to(dtype)
+        ours, exact = CRATE(**sizes).to(dtype).eval(), published_class(**sizes).double()
+        with torch.inference_mode():
+            errors = []
+            for model in (exact, ours, published):
+                model.load_state_dict(published.state_dict())
+                errors.append(relative(model(images.to(next(model.parameters()).dtype)), exact(images.double())))
+        ratios.append(errors[1] / errors[2])
+    assert torch.tensor(ratios).log().mean().exp() < 1, ratios

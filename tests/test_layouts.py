@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from crate_fast import CRATE, CheckpointError, load_checkpoint, reference
+from crate_fast import CRATE, CheckpointError, inspection, load_checkpoint, reference
 from crate_fast.checkpoint import constructor_arguments, save_model
 from crate_fast.checkpoint.read import read_model
 from crate_fast.checkpoint.start_from import read_weights, start_from
@@ -171,6 +171,32 @@ def test_what_cannot_be_told_apart_is_refused_in_a_line(content, words, tmp_path
     assert str(info.value).startswith(f"{tmp_path / 'x.pth'}: ") and "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize("save", [torch.save, save_file], ids=["archive", "safetensors"])
+def test_weights_under_any_prefix_are_found_and_of_several_the_one_that_is_named(save, tmp_path, capsys):
+    named = {"student.backbone": weights(), "teacher.backbone": weights(1), "head.0": {"bias": torch.zeros(3)}}
+    flat = {f"{prefix}.{name}": value for prefix, values in named.items() for name, value in values.items()}
+    save({name: value for name, value in flat.items() if not name.startswith("teacher")}, tmp_path / "one")
+    assert torch.equal(load_checkpoint(tmp_path / "one", heads=2).cls_token, weights()["cls_token"])
+    assert "left out, not of the model: 1 entries, 'head.0.bias' first" in capsys.readouterr().err
+    save(flat, tmp_path / "both")
+    for name, values in list(named.items())[:2]:
+        assert torch.equal(load_checkpoint(tmp_path / "both", heads=2, weights=name).cls_token, values["cls_token"])
+    status, _, err = call(capsys, "convert", tmp_path / "both", tmp_path / "x.pth", "--heads", "2")
+    assert status == 2 and "('student.backbone', 'teacher.backbone'), and nothing tells which is meant; say which" in err
+    line = ("convert", tmp_path / "both", tmp_path / "x.pth", "--heads", "2", "--overwrite", "--weights")
+    assert call(capsys, *line, "teacher.backbone")[0] == 0
+    status, _, err = call(capsys, *line, "backbone")
+    assert status == 2 and "--weights is 'backbone'; there are 'student.backbone', 'teacher.backbone' in it" in err
+
+
+def test_a_name_of_weights_that_have_none_is_refused(tmp_path):
+    save_model(CRATE(**SMALL), tmp_path / "x.safetensors")
+    torch.save(weights(), tmp_path / "x.pth")
+    for file, words in (("x.safetensors", "one model in it, which has no name"), ("x.pth", "weights without a name")):
+        with pytest.raises(CheckpointError, match=f"--weights is 'student'; there .*{words}"):
+            load_checkpoint(tmp_path / file, heads=2, weights="student")
+
+
 def test_a_file_that_holds_itself_is_read_once(tmp_path):
     content = OrderedDict(a=None)
     content["a"] = content["b"] = {f"{number}": content for number in range(300)}
@@ -181,12 +207,18 @@ def test_a_file_that_holds_itself_is_read_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def demo():
-    """Weights as those of the segmentation demo, and the logits they make."""
+    """Weights as those of the segmentation demo, images, the logits, and the notebook's maps: the class token's attention to
+    the patches, in the last layer, (images, 6, 4)."""
     torch.manual_seed(0)
-    model = reference.CRATE(**DEMO).eval()
-    images = torch.randn(1, 3, 16, 16)
+    model, seen = reference.CRATE(**DEMO).eval(), []
+    images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        return model.state_dict(), images, model(images)
+        for mssa, _ in model.transformer.layers:
+            mssa.fn.qkv.weight *= 0.3  # else the class token looks at itself alone
+        model.transformer.layers[-1][0].fn.qkv.register_forward_hook(lambda _, __, out: seen.append(out))
+        logits = model(images)
+        w = seen[0].unflatten(-1, (6, 128)).transpose(1, 2)
+        return model.state_dict(), images, logits, torch.softmax(w @ w.mT * 128**-0.5, dim=-1)[:, :, 0, 1:]
 
 
 HEAD = {"head.weight": torch.zeros(21842, 768), "head.bias": torch.zeros(21842)}
@@ -194,7 +226,7 @@ HEAD = {"head.weight": torch.zeros(21842, 768), "head.bias": torch.zeros(21842)}
 
 @pytest.mark.parametrize("beside", [HEAD, {}], ids=["with the head", "without"])
 def test_the_segmentation_demo_has_six_heads(demo, beside, tmp_path, capsys):
-    values, images, logits = demo
+    values, images, logits, maps = demo
     torch.save({"model": under("module.", values | beside)}, tmp_path / "demo.pth")
     model = load_checkpoint(tmp_path / "demo.pth")
     assert (model.transformer.heads, model.patch_size, model.transform) == (6, (8, 8), None if beside else model.transform)
@@ -202,6 +234,9 @@ def test_the_segmentation_demo_has_six_heads(demo, beside, tmp_path, capsys):
     assert "heads=6" in said and ("'head' beside 'mlp_head'" in said) == bool(beside)
     with torch.no_grad():
         torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
+    drawn = inspection.attention_maps(model, images, [-1])[0].flatten(-2)
+    torch.testing.assert_close(drawn, maps, rtol=1e-4, atol=1e-6)
+    assert maps.min() > 0.01  # there is something to see
 
 
 def test_what_tells_the_demo_from_the_base_model_is_asked_for(demo, tmp_path):

@@ -73,3 +73,14 @@ def test_case_does_not_matter_in_names():
     assert parse(["Evaluate", "run", "--precision", "FLOAT32", "--arch", "crate_TINY"]).precision == "float32"
     assert parse(["train", "--augment", "RandAugment", "--arch", "crate_tiny", "--optimizer", "lion"]).augment == "randaugment"
     assert parse(["train", "--arch", "CRATE_Base"]).arch == "CRATE_base"
+
+
+@pytest.mark.parametrize("words", [["train"], ["finetune"], ["evaluate", "run"]], ids=" ".join)
+def test_a_bare_install_names_the_extra_that_a_command_needs(words):
+    absent = ("PIL", "numpy", "sklearn", "torchvision")
+    code = f"import sys; sys.modules |= dict.fromkeys({absent})\n"
+    code += f"from crate_fast.commands.main import main; sys.exit(main({words}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("crate-fast: error: this needs ")
+    assert done.stderr.splitlines()[-1].endswith(": pip install 'crate-fast[train]'")

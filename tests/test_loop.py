@@ -19,10 +19,10 @@ from crate_fast.optimizers import OPTIMIZERS
 from crate_fast.processes import ALONE, Ranks
 from crate_fast.signals import Signals
 from crate_fast.training import TrainConfig, TrainingError, train
-from crate_fast.training.ddp import Flat
 from crate_fast.training.loop import Trainer
 from crate_fast.training.mixing import mix
 from crate_fast.training.optimizer import finetune_factor, learning_rate_at, main_factor
+from crate_fast.training.parallel.ddp import Flat
 from crate_fast.training.run import build_model
 
 SMALL = TrainConfig(
@@ -63,7 +63,7 @@ import sys, torch
 from test_loop import make_trainer, step
 from crate_fast.data.order import make_plan
 from crate_fast.processes import process_group, read_ranks
-from crate_fast.training.ddp import replicate
+from crate_fast.training.parallel.ddp import replicate
 
 ranks = read_ranks()
 with process_group(ranks, torch.device("cpu")):

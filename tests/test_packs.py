@@ -25,8 +25,8 @@ from crate_fast.data import pack_writer
 from crate_fast.data.folder import open_folder
 from crate_fast.data.pack_encoding import Settings
 from crate_fast.data.pack_file import HEADER_SIZE, INDEX, JPEG, Encoded, Pack, PackError, Unreadable, write_pack
-from crate_fast.data.pack_folder import Split, open_packs
-from crate_fast.data.pack_writer import prepare, verify
+from crate_fast.data.pack_folder import Split, open_packs, verify
+from crate_fast.data.pack_writer import prepare
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from conftest import call
 from PIL import Image
 
-from crate_fast.data import loader
+from crate_fast.data import samples
 from crate_fast.data.folder import open_folder
 from crate_fast.data.open import open_data
 from crate_fast.data.pack_encoding import Settings, encode
@@ -22,6 +22,7 @@ from crate_fast.processes import ALONE
 from crate_fast.settings import ConfigError
 from crate_fast.training.resolve import resolve
 from crate_fast.training.run_directory import RunDirectory
+from crate_fast.training.same_data import check_same_data, warn_of_reader
 
 SIDE = 8
 GREY = np.linspace(0, 255, SIDE * SIDE).round().reshape(SIDE, SIDE)  # a ramp from black to white
@@ -118,7 +119,7 @@ def everywhere(path):
         (root / split / "a").mkdir(parents=True)
         (root / split / "a" / path.name).write_bytes(path.read_bytes())
     train, val, _ = open_folder(root)
-    whole = loader.TestSamples(val, val.read(0).size[::-1], 0.0)[0].pixels
+    whole = samples.TestSamples(val, val.read(0).size[::-1], 0.0)[0].pixels
     packed = encode(str(path), path.name, 0, True, Settings(short_side=0, raw=True))
     stored = np.frombuffer(packed.content, np.uint8).reshape(packed.height, packed.width, 3)
     return [np.asarray(train.read(0)), whole, stored, np.asarray(read_photo(path))]
@@ -217,14 +218,14 @@ def test_a_run_begun_when_folders_were_counted_otherwise_says_how_to_go_on(folde
     before = {name: value for name, value in now.items() if name != "reader"} | {"train_images": 7}
     run.config.write_text(json.dumps({"data": before}))
     with pytest.raises(ConfigError, match=r"training images is another \(4, not 7\).*--data and a folder of just the images"):
-        run.check_same_data(now)
-    run.warn_of_reader(now)
+        check_same_data(run, now)
+    warn_of_reader(run, now)
     assert "does not go on to the same bits" in capsys.readouterr().err
     run.config.write_text(json.dumps({"data": now | {"train_images": 7}}))
-    run.warn_of_reader(now)
+    warn_of_reader(run, now)
     assert not capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"\(4, not 7\)$"):
-        run.check_same_data(now)
+        check_same_data(run, now)
 
 
 def test_packs_begun_before_are_not_mixed_with_others(folder, tmp_path, capsys):

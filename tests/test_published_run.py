@@ -12,18 +12,8 @@ from crate_fast import load_checkpoint
 
 MODEL = ["--dim", "16", "--depth", "1", "--heads", "2", "--dim-head", "8"]
 HOW = [
-    "--num-threads",
-    "1",
-    "--device",
-    "cpu",
-    "--epochs",
-    "3",
-    "--schedule",
-    "main-epoch",
-    "--checkpoint-every",
-    "1",
-    "--keep-checkpoints",
-    "9",
+    *("--num-threads", "1", "--device", "cpu", "--epochs", "3", "--schedule", "main-epoch"),
+    *("--checkpoint-every", "1", "--keep-checkpoints", "9"),
 ]
 
 
@@ -164,3 +154,15 @@ def test_finetune_py_finds_every_name(run, tmp_path, capsys):
     for source in (path, path / "model.safetensors"):
         assert call(capsys, "convert", source, tmp_path / "x.pth.tar", "--overwrite")[0] == 0
         assert all(name.startswith("module.") for name in torch.load(tmp_path / "x.pth.tar")["state_dict"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "none", "_orig_mod."])
+def test_a_file_is_said_to_be_for_the_scripts_that_take_it(run, prefix, tmp_path, capsys):
+    path, kind, _, _ = run
+    for source, main in ((path, f"for main.py --resume with --optimizer {kind} "), (path / "model.safetensors", None)):
+        target = tmp_path / "x.pth.tar"
+        status, out, _ = call(capsys, "convert", source, target, "--prefix", prefix, "--overwrite")
+        assert (status, "not for finetune.py --ckpt_dir" in out) == (0, prefix != "module.")
+        assert "for finetune.py --ckpt_dir" in out
+        if main is not None:
+            assert (main in out, " on a CPU or one --gpu" in out) == (prefix != "_orig_mod.", prefix == "none")

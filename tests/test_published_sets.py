@@ -17,7 +17,8 @@ from helpers.serving import served
 from torchvision.datasets import Flowers102
 
 from crate_fast import load
-from crate_fast.data import download
+from crate_fast.data import download, published_sets
+from crate_fast.data.device_loader import Pictures
 from crate_fast.data.open import open_data
 from crate_fast.data.published_sets import SETS, open_published
 from crate_fast.files import remove
@@ -189,6 +190,13 @@ def test_damaged_files_are_named(copy, place):
         (copy / place).write_bytes(change((copy / place).read_bytes()))
     name = "cifar10" if "cifar" in place else "flowers102" if "flower" in place else "pets"
     assert re.search(words, refusal(name, copy))
+
+
+def test_a_label_too_many_is_named_as_the_files_count_it(monkeypatch, tmp_path):
+    for name, words in (("cifar10", "the label 10; cifar10 has 0 to 9"), ("pets", "the label 38; pets has 1 to 37")):
+        wrong = Pictures(np.zeros((1, 2, 2, 3), np.uint8), [SETS[name].classes])
+        monkeypatch.setattr(published_sets, "_bring_and_open", lambda *_, wrong=wrong: (wrong, wrong, None))
+        assert words in refusal(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -15,6 +15,7 @@ from dataclasses import replace
 import kill
 import pytest
 import torch
+from conftest import call
 
 from crate_fast.checkpoint.read import CheckpointError, read_checkpoint
 from crate_fast.commands.main import main
@@ -22,11 +23,12 @@ from crate_fast.locks import unlock
 from crate_fast.settings import SETTINGS
 from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, train
 from crate_fast.training.loop import Trainer
+from crate_fast.training.resolve import describe
 from crate_fast.training.run_directory import RunDirectory
 
 SMALL = TrainConfig(
     **dict(image_size=8, dim=16, depth=1, heads=1, dim_head=16, device="cpu", num_threads=1, batch_size=256, epochs=4),
-    **dict(checkpoint_every=1, log_every=2, ema=0.9, mixup=0.2, dropout=0.1, accumulate=2, last_batch="keep"),
+    **dict(checkpoint_every=1, log_every=2, ema=0.9, mixup=0.2, dropout=0.1, drop_path=0.2, accumulate=2, last_batch="keep"),
 )
 
 
@@ -216,7 +218,7 @@ def test_a_run_goes_on_from_an_older_checkpoint(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     run, _ = train(SMALL, resume=str(tmp_path / "run" / "checkpoints" / "step-00000018.pt"))
     assert same_end(run, finished)
-    assert read_checkpoint(run.last_checkpoint)["step"] == 24
+    assert read_checkpoint(run.checkpoints / "last.pt")["step"] == 24
     names = {path.name.partition(".")[2].partition("-")[0] for path in run.checkpoints.glob("step-*")}
     assert names == {"pt", "left"}
 
@@ -227,7 +229,7 @@ def test_the_newest_and_the_best_are_kept(finished):
     rows = [row for row in finished.read_metrics() if row["split"] == "test"]
     best = max(rows, key=lambda row: row["top1"])
     assert read_checkpoint(finished.checkpoints / "best.pt")["epoch"] == best["epoch"]
-    assert read_checkpoint(finished.last_checkpoint)["step"] == 24
+    assert read_checkpoint(finished.checkpoints / "last.pt")["step"] == 24
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
@@ -261,6 +263,41 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 def test_a_resumed_run_keeps_its_settings(finished, given, words):
     with pytest.raises(ConfigError, match=words):
         train(replace(SMALL, **given), given=given, resume=str(finished.path))
+
+
+def test_a_resumed_run_stays_in_its_directory(finished, tmp_path):
+    (tmp_path / "link").symlink_to(finished.path)
+    before = contents(finished)
+    for resume in (finished.path, finished.checkpoints / "step-00000024.pt"):
+        for out in (tmp_path / "new", tmp_path, finished.checkpoints):
+            with pytest.raises(ConfigError, match=re.escape(f"--out is {out} and --resume is {resume}; ")):
+                train(replace(SMALL, out=str(out)), resume=str(resume))
+    assert contents(finished) == before and not (tmp_path / "new").exists()
+    for out in (finished.path, tmp_path / "link", os.path.relpath(finished.path)):
+        run, _ = train(replace(SMALL, out=str(out)), resume=str(finished.path))
+        assert run.path == finished.path
+
+
+def test_one_command_line_starts_a_run_by_a_recipe_and_goes_on_with_it(tmp_path, capsys):
+    """As examples/slurm.sh has it; and what the recipe says otherwise by then is not passed over."""
+    recipe, out = tmp_path / "mine.toml", tmp_path / "run"
+    recipe.write_text("\n".join(describe(replace(SMALL, epochs=1))))
+    line = ("train", "--resume", "auto", "--recipe", recipe, "--out", out, "--precision", "auto")
+    for words in (" 6 steps\n", "going on after step 6 of 6"):
+        status, told, error = call(capsys, *line)
+        assert status == 0 and words in told, error
+    recipe.write_text(recipe.read_text().replace("dropout = 0.1", "dropout = 0.2"))
+    status, _, error = call(capsys, *line)
+    assert status == 2 and f"--dropout is 0.2; the run in {out} was started with 0.1" in error
+
+
+def test_evaluating_in_the_way_of_main_names_what_it_leaves_aside(finished, capsys):
+    line = ("train", "--evaluate", "--resume", finished.path, "--device", "cpu")
+    status, _, error = call(capsys, *line, "--lr", 1, "--out", "there", "--recipe", "digits")
+    assert status == 0
+    assert error.splitlines()[0] == "crate-fast: warning: --lr, --out and --recipe have no effect: --evaluate trains nothing"
+    status, _, error = call(capsys, *line, "--init", "weights.pth")
+    assert status == 2 and f"--resume is {finished.path} and --init is weights.pth; --evaluate takes one" in error
 
 
 def test_a_run_of_before_has_switches_in_words_and_goes_on(finished, tmp_path):
@@ -306,6 +343,8 @@ def test_a_run_in_use_is_refused(finished, tmp_path):
 def test_resume_names_what_it_needs(finished, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="--out is not given"):
         train(SMALL, resume="auto")
+    with pytest.raises(ConfigError, match="absent, which is not there"):
+        train(SMALL, resume=str(tmp_path / "absent"))
     with pytest.raises(ConfigError, match="neither a run directory nor a checkpoint"):
         train(SMALL, resume=str(tmp_path))
     monkeypatch.setenv("RANK", "0")

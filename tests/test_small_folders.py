@@ -1,8 +1,10 @@
 """Training on one folder of classes: what is held out, how a small folder is read, and which recipe a newcomer gets."""
 
 import json
+import re
 import shutil
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from conftest import call
 from helpers.pictures import make_folder
 
+from crate_fast.commands.train import warnings_of
 from crate_fast.data.folder import divide_folder
 from crate_fast.data.loader import cores, workers_of
 from crate_fast.data.open import open_data
@@ -77,6 +80,24 @@ def test_images_that_are_kept_are_read_once_and_give_the_same_every_epoch(folder
     assert torch.equal(*seen)
     plain = open_data(replace(config, keep_short_side=0), torch.device("cpu"), ALONE)
     assert torch.equal(torch.cat([images for images, _ in plain.test_batches(4, ALONE)]), seen[0])  # evaluation is as ever
+
+
+@pytest.mark.parametrize(
+    ("recipe", "named"),
+    [("main", {"prepare", "--workers", "--data"}), ("photos", {"--image-size", "--keep-short-side", "--augment"})],
+)
+def test_advice_names_what_helps(folder, recipe, named):
+    """Images that are kept in memory are read by this process alone, and no pack is quicker than that."""
+    config = resolve({"data": str(folder), "workers": 0}, recipe)
+    advice = open_data(config, torch.device("cpu"), ALONE).advice
+    assert set(re.findall("prepare|--[a-z-]+", advice or "")) == named
+
+
+def test_workers_that_are_not_used_are_told(folder, capsys):
+    config = resolve({"data": str(folder), "workers": 3}, "photos")
+    arguments = Namespace(ignored=[])
+    assert ["--workers has no effect" in line for line in warnings_of(arguments, {"workers": 3}, config)] == [True]
+    assert warnings_of(arguments, {"workers": 3}, replace(config, keep_short_side=0)) == []
 
 
 def test_no_more_processes_read_than_there_are_cores(recwarn, folder):

@@ -1,5 +1,6 @@
 """CRATE in timm: the contract of timm's own tests/test_models.py, CRATE's numbers and kernels, weights from anywhere."""
 
+import importlib
 import re
 import sys
 
@@ -16,9 +17,9 @@ import crate_fast
 import crate_fast.timm
 from crate_fast import CRATE, CheckpointError, load_checkpoint
 from crate_fast.checkpoint import save_model
-from crate_fast.data.loader import MEAN, STD
-from crate_fast.eval_transform import Transform
+from crate_fast.eval_transform import MEAN, STD, Transform
 from crate_fast.kernels import runtime
+from crate_fast.optional import MissingPackageError
 from crate_fast.reference import CRATE as Published
 from crate_fast.sizes import SIZES
 from crate_fast.timm.__main__ import main as run_script
@@ -344,6 +345,13 @@ def test_a_script_of_timms_knows_the_names(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "__main__ ['--flag', '3'] beside 7\n"
     assert run_script([]) == 2 and run_script(["none.py"]) == 2
     assert re.fullmatch("nothing to run; it must be a script.*\nnone.py: no such file; it must.*\n", capsys.readouterr().err)
+
+
+def test_without_timm_it_is_said_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("crate_fast.optional.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "crate_fast.timm")
+    with pytest.raises(MissingPackageError, match=r"this needs timm: pip install 'crate-fast\[timm\]'"):
+        importlib.import_module("crate_fast.timm")
 
 
 WRONG = {

@@ -200,7 +200,7 @@ def test_metrics(finished):
 
 def test_evaluation_repeats_the_run(finished):
     run, score = finished
-    for path in (run.path, run.model, run.last_checkpoint):
+    for path in (run.path, run.model, run.checkpoints / "last.pt"):
         assert evaluate_run(path, device="cpu") == score
     other = evaluate_run(run.path, device="cpu", backend="reference", batch_size=7)
     assert other.count == 360
@@ -209,7 +209,7 @@ def test_evaluation_repeats_the_run(finished):
 
 def test_last_checkpoint_is_the_model(finished):
     run, _ = finished
-    checkpoint, model = read_checkpoint(run.last_checkpoint), load_checkpoint(run.model)
+    checkpoint, model = read_checkpoint(run.checkpoints / "last.pt"), load_checkpoint(run.model)
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 10)
     assert len(checkpoint["optimizer"]["state"]) == len(list(model.parameters()))
     for key, value in model.state_dict().items():

@@ -12,7 +12,12 @@ from conftest import DTYPES, HALVES
 
 from crate_fast import CRATE, reference
 from crate_fast.commands import tune
+from crate_fast.device import Compute
+from crate_fast.kernels import shapes as kept_shapes
 from crate_fast.kernels import tuning
+from crate_fast.processes import ALONE
+from crate_fast.training import TrainConfig
+from crate_fast.training.circumstances import circumstances, warn_of_changes
 from ties import recorded, resolved
 
 # 70 tokens: a full block of 64 rows and a narrow one; a head of 80 in two parts; widths that are no multiple of a block
@@ -130,6 +135,46 @@ def test_the_fastest_is_stored_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert tuning.attention("mssa_backward", torch.float32, 32, torch.device("cuda")) == winners[name]
     assert tuning.attention("mssa_backward", torch.float32, 64, torch.device("cuda")) != winners[name]
+
+
+def looked_up(monkeypatch, **sizes) -> list[str]:
+    """Under what names a training step of such a model asks for shapes, in 16 bit and in float32."""
+    names, lookup = {}, tuning._lookup
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "_lookup", lambda *of: names.setdefault(of[5]) or lookup(*of))
+        kept_shapes.forget()
+        for dtype in (torch.float16, None):
+            model = CRATE(image_size=8, patch_size=4, num_classes=2, depth=2, backend="triton", **sizes)
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                model(torch.randn(2, 3, 8, 8)).float().square().sum().backward()
+        kept_shapes.forget()
+    return list(names)
+
+
+def test_a_run_tells_whether_it_has_the_measured_shapes_that_it_began_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    settings, compute = TrainConfig(dim=48, heads=2, dim_head=16), Compute(torch.device("cuda"), "float16")
+
+    def now(fused: bool = True) -> dict:
+        return circumstances(settings, compute, ALONE, fused=fused)
+
+    before, one, another = now(), tuning.Config(64, 64, 32, 4, 2), tuning.Config(64, 64, 32, 4, 3)
+    assert before["measured_shapes"] is None
+    tuning.store("another GPU", {tuning.key("ista", torch.float16, 48, 48): one})
+    tuning.store("some GPU", {tuning.key("ista", torch.float16, 96, 96): one})  # of a model of another size
+    assert now() == before
+    found = [before["measured_shapes"]]
+    for name in looked_up(monkeypatch, dim=48, heads=2, dim_head=16):
+        for shape in (one, another):
+            tuning.store("some GPU", {name: shape})
+            found.append(now()["measured_shapes"])
+    assert len(set(found)) == len(found) > 20
+    assert now(fused=False) == before  # PyTorch computes
+    warn_of_changes(before, before)
+    assert capsys.readouterr().err == ""
+    warn_of_changes(before, now())
+    assert f"measured shapes was none and is {found[-1]}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -21,20 +22,8 @@ from crate_fast.inspection import figures, photos
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
 RUN = [
-    "--epochs",
-    "1",
-    "--dim",
-    "32",
-    "--depth",
-    "2",
-    "--heads",
-    "2",
-    "--dim-head",
-    "16",
-    "--device",
-    "cpu",
-    "--num-threads",
-    "1",
+    *("--epochs", "1", "--dim", "32", "--depth", "2", "--heads", "2", "--dim-head", "16"),
+    *("--device", "cpu", "--num-threads", "1"),
 ]
 
 
@@ -83,6 +72,19 @@ def test_inspect_takes_the_batch_that_the_published_hook_takes(place, tmp_path, 
         torch.save(content, tmp_path / "wrong.pt")
         status, _, error = call(capsys, "inspect", place / "colour.safetensors", "--images", tmp_path / "wrong.pt", *flags[2:])
         assert (status, error.count("\n"), "wrong.pt" in error) == (2, 1, True), error
+
+
+def test_inspect_takes_a_folder_whatever_its_name_and_says_what_is_missing(place, tmp_path, capsys):
+    folder = shutil.copytree(place / "photos", tmp_path / "photos.pt")
+    line = ("inspect", place / "colour.safetensors", "--out", tmp_path / "out", "--images")
+    assert call(capsys, *line, folder)[::2] == (0, "")
+    for name, words in (
+        ("no.pt", "No such file or directory"),
+        ("no", "no such directory"),
+        ("photos.pt/china.JPG", "a file, no"),
+    ):
+        status, _, error = call(capsys, *line, tmp_path / name)
+        assert status == 2 and error.startswith(f"crate-fast: error: {tmp_path / name}: {words}"), error
 
 
 def test_components_are_drawn_of_the_layer_facet_and_foreground_asked_for(place, tmp_path, capsys):

@@ -26,18 +26,8 @@ SMALL = ["--epochs", "2", "--num-threads", "1", "--device", "cpu", "--dim", "16"
 
 
 def test_a_run_is_watched(tmp_path, capsys):
-    words = [
-        "train",
-        *SMALL,
-        "--tensorboard",
-        "--profile",
-        "--peak-tflops",
-        "0.5",
-        "--log-every",
-        "5",
-        "--out",
-        tmp_path / "run",
-    ]
+    watched = ("--tensorboard", "--profile", "--peak-tflops", "0.5", "--log-every", "5")
+    words = ["train", *SMALL, *watched, "--out", tmp_path / "run"]
     status, _, err = call(capsys, *words)
     assert (status, "no trace" in err) == (0, False)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

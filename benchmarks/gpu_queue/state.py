@@ -19,7 +19,10 @@ from .cache import kernels, pack, unpack
 from .queue import Step
 
 ROOT = Path(__file__).parents[2]
-LAUNCHERS = ("backend.py", "functional.py", "operators.py", "reference.py", "model/*.py", "modules/*.py")
+LAUNCHERS = (
+    "backend.py", "cpu_attention.py", "functional.py", "operators.py", "ranges.py", "reference.py",
+    "model/*.py", "modules/*.py",
+)  # fmt: skip
 """The files of crate_fast that decide which kernels are launched, and how, and the mathematics they are held to."""
 DONE = ("passed", "unavailable")
 """Outcomes that are not tried again: measured, or it needs something that is not there."""

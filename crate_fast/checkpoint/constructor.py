@@ -1,16 +1,30 @@
-"""The arguments of `CRATE` that build a model like the one at hand."""
+"""The arguments of `CRATE` that build a model like the one at hand, and the model that arguments and weights build."""
 
 from __future__ import annotations
 
-from ..files import first_line
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..files import first_line, shown
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 from ..model.transformer import layers_of
 from ..modules.step import PUBLISHED_STEP
+from .mae import LAYERS, MAE_ARGUMENTS, depth_of
 
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
 ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd", "step")
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHANGED = "the model was changed after it was built"
+OF_CRATE = CRATE.__name__, ARGUMENTS, {"depth": "transformer.layers."}
+OF_MAE = CRATEMAE.__name__, MAE_ARGUMENTS, LAYERS
+Built = TypeVar("Built", CRATE, CRATEMAE)
 
 
 def constructor_arguments(model: CRATE) -> dict:
@@ -57,3 +71,62 @@ def _layer_arguments(attention, step) -> dict:
         "ista": float(step.step_size),
         "lambd": float(step.lambd),
     } | ({} if step.name == PUBLISHED_STEP else {"step": step.name})
+
+
+def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[Built] = CRATE) -> Built:
+    """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
+    name, taken, layers = OF_MAE if issubclass(kind, CRATEMAE) else OF_CRATE
+    if not isinstance(arguments, dict) or not set(arguments) <= set(taken):
+        raise CheckpointError(f"{path}: its metadata does not hold arguments of {name}: {shown(arguments)}")
+    check_floating(path, weights)
+    arguments = arguments | overrides
+    number = next((each for each in ("ista", "lambd") if not _is_size(arguments.get(each, 0.0))), None)
+    if number is not None:
+        words = f"its argument {number} is {shown(arguments[number])}; it must be a finite number, at least 0"
+        raise CheckpointError(f"{path}: {words}")
+    # Before anything is built: a false depth could keep the constructor busy for ever.
+    for depth, prefix in layers.items():
+        count = depth_of(weights, prefix)
+        if arguments.get(depth) != count:
+            raise CheckpointError(f"{path}: it has the weights of {count} layers; {depth} is {shown(arguments.get(depth))}")
+    try:
+        model = skeleton(arguments, kind)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: its arguments build no {name} ({first_line(error)})") from error
+    difference = difference_of(model, weights)
+    if difference:
+        raise CheckpointError(f"{path}: {difference}")
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def check_floating(path: Path, weights: dict) -> None:
+    """Raises CheckpointError where one of the weights is no tensor that a model computes with, such as a quantised one."""
+    wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def skeleton(arguments: dict, kind: type[Built] = CRATE) -> Built:
+    """The model without memory for its weights, and without drawing them."""
+    with torch.device("meta"):
+        return kind(**arguments)
+
+
+def difference_of(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
+    """The first thing in which names and shapes of `weights` are not those of `model`, in words; None if nothing."""
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(weights))
+    surplus = sorted(set(weights) - set(expected), key=str)
+    if missing:
+        return f"{len(missing)} weights are missing, {missing[0]!r} first"
+    if surplus:
+        return f"{len(surplus)} weights do not belong to the model, {surplus[0]!r} first"
+    for key, value in expected.items():
+        if weights[key].shape != value.shape:
+            return f"{key!r} has shape {tuple(weights[key].shape)}; it must be {tuple(value.shape)}"
+    return None

@@ -2,7 +2,8 @@
 
 It holds tensors alone, under "model", "optimizer" and "ema"; beside them lies `state.pt`, an archive of plain values with the
 constructor's arguments, and the length and CRC-32 of every other file, which PyTorch looks at no more than it keeps them.
-PyTorch's table of the parts is a pickle. It is read here first, by a reader that admits what such a table is made of.
+PyTorch's table of the parts is a pickle. It is read here first, by a reader that admits what such a table is made of. Folders
+that others wrote by `torch.distributed.checkpoint.save` have no `state.pt`; of them the weights alone are read.
 """
 
 from __future__ import annotations
@@ -11,22 +12,25 @@ import math
 import pickle
 import warnings
 import zlib
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path, PureWindowsPath
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..files import check_regular, first_line
 from .pickles import AdmittingUnpickler
+from .unfinished import NUMBERED
 
 SUFFIX = ".dcp"
 STATE, TABLE = "state.pt", ".metadata"
 BLOCK = 1 << 24
 _RECORDS = ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata")
+_DTYPES = sorted({str(each).removeprefix("torch.") for each in vars(torch).values() if isinstance(each, torch.dtype)})
 ADMITTED = (
-    *(("torch.distributed.checkpoint.metadata", name) for name in (*_RECORDS, "_MEM_FORMAT_ENCODING")),
-    *(("torch", name) for name in ("Size", "float64", "float32", "bfloat16", "float16", "int64")),
+    *(("torch.distributed.checkpoint.metadata", name) for name in (*_RECORDS, "BytesStorageMetadata", "_MEM_FORMAT_ENCODING")),
+    *(("torch", name) for name in ("Size", *_DTYPES)),
     *(("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")),
     *(("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")),
 )
@@ -72,6 +76,51 @@ def find_parts(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in read_table(path / TABLE).state_dict_metadata}
 
 
+def is_of_others(path: Path) -> bool:
+    """Whether the checkpoint in parts `path` is none of ours: it has no `state.pt`, nor a name of those that have one."""
+    return not (path / STATE).exists() and not NUMBERED.fullmatch(path.resolve().name)
+
+
+def tensors_of_others(path: Path) -> tuple[dict, dict[int, str]]:
+    """(what was saved in a folder that others wrote, dictionaries in one another, with its tensors alone and without their
+    values; by the id of each its name in the folder); raises as `read_tensors`."""
+    table, content, names = read_table(path / TABLE, others=True), {}, {}
+    places = table.__dict__.get("planner_data")
+    for name, entry in table.state_dict_metadata.items():
+        if not _is_entry(name, entry):
+            continue  # a pickle of something else
+        try:
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # pyright: ignore[reportAttributeAccessIssue]
+        except (RuntimeError, TypeError) as error:
+            raise DamagedError(f"{TABLE} tells of something else than tensors ({_reason(error)})") from error
+        names[id(tensor)] = name
+        *outer, last = _keys(places, name)
+        inner = content
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = tensor
+    return content, names
+
+
+def _keys(places: Any, name: str) -> list:
+    """The keys under which the tensor `name` was saved: its name where the table does not tell them."""
+    keys = places.get(name) if isinstance(places, dict) else None
+    if isinstance(keys, tuple) and keys and all(type(key) in (str, int) for key in keys) and ".".join(map(str, keys)) == name:
+        return list(keys)
+    return [name]
+
+
+def read_named(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
+    """Tensors of a folder, whole and on the CPU, by other names: `names` has those in the folder by them; raises as
+    `read_tensors`."""
+    table = read_table(path / TABLE, others=True)
+    _check_tensors(path, table, names.values())
+    entries: dict[str, Any] = {name: table.state_dict_metadata[name] for name in names.values()}
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    _load(path, table, tensors, no_dist=True)
+    return {own: tensors[name] for own, name in names.items()}
+
+
 def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
     """All tensors under "model", "optimizer" or "ema", whole and on the CPU, by their names; none where there is no such part.
 
@@ -94,27 +143,27 @@ def load_parts(path: Path, parts: dict[str, dict], **options) -> dict[str, dict]
 
     Raises: as `read_tensors`.
     """
+    table = read_table(path / TABLE)
+    _check_tensors(path, table, [name for name in table.state_dict_metadata if name.partition(".")[0] in parts])
+    for tensors in parts.values():
+        tensors |= {n: torch.empty_like(t, device="cpu") for n, t in tensors.items() if isinstance(t, Tensor) and t.is_meta}
+    _load(path, table, parts, **options)
+    return parts
+
+
+def _load(path: Path, table, state: dict, **options) -> None:
+    """Fills the tensors of `state` with those of a folder whose `table` was checked."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
-    table = read_table(path / TABLE)
-    try:
-        for name, entry in table.state_dict_metadata.items():
-            if name.partition(".")[0] in parts:
-                _check_chunks(path, name, entry, table.storage_data)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise DamagedError(f"{TABLE} tells of something else than tensors ({_reason(error)})") from error
-    for tensors in parts.values():
-        tensors |= {n: torch.empty_like(t, device="cpu") for n, t in tensors.items() if isinstance(t, Tensor) and t.is_meta}
     try:
         with warnings.catch_warnings():  # that one process reads is what is wanted
             warnings.simplefilter("ignore")
-            checkpoint.load(parts, storage_reader=_reader(path, table), **options)
+            checkpoint.load(state, storage_reader=_reader(path, table), **options)
     except CheckpointException as error:  # no Exception, in PyTorch
         reasons = [failure[0] for failure in error.failures.values()]
         passing = next((reason for reason in reasons if isinstance(reason, OSError | MemoryError)), None)
-        raise passing or DamagedError(f"{', '.join(parts)} cannot be read ({_reason(reasons[0])})") from error
-    return parts
+        raise passing or DamagedError(f"{', '.join(list(state)[:3])} cannot be read ({_reason(reasons[0])})") from error
 
 
 def _reader(path: Path, table):
@@ -136,6 +185,15 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError):
         return "a part of it holds something else than a tensor"
     return first_line(error)
+
+
+def _check_tensors(path: Path, table, names: Iterable[str]) -> None:
+    """Raises DamagedError where the table's word on tensors is not what the files that there are can hold."""
+    try:
+        for name in names:
+            _check_chunks(path, name, table.state_dict_metadata[name], table.storage_data)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DamagedError(f"{TABLE} tells of something else than tensors ({_reason(error)})") from error
 
 
 def _check_chunks(path: Path, name: str, entry, places: dict) -> None:
@@ -161,8 +219,8 @@ def _check_chunks(path: Path, name: str, entry, places: dict) -> None:
             raise ValueError(f"{name} does not fit {place.relative_path}")
 
 
-def read_table(file: Path):
-    """The `torch.distributed.checkpoint.metadata.Metadata` in `file`.
+def read_table(file: Path, others: bool = False):
+    """The `torch.distributed.checkpoint.metadata.Metadata` in `file`; with `others` it may tell of something else than tensors.
 
     Raises:
         DamagedError: as `read_tensors`.
@@ -183,7 +241,7 @@ def read_table(file: Path):
     if not all(isinstance(fields.get(name), dict) for name in ("state_dict_metadata", "storage_data")):
         raise DamagedError(f"{file.name} has no tables of tensors and of files")
     odd = [(name, entry) for name, entry in table.state_dict_metadata.items() if not _is_entry(name, entry)]
-    if odd:
+    if odd and not others:
         raise DamagedError(f"{file.name} tells of {str(odd[0][0])[:200]!r}, which is no tensor")
     return table
 
@@ -201,6 +259,9 @@ class _Unpickler(AdmittingUnpickler):
     """Admits the classes of PyTorch's table, which hold values and do nothing."""
 
     contents = "tensors"
+    admitted: ClassVar[dict[tuple[str, str], object]] = {
+        (module, "WindowsPath"): PureWindowsPath for module in ("pathlib", "pathlib._local")
+    }  # where the folder lay, which nobody asks
 
     def find_class(self, module: str, name: str):
         if (module, name) in ADMITTED:

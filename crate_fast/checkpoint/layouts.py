@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from torch import Tensor
 
@@ -41,11 +41,12 @@ def find_weights(content: object, wanted: str | None = None) -> Found:
 
     Args:
         content: what a file holds.
-        wanted: "mean" or "last"; None: the mean where there is one of all weights, since that is what was evaluated.
+        wanted: "mean" or "last", or of several models the name of one, under which it lies: "student.backbone"; None: the mean
+            where there is one of all weights, since that is what was evaluated.
 
     Raises:
-        ValueError: of the mean and the last weights the one that is wanted is not there, a weight is there twice, or there are
-            several models and nothing tells which is meant.
+        ValueError: what is wanted is not there, a weight is there twice, or there are several models and nothing tells which
+            is meant; the message names them.
     """
     if not isinstance(content, dict):
         return Found({})
@@ -55,6 +56,8 @@ def find_weights(content: object, wanted: str | None = None) -> Found:
         kinds: dict[str, list[Found]] = {"last": [], "mean": []}
         for kind, one in _models(content):
             kinds[kind].append(one)
+        if is_name(wanted):
+            return _named([*kinds["last"], *kinds["mean"]], wanted)
         found = {kind: _likeliest(some) for kind, some in kinds.items() if some}
     if "mean" in found and wanted is None and not found.get("last", Found({})).weights.keys() <= found["mean"].weights.keys():
         wanted = "last"  # what is a mean of some weights alone is no model
@@ -74,6 +77,25 @@ def choose(found: dict[str, Found], wanted: str | None) -> Found:
     names = " and ".join(f"{WORDS[kind]} ({found[kind].key!r})" for kind in sorted(found))
     note = f"it has the {names}; taken: the {WORDS[taken]} (--weights {other} takes the other)"
     return found[taken]._replace(note=joined(note, found[taken].note))
+
+
+def is_name(wanted: str | None) -> TypeGuard[str]:
+    """Whether `wanted` is the name of a model rather than a kind of weights."""
+    return wanted is not None and wanted not in WORDS
+
+
+def _named(found: list[Found], wanted: str) -> Found:
+    """The model that lies under the name `wanted`; raises ValueError where none or several do."""
+    own = [one for one in found if one.key == wanted]
+    if len(own) != 1:
+        raise ValueError(f"--weights is {wanted[:200]!r}; there are {_names(found) or 'no weights of a CRATE'} in it")
+    return own[0]
+
+
+def _names(found: list[Found]) -> str:
+    """What models are called, at most as many as one state dict may have."""
+    rest = f" and {len(found) - MOST} more" if len(found) > MOST else ""
+    return ", ".join(repr(one.key) if one.key else "weights without a name" for one in found[:MOST]) + rest
 
 
 def joined(*notes: str | None) -> str | None:
@@ -157,8 +179,10 @@ def _likeliest(found: list[Found]) -> Found:
     ranks = [sum(map(_rank, (one.key or "").split("."))) if one.key else -1 for one in found]
     best = min(ranks)
     if ranks.count(best) > 1 or (len(found) > 1 and best >= _rank("")):
-        names = ", ".join(repr(one.key) for one in found[:5])
-        raise ValueError(f"it has several models ({names}), and nothing tells which is meant; save one of them by itself")
+        raise ValueError(
+            f"it has several models ({_names(found)}), and nothing tells which is meant; say which (--weights NAME), or save "
+            "one of them by itself"
+        )
     chosen = found[ranks.index(best)]
     others = ", ".join(repr(one.key) for one in found if one is not chosen)
     note = f"it has other weights beside: {others}; taken: {chosen.key!r}" if others else None

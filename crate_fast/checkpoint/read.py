@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..eval_transform import FINETUNE, MAIN, Transform, read_transform
-from ..files import digest_of, first_line, parse_json
+from ..files import digest_of, first_line, parse_json, shown
 from ..optional import MissingPackageError, require
 from . import distributed
 from .archives import ZIP_SIGNATURE, DamagedError, read_archive, read_beside_others, signature_of, unread
 from .hub_config import settled
-from .layouts import Found, choose, find_weights, joined
+from .layouts import Found, choose, find_weights, is_name, joined
 from .published import without_unused
 from .tensor_files import DIGEST, INDEX_NAME, METADATA_KEY, MODEL_NAME, read_shards, read_tensors
 from .unfinished import newest_checkpoint
@@ -95,7 +95,9 @@ def read_model(path: Path, wanted: str | None = None) -> Model:
         CheckpointError: the file is missing or damaged, asks for code to be run, has no weights of a CRATE, or not those.
     """
     try:
-        return _read_parts(path, wanted) if path.is_dir() else _read_file(path, wanted)
+        if path.is_dir():
+            return _read_parts_of_others(path, wanted) if distributed.is_of_others(path) else _read_parts(path, wanted)
+        return _read_file(path, wanted)
     except CheckpointError:
         raise
     except ValueError as error:
@@ -180,6 +182,21 @@ def _read_parts(path: Path, wanted: str | None) -> Model:
     return Model(content["arguments"], weights, _transform_of(content), chosen.note)
 
 
+def _read_parts_of_others(path: Path, wanted: str | None) -> Model:
+    """`read_model` of a folder that `torch.distributed.checkpoint.save` wrote for somebody else."""
+    try:
+        content, names = distributed.tensors_of_others(path)
+        found = find_weights(content, wanted)
+        if not found.weights:
+            raise CheckpointError(f"{path}: no weights of a CRATE in it")
+        weights = distributed.read_named(path, {own: names[id(tensor)] for own, tensor in found.weights.items()})
+    except distributed.DamagedError as error:
+        raise CheckpointError(f"{path}: damaged, or no checkpoint of torch.distributed: {error}") from error
+    except (OSError, MemoryError) as error:
+        raise unread(path, error) from error
+    return _foreign(found._replace(weights=weights))
+
+
 def read_state(path: Path, whole: bool = True) -> dict:
     """The plain values of a checkpoint in parts; `whole`: after a look at all of its bytes.
 
@@ -223,6 +240,8 @@ def _read_safetensors(path: Path, wanted: str | None) -> Model:
     metadata, weights = read_tensors(path)
     if METADATA_KEY not in metadata:
         return _without_metadata(path, weights, wanted)
+    if is_name(wanted):
+        raise CheckpointError(f"{path}: --weights is {shown(wanted)}; there is one model in it, which has no name")
     try:
         arguments = parse_json(metadata[METADATA_KEY])
     except ValueError as error:

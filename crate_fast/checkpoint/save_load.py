@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,9 @@ from ..eval_transform import Transform
 from ..files import first_line, shown, tell, write_atomically
 from ..model.crate import CRATE
 from ..model.mae import CRATEMAE
-from .constructor import ARGUMENTS, CHANGED, constructor_arguments
+from .constructor import ARGUMENTS, CHANGED, build, constructor_arguments, difference_of, skeleton
 from .layouts import WORDS
-from .mae import LAYERS, MAE_ARGUMENTS, changed_arguments, depth_of, infer_mae, is_mae, mae_keywords
+from .mae import MAE_ARGUMENTS, changed_arguments, infer_mae, is_mae, mae_keywords
 from .published import infer_arguments
 from .read import TRANSFORM, CheckpointError, Model, model_file, read_model
 from .resize import grid_of, resized_weights
@@ -31,11 +30,7 @@ from .tensor_files import write_tensors
 RESIZED = ("num_classes", "image_size")  # those that may be others than a file's, with a new head and other positions
 FREE = ("training", "backend", "stream", "transform", "frozen", "drop_path", "grad_checkpointing")
 """Settings that a model and what its file builds need not share."""
-OF_CRATE = CRATE.__name__, ARGUMENTS, {"depth": "transformer.layers."}
-OF_MAE = CRATEMAE.__name__, MAE_ARGUMENTS, LAYERS
 NO_CLASSES = "it holds a CRATE-MAE, which tells no classes apart; crate_fast.load_checkpoint reads it, --init starts from it"
-Built = TypeVar("Built", CRATE, CRATEMAE)
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_model(model: CRATE | CRATEMAE, path: str | os.PathLike) -> None:
@@ -91,7 +86,7 @@ def described(model: CRATE | CRATEMAE) -> tuple[dict, dict[str, Tensor]]:
         raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE")
     arguments, weights = arguments_of(model), model.state_dict()
     built = skeleton(arguments, CRATEMAE if isinstance(model, CRATEMAE) else CRATE)
-    difference = _difference(built, weights) or _change(built, model)
+    difference = difference_of(built, weights) or _change(built, model)
     if difference:
         raise ValueError(f"{CHANGED}: {difference}")
     return arguments, weights
@@ -129,16 +124,18 @@ def load_checkpoint(
     those of the published scripts and of others: bare state dicts, or under "state_dict", "model", "net" and the like, part of
     a larger model such as Lightning's, with the names of DataParallel, DistributedDataParallel, FSDP, torch.compile or
     activation checkpointing in theirs; as PyTorch's archives, in which settings and numbers of other packages are passed over,
-    or as safetensors. Names tell a CRATE from a CRATE-MAE. Where a file has no arguments of the constructor, they are what
-    its shapes tell; what they cannot tell (heads, pool, ista, lambd, norm_pix_loss) is taken as published, and a line on stderr
-    says so.
+    as safetensors, or as a folder of `torch.distributed.checkpoint.save`. Names tell a CRATE from a CRATE-MAE. Where there are
+    no arguments of the constructor, they are what shapes tell; what they cannot tell (heads, pool, ista, lambd, norm_pix_loss)
+    is taken as published, and a line on stderr says so.
 
     Args:
-        source: a file, a directory with a model.safetensors or the index of one that is split, or ORGANISATION/NAME of a model
+        source: a file, a folder of `torch.distributed.checkpoint`, which holds all of the weights whatever number of processes
+            wrote it, a directory with a model.safetensors or the index of one that is split, or ORGANISATION/NAME of a model
             on the Hugging Face Hub (for that `pip install 'crate-fast[hub]'`).
         device: where the weights shall be.
-        weights: of a file that has both, "last" for the weights themselves or "mean" for their mean over the steps; None: the
-            mean, and a line on stderr says so.
+        weights: of a file that has both, "last" for the weights themselves or "mean" for their mean over the steps; of a file
+            with several models the name of one, "student.backbone" where the positions are called
+            "student.backbone.pos_embedding"; None: the mean, and a line on stderr says so.
         overrides: keywords of `CRATE` that replace the file's, such as `backend`, or say what it leaves open. With another
             `num_classes` the head is a new one, random, and with another `image_size` position embeddings are resampled, as
             `crate-fast finetune` does; a line on stderr says so.
@@ -147,7 +144,7 @@ def load_checkpoint(
         CheckpointError: the file is missing or damaged, asks for code to be run, or holds no model, or one of other names or
             shapes.
         MissingPackageError: safetensors, or for the Hub huggingface-hub, is not installed.
-        TypeError: `overrides` has a keyword that neither class takes, or `source` is no path.
+        TypeError: `overrides` has a keyword that neither class takes, `source` is no path, or `weights` no text.
         ValueError: `device` is none that PyTorch has here.
     """
     return _load(_file_of(source), _check_device(device), overrides, weights, (CRATE, CRATEMAE))
@@ -185,8 +182,8 @@ def _load(path: Path, device: torch.device | str, overrides: dict, wanted: str |
     kind, unknown = kinds[0], set.intersection(*(_untaken(kind, overrides) for kind in kinds))
     if unknown:
         raise TypeError(f"{kind.__name__} takes no {', '.join(sorted(unknown))}")
-    if wanted not in (None, *WORDS):
-        raise ValueError(f"weights is {wanted!r}; allowed are {' and '.join(map(repr, WORDS))}")
+    if not isinstance(wanted, str | None):
+        raise TypeError(f"weights is {shown(wanted)}; allowed are {' and '.join(map(repr, WORDS))}, and the name of a model")
     found = read_model(path, wanted)
     arguments, weights, transform, note, inferred = found
     if note is not None:
@@ -278,62 +275,3 @@ def _fitting(path: Path, model: CRATE, transform: Transform | None, overrides: d
     if overrides.get("num_classes") == classes:  # another head than the file's, whose classes are others
         return transform._replace(names=None)
     raise CheckpointError(f"{path}: it has names of {len(names)} classes; the model tells {classes} apart")
-
-
-def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[Built] = CRATE) -> Built:
-    """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
-    name, taken, layers = OF_MAE if issubclass(kind, CRATEMAE) else OF_CRATE
-    if not isinstance(arguments, dict) or not set(arguments) <= set(taken):
-        raise CheckpointError(f"{path}: its metadata does not hold arguments of {name}: {shown(arguments)}")
-    check_floating(path, weights)
-    arguments = arguments | overrides
-    number = next((each for each in ("ista", "lambd") if not _is_size(arguments.get(each, 0.0))), None)
-    if number is not None:
-        words = f"its argument {number} is {shown(arguments[number])}; it must be a finite number, at least 0"
-        raise CheckpointError(f"{path}: {words}")
-    # Before anything is built: a false depth could keep the constructor busy for ever.
-    for depth, prefix in layers.items():
-        count = depth_of(weights, prefix)
-        if arguments.get(depth) != count:
-            raise CheckpointError(f"{path}: it has the weights of {count} layers; {depth} is {shown(arguments.get(depth))}")
-    try:
-        model = skeleton(arguments, kind)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: its arguments build no {name} ({first_line(error)})") from error
-    difference = _difference(model, weights)
-    if difference:
-        raise CheckpointError(f"{path}: {difference}")
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
-
-
-def check_floating(path: Path, weights: dict) -> None:
-    """Raises CheckpointError where one of the weights is no tensor that a model computes with, such as a quantised one."""
-    wrong = next((k for k, v in weights.items() if not isinstance(v, Tensor) or v.dtype not in FLOATING), None)
-    if wrong is not None:
-        raise CheckpointError(f"{path}: {wrong!r} is no tensor of real floating point")
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
-
-
-def skeleton(arguments: dict, kind: type[Built] = CRATE) -> Built:
-    """The model without memory for its weights, and without drawing them."""
-    with torch.device("meta"):
-        return kind(**arguments)
-
-
-def _difference(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
-    """The first thing in which names and shapes of `weights` are not those of `model`, in words; None if nothing."""
-    expected = model.state_dict()
-    missing = sorted(set(expected) - set(weights))
-    surplus = sorted(set(weights) - set(expected), key=str)
-    if missing:
-        return f"{len(missing)} weights are missing, {missing[0]!r} first"
-    if surplus:
-        return f"{len(surplus)} weights do not belong to the model, {surplus[0]!r} first"
-    for key, value in expected.items():
-        if weights[key].shape != value.shape:
-            return f"{key!r} has shape {tuple(weights[key].shape)}; it must be {tuple(value.shape)}"
-    return None

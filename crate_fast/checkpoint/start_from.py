@@ -14,14 +14,13 @@ from ..model.mae import CRATEMAE
 from ..model.positions import resample_positions
 from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
-from .constructor import body_arguments, constructor_arguments
+from .constructor import body_arguments, build, check_floating, constructor_arguments
 from .layouts import joined
 from .mae import NOTE, as_crate, crate_arguments, is_mae, mae_arguments
 from .mae import OPEN as OPEN_OF_MAE
 from .published import OPEN
 from .read import CheckpointError, Model, model_file, read_model
 from .resize import HEAD, grid_of
-from .save_load import build, check_floating
 
 SAME = ("dim", "depth", "heads", "dim_head", "channels", "patch_size", "ista", "lambd")  # what a weight means hangs on these
 

@@ -11,8 +11,6 @@ from ..files import names_something
 from ..settings import SWITCHES
 from ..sizes import POOLS
 
-WORDS = ("last", "mean")  # as of `load_checkpoint`, which needs PyTorch
-
 
 def whole(text: str) -> int:
     """A whole number in ASCII digits; raises argparse.ArgumentTypeError, as all here."""
@@ -59,7 +57,7 @@ def as_path(text: str) -> Path:
     return Path(place(text))
 
 
-OF_MODEL = {
+MODEL_KEYWORDS = {
     "heads": (whole, "heads of a layer"),
     "pool": (str, "what the head reads"),
     "ista": (number, "step size of the ISTA step"),
@@ -97,11 +95,12 @@ def add_weights(parser: argparse.ArgumentParser, prefix: str = "") -> None:
     """
     parser.add_argument(
         "--weights",
-        choices=WORDS,
-        help="of a checkpoint that has both: the last weights, or their mean over the steps (default: the mean, which is said)",
+        metavar="WHICH",
+        help="of a checkpoint that has both: last, the last weights, or mean, their mean over the steps (default: the mean, "
+        "which is said); of one with several models: the name of one",
     )
     section = parser.add_argument_group("what the shapes of weights alone do not tell")
-    for name, (kind, text) in OF_MODEL.items():
+    for name, (kind, text) in MODEL_KEYWORDS.items():
         choices = POOLS if name == "pool" else None
         metavar = None if choices else {whole: "N", number: "X"}[kind]
         words, dest = f"{text} (default: as published)", f"model_{name}"
@@ -112,7 +111,7 @@ def add_weights(parser: argparse.ArgumentParser, prefix: str = "") -> None:
 
 def weights_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `add_weights` read, as keywords of `load_checkpoint`."""
-    given = {name: getattr(arguments, f"model_{name}") for name in OF_MODEL}
+    given = {name: getattr(arguments, f"model_{name}") for name in MODEL_KEYWORDS}
     return {"weights": arguments.weights} | {name: value for name, value in given.items() if value is not None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 from ..optimizers import OPTIMIZERS
 from ..optional import require
@@ -32,7 +33,7 @@ def _complete(arguments: argparse.Namespace) -> None:
     print(shtab.complete(_with_all_flags(shtab.FILE), arguments.shell))
 
 
-def _with_all_flags(files: dict[str, str]) -> argparse.ArgumentParser:
+def _with_all_flags(files: Mapping) -> argparse.ArgumentParser:
     """The command's parser with the flags of every subcommand, which say what completes them; `files`: a file or a folder."""
     from .main import build_parser
 
@@ -46,7 +47,7 @@ def _with_all_flags(files: dict[str, str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _say_what_completes(action: argparse.Action, files: dict[str, str]) -> None:
+def _say_what_completes(action: argparse.Action, files: Mapping) -> None:
     if action.choices is not None or action.nargs == 0:
         return
     if action.dest in NAMES or action.type is switch:

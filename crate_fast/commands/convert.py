@@ -62,7 +62,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{target}: there is no directory {target.parent}")
     given = weights_of(arguments)
     from ..checkpoint.save_load import load_checkpoint, save_model
-    from ..training.published_run import find_trained, save_main
+    from ..training.published_run import find_trained, save_main, taken_by_finetune
 
     trained = find_trained(arguments.source) if _wants_main(arguments, given) else None
     notes = []
@@ -79,7 +79,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             default = arguments.layout is None and target.name.endswith(MAIN)
             save_published(model, target, arguments.layout or "state_dict", _prefix(arguments.prefix, default))
             if default:
-                notes.append("weights alone, for finetune.py --ckpt_dir; main.py --resume needs a run's optimizer")
+                taken = taken_by_finetune(_prefix(arguments.prefix, default))
+                notes.append(f"weights alone, {taken}; main.py --resume needs a run's optimizer")
     print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters in {len(model.state_dict())} tensors")
     for note in notes:
         print(note)

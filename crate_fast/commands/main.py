@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import UserError
+from ..optional import missing
 from ..signals import Stopped
 from ..streams import keep_printing
 
@@ -116,6 +117,11 @@ def _run(argv: Sequence[str] | None) -> int:
         return _fail("interrupted", INTERRUPTED)
     except USER_ERRORS as error:
         return _fail(f"error: {error}", FAILED)
+    except ModuleNotFoundError as error:  # of an import at the head of a file, before anything could ask for the package
+        needed = missing(error)
+        if needed is None:
+            raise
+        return _fail(f"error: {needed}", FAILED)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise

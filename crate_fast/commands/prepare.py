@@ -43,7 +43,9 @@ def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     require("PIL", "numpy", "simplejpeg", "tqdm")
-    from ..data.pack_writer import UNREADABLE, Settings, in_words, prepare, verify
+    from ..data.pack_encoding import Settings
+    from ..data.pack_folder import verify
+    from ..data.pack_writer import UNREADABLE, in_words, prepare
 
     settings = Settings(arguments.short_side, arguments.raw, arguments.quality, arguments.pack_images)
     done = prepare(arguments.source, arguments.target, settings, arguments.workers)

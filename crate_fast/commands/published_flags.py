@@ -104,7 +104,7 @@ MAIN = (
     Published(("--momentum",), "momentum", "of SGD; other optimizers have none, there and here", read=number),
     Published(("--wd", "--weight-decay"), "weight_decay", "weight decay", read=number),
     Published(
-        ("--print-freq", "-p"), "log_every", "is --log-every, and prints its lines", read=whole, also=(("print_log", True),)
+        ("--print-freq", "-p"), "log_every", "is --log-every, with main.py's lines", read=whole, also=(("print_log", True),)
     ),
     Published(("--resume",), "resume", "a run, a checkpoint of it or of main.py, or auto", read=resume_switch),
     Published(("--evaluate", "-e"), "evaluate", "evaluates what --resume or --init names, in float32", read=None, value=True),
@@ -122,7 +122,12 @@ MAIN = (
 
 FINETUNE = (
     Published(("--lr",), "lr", "learning rate", read=number),
-    Published(("--opt",), "optimizer", f"{_optimizers('finetune')}; decay only with adamW, unless asked", read=optimizer),
+    Published(
+        ("--opt",),
+        "optimizer",
+        f"{_optimizers('finetune')}; decay only with adamW, unless a flag or a recipe of yours says it",
+        read=optimizer,
+    ),
     Published(("--net",), "arch", "CRATE_tiny (if not given), CRATE_small, ...; vit_* are refused", read=architecture),
     Published(("--bs",), "batch_size", "is --batch-size", read=whole),
     Published(("--data",), "data", f"{_data_sets()}, or a folder", read=data_set),

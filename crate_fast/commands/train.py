@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..optimizers import OPTIMIZERS
 from ..settings import SETTINGS, ConfigError, Setting, TrainConfig, flag, listed
 from ..training import resolve
 from ..training.resolve import NAMES, choose_recipe, default_recipe, read_recipe
-from .arguments import OF_MODEL, number, switch, whole
+from .arguments import MODEL_KEYWORDS, number, switch, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 
 EVALUATED = ("backend", "precision", "device", "batch_size", "data", "data_dir", "workers", "arch", "eval_crop")
@@ -27,7 +28,7 @@ RESUME = (
 READERS = {"arch": architecture, "data": data_set, "optimizer": optimizer}
 TYPES = {bool: switch, int: whole, float: number, str: str}
 METAVARS = {bool: "{no,yes}", int: "N", float: "X", str: "NAME"}
-SECTIONS = {
+SECTION_TEXTS = {
     "data": "; ".join(f"{name}: {known.text}" for name, known in DATA_SETS.items()),
     "optimisation": "; ".join(f"{name}: {known.text}" for name, known in OPTIMIZERS.items()),
 }
@@ -57,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser, words: list[str]) -> None:
     for name in COMMON:
         _add_setting(section, SETTINGS[name], published.get(name), values.get(name))
     for group, settings in groupby(SETTINGS.values(), key=lambda setting: setting.section):
-        section = parser.add_argument_group(group, SECTIONS.get(group))
+        section = parser.add_argument_group(group, SECTION_TEXTS.get(group))
         for setting in settings:
             if setting.name not in COMMON:
                 _add_setting(section, setting, published.get(setting.name), values.get(setting.name))
@@ -170,6 +171,10 @@ def warnings_of(arguments: argparse.Namespace, given: dict, config: TrainConfig)
     changes = any(name in given for name in ("randaugment_ops", "randaugment_magnitude"))
     if changes and config.augment != "randaugment":
         lines.append(f"--randaugment-ops and --randaugment-magnitude have no effect: --augment is {config.augment}")
+    if given.get("workers") and config.keep_short_side:
+        lines.append(
+            f"--workers has no effect: --keep-short-side is {config.keep_short_side}, by which this process keeps images"
+        )
     return lines
 
 
@@ -193,16 +198,23 @@ def _is_published(resume: str) -> bool:
 
 def _evaluate(arguments: argparse.Namespace, given: dict) -> None:
     """What main.py does with --evaluate."""
-    path = arguments.resume or given.get("init")
+    resume, init = arguments.resume, given.get("init")
+    if resume is not None and init is not None:
+        raise ConfigError(f"--resume is {resume} and --init is {init}; --evaluate takes one of them, the weights to evaluate")
+    path = resume or init
     if path is None or path == "auto":
         raise ConfigError("--evaluate needs --resume PATH or --init PATH, the weights to evaluate")
     from ..training.evaluation import evaluate_run, is_first
+    from ..training.progress import summary
 
-    asked: dict[str, Any] = {name: given[name] for name in (*EVALUATED, *OF_MODEL) if name in given}
+    asked: dict[str, Any] = {name: given[name] for name in (*EVALUATED, *MODEL_KEYWORDS) if name in given}
     asked.setdefault("precision", "float32")
-    score = evaluate_run(path, **asked)
+    for line in _without_effect(arguments, given.keys() - {*asked, "init", "log_every", "print_log"}):
+        print(f"crate-fast: warning: {line}", file=sys.stderr)
+    lines = resolve({name: given[name] for name in ("log_every", "print_log") if name in given})
+    score = evaluate_run(path, print_every=lines.log_every if lines.print_log else 0, **asked)
     if is_first():
-        print(f" *   Acc@1 {100 * score.top1:.3f} Acc@5 {100 * score.top5:.3f}\ntest {score}")
+        print(f"{summary(score)}\ntest {score}")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -213,17 +225,27 @@ def _run(arguments: argparse.Namespace) -> None:
         _train(arguments, given)
 
 
+def _without_effect(arguments: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """What --evaluate leaves aside, a line each; main.py takes its flags of training beside it too."""
+    flags = [flag(name) for name in sorted(names)] + ["--recipe"] * (arguments.recipe is not None)
+    none = f"{listed(flags)} {'have' if len(flags) > 1 else 'has'} no effect: --evaluate trains nothing" if flags else None
+    return [*arguments.ignored, *([none] if none else [])]
+
+
 def _train(arguments: argparse.Namespace, given: dict) -> None:
-    if arguments.resume is not None and arguments.recipe is not None and not _is_published(arguments.resume):
-        raise ConfigError(f"--recipe is {arguments.recipe!r}; a resumed run keeps its own settings")
-    config = resolve(given, arguments.recipe, command=arguments.command)
-    if arguments.command == "train" and arguments.recipe is None and arguments.resume is None:
+    recipe, resume = arguments.recipe, arguments.resume
+    if recipe is not None and resume not in (None, "auto") and not _is_published(resume):
+        raise ConfigError(f"--recipe is {recipe!r}; a resumed run keeps its own settings")
+    config = resolve(given, recipe, command=arguments.command)
+    if arguments.command == "train" and recipe is None and resume is None:
         config = _for_few(given) or config
     for line in warnings_of(arguments, given, config):
         print(f"crate-fast: warning: {line}", file=sys.stderr)
     from ..training import train  # what is wrong so far is told without PyTorch
 
-    run, score = train(config, given=given, resume=arguments.resume)
+    if recipe is not None and resume == "auto":  # a run that is there already is to have been started with it
+        given = {name: getattr(config, name) for name in read_recipe(recipe)} | given
+    run, score = train(config, given=given, resume=resume)
     if run is not None:  # rank 0
         print(f"test {score}")
         print(f"evaluate it again with: {called('evaluate', run.path)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import BackendError
@@ -70,20 +71,19 @@ def find_winners(jobs: list[Workload], dtype: torch.dtype, clock: Callable[[Call
 
     A shape that the GPU cannot run, because it wants more shared memory or registers than there are, is passed over.
     """
-    from tqdm import tqdm
     from triton.runtime.errors import OutOfResources
 
+    from ..bar import Bar
     from ..kernels import tuning
 
     pairs = [(job, config) for job in jobs for config in tuning.candidates(job.kernel, dtype)]
     times: dict[str, dict] = {}
-    for job, config in tqdm(pairs, desc="measuring", disable=None):
-        with tuning.forced(job.kernel, config):
-            try:
+    with Bar(len(pairs)) as bar:
+        for job, config in pairs:
+            with tuning.forced(job.kernel, config), suppress(OutOfResources):
                 duration = clock(job.run)
-            except OutOfResources:
-                continue
-        times.setdefault(tuning.key(job.kernel, dtype, *job.sizes), {})[config] = duration
+                times.setdefault(tuning.key(job.kernel, dtype, *job.sizes), {})[config] = duration
+            bar.update()
     return {name: min(measured, key=lambda config: measured[config]) for name, measured in times.items()}
 
 

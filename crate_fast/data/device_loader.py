@@ -12,9 +12,10 @@ from torch import Tensor
 from ..processes import Ranks
 from ..settings import DataSettings
 from .augment_batch import Changes, send
-from .loader import COLOUR, Normalise, describe
+from .loader import Normalise, describe
 from .order import Plan, epoch_order, share_of
 from .philox import CROP, CROP_UNIFORMS, crop_boxes, uniforms
+from .samples import COLOUR
 
 BITS, HALF = 22, 11  # of Pillow's weights
 

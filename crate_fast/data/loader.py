@@ -1,4 +1,4 @@
-"""From stored photographs to normalised batches on the device: workers read and change single images, bytes travel."""
+"""From stored photographs to normalised batches on the device: processes make the samples, bytes travel."""
 
 from __future__ import annotations
 
@@ -7,128 +7,28 @@ import os
 import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data_sets import DATA_SETS
 from ..errors import UnreadableError
 from ..eval_transform import MEAN, STD
-from ..files import PAUSES, as_bytes, is_of_system
+from ..files import PAUSES, as_bytes
 from ..locks import unlock
 from ..processes import Ranks
 from ..settings import DataSettings
 from ..signals import hear_of_no_process, leave_signals_to_the_run
-from .augment import central_crop, erase, flip, randaugment, random_crop, trivialaugment
 from .order import Plan, epoch_order, share_of
-from .philox import image_generator
 from .pictures import READER, READER_ENTRY
+from .samples import Problem, Reduced, Sample, Store, TestSamples, TrainSamples
 
-COLOUR = np.rint(np.array(MEAN) * 255).astype(np.uint8)  # of what is erased
-IGNORED = -100  # label of an image that could not be read: it counts nowhere
 PREFETCH = 4  # batches that a worker is ahead
-
-
-class Store(Protocol):
-    """Stored images, as `folder.Photographs` and `device_loader.Pictures` are."""
-
-    def __len__(self) -> int: ...
-    def label(self, index: int) -> int: ...
-    def place(self, index: int) -> str: ...
-    def read(self, index: int) -> Image.Image: ...
-
-
-class Problem(NamedTuple):
-    """Why an image is not there, in words that name it; whether it is damaged, or the system does not give it just now."""
-
-    text: str
-    is_damage: bool
-
-
-class Reduced:
-    """The photographs of a store, each read once, reduced to `side` pixels on its short side if it has more, and kept."""
-
-    def __init__(self, store: Store, side: int) -> None:
-        self._store, self._side, self._kept = store, side, dict[int, Image.Image]()
-
-    def __len__(self) -> int:
-        return len(self._store)
-
-    def label(self, index: int) -> int:
-        return self._store.label(index)
-
-    def place(self, index: int) -> str:
-        return self._store.place(index)
-
-    def read(self, index: int) -> Image.Image:
-        """As of the store; what is damaged is read, and refused, every time."""
-        if index not in self._kept:
-            image = self._store.read(index)
-            short = min(image.size)
-            if short > self._side:
-                size = [max(1, round(length * self._side / short)) for length in image.size]
-                image = image.resize((size[0], size[1]), Image.Resampling.BILINEAR, reducing_gap=3)
-            self._kept[index] = image
-        return self._kept[index]
-
-
-class Sample(NamedTuple):
-    """One image: (height, width, 3) uint8, its label, and what is wrong with it, if anything."""
-
-    pixels: np.ndarray
-    label: int
-    problem: Problem | None = None
-
-
-class TrainSamples(Dataset):
-    """Training images by (epoch, index), each changed as drawn from (seed, epoch, index) and from nothing else."""
-
-    def __init__(self, store: Store, settings: DataSettings) -> None:
-        self._store, self._settings = store, settings
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
-        size = (self._settings.image_size, self._settings.image_size)
-        return _read(self._store, index, size, lambda image: self._change(image, epoch, index))
-
-    def _change(self, image: Image.Image, epoch: int, index: int) -> np.ndarray:
-        settings, rng = self._settings, image_generator(self._settings.seed, epoch, index)
-        image = flip(random_crop(image, settings.image_size, settings.crop_least, rng), rng)
-        if settings.augment == "randaugment":
-            image = randaugment(image, settings.randaugment_ops, settings.randaugment_magnitude, rng)
-        elif settings.augment == "trivial":
-            image = trivialaugment(image, rng)
-        return erase(np.asarray(image), settings.erase, COLOUR, rng)
-
-
-class TestSamples(Dataset):
-    """Images by their index, as evaluation sees them; those that were `seen` are kept there, if that is not None."""
-
-    def __init__(self, store: Store, size: tuple[int, int], part: float, seen: dict[int, Sample] | None = None) -> None:
-        self._store, self._size, self._part, self._seen = store, size, part, seen
-
-    def __getitem__(self, index: int) -> Sample:
-        if self._seen is None:
-            return self._make(index)
-        if index not in self._seen:
-            self._seen[index] = self._make(index)
-        return self._seen[index]
-
-    def _make(self, index: int) -> Sample:
-        return _read(self._store, index, self._size, lambda image: np.asarray(central_crop(image, self._size, self._part)))
-
-
-def _read(store: Store, index: int, size: tuple[int, int], change) -> Sample:
-    try:
-        return Sample(change(store.read(index)), store.label(index))
-    except Exception as error:  # whatever a damaged file makes of the decoder
-        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        problem = Problem(f"{store.place(index)}: {reason}", not is_of_system(error))
-        return Sample(np.zeros((*size, 3), np.uint8), IGNORED, problem)
+FOR_KEPT = (
+    "a smaller --image-size or --keep-short-side, or --augment none (images are kept in memory, where one process changes them)"
+)
 
 
 class Photos:
@@ -160,10 +60,11 @@ class Photos:
         self.name, self.classes, self._settings, self._device = name, classes, settings, device
         self._train, self._test, self.class_names, self.held_out = train, test, class_names, held_out
         self._workers = workers_of(settings.workers, ranks)
-        if settings.keep_short_side:  # in this process, which keeps them; others would read them anew in every epoch
-            self._train, self._workers = Reduced(train, settings.keep_short_side), 0
-        self._seen: dict[int, Sample] | None = {} if settings.keep_short_side else None
+        self._seen: dict[int, Sample] | None = None
         self.advice = more_workers(min(settings.workers, cores()), quicker)
+        if settings.keep_short_side:  # in this process, which keeps them; others would read them anew in every epoch
+            self._train, self._workers, self._seen = Reduced(train, settings.keep_short_side), 0, {}
+            self.advice = FOR_KEPT
         self._unreadable: set[str] = set()
         self._normalise = Normalise(device)
         self._evaluated_size = evaluated_size or (settings.image_size, settings.image_size)
@@ -308,48 +209,6 @@ def digest(class_names: list[str]) -> str:
     """What tells the classes of folders apart, names and order: the start of a SHA-256 of their names by lines."""
     lines = "\n".join(name.replace("\n", "\0") for name in class_names)  # which no name of a folder has
     return hashlib.sha256(as_bytes(lines)).hexdigest()[:16]
-
-
-class Synthetic:
-    """Random batches made on the device once, to time the loop alone: 1,281,167 images of 1,000 classes, as ImageNet has."""
-
-    name, classes, channels = "synthetic", 1000, 3
-    train_count, test_count = 1_281_167, 50_000
-    advice = class_names = None
-
-    def __init__(self, settings: DataSettings, size: tuple[int, int], device: torch.device) -> None:
-        self._shape, self._device, self._seed = (3, *size), device, settings.seed
-        self.classes = settings.classes or self.classes
-
-    def train_batches(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The parts of the steps of `epoch` from step `first` on: the same images in each."""
-        images, labels = self._make(plan.largest_part)
-        for step in range(first, plan.steps):
-            for part in plan.parts(step):
-                count = part.stop - part.start
-                yield images[:count], labels[:count]
-
-    def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of the test images."""
-        share = share_of(self.test_count, ranks)
-        images, labels = self._make(batch_size)
-        for start in range(0, len(share), batch_size):
-            count = min(batch_size, len(share) - start)
-            yield images[:count], labels[:count]
-
-    def describe(self) -> dict:
-        """What config.json says of them."""
-        return {"name": self.name, "train_images": self.train_count, "test_images": self.test_count}
-
-    def _make(self, count: int) -> tuple[Tensor, Tensor]:
-        numbers = torch.Generator(self._device).manual_seed(self._seed)
-        images = torch.randn(count, *self._shape, device=self._device, generator=numbers)
-        return images, torch.randint(self.classes, (count,), device=self._device, generator=numbers)
-
-
-def open_set(settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int]) -> Synthetic:
-    """Images by chance of `size`, (height, width)."""
-    return Synthetic(settings, size, device)
 
 
 def more_workers(workers: int, otherwise: str) -> str:

@@ -82,6 +82,11 @@ def make_plan(settings: StepSettings, count: int, ranks: Ranks) -> Plan:
     return plan
 
 
+def most_batches(count: int, size: int, ranks: Ranks) -> int:
+    """Batches of `size` images at most in the largest share that a process has of `count` images."""
+    return max(-(-len(share_of(count, ranks._replace(rank=rank))) // size) for rank in range(ranks.count))
+
+
 def share_of(count: int, ranks: Ranks) -> range:
     """The images of 0 .. count - 1 that a process evaluates: each image is in one process's share."""
     return range(count * ranks.rank // ranks.count, count * (ranks.rank + 1) // ranks.count)

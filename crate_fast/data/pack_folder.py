@@ -173,3 +173,16 @@ def _allow_open_files(packs: int) -> None:
     needed = packs + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard))
+
+
+def verify(target: Path) -> int:
+    """Compares all images of all packs with their checksums; how many there are.
+
+    Raises:
+        PackError: one is not what was written, or the packs are not complete.
+    """
+    packs = open_packs(target)
+    for split in (packs.train, packs.val):
+        for index in range(len(split)):
+            split.pixels(index)
+    return len(packs.train) + len(packs.val)

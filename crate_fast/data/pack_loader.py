@@ -21,11 +21,12 @@ from ..processes import Ranks
 from ..settings import DataSettings
 from .augment import central_crop
 from .augment_batch import Changes
-from .loader import COLOUR, PREFETCH, Normalise, ahead, cores, describe, from_workers, more_workers, start_worker, workers_of
+from .loader import PREFETCH, Normalise, ahead, cores, describe, from_workers, more_workers, start_worker, workers_of
 from .order import Plan, epoch_order, share_of
 from .pack_file import PackError
 from .pack_folder import Packs, Split
 from .philox import CROP, CROP_UNIFORMS, crop_boxes, uniforms
+from .samples import COLOUR
 
 CHUNK = 128  # images that a worker fills at a time, where they are not so large
 LARGEST = 20 << 20  # bytes that it fills at a time, unless one image has more

@@ -31,7 +31,7 @@ from ..settings import ConfigError
 from .folder import Photographs, open_folder
 from .pack_encoding import Settings, encode
 from .pack_file import Encoded, Pack, PackError, Unreadable, write_pack
-from .pack_folder import MANIFEST, SETTINGS, open_listed, open_packs
+from .pack_folder import MANIFEST, SETTINGS, open_listed
 from .pictures import READER, READER_ENTRY
 
 UNREADABLE = "unreadable.txt"
@@ -107,19 +107,6 @@ def count_warnings(classes: list[str], counts: dict[str, int]) -> list[str]:
         for split, count in IMAGENET.items()
         if counts[split] != count
     ]
-
-
-def verify(target: Path) -> int:
-    """Compares all images of all packs with their checksums; how many there are.
-
-    Raises:
-        PackError: one is not what was written, or the packs are not complete.
-    """
-    packs = open_packs(target)
-    for split in (packs.train, packs.val):
-        for index in range(len(split)):
-            split.pixels(index)
-    return len(packs.train) + len(packs.val)
 
 
 def _check_target(target: Path, source: Path) -> None:
@@ -233,14 +220,14 @@ def _estimate(jobs: list[Job], settings: Settings) -> float:
 
 def _write_all(jobs: list[Job], settings: Settings, workers: int) -> None:
     """Writes packs in `workers` processes, the number of images so far in a bar."""
-    from tqdm import tqdm
+    from ..bar import Bar
 
     if not jobs:
         return
     context = multiprocessing.get_context("fork")
     count = context.Value("q", 0)  # images so far; negative: stop
     workers, total = min(workers, len(jobs)), sum(len(job.files) for job in jobs)
-    bar = tqdm(total=total, unit="image", disable=None, dynamic_ncols=True)
+    bar = Bar(total)
     with bar, ProcessPoolExecutor(workers, context, _start_worker, (count, settings)) as pool:
         left = {pool.submit(_write_one, job) for job in jobs}
         try:

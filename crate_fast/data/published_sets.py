@@ -31,13 +31,15 @@ Parts = tuple[Pictures, Pictures, Names] | tuple[Photographs, Photographs, Names
 
 class PublishedSet(NamedTuple):
     """A data set: its class in torchvision; the number of its classes; where it comes from; which of its files have an MD5;
-    what opens it: training images, test images, names of the classes where torchvision has them."""
+    what opens it: training images, test images, names of the classes where torchvision has them; from what its own files count
+    labels, where that is not 0, as ours do."""
 
     kind: str
     classes: int
     sources: Callable[[type], list[Source]]
     checked: Callable[[type, Path], Files]
     open: Callable[[type, Path], Parts]
+    first_label: int = 0
 
 
 class Opened(NamedTuple):
@@ -84,7 +86,7 @@ def open_published(name: str, directory: str | Path) -> Opened:
     try:
         train, test, names = _bring_and_open(name, data, kind, directory)
         for part in (train, test):
-            _check_labels(name, part, data.classes)
+            _check_labels(name, data, part)
     except OSError as error:
         raise ConfigError(f"{error.filename or directory}: {error.strerror or error}") from error
     # torchvision takes the names of Pets from the images to train on, of which a breed may have none.
@@ -125,12 +127,15 @@ def _name_refused(name: str, checked: Files, directory: Path, made: set[Path]) -
             raise ConfigError(f"{path}: not the published file of {name} (its MD5 is another){again}")
 
 
-def _check_labels(name: str, part: Pictures | Photographs, classes: int) -> None:
-    """Raises ConfigError unless all labels are ones of `classes`, and all photographs are there."""
+def _check_labels(name: str, data: PublishedSet, part: Pictures | Photographs) -> None:
+    """Raises ConfigError unless all labels are ones of `data`, whose files count them so, and all photographs are there."""
+    first = data.first_label
     for index in range(len(part)):
-        if not 0 <= part.label(index) < classes:
+        if not 0 <= part.label(index) < data.classes:
             where = part.place(index) if isinstance(part, Photographs) else f"image {index}"
-            raise ConfigError(f"{where} has the label {part.label(index) + 1}; {name} has 1 to {classes}")
+            raise ConfigError(
+                f"{where} has the label {part.label(index) + first}; {name} has {first} to {data.classes - 1 + first}"
+            )
         if isinstance(part, Photographs) and not Path(part.place(index)).is_file():
             folder = Path(part.place(index)).parent
             raise ConfigError(f"{part.place(index)} of {name} is missing; remove {folder} to have it made anew")
@@ -201,6 +206,6 @@ def _photographs(files: list[Path], labels: list[int]) -> Photographs:
 SETS = {
     "cifar10": PublishedSet("CIFAR10", 10, _cifar_sources, _cifar_checked, _open_cifar),
     "cifar100": PublishedSet("CIFAR100", 100, _cifar_sources, _cifar_checked, _open_cifar),
-    "flowers102": PublishedSet("Flowers102", 102, _flower_sources, _flower_checked, _open_flowers),
-    "pets": PublishedSet("OxfordIIITPet", 37, _pet_sources, _pet_checked, _open_pets),
+    "flowers102": PublishedSet("Flowers102", 102, _flower_sources, _flower_checked, _open_flowers, first_label=1),
+    "pets": PublishedSet("OxfordIIITPet", 37, _pet_sources, _pet_checked, _open_pets, first_label=1),
 }

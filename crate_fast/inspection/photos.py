@@ -120,7 +120,7 @@ def find_photos(folder: str | Path, tell: TextIO | None = None) -> list[Path]:
     """
     folder, left_out = Path(folder), Counter()
     if not folder.is_dir():
-        raise InspectionError(f"{folder}: no such directory of images")
+        raise InspectionError(f"{folder}: {'a file, no' if folder.exists() else 'no such'} directory of images")
     found = [Path(path) for path in find_pictures(folder, left_out)]
     tell_left_out(folder, left_out, tell or sys.stdout)
     if not found:

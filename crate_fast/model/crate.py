@@ -19,6 +19,7 @@ from ..modules.cpu_inference import evaluated_embedding
 from ..modules.plain import has_global_hooks, is_exported, is_plain, keeps_forwards, same_place
 from ..modules.step import STEPS
 from ..optional import require
+from ..ranges import in_range
 from ..sizes import POOLS, SIZES, STREAMS
 from .buildable import as_pair, check_buildable, divide, times
 from .embedding import is_plain_embedding
@@ -137,12 +138,12 @@ class CRATE(nn.Module):
             TypeError: the image is no dense tensor of real floating point, or, outside autocast, not of the model's dtype.
             ValueError: its shape or device does not fit.
         """
-        return self._classify(self._features(image, self.pool))
+        return in_range("head", self._classify, self._features(image, self.pool))
 
     def _features(self, image: Tensor, pool: str | None) -> Tensor:
         """What the layers make of an image: (batch, dim) with pool "cls" or "mean", (batch, 1 + patches, dim) with None."""
         self._check_image(image)
-        x = self._embed(image)
+        x = in_range("embedding", self._embed, image)
         if has_global_hooks() or not (is_plain(self.transformer, Transformer) and keeps_forwards(self.transformer)):
             return pool_tokens(self.transformer(x), pool)
         return self.transformer.run(x, pool)

@@ -86,7 +86,7 @@ class DecoderBlocks(Blocks):
                 x = self._decode(list(run), x)
                 continue
             for layer in run:
-                x = self._call(layer, x)
+                x = self._call(layer, layer, x)
         return x
 
     def _decodes(self, layer: nn.Module, x: Tensor, cast: bool) -> bool:
@@ -111,7 +111,7 @@ class DecoderBlocks(Blocks):
             weights = [DecoderWeights(*layer.weights()) for layer in layers]
             state = enter_decoder(x, activation_dtype)
             for layer, own, prepared in zip(layers, weights, prepare_decoder(weights, operand_dtype), strict=True):
-                state = self._call(fused_decoder_layer, state, own, prepared, layer.settings(), draws=False)
+                state = self._call(layer, fused_decoder_layer, state, own, prepared, layer.settings(), draws=False)
             return leave_decoder(state, result, scaled=operand_dtype == torch.float16)
 
 

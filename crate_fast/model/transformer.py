@@ -16,6 +16,7 @@ from ..modules.kernel_weights import kernel_weights, make_weights
 from ..modules.layer import Attention, Layer, PreNorm
 from ..modules.plain import has_global_hooks, same_place
 from ..modules.step import STEPS
+from ..ranges import in_range, is_profiled
 
 if TYPE_CHECKING:
     from ..kernels import StackState
@@ -54,17 +55,23 @@ class Stack(nn.Module):
                     return x
                 continue
             for layer in layers[:-1]:
-                x = self._call(layer, x)
+                x = self._call(layer, layer, x)
             end = layers[-1]
             alone = last and pool == "cls" and isinstance(end, Layer) and end.runs_unwatched(x)
-            x = self._call(end.through, Layer.class_token, x) if alone else self._call(end, x)
+            x = self._call(end, end.through, Layer.class_token, x) if alone else self._call(end, end, x)
         return pool_tokens(x, pool)
 
-    def _call(self, function: Callable, *arguments, draws: bool = True):
-        """`function` of `arguments`; with `grad_checkpointing` its backward pass calls it again.
+    def _call(self, layer: nn.Module, function: Callable, *arguments, draws: bool = True):
+        """`function` of `arguments`, which computes `layer`; with `grad_checkpointing` its backward pass calls it again.
 
         draws: whether it may draw random numbers, whose generators are then kept, which takes time and no CUDA graph takes.
         """
+        if is_profiled():
+            index = next((str(index) for index, each in enumerate(self.layers) if each is layer), "other")
+            return in_range(f"layers.{index}", partial(self._call_unnamed, draws=draws), function, *arguments)
+        return self._call_unnamed(function, *arguments, draws=draws)
+
+    def _call_unnamed(self, function: Callable, *arguments, draws: bool):
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=draws)
         return function(*arguments)
@@ -94,13 +101,13 @@ class Stack(nn.Module):
         result = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
         with torch.autocast(device, enabled=False):
             together = [layer for layer in layers if not layer.is_sharded()]
-            weights = iter(kernel_weights(together, operand_dtype) if together else ())
+            weights = iter(in_range("weights", kernel_weights, together, operand_dtype) if together else ())
             state = enter_stack(x, activation_dtype)
             for layer in layers:
                 if layer.is_sharded():
-                    state = self._call(layer, state, partial(_run_alone, operand_dtype=operand_dtype), draws=False)
+                    state = self._call(layer, layer, state, partial(_run_alone, operand_dtype=operand_dtype), draws=False)
                 else:
-                    state = self._call(_run_layer, layer, state, next(weights), draws=False)
+                    state = self._call(layer, _run_layer, layer, state, next(weights), draws=False)
             return leave_stack(state, result, pool, scaled=operand_dtype == torch.float16)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,13 @@ def _like(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@operator(fake=_like)
+def _layer_flops(x, weights, heads, scale, eps_mssa, eps_step, step, step_size, lambd) -> int:
+    """M is kept, and forming it counts for nothing."""
+    tokens, dim = x.shape[1:]
+    return 2 * x.shape[0] * tokens * (2 * len(weights[2]) * (dim + tokens) + STEPS[step].flops(dim))
+
+
+@operator(fake=_like, flops=_layer_flops)
 def evaluated_layer(
     x: Tensor,
     weights: list[Tensor],
@@ -35,11 +43,15 @@ def evaluated_layer(
     norm1_weight, norm1_bias, project, out_weight, out_bias, norm2_weight, norm2_bias, *of_step = weights
     width = x.shape[-1:]
     w = F.linear(F.layer_norm(x, width, norm1_weight, norm1_bias, eps_mssa), project)
-    z = F.linear(functional.attend(w, heads, scale), out_weight, out_bias).add_(x)
-    h = F.layer_norm(z, width, norm2_weight, norm2_bias, eps_step)
+    # Between its products a layer of 16 bit computes in float32, as under autocast, and rounds its result once: three roundings
+    # of the stream a layer, as the published code has them, are what its error is made of.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = F.linear(functional.attend(w, heads, scale), out_weight, out_bias).to(wide).add_(x)
+    h = F.layer_norm(z, width, norm2_weight.to(wide), norm2_bias.to(wide), eps_step)
     sparse = STEPS[step]
     matrix = kept_matrix(sparse.fold, of_step, step_size) if sparse.folds else None
-    return sparse.sparsify(h, of_step, matrix, step_size, lambd, "torch")
+    with torch.autocast(x.device.type, x.dtype) if wide != x.dtype else nullcontext():
+        return sparse.sparsify(h, of_step, matrix, step_size, lambd, "torch").to(x.dtype)
 
 
 def _embedded_shape(image, weights, patch_size, eps):
@@ -48,7 +60,11 @@ def _embedded_shape(image, weights, patch_size, eps):
     return image.new_empty(batch, 1 + count, weights[4].shape[0])
 
 
-@operator(fake=_embedded_shape)
+def _embedding_flops(image, weights, patch_size, eps) -> int:
+    return 2 * image.numel() * len(weights[2])
+
+
+@operator(fake=_embedded_shape, flops=_embedding_flops)
 def evaluated_embedding(image: Tensor, weights: list[Tensor], patch_size: list[int], eps: list[float]) -> Tensor:
     """The class token and the embedded patches, with their positions: (batch, 1 + patches, dim).
 

@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 PLAIN = (nn.Parameter, Tensor)
-Kind = TypeVar("Kind", bound=nn.Module)
+ModuleClass = TypeVar("ModuleClass", bound=nn.Module)
 
 
 def has_global_hooks() -> bool:
@@ -50,7 +50,7 @@ def has_weights(module: nn.Module, *names: str) -> bool:
     return all(name in module._parameters for name in names)
 
 
-def is_plain(module: nn.Module, cls: type[Kind], sharded: bool = False) -> TypeGuard[Kind]:
+def is_plain(module: nn.Module, cls: type[ModuleClass], sharded: bool = False) -> TypeGuard[ModuleClass]:
     """True if `module` is a `cls` and no subclass, has no hooks, its class's forward, and ordinary tensors as parameters.
 
     sharded: parameters may be parts of such tensors, which `fully_shard` makes whole when a module around is called.

@@ -49,7 +49,7 @@ class RunSettings(SeedSettings):
     log_every: int = Field(
         50, ge=1, le=LARGEST, description="steps from one line of training metrics to the next, at most an epoch"
     )
-    print_log: Switch = Field(False, description="print every line of training metrics as the published main.py does")
+    print_log: Switch = Field(False, description="print the published main.py's lines, a line every --log-every steps")
     tensorboard: Switch = Field(False, description="write the metrics for TensorBoard too")
     watch_rates: Switch = Field(False, description="measure coding rate and sparsity of every layer at each evaluation")
     profile: Switch = Field(False, description="write a trace of a few steps, for Perfetto")
@@ -197,7 +197,7 @@ class TrainConfig(MachineSettings, ModelSettings, OptimisationSettings, DataSett
                     raise ConfigError(f"{flag(name)} is {value!r}; it changes {kind}, and --data is {self.data}")
 
 
-SECTIONS: dict[str, tuple[type, ...]] = {
+PARTS_BY_SECTION: dict[str, tuple[type, ...]] = {
     "run": (RunSettings, SeedSettings),
     "data": (DataSettings,),
     "optimisation": (OptimisationSettings, StepSettings),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .checked import choices_of, fields_of, kind_of, read_switch
-from .parts import SECTIONS, TrainConfig
+from .parts import PARTS_BY_SECTION, TrainConfig
 
 
 class Setting(NamedTuple):
@@ -22,7 +22,7 @@ class Setting(NamedTuple):
 def _section_of(name: str) -> str:
     """What the class that declares a setting is called in the help."""
     declares = next(part for part in reversed(TrainConfig.__mro__) if name in getattr(part, "__pydantic_fields__", ()))
-    return next(section for section, parts in SECTIONS.items() if declares in parts)
+    return next(section for section, parts in PARTS_BY_SECTION.items() if declares in parts)
 
 
 def _make_table() -> dict[str, Setting]:
@@ -30,7 +30,7 @@ def _make_table() -> dict[str, Setting]:
         Setting(name, _section_of(name), field.description or "", field.default, kind_of(field), choices_of(field))
         for name, field in fields_of(TrainConfig).items()
     ]
-    order = list(SECTIONS)
+    order = list(PARTS_BY_SECTION)
     return {setting.name: setting for setting in sorted(found, key=lambda setting: order.index(setting.section))}
 
 

@@ -16,6 +16,7 @@ from ..model.buildable import as_pair, divide, times
 from ..model.crate import CRATE
 from ..model.positions import resample_positions
 from ..model.transformer import pool_tokens
+from .weights import load
 
 Size = int | tuple[int, int]
 POOLS: dict[str, str | None] = {"token": "cls", "avg": "mean", "": None}
@@ -240,8 +241,6 @@ class TimmCRATE(CRATE):
     def load_pretrained(self, checkpoint_path: str | os.PathLike, prefix: str = "") -> None:
         """Gives the model the weights in a file, a run or a model of the Hub, whatever `crate_fast.load_checkpoint` reads; see
         `crate_fast.timm.weights.load`."""
-        from .weights import load
-
         load(self, checkpoint_path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -10,19 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ..checkpoint.read import CheckpointError, DamagedError, read_checkpoint
 from ..checkpoint.save_load import save_checkpoint
-from ..device import Compute
 from ..errors import SavingError
 from ..files import first_line, remove
 from ..model.crate import CRATE
-from ..processes import Ranks
 from .checkpoint_contents import WEIGHTS_ALONE, check_values
 
 NAME = "step-{:08d}"
@@ -161,36 +154,3 @@ class Checkpoints:
             os.link(path, name)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, name)
-
-
-def circumstances(compute: Compute, ranks: Ranks) -> dict[str, str | int]:
-    """On what the bits of a run depend, beside its configuration."""
-    return {
-        "ranks": ranks.count,
-        "device": compute.describe(),
-        "precision": compute.precision,
-        "torch": str(torch.__version__),
-        "kernels": _kernels_digest(),
-    }
-
-
-def _kernels_digest() -> str:
-    """A digest of the kernels' source and of the table of their shapes in it; shapes that were measured are in none."""
-    digest = hashlib.sha256()
-    specification: Any = find_spec("crate_fast.kernels")
-    for folder in specification.submodule_search_locations or ():
-        for file in sorted(Path(folder).glob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def warn_of_changes(before: dict, now: dict) -> None:
-    """Says in what a run goes on otherwise than it began, so that its bits may be others."""
-    for name, value in now.items():
-        if before.get(name) != value:
-            print(
-                f"crate-fast: warning: {name} was {before.get(name)} and is {value}: the run goes on with the same images in "
-                "the same order, but not to the same bits",
-                file=sys.stderr,
-                flush=True,
-            )

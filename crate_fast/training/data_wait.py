@@ -36,12 +36,16 @@ class DataWait:
         else:
             self._seconds += self._now() - self._start
 
+    def waited(self) -> float:
+        """Seconds in which data were waited for since `read`; the device must have come to the end of what was launched."""
+        return self._seconds + sum(start.elapsed_time(end) for start, end in self._pauses) / 1000
+
     def read(self, seconds: float) -> tuple[float, str | None]:
         """The part of the last `seconds`, since it was read before, in which data were waited for, and a line to tell, once.
 
         The device must have come to the end of what was launched.
         """
-        waited = self._seconds + sum(start.elapsed_time(end) for start, end in self._pauses) / 1000
+        waited = self.waited()
         self._pauses, self._seconds = [], 0.0
         line = self._complain(waited, seconds) if self._begun else None  # processes start before the first line
         self._begun = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ from torch import Tensor
 from ..checkpoint.read import model_file
 from ..checkpoint.save_load import load_classifier
 from ..data.open import Data, open_data
+from ..data.order import most_batches
 from ..data_sets import UNCHANGED
 from ..device import check_kernels, choose_compute
 from ..eval_transform import transform_of
 from ..model.crate import CRATE
-from ..processes import process_group, read_ranks
+from ..processes import Ranks, process_group, read_ranks
 from ..settings import ConfigError, DataSettings, MachineSettings, TrainConfig
 from ..sizes import SIZES
 from .metrics import Score, evaluate
+from .progress import Speaker, Testing
 from .resolve import resolve
-from .run_directory import CLASS_NAMES, RunDirectory
+from .run_directory import RunDirectory
+from .same_data import CLASS_NAMES, check_same_data
 
 SAID = ("dim", "depth", "heads")  # what --arch says of a model
 # Settings of the run's own data, which are no others'.
@@ -43,6 +47,7 @@ def evaluate_run(
     arch: str | None = None,
     weights: str | None = None,
     eval_crop: float | None = None,
+    print_every: int = 0,
     **overrides,
 ) -> Score:
     """The score of a trained model on its test images; under torchrun, of all processes together.
@@ -56,6 +61,8 @@ def evaluate_run(
         weights: "last" or "mean", as in `load_checkpoint`.
         eval_crop: the part of an image that is seen, 0: all, squeezed; None: as stored with the weights, else as in the run,
             else as the published script does whose checkpoint it is.
+        print_every: print the published main.py's `Test: [i/n]` lines, of the first batch and every so many after it; 0: none,
+            but in any case one on stderr where a minute went by without any.
         overrides: keywords of `load_checkpoint` that say what the file leaves open, such as `heads`.
 
     Raises:
@@ -80,15 +87,24 @@ def evaluate_run(
         images = open_data(replace(settings, **sizes), compute.device, ranks, model.image_size)
         _check_fits(model, images, file, settings.num_classes)
         if run is not None:
-            run.check_same_data(images.describe(), CLASS_NAMES)
-        batches = images.test_batches(max(1, settings.batch_size // ranks.count), ranks)
+            check_same_data(run, images.describe(), CLASS_NAMES)
+        batch = max(1, settings.batch_size // ranks.count)
+        tell = Testing(most_batches(images.test_count, batch, ranks), print_every, _speaker(ranks))
+        batches = images.test_batches(batch, ranks)
         batches = _normalised_for(model, batches, images.describe(), file)
-        return evaluate(model.to(compute.device), batches, compute, ranks)
+        return evaluate(model.to(compute.device), batches, compute, ranks, tell=tell)
 
 
 def is_first() -> bool:
     """Whether this is the process that prints."""
     return read_ranks().first
+
+
+def _speaker(ranks: Ranks) -> Speaker:
+    """Prints lines as they come, and on stderr what is due, in the first process."""
+    if not ranks.first:
+        return Speaker()
+    return Speaker(partial(print, flush=True), partial(print, "crate-fast:", file=sys.stderr, flush=True))
 
 
 def _run_of(path: Path) -> RunDirectory | None:

@@ -6,28 +6,30 @@ import copy
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..backend import choose_backend
 from ..called import called
 from ..data.open import Data
-from ..data.order import Plan
+from ..data.order import Plan, most_batches
 from ..device import Compute
 from ..errors import TrainingError
 from ..model.crate import CRATE
 from ..settings import TrainConfig
 from ..signals import Signals, Stopped
 from .checkpoint_contents import check_place
-from .checkpoints import circumstances
+from .circumstances import circumstances
 from .data_wait import DataWait
-from .ddp import parallel_kind
 from .metrics import Meter, Score, evaluate, measure
 from .mixing import mix
 from .monitor import Monitor, peak_flops, training_flops
 from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from .parallel import parallel_kind
 from .progress import Progress, Sums
 from .run_directory import RunDirectory
 
@@ -40,6 +42,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, model: CRATE, data: Data, plan: Plan, compute: Compute, signals: Signals) -> None:
         self.config, self.model, self.data, self.plan, self.compute = config, model, data, plan, compute
         self.ranks, self.signals = plan.ranks, signals
+        self.backend = choose_backend(config.backend, model.pos_embedding, config.dim_head)
         self.flops, self.peak = training_flops(model), peak_flops(config, compute)
         self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
         self.parallel = parallel_kind(config)(model, self.average, config, plan, compute)
@@ -89,8 +92,12 @@ class Trainer:
             "score": None if self.score is None else list(self.score),
             "best": self.best,
             "settings": asdict(self.config) | {"precision": self.compute.precision},
-            "circumstances": circumstances(self.compute, self.ranks),
+            "circumstances": self.circumstances(),
         }
+
+    def circumstances(self) -> dict:
+        """What the bits depend on beside the settings."""
+        return circumstances(self.config, self.compute, self.ranks, fused=self.backend.name == "triton")
 
     def load(self, checkpoint: dict) -> None:
         """Takes up where `checkpoint` was saved.
@@ -119,7 +126,7 @@ class Trainer:
         start, logged = time.perf_counter(), self.step
         for place in range(first, self.plan.steps):
             self._train_step(place, batches)
-            self.progress.step()
+            self.progress.step(self.step, partial(self._untold, start, self.step - logged))
             self.monitor.step()
             if self.step % self.config.log_every == 0 or place + 1 == self.plan.steps:
                 self._log_training(start, self.step - logged)
@@ -175,15 +182,19 @@ class Trainer:
     def _log_training(self, start: float, steps: int) -> None:
         """A line of metrics, and of progress, for the steps since `start`; waits for the device."""
         self._check_finite()
-        seconds = time.perf_counter() - start
-        waiting, line = self.data_wait.read(seconds)
+        sums = self._untold(start, steps)
+        waiting, line = self.data_wait.read(sums.seconds)
         if line is not None:
             self.progress.warn(line)
         score, self.meter = self.meter.read(), Meter(self.compute.device)
-        speed = steps * self.config.batch_size / seconds
+        speed = steps * self.config.batch_size / sums.seconds
         self._log("train", score, lr=self.lr, **self._timing(waiting, speed))
-        counts = score.count, score.loss * score.count, score.correct, score.correct5
-        self.progress.trained(self.step, Sums(steps, seconds, waiting * seconds, *counts), speed)
+        self.progress.trained(self.step, sums, speed)
+
+    def _untold(self, start: float, steps: int) -> Sums:
+        """The sums of the `steps` steps since `start`, which no line of metrics has yet; waits for the device."""
+        score = self.meter.read()
+        return Sums.of(steps, time.perf_counter() - start, self.data_wait.waited(), score)
 
     def _timing(self, waiting: float, speed: float) -> dict:
         """What of a line of metrics differs from run to run."""
@@ -200,7 +211,8 @@ class Trainer:
         batches = self.data.test_batches(batch, self.ranks)
         batches = self.monitor.first_of(batches)
         batches = self.parallel.fill_up(batches, batch, self.data.test_count, self.model, self.compute.device)
-        score = evaluate(self.evaluated_model, batches, self.compute, self.ranks, between=self._pause)
+        tell = self.progress.testing(most_batches(self.data.test_count, batch, self.ranks))
+        score = evaluate(self.evaluated_model, batches, self.compute, self.ranks, self._pause, tell)
         self.evaluated += 1
         self._log("test", score, **self.monitor.rates(self.evaluated_model))
         if not math.isfinite(score.loss):

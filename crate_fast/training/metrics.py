@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.loader import IGNORED
+from ..data.samples import IGNORED
 from ..device import Compute
 from ..processes import ALONE, Ranks
 
@@ -71,8 +71,10 @@ def evaluate(
     compute: Compute,
     ranks: Ranks = ALONE,
     between: Callable[[], None] = lambda: None,
+    tell: Callable[[Meter], None] = lambda meter: None,
 ) -> Score:
-    """The score of `model`, put in evaluation mode, on the `batches` of all processes; `between` is called after each."""
+    """The score of `model`, put in evaluation mode, on the `batches` of all processes. After each `tell` is called with this
+    process's own sums so far, then `between`."""
     model.eval()
     meter = Meter(compute.device)
     # What FSDP gathers in inference mode could not be trained with later.
@@ -82,6 +84,7 @@ def evaluate(
             logits = model(images).float()
             loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
             meter.add(measure(loss, logits, labels, meter.sums))
+            tell(meter)
             between()
         ranks.sum(meter.sums)
     return meter.read()

@@ -23,7 +23,7 @@ from ..settings import ConfigError, TrainConfig, flag
 from ..sizes import ARCHITECTURES, SIZES
 from .checkpoint_contents import check_values, check_whole, is_count
 from .optimizer import build_optimizer, main_factor
-from .resolve import check_written
+from .resolve import check_run_against_checkpoint
 from .run_directory import NO_RUN, RunDirectory
 
 SHAPE = ("dim", "depth", "heads", "dim_head", "pool", "ista", "lambd")  # of ours, converted: what its arguments say
@@ -182,7 +182,7 @@ def describe_start(start: Start, config: TrainConfig) -> list[str]:
     return lines
 
 
-KINDS = (".pt", SUFFIX)
+STATE_SUFFIXES = (".pt", SUFFIX)
 GROUPS: dict[str, dict] = {
     "Lion": {},
     "AdamW": {"eps": 1e-8, "amsgrad": False, "maximize": False, "foreach": None, "capturable": False}
@@ -200,13 +200,13 @@ def find_trained(source: str | Path) -> Path | None:
     run = RunDirectory(path)
     if not run.config.is_file() or not run.checkpoints.is_dir():
         return None
-    return next((name for name in sorted(run.checkpoints.glob("step-*"), reverse=True) if name.suffix in KINDS), None)
+    return next((name for name in sorted(run.checkpoints.glob("step-*"), reverse=True) if name.suffix in STATE_SUFFIXES), None)
 
 
 def _run_of(path: Path) -> RunDirectory | None:
     """The run in whose folder the checkpoint `path` lies."""
     run = RunDirectory(path.absolute().parent.parent)
-    return run if path.suffix in KINDS and path.absolute().parent == run.checkpoints and run.config.is_file() else None
+    return run if path.suffix in STATE_SUFFIXES and path.absolute().parent == run.checkpoints and run.config.is_file() else None
 
 
 def save_main(source: Path, target: Path, prefix: str = WRAPPERS[0], wanted: str | None = None) -> tuple[CRATE, list[str]]:
@@ -226,7 +226,7 @@ def save_main(source: Path, target: Path, prefix: str = WRAPPERS[0], wanted: str
     if run is None or is_in_parts(source):
         raise CheckpointError(f"{source}: in parts, so that its optimizer is not in one place{OTHERWISE}")
     config, content = run.read_config(), check_values(source, read_checkpoint(source))
-    check_written(config, content.get("settings", {}), run.config, run.former_epochs())
+    check_run_against_checkpoint(config, content.get("settings", {}), run.config, run.former_epochs())
     if config.optimizer not in GROUPS or config.decay != "all":
         words = f"its optimizer is {config.optimizer} with --decay {config.decay}; main.py has AdamW and Lion, which decay all"
         raise CheckpointError(f"{source}: {words}{OTHERWISE}")
@@ -235,7 +235,7 @@ def save_main(source: Path, target: Path, prefix: str = WRAPPERS[0], wanted: str
     check_whole(model, optimizer, content, False, source)
     saved = _as_main(model, config, content, prefix, optimizer.param_groups[0]["betas"])
     write_atomically(target, lambda file: torch.save(saved, file))
-    return model, _notes(content, config, saved["arch"], run.read_steps() // config.epochs)
+    return model, _notes(content, config, saved["arch"], run.read_steps() // config.epochs, prefix)
 
 
 def _as_main(model: CRATE, config: TrainConfig, content: dict, prefix: str, betas: tuple[float, float]) -> dict:
@@ -269,8 +269,17 @@ def name_of(model: CRATE) -> str:
     return next((f"CRATE_{name}" for name, size in SIZES.items() if own.items() <= size.items()), "CRATE")
 
 
-def _notes(content: dict, config: TrainConfig, name: str, steps: int) -> list[str]:
-    lines = [f"for finetune.py --ckpt_dir, and main.py --resume with --optimizer {config.optimizer} --epochs {config.epochs}"]
+def taken_by_finetune(prefix: str) -> str:
+    """Whether the published finetune.py takes weights whose names have `prefix`."""
+    if prefix == WRAPPERS[0]:
+        return "for finetune.py --ckpt_dir"
+    return f"not for finetune.py --ckpt_dir, which takes nothing but names with {WRAPPERS[0]} and does not say so"
+
+
+def _notes(content: dict, config: TrainConfig, name: str, steps: int, prefix: str) -> list[str]:
+    flags = f"--optimizer {config.optimizer} --epochs {config.epochs}"
+    main = f"main.py --resume with {flags}{'' if prefix else ' on a CPU or one --gpu'}"
+    lines = [f"for {main}" if prefix in ("", WRAPPERS[0]) else "not for main.py --resume", taken_by_finetune(prefix)]
     if content["step"] != content["epoch"] * steps:
         lines.append(f"it is of step {content['step']}, within epoch {content['epoch'] + 1}, which main.py begins again")
     if config.schedule != "main-epoch":

@@ -29,7 +29,7 @@ CHANGEABLE = ("data_dir", "workers", *SAVING, "max_unreadable", *WATCHING)
 FEW = 10_000  # photographs: what a CPU learns from in an hour, and what fits its memory, reduced
 STEPS = 800  # of a run on few, about
 MOST_EPOCHS, LEAST_EPOCHS = 100, 10
-OF_MODEL = frozenset(setting.name for setting in SETTINGS.values() if setting.section == "model")
+MODEL_SETTINGS = frozenset(setting.name for setting in SETTINGS.values() if setting.section == "model")
 LONGER = "epochs"  # what it may be told more of: the learning rate is from there on that of the longer run
 
 
@@ -49,8 +49,8 @@ def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -
     values = read_recipe(recipe)
     if "data" not in values and "data" not in given:
         raise ConfigError(f"--recipe is {recipe!r}, which needs --data DIR, a folder of photographs")
-    if command == "finetune" and given.get("optimizer", "AdamW") != "AdamW":
-        values["weight_decay"] = 0.0  # the published script gives it to AdamW alone
+    if command == "finetune" and recipe in NAMES and given.get("optimizer", "AdamW") != "AdamW":
+        values["weight_decay"] = 0.0  # the published script gives it to AdamW alone; a recipe of the user's own says its own
     asked = _sizes(given) | given
     return TrainConfig(**values | asked)
 
@@ -91,12 +91,14 @@ def _sizes(values: dict) -> dict:
     return dict(size) if size and str(arch).startswith("CRATE_") else {}
 
 
-def check_unchanged(config: TrainConfig, given: dict, where: Path) -> dict:
+def check_given_against_run(config: TrainConfig, given: dict, where: Path) -> dict:
     """The settings of `given` that a resumed run takes; raises ConfigError if another one differs from the run's `config`, or
     if there are to be fewer epochs."""
     for name, value in given.items():
         ours = getattr(config, name)
         if name == LONGER and isinstance(value, int) and value > ours:
+            continue
+        if name == "precision" and value == "auto":  # the run's own, which it keeps, is what that turned out to mean
             continue
         if name not in (*CHANGEABLE, "out", "data") and read_stored(name, value) != ours:
             kept = "which a resumed run keeps" if name != LONGER else "and a resumed run has as many or more"
@@ -105,7 +107,7 @@ def check_unchanged(config: TrainConfig, given: dict, where: Path) -> dict:
     return {name: value for name, value in given.items() if name in (*CHANGEABLE, LONGER, "data")}
 
 
-def check_written(config: TrainConfig, written: dict, where: Path, before: Iterable[int] = ()) -> None:
+def check_run_against_checkpoint(config: TrainConfig, written: dict, where: Path, before: Iterable[int] = ()) -> None:
     """Raises ConfigError unless the settings read from `where` are those that a checkpoint was `written` with, but for what may
     change, and for epochs, of which there were as many as one of `before` says. Checkpoints of before have none."""
     for name in SETTINGS.keys() & written.keys() - {*CHANGEABLE, "out", "data"}:
@@ -127,7 +129,7 @@ def choose_recipe(given: dict) -> tuple[str, dict, str] | None:
         given: settings that were asked for, by name.
     """
     data, device = given.get("data", "digits"), given.get("device", "auto")
-    if OF_MODEL & given.keys() or data in DATA_SETS or not Path(data).is_dir() or device not in ("auto", "cpu"):
+    if MODEL_SETTINGS & given.keys() or data in DATA_SETS or not Path(data).is_dir() or device not in ("auto", "cpu"):
         return None
     count = count_pictures(data, FEW)
     if not 0 < count <= FEW or _has_gpu(given):

@@ -7,16 +7,16 @@ import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from ..backend import choose_backend
 from ..checkpoint.save_load import constructor_arguments, save_model
 from ..checkpoint.start_from import read_weights, start_from
-from ..data.loader import UnreadableError
 from ..data.open import Data, open_data
 from ..data.order import check_parts, make_plan
 from ..device import Compute, check_kernels, choose_compute
+from ..errors import UnreadableError
 from ..eval_transform import transform_of
 from ..files import is_text
 from ..locks import unlock
@@ -25,16 +25,17 @@ from ..optional import TRAIN, require
 from ..processes import Ranks, process_group, read_ranks
 from ..settings import ConfigError, MachineSettings, ModelSettings, RunSettings, TrainConfig
 from ..signals import Signals, Stopped
-from .checkpoints import circumstances, warn_of_changes
 from .cuda_graphs import check_graphs
-from .ddp import check_strategy, parallel_kind
 from .loop import Trainer, TrainingError
 from .metrics import Score
 from .monitor import plot_curves, plot_watched
-from .optimizer import learning_rate_at, warmup_steps
+from .optimizer import warmup_steps
+from .parallel import check_strategy
 from .published_run import Start, as_checkpoint, check_settings, describe_start, names_published, read_start
-from .resolve import check_unchanged, check_written, describe
+from .resolve import check_given_against_run, describe
+from .resume import lock_and_read_checkpoint, take_up
 from .run_directory import START, RunDirectory, check_free, find_run
+from .same_data import check_same_data, warn_of_reader
 
 LOST = {
     r"DataLoader worker .*(is killed|exited)|Pin memory thread exited": "a process that reads images was ended from outside, "
@@ -73,7 +74,10 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
     with Signals(tell=ranks.first) as signals:
         try:
             with process_group(ranks, choose_compute(config.device, config.precision, ranks).device):
-                return _start(config, given or {}, resume, ranks, signals)
+                task = _settle(config, given or {}, resume, ranks)
+                compute = _check(task.config, ranks)
+                with process_group(ranks, compute.device, alone=task.config.strategy == "fsdp"):
+                    return _train(task, compute, ranks, signals)
         except RuntimeError as error:
             if isinstance(error, TrainingError | UnreadableError):
                 raise
@@ -87,27 +91,38 @@ def train(config: TrainConfig, *, given: dict | None = None, resume: str | None 
             unlock()
 
 
-def _start(
-    config: TrainConfig, given: dict, resume: str | None, ranks: Ranks, signals: Signals
-) -> tuple[RunDirectory | None, Score]:
-    """Settles what is asked for: a new run, or an older one with its own settings."""
+class Task(NamedTuple):
+    """What is to be trained, once that is settled.
+
+    config: the settings; a resumed run's own.
+    given: those of them that were asked for.
+    run: the directory of a run that goes on, and by what word (itself, a checkpoint in it, "auto"); None: a new one.
+    start: the checkpoint of the published main.py from which a new run goes on, if any.
+    """
+
+    config: TrainConfig
+    given: dict
+    run: tuple[RunDirectory, str] | None
+    start: Start | None
+
+
+def _settle(config: TrainConfig, given: dict, resume: str | None, ranks: Ranks) -> Task:
+    """A new run, or an older one with its own settings."""
     start = None
     if resume is None or names_published(resume):
         again = ranks.share(lambda: _implied(config, ranks))
         start = read_start(Path(resume)) if resume and not again else None
         resume = again
-    run = find_run(resume, config.out) if resume else None
-    if run is not None:
+    run = find_run(resume, config.out) if resume is not None else None
+    if run is not None and resume is not None:
         own = run.read_config()
-        config = replace(own, **check_unchanged(own, given, run.path), out=str(run.path))
-    else:
-        if start is not None:
-            config = replace(config, **check_settings(start, config, given))
-        if (out := config.out) is not None:
-            ranks.share(lambda: check_free(out))
-    compute = _check(config, ranks)
-    with process_group(ranks, compute.device, alone=config.strategy == "fsdp"):
-        return _train(config, given, compute, run, resume, ranks, signals, start)
+        config = replace(own, **check_given_against_run(own, given, run.path), out=str(run.path))
+        return Task(config, given, (run, resume), start)
+    if start is not None:
+        config = replace(config, **check_settings(start, config, given))
+    if (out := config.out) is not None:
+        ranks.share(lambda: check_free(out))
+    return Task(config, given, None, start)
 
 
 def _check(config: TrainConfig, ranks: Ranks) -> Compute:
@@ -130,26 +145,35 @@ def _check(config: TrainConfig, ranks: Ranks) -> Compute:
     return compute
 
 
-def _train(
-    config: TrainConfig,
-    given: dict,
-    compute: Compute,
-    run: RunDirectory | None,
-    resume: str | None,
-    ranks: Ranks,
-    signals: Signals,
-    start: Start | None,
-) -> tuple[RunDirectory | None, Score]:
-    checkpoint = _find_checkpoint(run, resume, config, ranks) if run is not None and resume is not None else None
-    if run is not None and checkpoint is None and (path := run.read_start()) is not None:  # killed before it had one of its own
-        start = read_start(path)
+def _train(task: Task, compute: Compute, ranks: Ranks, signals: Signals) -> tuple[RunDirectory | None, Score]:
+    trainer, run, lines = _make_trainer(task, compute, ranks, signals)
+    if ranks.first:
+        _announce(trainer, task.given, run, lines)
+    score = trainer.fit(run)
+    model = trainer.parallel.whole(trainer.evaluated_model)
+    if ranks.first:
+        save_model(model, run.model)
+        rows, title = run.read_metrics(), f"CRATE on {trainer.data.name}: test {score}"
+        plot_curves(rows, run.curves, title)
+        plot_watched(rows, run.rates, title)
+    return (run if ranks.first else None), score
+
+
+def _make_trainer(task: Task, compute: Compute, ranks: Ranks, signals: Signals) -> tuple[Trainer, RunDirectory, list[str]]:
+    """(a trainer at the step from which it is to go on, its run directory, what is to be said of that)"""
+    config, start, checkpoint = task.config, task.start, None
+    if task.run is not None:
+        run, resume = task.run
+        checkpoint = lock_and_read_checkpoint(run, resume, config, ranks)
+        if checkpoint is None and (path := run.read_start()) is not None:  # killed before it had one of its own
+            start = read_start(path)
     # Weights before data, which may have to be downloaded or listed for minutes.
     weights = read_weights(config.init) if config.init and checkpoint is None else None
     data = open_data(config, compute.device, ranks)
-    if run is not None:
-        run.check_same_data(data.describe())
+    if task.run is not None:
+        check_same_data(task.run[0], data.describe())
         if ranks.first:
-            run.warn_of_reader(data.describe())
+            warn_of_reader(task.run[0], data.describe())
     plan = make_plan(config, data.train_count, ranks)
     model = build_model(config, data)
     lines = [] if weights is None or config.init is None else [start_from(model, weights, config.init)]
@@ -157,20 +181,9 @@ def _train(
     if start is not None:
         trainer.load(as_checkpoint(start, trainer))
         lines += describe_start(start, config)
-    if run is None:
-        run = ranks.share(lambda: _create(config, trainer, start))
-    else:
-        lines.append(_take_up(trainer, run, checkpoint))
-    if ranks.first:
-        _announce(trainer, given, run, lines)
-    score = trainer.fit(run)
-    model = trainer.parallel.whole(trainer.evaluated_model)
-    if ranks.first:
-        save_model(model, run.model)
-        rows, title = run.read_metrics(), f"CRATE on {data.name}: test {score}"
-        plot_curves(rows, run.curves, title)
-        plot_watched(rows, run.rates, title)
-    return (run if ranks.first else None), score
+    if task.run is None:
+        return trainer, ranks.share(lambda: _create(config, trainer, start)), lines
+    return trainer, task.run[0], [*lines, take_up(trainer, task.run[0], checkpoint)]
 
 
 def build_model(config: TrainConfig, data: Data) -> CRATE:
@@ -245,63 +258,9 @@ def _create(config: TrainConfig, trainer: Trainer, start: Start | None) -> RunDi
     return run
 
 
-def _find_checkpoint(run: RunDirectory, resume: str, config: TrainConfig, ranks: Ranks) -> dict | None:
-    """Locks a run that exists; the checkpoint to go on from, in every process, or None where it has none yet."""
-
-    checkpoints = parallel_kind(config).checkpoints(run.checkpoints, 1)
-
-    def lock_and_find() -> str | None:
-        run.lock()
-        run.tidy()
-        if resume.endswith(checkpoints.suffix):
-            checkpoints.set_aside_after(checkpoints.read(Path(resume))["step"])
-            return resume
-        found = checkpoints.load_newest()
-        if found is None:
-            run.check_begun(config.checkpoint_every)
-        return found and str(found[0])
-
-    path = ranks.share(lock_and_find)
-    if path is None:
-        return None
-    checkpoint = checkpoints.read(Path(path), whole=False)
-    check_written(config, checkpoint.get("settings", {}), run.config, [run.read_config().epochs, *run.former_epochs()])
-    return checkpoint
-
-
-def _take_up(trainer: Trainer, run: RunDirectory, checkpoint: dict | None) -> str:
-    """Loads `checkpoint` and cuts the metrics back to it; a line that says where the run goes on."""
-    if checkpoint is not None:
-        trainer.load(checkpoint)  # which may refuse it, and then nothing is to have been touched
-    if trainer.ranks.first:
-        run.cut_log(checkpoint["logged"] if checkpoint else 0)
-    longer = _lengthen(trainer, run)
-    if checkpoint is None:
-        return f"no checkpoint yet: from the {'start' if run.read_start() is None else 'published one'}{longer}"
-    if trainer.ranks.first:
-        warn_of_changes(checkpoint["circumstances"], circumstances(trainer.compute, trainer.ranks))
-    return f"going on after step {trainer.step} of {trainer.steps}{longer}"
-
-
-def _lengthen(trainer: Trainer, run: RunDirectory) -> str:
-    """Where the run is to have more epochs than it was begun with, writes that down; what it means, in words, else nothing."""
-    config, step, epoch_steps = trainer.config, trainer.step + 1, trainer.plan.steps
-    before = trainer.ranks.share(lambda: run.read_config().epochs)
-    if config.epochs == before:
-        return ""
-    if trainer.ranks.first:
-        run.lengthen(config.epochs, trainer.steps, trainer.step)
-    old = learning_rate_at(step, epoch_steps, replace(config, epochs=before)) if step <= before * epoch_steps else 0.0
-    return (
-        f"; {config.epochs} epochs, not {before}: from step {step} on the learning rate is that of a run of {config.epochs} "
-        f"epochs, {learning_rate_at(step, epoch_steps, config):.3g} now, not {old:.3g}"
-    )
-
-
 def _announce(trainer: Trainer, given: dict, run: RunDirectory, lines: list[str]) -> None:
     """Says what is computed, where and how."""
-    config, compute, ranks = trainer.config, trainer.compute, trainer.ranks
-    backend = choose_backend(config.backend, trainer.model.pos_embedding, config.dim_head)
+    config, compute, ranks, backend = trainer.config, trainer.compute, trainer.ranks, trainer.backend
     print(f"{compute.describe()}, {compute.precision}, backend {backend.name} ({backend.reason}); run directory {run.path}")
     data, sizes = trainer.data, trainer.model.transformer
     print(
@@ -322,21 +281,20 @@ def _announce(trainer: Trainer, given: dict, run: RunDirectory, lines: list[str]
 def _describe(trainer: Trainer) -> dict:
     """What config.json says: the settings, and all that followed from them and from the machine."""
     config, compute = trainer.config, trainer.compute
-    backend = choose_backend(config.backend, trainer.model.pos_embedding, config.dim_head)
     return {
         "config": asdict(config),
         "resolved": {
             "device": str(compute.device),
             "device_name": compute.describe(),
             "precision": compute.precision,
-            "backend": backend._asdict(),
+            "backend": trainer.backend._asdict(),
             "num_threads": torch.get_num_threads(),
             "training_flops": trainer.flops,
             "peak_flops": trainer.peak,
             "steps": trainer.steps,
             "warmup_steps": warmup_steps(trainer.steps, config.warmup),
         },
-        "circumstances": circumstances(compute, trainer.ranks),
+        "circumstances": trainer.circumstances(),
         "launch": _launch(),
         "model": constructor_arguments(trainer.model),
         "data": trainer.data.describe(),

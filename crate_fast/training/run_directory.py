@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ..checkpoint.distributed import SUFFIX
 from ..checkpoint.read import MODEL_NAME
-from ..data.pictures import READER_ENTRY
 from ..files import names_something, naming, open_own, parse_json, remove, write_atomically
 from ..locks import lock
 from ..settings import ConfigError, TrainConfig
@@ -27,26 +26,6 @@ NO_RUN = (
     "is neither a run directory nor a checkpoint in one or of main.py; to start from weights alone, which have no optimizer: "
     "--init"
 )
-CLASS_NAMES = {"class_names": "the classes have other names, or another order"}
-COUNTED_ANEW = (
-    "; a run begun before this version may have counted hidden files, passed over linked folders and *.jfif, or read images of "
-    "16 bits, transparent or turned ones otherwise: go on with --data and a folder of just the images that it had, or begin a "
-    "new run from its weights with --init"
-)
-READ_ANEW = (
-    "begun before images of 16 bits, transparent and turned ones were read as they are now; with such images the run does not "
-    "go on to the same bits"
-)
-FACTS = {
-    "name": "they are of another kind",
-    "classes": "the number of classes is another",
-    **CLASS_NAMES,
-    "held_out": "the images that are held out for evaluation are others",
-    "train_images": "the number of training images is another",
-    "test_images": "the number of test images is another",
-}
-"""What must not differ where a run goes on, by its name in config.json."""
-
 PACKAGES = (
     *("crate-fast", "torch", "triton", "lion-pytorch", "numpy", "opencv-python-headless", "pillow", "safetensors"),
     *("scikit-learn", "simplejpeg"),
@@ -66,7 +45,6 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.trace = self.path / "trace.json"
         self.checkpoints = self.path / "checkpoints"
-        self.last_checkpoint = self.checkpoints / "last.pt"
         self.model = self.path / MODEL_NAME
 
     @classmethod
@@ -178,24 +156,9 @@ class RunDirectory:
             raise ConfigError(f"{self.config}: not the configuration of a run (no table, or its data are none)")
         return content
 
-    def check_same_data(self, now: dict, facts: dict[str, str] = FACTS) -> None:
-        """Compares data, as they `describe` themselves, with what the run was started with.
-
-        Raises:
-            ConfigError: one of the `facts` differs, which are in words beside their names.
-        """
-        before = self._read()["data"]
-        for name, words in facts.items():
-            if name in before and name in now and before[name] != now[name]:
-                why = COUNTED_ANEW if before.get(READER_ENTRY) != now.get(READER_ENTRY) else ""
-                raise ConfigError(
-                    f"--data: not what the run in {self.path} was started with: {words} ({now[name]}, not {before[name]}){why}"
-                )
-
-    def warn_of_reader(self, now: dict) -> None:
-        """Says on stderr where the run was started when images were read otherwise than `now`."""
-        if READER_ENTRY in now and self._read()["data"].get(READER_ENTRY) != now[READER_ENTRY]:
-            print(f"crate-fast: warning: {self.path}: {READ_ANEW}", file=sys.stderr)
+    def read_data(self) -> dict:
+        """What config.json says of the data; raises ConfigError where it is damaged."""
+        return self._read()["data"]
 
     def read_start(self) -> Path | None:
         """The checkpoint of the published main.py from which the run went on, or None."""
@@ -242,13 +205,20 @@ def find_run(resume: str, out: str | None) -> RunDirectory | None:
     """The run that `--resume` names: its directory or a checkpoint in it, or with "auto" what is in `out`; None: start one.
 
     Raises:
-        ConfigError: there is none in the path, or "auto" has no `out` to look in.
+        ConfigError: there is none in the path, or `out` is another directory; or "auto" has no `out` to look in.
     """
     if resume != "auto":
         path = Path(resume)
         run = RunDirectory(path.parent.parent if path.suffix in (".pt", SUFFIX) else path)
+        if not os.path.lexists(path):
+            raise ConfigError(f"--resume is {resume}, which is not there")
         if not path.exists() or not run.config.is_file():
             raise ConfigError(f"--resume is {resume}, which {NO_RUN}")
+        if out is not None and not (os.path.exists(out) and os.path.samefile(out, run.path)):
+            raise ConfigError(
+                f"--out is {out} and --resume is {resume}; a resumed run stays in its directory, {run.path}: leave --out away, "
+                "or resume a copy of it"
+            )
         return run
     if out is None:
         raise ConfigError("--resume is 'auto', which goes on with the run in --out DIR; --out is not given")

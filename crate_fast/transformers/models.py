@@ -16,9 +16,9 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import PushToHubMixin
 
 from ..backend import check_tensor
-from ..checkpoint.constructor import constructor_arguments
+from ..checkpoint.constructor import constructor_arguments, skeleton
 from ..checkpoint.hub_config import PREPROCESSOR_NAME, preprocessor_config, write_json
-from ..checkpoint.save_load import described, skeleton, transform_entry
+from ..checkpoint.save_load import described, transform_entry
 from ..checkpoint.tensor_files import INDEX_NAME, MODEL_NAME, read_tensors, write_tensors
 from ..files import parse_json
 from ..model.crate import CRATE

@@ -37,7 +37,7 @@ FORMATS = {"jpg": {}, "png": {}, "gif": {}, "bmp": {}, "tiff": {}, "webp": {}, "
 EVALUATE = ["--data", "folder", "--device", "cpu", "--workers", "0", "--batch-size", "4"]
 
 
-class Kind(NamedTuple):
+class FileKind(NamedTuple):
     """A kind of file: which folders its commands need, how they are changed, and the commands, of which a case draws one.
 
     asked: the file says what to do, as a recipe does, and may ask for much: it may run out of memory, or be told to stop.
@@ -162,19 +162,19 @@ def change_recipe(random: Random, here: Path) -> None:
 
 RESUME = ["train", "--resume", "run"]
 KINDS = {
-    "config": Kind(
+    "config": FileKind(
         ("run", "folder"),
         in_file("run/config.json", mutations.change_json),
         [RESUME, ["evaluate", "run"], ["train", "--recipe", "run/config.json", "--out", "new"]],
         asked=True,
     ),
-    "metrics": Kind(("run", "folder"), in_file("run/metrics.jsonl", mutations.change_lines), [RESUME]),
-    "checkpoint": Kind(
+    "metrics": FileKind(("run", "folder"), in_file("run/metrics.jsonl", mutations.change_lines), [RESUME]),
+    "checkpoint": FileKind(
         ("run", "folder"),
         in_file(STEP, mutations.change_archive),
         [RESUME, RESUME, ["evaluate", STEP, *EVALUATE], ["convert", STEP, "x.safetensors"], ["train", "--resume", STEP]],
     ),
-    "published": Kind(
+    "published": FileKind(
         ("folder", "main.pth.tar"),
         in_file("main.pth.tar", mutations.change_archive),
         [
@@ -184,17 +184,17 @@ KINDS = {
             ["inspect", "--checkpoint", "main.pth.tar", "--images", "folder/val", "--out", "views"],
         ],
     ),
-    "legacy": Kind(
+    "legacy": FileKind(
         ("folder", "legacy.t7"),
         in_file("legacy.t7", mutations.change_archive),
         [["evaluate", "legacy.t7", *EVALUATE], ["convert", "legacy.t7", "x.safetensors"]],
     ),
-    "parts": Kind(
+    "parts": FileKind(
         ("parts", "folder"),
         change_parts,
         [["evaluate", PARTS, *EVALUATE], ["convert", PARTS, "x.pth.tar"], ["train", "--resume", "parts"]],
     ),
-    "safetensors": Kind(
+    "safetensors": FileKind(
         ("run", "folder"),
         in_file("run/model.safetensors", mutations.change_safetensors),
         [
@@ -205,13 +205,13 @@ KINDS = {
             ["predict", "run", "x.png", "--format", "csv"],
         ],
     ),
-    "recipe": Kind(
+    "recipe": FileKind(
         ("folder", "recipe.toml"),
         change_recipe,
         [["train", "--recipe", "recipe.toml", "--out", "new"], ["finetune", "--recipe", "recipe.toml", "--out", "new"]],
         asked=True,
     ),
-    "pack": Kind(
+    "pack": FileKind(
         ("run", "packs"),
         change_pack,
         [
@@ -219,7 +219,7 @@ KINDS = {
             ["evaluate", "run", "--data", "packs", "--workers", "0"],
         ],
     ),
-    "image": Kind(
+    "image": FileKind(
         ("run", "folder", "images"),
         change_picture,
         [
@@ -234,7 +234,7 @@ KINDS = {
             ["prepare", "imagenet", "folder", "new", "--workers", "1"],
         ],
     ),
-    "hub": Kind(("hub",), in_file("hub/config.json", mutations.change_json), [["from_pretrained", "hub"]]),
+    "hub": FileKind(("hub",), in_file("hub/config.json", mutations.change_json), [["from_pretrained", "hub"]]),
 }
 
 

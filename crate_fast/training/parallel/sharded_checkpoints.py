@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..checkpoint.distributed import STATE, SUFFIX, TABLE, checksum
-from ..checkpoint.read import read_state
-from ..checkpoint.save_load import write_state
-from ..files import first_line, flush_folder, reason_of, remove
-from ..model.crate import CRATE
-from ..processes import read_ranks
-from .checkpoints import NAME, Checkpoints
+from ...checkpoint.distributed import STATE, SUFFIX, TABLE, checksum
+from ...checkpoint.read import read_state
+from ...checkpoint.save_load import write_state
+from ...files import first_line, flush_folder, reason_of, remove
+from ...model.crate import CRATE
+from ...processes import read_ranks
+from ..checkpoints import NAME, Checkpoints
 
 
 class ShardedCheckpoints(Checkpoints):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..data.order import share_of
-from ..model.crate import CRATE
-from ..processes import Ranks
+from ...data.order import most_batches
+from ...model.crate import CRATE
+from ...processes import Ranks
 
 
 class Together:
@@ -52,11 +52,10 @@ class Together:
     def fill_up(self, batches: Iterator, size: int, count: int, model: CRATE, device: torch.device) -> Iterator:
         """The `batches` of this process's share of `count` images, then empty ones up to the largest number that a process
         has."""
-        most = max(-(-len(share_of(count, self._ranks._replace(rank=rank))) // size) for rank in range(self._ranks.count))
         made = 0
         for batch in batches:
             made += 1
             yield batch
-        for _ in range(made, most):
+        for _ in range(made, most_batches(count, size, self._ranks)):
             images = torch.empty(0, model.channels, *model.image_size, device=device)
             yield images, torch.empty(0, dtype=torch.int64, device=device)

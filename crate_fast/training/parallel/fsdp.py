@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import get_total_norm
 
-from ..checkpoint import distributed
-from ..checkpoint.read import CheckpointError
-from ..checkpoint.save_load import constructor_arguments
-from ..data.order import Plan
-from ..device import Compute
-from ..model.crate import CRATE
-from ..settings import MachineSettings
+from ...checkpoint import distributed
+from ...checkpoint.read import CheckpointError
+from ...checkpoint.save_load import constructor_arguments
+from ...data.order import Plan
+from ...device import Compute
+from ...model.crate import CRATE
+from ...settings import MachineSettings
 from .collectives import Together
 from .sharded_checkpoints import ShardedCheckpoints
 
@@ -127,8 +126,6 @@ def shard(model: CRATE, compute: Compute, count: int) -> None:
 
     Weights are given up after every use, those of the rest too: what would stay whole is not what the optimizer moves.
     """
-    # A layer's result may be a view of its rows; nothing writes to it in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     mesh = init_device_mesh(compute.device.type, (count,))
     for layer in model.transformer.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)

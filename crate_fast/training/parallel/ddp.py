@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.order import Plan
-from ..device import Compute
-from ..model.crate import CRATE
-from ..settings import ConfigError, MachineSettings
-from .checkpoint_contents import check_whole
-from .checkpoints import Checkpoints
+from ...data.order import Plan
+from ...device import Compute
+from ...model.crate import CRATE
+from ...settings import MachineSettings
+from ..checkpoint_contents import check_whole
+from ..checkpoints import Checkpoints
+from ..cuda_graphs import Graphed
 from .collectives import Together
-from .cuda_graphs import Graphed
 
 
 class Replicated(Together):
@@ -63,23 +63,6 @@ class Replicated(Together):
     def whole(self, model: CRATE) -> CRATE | None:
         """`model` with all of its weights, in the first process."""
         return model if self._ranks.first else None
-
-
-def parallel_kind(settings: MachineSettings) -> type:
-    """How processes share the work: `Replicated`, or `fsdp.Sharded`, imported where it is asked for."""
-    if settings.strategy == "ddp":
-        return Replicated
-    from .fsdp import Sharded
-
-    return Sharded
-
-
-def check_strategy(settings: MachineSettings, compute: Compute) -> None:
-    """Raises ConfigError where --strategy is "fsdp" and `compute` is on no device that FSDP2 knows."""
-    if settings.strategy == "fsdp" and compute.device.type not in ("cpu", "cuda"):
-        raise ConfigError(
-            f"--strategy is 'fsdp', for CPUs and CUDA GPUs; --device is {settings.device!r}, here {compute.device}"
-        )
 
 
 def replicate(model: nn.Module, compute: Compute) -> DistributedDataParallel:
