@@ -14,9 +14,9 @@ from ..model.mae import CRATEMAE
 from ..model.positions import resample_positions
 from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
-from .constructor import body_arguments, build, check_floating, constructor_arguments
+from .constructor import body_arguments, build, check_floating, constructor_arguments, difference_of
 from .layouts import joined
-from .mae import NOTE, as_crate, crate_arguments, is_mae, mae_arguments
+from .mae import MAE_ARGUMENTS, NOTE, as_crate, crate_arguments, infer_mae, is_mae, mae_arguments
 from .mae import OPEN as OPEN_OF_MAE
 from .published import OPEN
 from .read import CheckpointError, Model, model_file, read_model
@@ -41,6 +41,48 @@ def read_weights(path: str | Path) -> Model:
         return source
     model = build(file, source.arguments, source.weights, {})  # which checks both
     return source._replace(arguments=constructor_arguments(model), weights=model.state_dict())
+
+
+def encoder_settings(path: str | Path) -> dict:
+    """What a run must be set to for a CRATE to start from the encoder of a CRATE-MAE, by setting: what the file states, else
+    what its shapes tell and, as published, the threshold; {} for other weights.
+
+    Raises: as `read_weights`.
+    """
+    file = model_file(path)
+    source = read_model(file)
+    if not is_mae(source.weights):
+        return {}
+    arguments = source.arguments
+    if arguments is None:
+        try:
+            arguments, _ = infer_mae(source.weights, {})
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{file}: {error}") from error
+    elif not isinstance(arguments, dict) or not set(arguments) == set(MAE_ARGUMENTS):
+        return {}  # which is told as it is built
+    found = crate_arguments(arguments)
+    return {name: found[name] for name in SAME if name in found and name != "channels"} | {
+        "patch_size": arguments["patch_size"]
+    }
+
+
+def go_on_from(model: CRATEMAE, path: str | os.PathLike) -> str:
+    """Gives `model` the weights of a CRATE-MAE of its own sizes in `path`; says in a line that it did.
+
+    Raises:
+        CheckpointError: they cannot be read, or are of something else.
+    """
+    file = model_file(path)
+    source = read_model(file)
+    if not is_mae(source.weights):
+        raise CheckpointError(f"{file}: it holds no CRATE-MAE, and a run with --objective patches starts from nothing else")
+    check_floating(file, source.weights)
+    difference = difference_of(model, source.weights)
+    if difference is not None:
+        raise CheckpointError(f"{file}: {difference}, in this run")
+    model.load_state_dict(source.weights)
+    return f"{file}: {len(source.weights)} weights loaded"
 
 
 def _encoder(file: Path, source: Model) -> Model:

@@ -129,13 +129,25 @@ class CRATEMAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         self.apply(_initialize)
 
-    def forward(self, imgs: Tensor, mask_ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+        return self.patch_embed.proj.in_channels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of an image."""
+        return self.patch_embed.img_size
+
+    def forward(self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, pred, mask) of images (batch, channels, height, width).
 
         Args:
             imgs: of `img_size`.
             mask_ratio: the share of patches that is masked, from 0 to 1; int(patches · (1 − mask_ratio)) stay. With none masked
                 the loss is NaN, a mean of nothing, as in the published class.
+            noise: (batch, patches) numbers, of which an image's smallest tell the patches that stay; None: drawn by
+                `torch.rand`, as in the published class.
 
         Returns:
             loss: (), mean squared error of the masked patches; pred: (batch, patches, patch² · channels), of all; mask: (batch,
@@ -143,17 +155,17 @@ class CRATEMAE(nn.Module):
 
         Raises:
             TypeError: the images are no dense tensor of real floating point, or, outside autocast, not of the model's dtype.
-            ValueError: their shape or device does not fit, or `mask_ratio` is no share.
+            ValueError: their shape or device does not fit, or the shape of `noise`, or `mask_ratio` is no share.
         """
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, latent, pred, mask), pred, mask
 
-    def forward_encoder(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_encoder(self, x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(all tokens behind the encoder, (batch, 1 + patches, dim), the mask, the order that takes shuffled patches back)."""
         self._check_images(x)
         patches = self.patch_embed(x)
-        mask, ids_restore = self._draw_mask(patches, mask_ratio)
+        mask, ids_restore = self._draw_mask(patches, mask_ratio, noise)
         tokens = torch.where(mask[..., None] > 0, self.mask_token, patches)
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1) + self.decoder_pos_embed
         return self.norm(_run(self.blocks, tokens)), mask, ids_restore
@@ -164,12 +176,18 @@ class CRATEMAE(nn.Module):
 
     def forward_loss(self, imgs: Tensor, latent: Tensor | None, pred: Tensor, mask: Tensor) -> Tensor:
         """The mean squared error of `pred` where `mask` is 1; `latent` counts for nothing."""
+        return (self._patch_losses(imgs, pred) * mask).sum() / mask.sum()
+
+    def image_losses(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """(batch,), the loss of each image by itself; 0 where none of its patches is masked."""
+        return (self._patch_losses(imgs, pred) * mask).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
+
+    def _patch_losses(self, imgs: Tensor, pred: Tensor) -> Tensor:
         target = self.patchify(imgs)
         if self.norm_pix_loss:
-            mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-            target = (target - mean) / (var + 1.0e-6) ** 0.5
-        loss = ((pred - target) ** 2).mean(dim=-1)
-        return (loss * mask).sum() / mask.sum()
+            mean, deviation = patch_statistics(target)
+            target = (target - mean) / deviation
+        return ((pred - target) ** 2).mean(dim=-1)
 
     def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         """(the patches that stay, shuffled; the mask; the order that takes them back) of patches (batch, patches, dim)."""
@@ -218,6 +236,12 @@ class CRATEMAE(nn.Module):
         """The projections on all subspaces, (batch, tokens, embed_dim), of whole images in the layer with this index from 0."""
         return self._until(x, layer)(return_key=True)
 
+    def flops(self) -> int:
+        """Multiplications of the products of one image, forward: embedding, layers of both, prediction."""
+        tokens, dim = self.decoder_pos_embed.shape[1:]
+        layers = sum(block.layers[0].flops(tokens) for block in (*self.blocks, *self.decoder_blocks))
+        return layers + (2 * tokens - 1) * dim * self.decoder_pred.out_features
+
     def no_weight_decay(self) -> set[str]:
         """Names of the embeddings, which most recipes for transformers keep from decaying, as they do norms and biases."""
         return {"cls_token", "mask_token", "pos_embed", "decoder_pos_embed"}
@@ -234,11 +258,15 @@ class CRATEMAE(nn.Module):
             tokens = block(tokens)
         return partial(self.blocks[layer], tokens)
 
-    def _draw_mask(self, patches: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    def _draw_mask(self, patches: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(mask, the order that takes shuffled patches back) with the published class's draws; no patch is moved for them."""
         batch, count, _ = patches.shape
         kept = _kept(count, mask_ratio)
-        ids_restore = torch.argsort(torch.argsort(torch.rand(batch, count, device=patches.device), dim=1), dim=1)
+        if noise is None:
+            noise = torch.rand(batch, count, device=patches.device)
+        elif noise.shape != (batch, count):
+            raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be (batch, patches), {(batch, count)}")
+        ids_restore = torch.argsort(torch.argsort(noise, dim=1, stable=True), dim=1)
         return (ids_restore >= kept).to(torch.get_default_dtype()), ids_restore
 
     def _check_images(self, image: Tensor) -> None:
@@ -251,6 +279,11 @@ class CRATEMAE(nn.Module):
         wanted = (self.patch_embed.proj.in_channels, *size)
         if image.dim() != 4 or image.shape[1:] != wanted:
             raise ValueError(f"the image has shape {tuple(image.shape)}; it must be (batch, {', '.join(map(str, wanted))})")
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, deviation) of the values of each patch, (batch, patches, 1), by which `norm_pix_loss` normalises them."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1.0e-6) ** 0.5
 
 
 def _or(value: Any, other: Any) -> Any:

@@ -15,7 +15,7 @@ MAIN_WARMUP = 20  # epochs, in the published main.py
 
 
 def build_optimizer(model: nn.Module, settings: OptimisationSettings) -> Optimizer:
-    """The optimizer that `settings` ask for, on all parameters; every step moves all tensors together.
+    """The optimizer that `settings` ask for, on all parameters that learn; every step moves all tensors together.
 
     Raises:
         ConfigError: it cannot move parameters in parts, with --strategy fsdp, in this version of PyTorch.
@@ -41,12 +41,14 @@ def _check_operation(name: str, operation: str, parameter: nn.Parameter) -> None
 
 
 def _groups(model: nn.Module, decay: str) -> list[dict]:
-    """All parameters in one group that decays; with decay="matrices" vectors and embeddings in another, that does not."""
+    """All parameters that learn in one group that decays; with decay="matrices" vectors and embeddings in another, that does
+    not."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if decay == "all":
-        return [{"params": list(model.parameters())}]
+        return [{"params": learning}]
     decaying, other = [], []
-    for parameter in model.parameters():
-        (decaying if parameter.dim() == 2 else other).append(parameter)
+    for parameter in learning:
+        (decaying if parameter.dim() in (2, 4) else other).append(parameter)  # a convolution of patches is a matrix too
     return [{"params": decaying}, {"params": other, "weight_decay": 0.0}]
 
 
