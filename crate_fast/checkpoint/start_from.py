@@ -59,7 +59,7 @@ def encoder_settings(path: str | Path) -> dict:
             arguments, _ = infer_mae(source.weights, {})
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{file}: {error}") from error
-    elif not isinstance(arguments, dict) or not set(arguments) == set(MAE_ARGUMENTS):
+    elif not isinstance(arguments, dict) or set(arguments) != set(MAE_ARGUMENTS):
         return {}  # which is told as it is built
     found = crate_arguments(arguments)
     return {name: found[name] for name in SAME if name in found and name != "channels"} | {
