@@ -269,14 +269,3 @@ def test_a_crate_starts_from_its_encoder_once_the_threshold_is_said(bare, tmp_pa
     images = torch.randn(1, 3, 16, 16)
     patches = model.to_patch_embedding[0](images)
     torch.testing.assert_close(model.to_patch_embedding[2](patches), mae.patch_embed(images), rtol=1e-5, atol=1e-5)
-
-
-def test_a_run_starts_from_its_encoder_by_one_flag_more(tmp_path, capsys):
-    save_model(CRATEMAE(**SMALL | {"in_chans": 1}), tmp_path / "mae.safetensors")
-    sizes = ["--image-size", 16, "--patch-size", 4, "--dim", 32, "--depth", 2, "--heads", 2, "--dim-head", 16]
-    words = ["train", "--data", "digits", *sizes, "--epochs", 1, "--batch-size", 512, "--device", "cpu"]
-    words += ["--out", tmp_path / "run", "--init", tmp_path / "mae.safetensors"]
-    status, _, said = call(capsys, *words)
-    assert status == 2 and "--lambd 0.5" in said
-    status, out, said = call(capsys, *words, "--lambd", 0.5)
-    assert status == 0 and "of a CRATE-MAE: its encoder" in out + said

@@ -28,6 +28,7 @@ from ..optional import TRAIN, require
 from ..processes import ALONE, Ranks, process_group, read_ranks
 from ..settings import ConfigError, RunSettings, TrainConfig
 from ..signals import Signals, Stopped
+from ..sizes import SIZES
 from .cuda_graphs import check_graphs
 from .loop import Trainer, TrainingError
 from .metrics import Score
@@ -47,6 +48,7 @@ LOST = {
     r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote process exited": "another process of the run is gone",
 }
 """What PyTorch's errors say where a part of the run was lost, and how it is told."""
+SIZES_OF_ARCH = frozenset(SIZES["tiny"])
 DRAWN = 8  # test images, of which reconstructions are drawn
 
 
@@ -126,7 +128,9 @@ def _settle(config: TrainConfig, given: dict, resume: str | None, ranks: Ranks) 
     if start is not None:
         config = replace(config, **check_settings(start, config, given))
     if config.init is not None and config.objective == "classes":
-        config = replace(config, **{n: v for n, v in encoder_settings(config.init).items() if n not in given})
+        of_arch = SIZES_OF_ARCH if given.get("arch") else frozenset()
+        found = encoder_settings(config.init)
+        config = replace(config, **{name: value for name, value in found.items() if name not in given.keys() | of_arch})
     if (out := config.out) is not None:
         ranks.share(lambda: check_free(out))
     return Task(config, given, None, start)
