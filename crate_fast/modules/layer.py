@@ -195,16 +195,9 @@ class Layer(nn.Sequential):
         if not self._is_plain() or (torch.compiler.is_compiling() and not keeps_forwards(*self.modules())):
             return False
         attention, step = (part._modules["fn"] for part in self._modules.values())
-        if attention.backend not in backends or step.backend not in backends:
+        if step.backend not in backends or (self.training and self.drop_path > 0):
             return False
-        if self.training and self.drop_path > 0:
-            return False
-        inner = attention._modules
-        linear, dropout = inner["to_out"]._modules.values()
-        if any(d.training and d.p > 0 for d in (inner["dropout"], dropout)):
-            return False
-        biases = inner["qkv"]._parameters["bias"], linear._parameters["bias"]
-        return _is_over_keys(inner["attend"]) and biases[0] is None and (biases[1] is not None or self.residual)
+        return fuses_attention(attention, backends, unbiased=self.residual)
 
     # Constant to torch.compile, as hooks are to it anyway, and it guards classes itself: else it guards 500 facts, 0.27 ms
     # before each call of a layer.
@@ -263,16 +256,36 @@ def drop_path(step: Tensor, share: float) -> Tensor:
     return step * (kept / (1 - share) if share < 1 else kept)
 
 
+def fuses_attention(attention: Attention, backends: tuple[str, ...], unbiased: bool = False) -> bool:
+    """Whether a fused computation may stand for a plain `attention`: it drops nothing out and its backend is among these;
+    `unbiased`: its projection back may lack a bias."""
+    if attention.backend not in backends:
+        return False
+    inner = attention._modules
+    linear, dropout = inner["to_out"]._modules.values()
+    if any(d.training and d.p > 0 for d in (inner["dropout"], dropout)):
+        return False
+    biases = inner["qkv"]._parameters["bias"], linear._parameters["bias"]
+    return _is_over_keys(inner["attend"]) and biases[0] is None and (biases[1] is not None or unbiased)
+
+
+def attention_places(path: str) -> tuple[Place, ...]:
+    """What has to be below an `Attention` at `path`."""
+    return (
+        Place(f"{path}.attend", (nn.Softmax,)),
+        Place(f"{path}.dropout", (nn.Dropout,)),
+        linear_at(f"{path}.qkv"),
+        Place(f"{path}.to_out", (nn.Sequential,)),
+        linear_at(f"{path}.to_out.0"),
+        Place(f"{path}.to_out.1", (nn.Dropout,)),
+    )
+
+
 _PLAIN = PlainTree(  # what is below a layer that one computation may stand for
     Place("0", (PreNorm,)),
     norm_at("0.norm"),
     Place("0.fn", (Attention,)),
-    Place("0.fn.attend", (nn.Softmax,)),
-    Place("0.fn.dropout", (nn.Dropout,)),
-    linear_at("0.fn.qkv"),
-    Place("0.fn.to_out", (nn.Sequential,)),
-    linear_at("0.fn.to_out.0"),
-    Place("0.fn.to_out.1", (nn.Dropout,)),
+    *attention_places("0.fn"),
     Place("1", (PreNorm,)),
     norm_at("1.norm"),
     Place("1.fn", STEPS.values()),

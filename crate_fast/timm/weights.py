@@ -62,7 +62,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: CRATE) -> dict[str, 
         CheckpointError: there are no weights of a CRATE.
     """
     weights = without_unused(find_weights(state_dict).weights)[0]
-    if not weights:
+    if FIRST not in weights:
         raise CheckpointError("no weights of a CRATE")
     weights = with_channels(weights, model.channels, math.prod(model.patch_size))
     embedding, grid = weights[FIRST], grid_of(model.image_size, model.patch_size)
