@@ -80,23 +80,22 @@ def odl_step_backward(
 ) -> list[Tensor]:
     """[dh in `dtype`, dD, dD₁ in float32], empty where not wanted. dy: (rows, dim) in the operands' dtype; saved: `Saved`."""
     s, dy = Saved(*saved), readable(dy)
-    operand, nothing = s.d.dtype, dy.new_empty(0, dtype=torch.float32)
-    dh, dd, dd1 = nothing.to(dtype), nothing, nothing
+    operand, results = s.d.dtype, [dy.new_empty(0, dtype=kind) for kind in (dtype, torch.float32, torch.float32)]
     if wanted[2]:
-        dd1 = weight_gradient(dy, s.z2, operand).product.sum(0).mul_(step_size)
+        results[2] = weight_gradient(dy, s.z2, operand).product.sum(0).mul_(step_size)
     if not (wanted[0] or wanted[1]):
-        return [dh, dd, dd1]
+        return results
     g2 = linear(dy, s.c, operand, mask=s.z2)
     dr = linear(g2, s.d.t(), operand)
     if wanted[1]:
-        dd = weight_gradient(dr, s.z1, operand).product.sum(0).mul_(-step_size)
-        dd += weight_gradient(s.r, g2, operand).product.sum(0)
+        results[1] = weight_gradient(dr, s.z1, operand).product.sum(0).mul_(-step_size)
+        results[1] += weight_gradient(s.r, g2, operand).product.sum(0)
     g1 = linear(dr, s.b, operand, residual=g2, mask=s.z1)
     if wanted[1]:
-        dd += weight_gradient(s.h, g1, operand).product.sum(0)
+        results[1] += weight_gradient(s.h, g1, operand).product.sum(0)
     if wanted[0]:
-        dh = linear(g1, s.d.t(), dtype, residual=dr)
-    return [dh, dd, dd1]
+        results[0] = linear(g1, s.d.t(), dtype, residual=dr)
+    return results
 
 
 class ODL(torch.autograd.Function):
