@@ -295,7 +295,8 @@ def linear(
     if moments is None:
         name = unmixed(name, x, weight)
     _launch_linear(
-        name, x, weight, result, offset=offset, residual=residual, mask=mask, shrink=shrink, rectify=rectify, moments_out=moments
+        name, x, weight, result, offset=offset, residual=residual, mask=mask, shrink=shrink, rectify=rectify,
+        moments_out=moments,
     )  # fmt: skip
     return result
 
