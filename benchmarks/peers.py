@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crate_fast import CRATE, functional, reference
+from crate_fast import CRATE, CRATEAlpha, functional, reference, reference_alpha
 
 MODES = ("eager", "compiled", "compiled layers", "max-autotune", "reduce-overhead", "cuda graph")
 COMPILED = MODES[1:5]
@@ -27,16 +27,18 @@ class Unavailable(RuntimeError):
 class Peer(NamedTuple):
     """An implementation.
 
-    `model` builds the whole classifier from the published constructor's arguments; `mssa` (w, heads) and `ista` (h, D) are
-    the operations alone, None where the peer has none of its own. `modes` are those that the full suite of a GPU measures.
+    `model` builds the whole classifier from the published constructor's arguments, and `alpha` CRATE-α's, each None where the
+    peer has none; `mssa` (w, heads) and `ista` (h, D) are the operations alone, likewise. `modes` are those that the full suite
+    of a GPU measures.
     """
 
     name: str
     what: str
-    model: Callable[[dict], nn.Module]
+    model: Callable[[dict], nn.Module] | None
     modes: tuple[str, ...]
     mssa: Callable[[Tensor, int], Tensor] | None = None
     ista: Callable[[Tensor, Tensor], Tensor] | None = None
+    alpha: Callable[[dict], nn.Module] | None = None
     same_function: bool = True  # False: another architecture, for context; no parity is asked of it
 
 
@@ -48,6 +50,13 @@ class SdpaAttention(reference.Attention):
     def forward(self, x: Tensor) -> Tensor:
         w = self.qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return self.to_out(_sdpa(w, self.kernel).transpose(1, 2).flatten(2))
+
+
+class SdpaAlphaAttention(reference_alpha.Attention):
+    """The same in CRATE-α."""
+
+    kernel: SDPBackend | None = None
+    forward = SdpaAttention.forward
 
 
 class FlexAttention(reference.Attention):
@@ -74,11 +83,15 @@ def _sdpa_mssa(kernel: SDPBackend | None) -> Callable[[Tensor, int], Tensor]:
     return mssa
 
 
-def _with_attention(cls: type[reference.Attention], kernel: SDPBackend | None = None) -> Callable[[dict], nn.Module]:
+def _with_attention(cls: type[nn.Module], kernel: SDPBackend | None = None) -> Callable[[dict], nn.Module]:
+    """What builds the published model, CRATE or CRATE-α, with another class of attention, derived from its own."""
+    replaced = cls.__mro__[1]
+    published = reference_alpha.CRATEAlpha if replaced is reference_alpha.Attention else reference.CRATE
+
     def build(arguments: dict) -> nn.Module:
-        model = reference.CRATE(**arguments)
+        model = published(**arguments)
         for module in model.modules():
-            if type(module) is reference.Attention:
+            if type(module) is replaced:
                 module.__class__ = cls
                 module.kernel = kernel
         return model
@@ -86,8 +99,8 @@ def _with_attention(cls: type[reference.Attention], kernel: SDPBackend | None = 
     return build
 
 
-def _crate(backend: str) -> Callable[[dict], nn.Module]:
-    return lambda arguments: CRATE(**arguments, backend=backend)
+def _crate(backend: str, kind: type[CRATE] = CRATE) -> Callable[[dict], nn.Module]:
+    return lambda arguments: kind(**arguments, backend=backend)
 
 
 def _timm(arguments: dict) -> nn.Module:
@@ -102,12 +115,14 @@ def _timm(arguments: dict) -> nn.Module:
 
 
 def load_published(path: Path) -> Peer:
-    """The published class out of a checkout of its repository.
+    """The published class out of a checkout of its repository, CRATE's or CRATE-α's.
 
     Raises:
-        Unavailable: there is no model/crate.py, or it does not import.
+        Unavailable: neither model/crate.py is there nor torch_inference/model/crate_alpha.py, or it does not import.
     """
-    file = path / "model" / "crate.py"
+    file, of_alpha = path / "model" / "crate.py", path / "torch_inference" / "model" / "crate_alpha.py"
+    is_alpha = of_alpha.is_file()
+    file = of_alpha if is_alpha else file
     if not file.is_file():
         raise Unavailable(f"--published is {path}; there is no {file}")
     specification = importlib.util.spec_from_file_location("_published_crate", file)
@@ -118,7 +133,8 @@ def load_published(path: Path) -> Peer:
     except Exception as error:
         raise Unavailable(f"{file} does not import: {error}") from error
     modes = ("eager", "compiled", "max-autotune")
-    return Peer("published checkout", "the published repository's own class", lambda a: module.CRATE(**a), modes)
+    what, build = "the published repository's own class", lambda arguments: module.CRATE(**arguments)
+    return Peer("published checkout", what, None if is_alpha else build, modes, alpha=build if is_alpha else None)
 
 
 def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
@@ -126,8 +142,23 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
     whole = ("eager", "compiled", "max-autotune", "cuda graph")
     sdpa = "the same with scaled_dot_product_attention(w, w, w)"
     peers = [
-        Peer("published", "the published mathematics", lambda a: reference.CRATE(**a), whole, reference.mssa, reference.ista),
-        Peer("sdpa", sdpa, _with_attention(SdpaAttention), whole, _sdpa_mssa(None)),
+        Peer(
+            "published",
+            "the published mathematics",
+            lambda a: reference.CRATE(**a),
+            whole,
+            reference.mssa,
+            reference.ista,
+            lambda a: reference_alpha.CRATEAlpha(**a),
+        ),
+        Peer(
+            "sdpa",
+            sdpa,
+            _with_attention(SdpaAttention),
+            whole,
+            _sdpa_mssa(None),
+            alpha=_with_attention(SdpaAlphaAttention),
+        ),
     ]
     if device.type == "cuda":
         pinned = {
@@ -137,16 +168,19 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
         }
         for name, kernel in pinned.items():
             build, mssa = _with_attention(SdpaAttention, kernel), _sdpa_mssa(kernel)
-            peers.append(Peer(name, f"{sdpa}, {kernel.name} pinned", build, ("compiled",), mssa))
+            alpha = _with_attention(SdpaAlphaAttention, kernel)
+            peers.append(Peer(name, f"{sdpa}, {kernel.name} pinned", build, ("compiled",), mssa, alpha=alpha))
         peers.append(Peer("flex", "the same with FlexAttention", _with_attention(FlexAttention), ("compiled",)))
         mssa, ista = partial(functional.mssa, backend="torch"), partial(functional.ista, backend="torch")
         what = 'crate_fast\'s algebra without its kernels (backend="torch")'
-        peers.append(Peer("algebra", what, _crate("torch"), ("eager", "compiled"), mssa, ista))
+        alpha = _crate("torch", CRATEAlpha)
+        peers.append(Peer("algebra", what, _crate("torch"), ("eager", "compiled"), mssa, ista, alpha))
     what = "timm's VisionTransformer of the same sizes, for context"
-    peers.append(Peer("timm ViT", what, _timm, ("compiled",), same_function=False))
+    peers.append(Peer("timm ViT", what, _timm, ("compiled",), alpha=_timm, same_function=False))
     ours = ("eager", "compiled", "reduce-overhead", "cuda graph")
     mssa, ista = partial(functional.mssa, backend=backend), partial(functional.ista, backend=backend)
-    return [*peers, Peer("crate_fast", f'crate_fast, backend="{backend}"', _crate(backend), ours, mssa, ista)]
+    what = f'crate_fast, backend="{backend}"'
+    return [*peers, Peer("crate_fast", what, _crate(backend), ours, mssa, ista, _crate(backend, CRATEAlpha))]
 
 
 def in_mode(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:

@@ -30,13 +30,13 @@ from tqdm import tqdm
 import floors
 from crate_fast.backend import BACKENDS
 from crate_fast.files import write_atomically
-from crate_fast.model import SIZES
+from crate_fast.model import SIZES as OF_CRATE
 from judge import Judge, make_ready
 from peers import MODES, Peer, Unavailable, all_peers, load_published
 from pictures import plot
 from report import SCHEMA, compare, print_rows, update_readme
 from timing import Timing, ceilings, conditions, current, interleave, machine, steady_allocator
-from workloads import DTYPES, Workload, largest_batch, optimizer_name
+from workloads import DTYPES, SIZES, Workload, largest_batch, optimizer_name
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = ("ops", "layer", "inference", "train")
@@ -49,7 +49,7 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Workload]:
     """The workloads that are asked for, or that fit the device."""
     gpu = device.type == "cuda"
     suites = options.suite or SUITES
-    sizes = options.model or (tuple(SIZES) if gpu and not options.quick else ("tiny",))
+    sizes = options.model or (tuple(OF_CRATE) if gpu and not options.quick else ("tiny",))
     dtypes = options.dtype or (("bfloat16", "float16") if gpu and not options.quick else ("bfloat16",) if gpu else ("float32",))
     found = []
     for size in sizes:
@@ -64,7 +64,8 @@ def _workloads(suite: str, size: str, dtype: str, batches: list[int] | None, gpu
         return [Workload(suite, suite, size, b, dtype) for b in batches or ([1, 8, 64, 256, 1024] if gpu else [1, 8])]
     if suite == "train":
         return [Workload(suite, suite, size, b, dtype) for b in batches or [large]]
-    operations = ("mssa", "ista") if suite == "ops" else ("layer",)
+    alone = ("mssa",) if size.startswith("alpha-") else ("mssa", "ista")  # CRATE-α's step is a part of its layer
+    operations = alone if suite == "ops" else ("layer",)
     return [Workload(suite, f"{o} {p}", size, b, dtype) for o in operations for p in PARTS for b in batches or [large]]
 
 

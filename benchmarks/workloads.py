@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import crate_fast
 import floors
-from crate_fast import reference
-from crate_fast.model import SIZES
+from crate_fast import reference, reference_alpha
+from crate_fast.model import SIZES as OF_CRATE
+from crate_fast.sizes import ALPHA_SIZES
 from peers import COMPILED, Peer, in_mode
 from timing import rotated
 
@@ -24,6 +25,9 @@ DTYPES = {
     "pure bfloat16": torch.bfloat16, "pure float16": torch.float16,
 }  # fmt: skip
 """By name: 16 bit means autocast, "pure" 16 bit that weights and images are of that dtype themselves."""
+
+SIZES = OF_CRATE | {f"alpha-{size}": sizes for size, sizes in ALPHA_SIZES.items()}
+"""By name: the published sizes of CRATE, and those of CRATE-α in its own patches."""
 
 
 def largest_batch(size: str) -> int:
@@ -37,7 +41,7 @@ class Workload(NamedTuple):
 
     suite: str
     what: str  # "mssa forward", "ista both", "layer backward", "inference", "train"
-    size: str  # of `crate_fast.model.SIZES`
+    size: str  # of `SIZES`
     batch: int
     dtype: str
 
@@ -55,8 +59,20 @@ class Workload(NamedTuple):
         """Whether weights and images are 16 bit themselves, without autocast."""
         return self.dtype.startswith("pure ")
 
+    @property
+    def is_alpha(self) -> bool:
+        """Whether it is CRATE-α's."""
+        return self.size.startswith("alpha-")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image, the class token among them."""
+        return (IMAGE // SIZES[self.size].get("patch_size", PATCH)) ** 2 + 1
+
     def concerns(self, peer: Peer) -> bool:
         """Whether `peer` does such a thing: operations that are its own, a layer of this architecture, any whole model."""
+        if (peer.alpha if self.is_alpha else peer.model) is None:
+            return False
         if self.suite == "ops":
             return getattr(peer, self.operation) is not None
         return peer.same_function or self.suite != "layer"
@@ -67,7 +83,8 @@ class Workload(NamedTuple):
         depth = sizes["depth"] if self.suite in ("inference", "train") else 1
         inner = sizes["heads"] * sizes["dim_head"]
         element = DTYPES[self.dtype].itemsize
-        shape = floors.Shape(self.batch, TOKENS, sizes["dim"], inner, depth, element, 3 * PATCH**2, CLASSES)
+        patch, step = sizes.get("patch_size", PATCH), "odl" if self.is_alpha else "ista"
+        shape = floors.Shape(self.batch, self.tokens, sizes["dim"], inner, depth, element, 3 * patch**2, CLASSES, step)
         if self.suite in ("inference", "train"):
             return floors.model(shape, training=self.suite == "train")
         return getattr(floors, self.operation)(shape, self.part)
@@ -95,8 +112,8 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
     if workload.suite == "layer":
         arguments["depth"] = 1
     torch.manual_seed(0)
-    weights = reference.CRATE(**arguments).state_dict()
-    module = peer.model(arguments)
+    weights = (reference_alpha.CRATEAlpha if workload.is_alpha else reference.CRATE)(**arguments).state_dict()
+    module = (peer.alpha if workload.is_alpha else peer.model)(arguments)
     if peer.same_function:
         module.load_state_dict(weights)
     module = (module.transformer if workload.suite == "layer" else module).to(device)
@@ -104,7 +121,7 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
     module.to(pure)
     module.train(workload.part != "forward")
     run = in_mode(module, mode)
-    shape = (TOKENS, sizes["dim"]) if workload.suite == "layer" else (3, IMAGE, IMAGE)
+    shape = (workload.tokens, sizes["dim"]) if workload.suite == "layer" else (3, IMAGE, IMAGE)
     wants_gradient = workload.suite == "layer" and workload.part != "forward"
 
     def inputs(batch: int) -> tuple[Tensor, ...]:
@@ -137,7 +154,7 @@ def _prepare_operation(workload: Workload, function, mode: str, dtype: torch.dty
     nn.init.kaiming_uniform_(weight, generator=torch.Generator().manual_seed(0))
 
     def inputs(batch: int) -> tuple[Tensor, ...]:
-        tokens = torch.randn(batch, TOKENS, width, device=device).to(dtype)
+        tokens = torch.randn(batch, workload.tokens, width, device=device).to(dtype)
         tensors = (tokens,) if workload.operation == "mssa" else (tokens, weight.to(device, dtype))
         return tuple(tensor.requires_grad_(differentiate) for tensor in tensors)
 

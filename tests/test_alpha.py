@@ -10,9 +10,11 @@ import crate_fast
 from crate_fast import CRATE, CheckpointError, CRATEAlpha, load_checkpoint, reference_alpha
 from crate_fast.checkpoint import constructor_arguments, save_model
 from crate_fast.checkpoint.start_from import read_weights, start_from
-from crate_fast.inspection import measure_layers
+from crate_fast.inspection import layer_views, measure_layers
 from crate_fast.modules import OvercompleteISTABlock
+from crate_fast.training import ConfigError, resolve
 from crate_fast.training.monitor import training_flops
+from crate_fast.training.optimizer import build_optimizer
 
 SMALL = dict(image_size=16, patch_size=4, num_classes=5, dim=32, depth=2, heads=2, dim_head=16)
 LARGE = {"pos_embedding": (1, 257, 1024), "cls_token": (1, 1, 1024), "conv1.weight": (1024, 3, 14, 14)}
@@ -252,6 +254,46 @@ def test_a_run_does_not_start_from_another_member(own, other, tmp_path):
     for name in ("bare.pth", "ours.safetensors"):
         with pytest.raises(CheckpointError, match=f"it is a {other.__name__}, and the model of this run a {own.__name__}"):
             start_from(made(own), read_weights(tmp_path / name), name)
+
+
+def test_what_is_looked_into_is_what_the_model_computes():
+    model = made(init_values=0.3).eval()
+    *_, last = layer_views(model, images())
+    torch.testing.assert_close(model.mlp_head(last.tokens[:, 0]), model(images()))
+
+
+def test_a_run_may_start_from_weights_for_other_patches(tmp_path):
+    published = made(reference_alpha.CRATEAlpha)
+    torch.save(published.state_dict(), tmp_path / "bare.pth")
+    save_model(made(), tmp_path / "ours.safetensors")
+    for name in ("bare.pth", "ours.safetensors"):
+        model, before = made(patch_size=8, seed=3), made(patch_size=8, seed=3).state_dict()
+        line = start_from(model, read_weights(tmp_path / name), name)
+        assert "new: the embedding of patches, which are of another size there" in line and "resampled" in line
+        changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+        assert {key for key in before if key.startswith(("conv1", "mlp_head"))}.isdisjoint(changed)
+        assert torch.equal(model.transformer.layers[1][1].fn.D, published.transformer.layers[1][1].fn.D)
+
+
+def test_recipes_and_names_of_sizes_make_a_run_of_crate_alpha():
+    config = resolve({"data": "DIR", "arch": "CRATEAlpha_base", "patch_size": 8}, "alpha-imagenet21k")
+    assert (config.model, config.dim, config.heads, config.patch_size) == ("CRATEAlpha", 768, 12, 8)
+    assert config.lr == 5e-5 * config.batch_size / 256 and config.decay == "kernels"
+    assert resolve({"data": "DIR"}, "alpha-imagenet").lr == 1e-5 * config.batch_size / 256
+    assert resolve({"data": "DIR", "arch": "CRATE_tiny"}, "alpha-imagenet").model == "CRATE"
+    assert resolve({"arch": "CRATEAlpha_tiny", "image_size": 224}).patch_size == 16
+    for wrong, words in (({"pool": "mean"}, "reads the class token"), ({"model": "CRATE", "layer_scale": 0.1}, "of --model")):
+        with pytest.raises(ConfigError, match=words):
+            resolve({"model": "CRATEAlpha"} | wrong)
+
+
+def test_kernels_alone_may_decay():
+    model = made(init_values=0.1)
+    decaying, other = build_optimizer(model, resolve({"decay": "kernels"})).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kernels = {"conv1.weight", "mlp_head.1.weight", *(name for name in names.values() if "qkv" in name or "to_out" in name)}
+    assert {names[id(parameter)] for parameter in decaying["params"]} == kernels
+    assert other["weight_decay"] == 0 and len(other["params"]) == len(names) - len(kernels)
 
 
 def test_what_does_not_fit_is_refused_in_a_line():

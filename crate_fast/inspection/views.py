@@ -13,7 +13,7 @@ from .. import functional
 from ..model.crate import CRATE
 from ..model.positions import resample_positions
 from ..model.transformer import layers_of
-from ..modules.layer import Layer
+from ..modules.layer import Layer, ScaledPreNorm
 
 
 class LayerView(NamedTuple):
@@ -72,7 +72,8 @@ def layer_views(model: CRATE, images: Tensor) -> Iterator[LayerView]:
             attention = mssa.fn
             w = project(layer, x)
             out = functional.mssa(w, attention.heads, attention.scale, attention.backend)
-            z = attention.to_out(out) + x
+            step = attention.to_out(out)
+            z = (step * mssa.scale if isinstance(mssa, ScaledPreNorm) else step) + x
             x = ista(z) + z if layer.residual else ista(z)
             yield LayerView(layer, w, z, x)
 

@@ -41,12 +41,15 @@ def _check_operation(name: str, operation: str, parameter: nn.Parameter) -> None
 
 
 def _groups(model: nn.Module, decay: str) -> list[dict]:
-    """All parameters in one group that decays; with decay="matrices" vectors and embeddings in another, that does not."""
+    """All parameters in one group that decays; with decay="matrices" vectors and embeddings in another, that does not, and with
+    "kernels" the weights of the steps of sparsification too."""
     if decay == "all":
         return [{"params": list(model.parameters())}]
+    kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     decaying, other = [], []
     for parameter in model.parameters():
-        (decaying if parameter.dim() == 2 else other).append(parameter)
+        decays = id(parameter) in kernels or (decay == "matrices" and parameter.dim() == 2)
+        (decaying if decays else other).append(parameter)
     return [{"params": decaying}, {"params": other, "weight_decay": 0.0}]
 
 

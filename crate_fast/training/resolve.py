@@ -12,7 +12,7 @@ from ..data.pictures import SUFFIXES
 from ..data_sets import DATA_SETS
 from ..files import check_regular, parse_json
 from ..settings import SETTINGS, ConfigError, TrainConfig, as_flag, flag, read_stored
-from ..sizes import SIZES
+from ..sizes import ARCHITECTURES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -86,9 +86,7 @@ def read_recipe(name: str) -> dict:
 
 def _sizes(values: dict) -> dict:
     """The settings of a model that `values["arch"]` stands for."""
-    arch = values.get("arch")
-    size = SIZES.get(str(arch).removeprefix("CRATE_"))
-    return dict(size) if size and str(arch).startswith("CRATE_") else {}
+    return dict(ARCHITECTURES.get(str(values.get("arch")), {}))
 
 
 def check_given_against_run(config: TrainConfig, given: dict, where: Path) -> dict:

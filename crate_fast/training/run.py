@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from ..errors import UnreadableError
 from ..eval_transform import transform_of
 from ..files import is_text
 from ..locks import unlock
+from ..model.alpha import CRATEAlpha
 from ..model.crate import CRATE
 from ..optional import TRAIN, require
 from ..processes import Ranks, process_group, read_ranks
@@ -201,14 +202,13 @@ def build_model(config: TrainConfig, data: Data) -> CRATE:
 
 
 def _build(settings: ModelSettings, machine: MachineSettings, data: Data) -> CRATE:
-    return CRATE(
+    arguments: dict[str, Any] = dict(
         image_size=settings.image_size,
         patch_size=settings.patch_size,
         num_classes=settings.num_classes or data.classes,
         dim=settings.dim,
         depth=settings.depth,
         heads=settings.heads,
-        pool=settings.pool,
         channels=data.channels,
         dim_head=settings.dim_head,
         dropout=settings.dropout,
@@ -216,9 +216,13 @@ def _build(settings: ModelSettings, machine: MachineSettings, data: Data) -> CRA
         ista=settings.ista,
         lambd=settings.lambd,
         backend=machine.backend,
-        stream=machine.stream,
         drop_path=settings.drop_path,
     )
+    if settings.model != "CRATEAlpha":
+        return CRATE(**arguments, pool=settings.pool, stream=machine.stream)
+    model = CRATEAlpha(**arguments, init_values=settings.layer_scale or None)
+    model.reset_for_training()
+    return model
 
 
 def _check_out(settings: RunSettings, ranks: Ranks, resume: str | None) -> None:
