@@ -109,7 +109,7 @@ def _collect(quick: bool) -> list[Launch]:
         for stream in {dtype, torch.float32}:
             label = f"{_short(dtype)}{' fp32 stream' if stream != dtype else ''} alone"
             record(label, dtype, lambda s=stream, o=dtype: _ista_alone(s, o))
-        for name, (*size, _) in (SIZES | {" one token": (1, 1, 32, 32)}).items():
+        for name, (*size, _) in (SIZES | ONES["fp32"]).items():
             record(f"{_short(dtype)} odl{name}", dtype, lambda o=dtype, s=size: _odl(o, *s))
     return list(launches.values())
 
