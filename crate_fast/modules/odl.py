@@ -40,9 +40,15 @@ class OvercompleteISTABlock(SparseStep, name="odl"):
     def sparsify(
         cls, h: Tensor, weights: Sequence[Tensor], matrix: Tensor | None, step_size: float, lambd: float, backend: str
     ) -> Tensor:
-        """The step of h, (..., dim), by PyTorch's products on either backend; in the dtype of the products."""
+        """The step of h, (..., dim), in the dtype of its products."""
         cls.check(h, weights)
-        if h.numel() == 0 or not _is_plain(h, *weights):
+        if h.numel() == 0:
+            return cls.reference(h, weights, step_size, lambd)
+        if backend == "triton":
+            from ..kernels import ODL
+
+            return ODL.apply(h, *weights, step_size, lambd, operand_dtype(h))
+        if not _is_plain(h, *weights):
             return cls.reference(h, weights, step_size, lambd)
         return _ODL.apply(h, *weights, step_size, step_size * lambd, _product_dtype(h))
 
