@@ -162,9 +162,10 @@ class Layer(nn.Sequential):
 
     def _is_evaluated(self, x: Tensor) -> bool:
         """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
-        if self.residual or self.training or torch.is_grad_enabled() or is_transformed() or autocasts(x.device.type):
-            return False
-        return self.runs_unwatched(x) and not is_exported()
+        evaluated = not (self.residual or self.training or torch.is_grad_enabled())
+        if not evaluated or is_exported() or is_transformed() or autocasts(x.device.type):
+            return False  # of an export before weights are looked at: a trace records that, and PyTorch makes two to compare
+        return self.runs_unwatched(x)
 
     def runs_unwatched(self, x: Tensor) -> bool:
         """Whether modules may be passed by on "torch": all are plain and nobody watches, and the backend, asked for or chosen,
