@@ -156,9 +156,9 @@ def _is_short(h: Tensor, weight: Tensor) -> bool:
 def _ista_of_few(h: Tensor, weight: Tensor, step_size: float, lambd: float) -> Tensor:
     """The step as relu(h + η(h − h Dᵀ) D − ηλ), the products taken in bfloat16."""
     with without_autocast(h.device.type):
-        d = weight.to(torch.bfloat16)
-        rest = torch.sub(h, F.linear(h.to(torch.bfloat16), d)).to(torch.bfloat16)
-        product = F.linear(rest, d.t())
+        # Cast twice: what the two give D's gradient is added up in its own dtype.
+        rest = torch.sub(h, F.linear(h.to(torch.bfloat16), weight.to(torch.bfloat16))).to(torch.bfloat16)
+        product = F.linear(rest, weight.to(torch.bfloat16).t())
         if product.dtype == h.dtype:  # as in `_rectified_product_torch`
             return torch.add(h, product.sub_(lambd), alpha=step_size).relu_()
         return _added(product, h, step_size).sub_(step_size * lambd).relu_()
