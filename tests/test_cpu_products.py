@@ -119,7 +119,9 @@ def test_a_weight_that_is_frozen_keeps_no_tokens():
     assert kept == [weight.shape]
 
 
-@pytest.mark.parametrize("wrong", [(torch.randn(3, 5), torch.randn(2, 4)), (torch.randn(3, 4), torch.randn(2, 4), torch.ones(3))])
+@pytest.mark.parametrize(
+    "wrong", [(torch.randn(3, 5), torch.randn(2, 4)), (torch.randn(3, 4), torch.randn(2, 4), torch.ones(3))]
+)
 def test_shapes_that_do_not_fit_are_refused_by_pytorch(wrong):
     with pytest.raises(RuntimeError):
         cpu_products.linear(*wrong)
