@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import functional
-from ..backend import autocasts, choose_backend, is_transformed
+from ..backend import autocasts, choose_backend, computes_now, is_transformed
 from ..reference import constant_to_compile
 from .applied import applied
 from .cpu_inference import evaluated_layer
@@ -161,10 +162,12 @@ class Layer(nn.Sequential):
         return is_sharded(self, Layer)
 
     def _is_evaluated(self, x: Tensor) -> bool:
-        """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
-        evaluated = not (self.residual or self.training or torch.is_grad_enabled())
-        if not evaluated or is_exported() or is_transformed() or autocasts(x.device.type):
+        """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, recorded under autocast or
+        exported."""
+        if self.residual or self.training or torch.is_grad_enabled() or is_exported() or is_transformed():
             return False  # of an export before weights are looked at: a trace records that, and PyTorch makes two to compare
+        if autocasts(x.device.type) and not _is_cast_now(x):
+            return False
         return self.runs_unwatched(x)
 
     def runs_unwatched(self, x: Tensor) -> bool:
@@ -291,6 +294,11 @@ _PLAIN = PlainTree(  # what is below a layer that one computation may stand for
     norm_at("1.norm"),
     Place("1.fn", STEPS.values()),
 )
+
+
+def _is_cast_now(x: Tensor) -> bool:
+    """Whether autocast on a CPU casts what is made of x as it is called: an operator that is recorded would run without."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and computes_now(x) and not is_in_torch_dispatch_mode()
 
 
 def _is_over_keys(softmax: nn.Module) -> bool:
