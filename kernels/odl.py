@@ -57,10 +57,10 @@ def odl_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, r, ζ₁, ζ₂). h: (rows, dim), contiguous, in any dtype; operand: h in that of d, b and c, (dim, wide), see `Saved`."""
     offset = torch.full((d.shape[1],), -lambd, dtype=torch.float32, device=d.device)
-    z1 = linear(operand, d, d.dtype, offset=offset, rectify=True)
-    r = linear(z1, b.t(), d.dtype, residual=h)  # of h as it came, not as it was rounded for the product
-    z2 = linear(r, d, d.dtype, offset=offset, residual=z1, rectify=True)
-    return linear(z2, c.t(), d.dtype), r, z1, z2
+    z1 = linear(operand, d, d.dtype, offset=offset, rectify=True, name="odl")
+    r = linear(z1, b.t(), d.dtype, residual=h, name="odl_back")  # of h as it came, not as it was rounded for the product
+    z2 = linear(r, d, d.dtype, offset=offset, residual=z1, rectify=True, name="odl")
+    return linear(z2, c.t(), d.dtype, name="odl_back"), r, z1, z2
 
 
 def _fake_backward(dy, saved, step_size, dtype, wanted):
@@ -85,16 +85,16 @@ def odl_step_backward(
         results[2] = weight_gradient(dy, s.z2, operand).product.sum(0).mul_(step_size)
     if not (wanted[0] or wanted[1]):
         return results
-    g2 = linear(dy, s.c, operand, mask=s.z2)
-    dr = linear(g2, s.d.t(), operand)
+    g2 = linear(dy, s.c, operand, mask=s.z2, name="odl")
+    dr = linear(g2, s.d.t(), operand, name="odl_back")
     if wanted[1]:
         results[1] = weight_gradient(dr, s.z1, operand).product.sum(0).mul_(-step_size)
         results[1] += weight_gradient(s.r, g2, operand).product.sum(0)
-    g1 = linear(dr, s.b, operand, residual=g2, mask=s.z1)
+    g1 = linear(dr, s.b, operand, residual=g2, mask=s.z1, name="odl")
     if wanted[1]:
         results[1] += weight_gradient(s.h, g1, operand).product.sum(0)
     if wanted[0]:
-        results[0] = linear(g1, s.d.t(), dtype, residual=dr)
+        results[0] = linear(g1, s.d.t(), dtype, residual=dr, name="odl_back")
     return results
 
 
