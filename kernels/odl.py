@@ -47,7 +47,7 @@ class Saved(NamedTuple):
 
 
 def _fake_forward(h, operand, d, b, c, lambd):
-    codes = [operand.new_empty(len(h), d.shape[1]) for _ in range(2)]
+    codes = [operand.new_empty(h.shape[0], d.shape[1]) for _ in range(2)]
     return operand.new_empty(h.shape), operand.new_empty(h.shape), *codes
 
 
