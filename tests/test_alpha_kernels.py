@@ -165,6 +165,17 @@ def test_ten_values_a_token_and_width_are_kept_and_three_roundings_of_dictionari
     assert not kept
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_each_product_reads_and_writes_what_it_must_once():
+    """In 16 bit, bytes a token in widths of one: of h, r, y and their gradients 2, of a code or its gradient 8."""
+    import traffic  # which asks for the interpreter as it is imported
+
+    leaves = [torch.randn(traffic.BATCH, traffic.TOKENS, traffic.DIM), *dictionaries(traffic.DIM)]
+    counted = traffic.count_kernels(lambda: results(step, leaves, torch.ones(leaves[0].shape), torch.float16))
+    forward, backward = [10, 12, 18, 10], [10, 18, 10, 10, 10, 26, 10, 12]
+    assert [kernel.activations / traffic.DIM for kernel in counted] == forward + backward
+
+
 def test_nan_stays_where_it_is_and_is_not_lost():
     torch.manual_seed(0)
     d, d1 = dictionaries(16)

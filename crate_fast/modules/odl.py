@@ -23,7 +23,8 @@ class OvercompleteISTABlock(SparseStep, name="odl"):
     and z₂ D₁ᵀ, which the layer adds to what entered; arguments as of `SparseStep`, the dictionaries `D` and `D1` (dim, 4 dim).
 
     A relu lies between the two products with D, so there is no M as of ISTA: a step is four products, and eight backward. For
-    these it keeps 10 dim values a token: h, r, z₁ and z₂. Keeping r takes a tenth of that and spares a product of twelve.
+    these it keeps 10 dim values a token: h, r, z₁ and z₂. Keeping r takes a tenth of that and spares a product of twelve. On
+    "triton" each product is a kernel with what follows it (kernels/odl.py).
     """
 
     residual = True
