@@ -1,5 +1,7 @@
 # PyTorch's own `backward` takes any gradients, one's own those of its results.
 # pyright: reportIncompatibleMethodOverride=false
+# Types tell neither how long a shape or a list of tensors is, nor which of them are there.
+# pyright: reportCallIssue=false
 """The overcomplete step of CRATE-α: two ISTA steps on a dictionary D that is wider than a token, and back by another, D₁.
 
     forward     ζ₁ = relu(h D − λ)                 the threshold and the relu in the product's epilogue
