@@ -31,10 +31,12 @@ import triton
 from tqdm import tqdm
 
 from crate_fast.kernels import (
+    decoder,
     ista,
     layer,
     linear,
     mssa,
+    odl,
     runtime,
     stack,
     tuning,
@@ -97,16 +99,20 @@ def _collect(quick: bool) -> list[Launch]:
 
     if quick:
         record("fp16", torch.float16, lambda: _layer(*DTYPES["fp16"], *SIZES[""]))
+        record("fp16 odl", torch.float16, lambda: _odl(torch.float16, *SIZES[""][:3]))
         return list(launches.values())
     for dtypes, (parameter, stream, operand) in DTYPES.items():
         for name, size in (SIZES | ONES.get(dtypes, {})).items():
             record(f"{dtypes}{name}", operand, lambda p=parameter, s=stream, o=operand, n=size: _layer(p, s, o, *n))
+            record(f"{dtypes}{name} decoder", operand, lambda p=parameter, s=stream, o=operand, n=size: _decoder(p, s, o, *n))
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for head_width in HEAD_WIDTHS:
             record(f"{_short(dtype)} width {head_width}", dtype, lambda t=dtype, h=head_width: _attention(t, h))
         for stream in {dtype, torch.float32}:
             label = f"{_short(dtype)}{' fp32 stream' if stream != dtype else ''} alone"
             record(label, dtype, lambda s=stream, o=dtype: _ista_alone(s, o))
+        for name, (*size, _) in (SIZES | ONES["fp32"]).items():
+            record(f"{_short(dtype)} odl{name}", dtype, lambda o=dtype, s=size: _odl(o, *s))
     return list(launches.values())
 
 
@@ -133,6 +139,19 @@ def _layer(parameter, stream, operand, batch: int, tokens: int, dim: int, head_w
         layer.layer_backward.body(*given, settings.scale, [True] * 3)
 
 
+def _decoder(parameter, stream, operand, batch: int, tokens: int, dim: int, head_width: int) -> None:
+    """The same of a layer of CRATE-MAE's decoder, whose other ends a layer's stack has."""
+    vector, matrix = _empty(dim, dtype=parameter), _empty(dim, dim, dtype=parameter)
+    weights = decoder.DecoderWeights(vector, vector, matrix, vector, vector, matrix, matrix, vector)
+    prepared = list(decoder.prepare_decoder([weights], operand)[0])
+    x, heads = _empty(batch, tokens, dim, dtype=stream), dim // head_width
+    _, moments = stack.enter_forward.body(_empty(batch, tokens, dim, dtype=parameter), stream)
+    *saved, y, _, totals = decoder.decoder_forward.body(x, moments, prepared, heads, head_width**-0.5, 1e-5, 1e-5)
+    scale = _empty(1, dtype=torch.float32)
+    given = (y, totals, scale, [x, *saved], prepared, list(weights), head_width**-0.5)
+    decoder.decoder_backward.body(*given, [True] * 3)
+
+
 def _attention(dtype: torch.dtype, head_width: int) -> None:
     w = _empty(16, 197, 4 * head_width, dtype=dtype)
     o, lse = mssa.mssa_forward(w, 4, 0.125)
@@ -145,6 +164,15 @@ def _attention(dtype: torch.dtype, head_width: int) -> None:
 def _ista_alone(stream: torch.dtype, operand: torch.dtype) -> None:
     h, matrix = _empty(197, 256, dtype=stream), _empty(256, 256, dtype=operand)
     ista.ista_step_backward.body(h, h, ista.ista_step.body(h, matrix, 0.01), matrix)
+
+
+def _odl(operand: torch.dtype, batch: int, tokens: int, dim: int) -> None:
+    """The overcomplete step forward and backward, as autocast runs it in 16 bit: h in float32, and so its gradient."""
+    h, wide = _empty(batch * tokens, dim, dtype=torch.float32), _empty(dim, 4 * dim, dtype=operand)
+    rounded = h.to(operand)
+    y, *codes = odl.odl_step.body(h, rounded, wide, wide, wide, 0.1)
+    for dtype in {operand, torch.float32}:
+        odl.odl_step_backward.body(y, [rounded, *codes, wide, wide, wide], 0.1, dtype, [True] * 3)
 
 
 def _short(dtype: torch.dtype) -> str:

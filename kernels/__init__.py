@@ -5,9 +5,20 @@ checkout it finds this folder, and the operators, registered again under their n
 """
 
 if __name__ != "kernels":
+    from .decoder import (
+        DecoderSettings,
+        DecoderState,
+        DecoderWeights,
+        PreparedDecoder,
+        enter_decoder,
+        fused_decoder_layer,
+        leave_decoder,
+        prepare_decoder,
+    )
     from .ista import ISTA
     from .layer import LayerSettings, LayerWeights, PreparedWeights, fused_layer, prepare_layers, stack_weights
     from .mssa import MSSA
+    from .odl import ODL
     from .runtime import INTERPRETED
     from .stack import StackState, enter_stack, leave_stack
 
@@ -15,13 +26,22 @@ __all__ = [
     "INTERPRETED",
     "ISTA",
     "MSSA",
+    "ODL",
+    "DecoderSettings",
+    "DecoderState",
+    "DecoderWeights",
     "LayerSettings",
     "LayerWeights",
+    "PreparedDecoder",
     "PreparedWeights",
     "StackState",
+    "enter_decoder",
     "enter_stack",
+    "fused_decoder_layer",
     "fused_layer",
+    "leave_decoder",
     "leave_stack",
+    "prepare_decoder",
     "prepare_layers",
     "stack_weights",
 ]
