@@ -31,6 +31,7 @@ import triton
 from tqdm import tqdm
 
 from crate_fast.kernels import (
+    decoder,
     ista,
     layer,
     linear,
@@ -105,6 +106,7 @@ def _collect(quick: bool) -> list[Launch]:
     for dtypes, (parameter, stream, operand) in DTYPES.items():
         for name, size in (SIZES | ONES.get(dtypes, {})).items():
             record(f"{dtypes}{name}", operand, lambda p=parameter, s=stream, o=operand, n=size: _layer(p, s, o, *n))
+            record(f"{dtypes}{name} decoder", operand, lambda p=parameter, s=stream, o=operand, n=size: _decoder(p, s, o, *n))
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for head_width in HEAD_WIDTHS:
             record(f"{_short(dtype)} width {head_width}", dtype, lambda t=dtype, h=head_width: _attention(t, h))
@@ -138,6 +140,19 @@ def _layer(parameter, stream, operand, batch: int, tokens: int, dim: int, head_w
     for below in ([], [vector, vector, rstd]):  # at the bottom of a stack, and on a layer
         given = (x, sums, totals, scale, [x, *saved], prepared, list(weights), below)
         layer.layer_backward.body(*given, settings.scale, [True] * 3)
+
+
+def _decoder(parameter, stream, operand, batch: int, tokens: int, dim: int, head_width: int) -> None:
+    """The same of a layer of CRATE-MAE's decoder, whose other ends a layer's stack has."""
+    vector, matrix = _empty(dim, dtype=parameter), _empty(dim, dim, dtype=parameter)
+    weights = decoder.DecoderWeights(vector, vector, matrix, vector, vector, matrix, matrix, vector)
+    prepared = list(decoder.prepare_decoder([weights], operand)[0])
+    x, heads = _empty(batch, tokens, dim, dtype=stream), dim // head_width
+    _, moments = stack.enter_forward.body(_empty(batch, tokens, dim, dtype=parameter), stream)
+    *saved, y, _, totals = decoder.decoder_forward.body(x, moments, prepared, heads, head_width**-0.5, 1e-5, 1e-5)
+    scale = _empty(1, dtype=torch.float32)
+    given = (y, totals, scale, [x, *saved], prepared, list(weights), head_width**-0.5)
+    decoder.decoder_backward.body(*given, [True] * 3)
 
 
 def _attention(dtype: torch.dtype, head_width: int) -> None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .lazy import lazily
-from .sizes import ALPHA_SIZES, SIZES
+from .sizes import ALPHA_SIZES, MAE_SIZES, SIZES
 
 if TYPE_CHECKING:  # what a type checker sees; the same is imported where it is used
     from . import functional
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same is imported where it is 
     from .model.cuda_graph import graphed
     from .model.freezing import freeze
     from .model.linears import as_linears
+    from .model.mae import CRATEMAE, mae_crate_base, mae_crate_large, mae_crate_small, mae_crate_tiny
     from .model.transformer import Transformer
     from .modules import Attention, FeedForward, PreNorm
     from .prediction import load
@@ -39,6 +40,7 @@ else:
             "model.cuda_graph": ("graphed",),
             "model.freezing": ("freeze",),
             "model.linears": ("as_linears",),
+            "model.mae": ("CRATEMAE", *(f"mae_crate_{size}" for size in MAE_SIZES)),
             "model.transformer": ("Transformer",),
             "modules": ("Attention", "FeedForward", "PreNorm"),
             "prediction": ("load",),
@@ -48,6 +50,7 @@ else:
 __version__ = "0.1.0"
 __all__ = [
     "CRATE",
+    "CRATEMAE",
     "Attention",
     "BackendError",
     "CRATEAlpha",
@@ -72,5 +75,9 @@ __all__ = [
     "graphed",
     "load",
     "load_checkpoint",
+    "mae_crate_base",
+    "mae_crate_large",
+    "mae_crate_small",
+    "mae_crate_tiny",
     "pair",
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint.save_load import load_checkpoint
+from .checkpoint.save_load import load_classifier
 from .errors import ConfigError, InspectionError
 from .eval_transform import LEAST_CROP, MAIN, allowed_crop
 from .files import first_line
@@ -96,7 +96,7 @@ def load(
     Raises: as `load_checkpoint`; InspectionError where the model takes no photographs.
     """
     require("numpy", "PIL")
-    model = load_checkpoint(source, device=device, weights=weights, **overrides)
+    model = load_classifier(source, device=device, weights=weights, **overrides)
     return Loaded(model, Evaluated(model, source, crop), _class_names(model, source))
 
 

@@ -212,3 +212,104 @@ class CRATE(nn.Module):
         x = self.dropout(x + self.pos_embedding[:, : x.shape[1]])
         x = self.transformer(x)
         return self.mlp_head(x.mean(dim=1) if self.pool == "mean" else x[:, 0])
+
+
+class DecoderStep(nn.Module):
+    """The step of CRATE-MAE's decoder, from codes to what they stand for: h Wᵀ."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim))
+        nn.init.kaiming_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+class MAEBlock(nn.Module):
+    """A layer of CRATE-MAE under the published names: of the encoder x ← ISTA(x + MSSA(x)), of the decoder x̂ = LN(x) Wᵀ, then
+    x ← x̂ − MSSA(x̂)."""
+
+    def __init__(self, dim: int, heads: int, lambd: float | None) -> None:
+        super().__init__()
+        self.encodes = lambd is not None
+        if lambd is not None:
+            parts = [PreNorm(dim, Attention(dim, heads, dim // heads, 0.0)), PreNorm(dim, FeedForward(dim, 0.1, lambd))]
+        else:
+            parts = [PreNorm(dim, DecoderStep(dim)), PreNorm(dim, Attention(dim, heads, dim // heads, 0.0))]
+        self.layers: Any = nn.ModuleList([nn.ModuleList(parts)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layers[0]
+        if self.encodes:
+            return second(first(x) + x)
+        x = first(x)
+        return x - second(x)
+
+
+class CRATEMAE(nn.Module):
+    """The published CRATE-MAE (Pai et al., arXiv:2404.02446) on square images, encoder and decoder of one size."""
+
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        in_chans: int = 3,
+        norm_pix_loss: bool = False,
+        lambd: float = 0.5,
+    ) -> None:
+        super().__init__()
+        side, dim = img_size // patch_size, embed_dim
+        self.patch_embed: Any = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.patches = Patches(patch_size, patch_size)
+        self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, dim)), sines(side, dim)
+        self.blocks = nn.ModuleList([MAEBlock(dim, num_heads, lambd) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder_embed = nn.Linear(dim, dim)
+        self.mask_token, self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1, dim)), sines(side, dim)
+        self.decoder_blocks = nn.ModuleList([MAEBlock(dim, num_heads, None) for _ in range(depth)])
+        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(dim, patch_size**2 * in_chans)
+        self.norm_pix_loss = norm_pix_loss
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.view(dim, -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, imgs: Tensor, mask_ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
+        patches = self.patch_embed.proj(imgs).flatten(2).transpose(1, 2)
+        batch, count, _ = patches.shape
+        shuffled = torch.argsort(torch.rand(batch, count, device=imgs.device), dim=1)
+        mask = torch.ones(batch, count, device=imgs.device)
+        mask.scatter_(1, shuffled[:, : int(count * (1 - mask_ratio))], 0.0)
+        x = torch.where(mask[:, :, None] == 1, self.mask_token, patches)
+        x = torch.cat((self.cls_token.expand(batch, -1, -1), x), dim=1) + self.decoder_pos_embed
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        for block in self.decoder_blocks:
+            x = block(x)
+        pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        target = self.patches(imgs)
+        if self.norm_pix_loss:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+        loss = ((pred - target) ** 2).mean(-1)
+        return (loss * mask).sum() / mask.sum(), pred, mask
+
+
+def sines(side: int, dim: int) -> nn.Parameter:
+    """Fixed positions, (1, 1 + side², dim): sines and cosines of the column, then of the row; 0 for the class token."""
+    rate = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    row, column = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing="ij")
+    angles = [axis.reshape(-1, 1) * rate for axis in (column, row)]
+    waves = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return nn.Parameter(torch.cat((waves.new_zeros(1, dim), waves)).float()[None], requires_grad=False)

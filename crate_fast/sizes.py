@@ -33,3 +33,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     **{f"CRATEAlpha_{size}": dict(model="CRATEAlpha") | sizes for size, sizes in ALPHA_SIZES.items()},
 }
 """What the published sizes are called: which model each is, and its arguments."""
+
+MAE_SIZES: dict[str, dict[str, int]] = {
+    name: dict(embed_dim=size["dim"], depth=size["depth"], num_heads=size["heads"]) for name, size in SIZES.items()
+}
+"""The published sizes of CRATE-MAE (arXiv:2404.02446), of the encoder and of the decoder, which is as large."""

@@ -5,6 +5,16 @@ checkout it finds this folder, and the operators, registered again under their n
 """
 
 if __name__ != "kernels":
+    from .decoder import (
+        DecoderSettings,
+        DecoderState,
+        DecoderWeights,
+        PreparedDecoder,
+        enter_decoder,
+        fused_decoder_layer,
+        leave_decoder,
+        prepare_decoder,
+    )
     from .ista import ISTA
     from .layer import LayerSettings, LayerWeights, PreparedWeights, fused_layer, prepare_layers, stack_weights
     from .mssa import MSSA
@@ -17,13 +27,21 @@ __all__ = [
     "ISTA",
     "MSSA",
     "ODL",
+    "DecoderSettings",
+    "DecoderState",
+    "DecoderWeights",
     "LayerSettings",
     "LayerWeights",
+    "PreparedDecoder",
     "PreparedWeights",
     "StackState",
+    "enter_decoder",
     "enter_stack",
+    "fused_decoder_layer",
     "fused_layer",
+    "leave_decoder",
     "leave_stack",
+    "prepare_decoder",
     "prepare_layers",
     "stack_weights",
 ]

@@ -60,7 +60,8 @@ def _data_gradient_kernel(
     NORM: tl.constexpr,
     SHRINK: tl.constexpr,  # the step added its (normalised) input
     RESIDUAL: tl.constexpr,
-    RECTIFIED: tl.constexpr,  # x is the result of an ISTA step: mask dx and make that step's row sums
+    RECTIFIED: tl.constexpr,  # x is the result of a step behind a LayerNorm: make that step's row sums
+    MASKED: tl.constexpr,  # it is an ISTA step: mask dx
     HEAD_WIDTH: tl.constexpr,  # not 0: x is the attention's result; make its δ, scale · Σ dx·x over every head
     PIECES: tl.constexpr,  # column blocks that a head can lie in
     PADDING: tl.constexpr,  # numbers of δ past an image's last token, 0
@@ -145,12 +146,12 @@ def _data_gradient_kernel(
             before = _finish(
                 (b_dx, b_dx1, b_dx2)[third], block_n * 3 + third, g, ends, per_row, inputs, zero, before,
                 NORM and third == 2, SHRINK and third == 2, RESIDUAL and third == 2,
-                RECTIFIED=False, WHOLE=WHOLE, SPAN=SPAN, PARTS=BYTES,
+                RECTIFIED=False, MASKED=False, WHOLE=WHOLE, SPAN=SPAN, PARTS=BYTES,
             )  # fmt: skip
     else:
         b_sum1, b_sum2 = _finish(
             b_dx, block_n, g, ends, per_row, inputs, zero, none, NORM, SHRINK, RESIDUAL,
-            RECTIFIED=RECTIFIED, WHOLE=WHOLE, SPAN=SPAN, PARTS=PARTS,
+            RECTIFIED=RECTIFIED, MASKED=MASKED, WHOLE=WHOLE, SPAN=SPAN, PARTS=PARTS,
         )  # fmt: skip
     if RECTIFIED:
         all_rows = tl.cast(rows, tl.int64)  # an argument that is 1 has no .to: Triton makes it a constant
@@ -211,7 +212,7 @@ def _add_terms(
 @triton.jit
 def _finish(
     b_dx, block_n, g, ends, per_row, inputs, zero, before, NORM: tl.constexpr, SHRINK: tl.constexpr, RESIDUAL: tl.constexpr,
-    RECTIFIED: tl.constexpr, WHOLE: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
+    RECTIFIED: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What follows the product, on block `block_n` of columns, in PARTS one after the other; returns, if RECTIFIED, the row
     sums of what was stored.
@@ -223,11 +224,11 @@ def _finish(
         b_left, b_right = _halves(b_dx)
         left = _finish(
             b_left, block_n * 2, g, ends, per_row, inputs, zero, before, NORM, SHRINK, RESIDUAL,
-            RECTIFIED=RECTIFIED, WHOLE=WHOLE, SPAN=SPAN, PARTS=PARTS // 2,
+            RECTIFIED=RECTIFIED, MASKED=MASKED, WHOLE=WHOLE, SPAN=SPAN, PARTS=PARTS // 2,
         )  # fmt: skip
         right = _finish(
             b_right, block_n * 2 + 1, g, ends, per_row, inputs, zero, left, NORM, SHRINK, RESIDUAL,
-            RECTIFIED=RECTIFIED, WHOLE=WHOLE, SPAN=SPAN, PARTS=PARTS // 2,
+            RECTIFIED=RECTIFIED, MASKED=MASKED, WHOLE=WHOLE, SPAN=SPAN, PARTS=PARTS // 2,
         )  # fmt: skip
         return left[0] + right[0], left[1] + right[1]
     p_dx, p_totals, _, _, _, p_gain, p_offset = ends
@@ -245,7 +246,7 @@ def _finish(
     b_0 = tl.multiple_of((before[0] + before[1]).to(tl.int32, bitcast=True) & zero, 16)
     p_tile = (tl.arange(0, BLOCK_M) * inputs + b_0)[:, None] + column[None, :]  # from the tile's first row: 32 bits
     b_dx, b_x = _add_terms(b_dx, p_tile, m_dx, column, m_column, row, g, ends, b_terms, NORM, SHRINK, RESIDUAL, WHOLE)
-    if RECTIFIED:
+    if MASKED:
         b_dx = tl.where(b_x <= 0.0, 0.0, b_dx)  # keeps the gradient where x is NaN
     if p_totals is not None:
         tl.store(p_totals + column, tl.sum(b_dx, 0), mask=m_column)
@@ -333,11 +334,13 @@ def norm_data_gradient(
     statistics: Statistics,
     residual: Tensor | None = None,
     rectified: Rectified | None = None,
+    masked: bool = True,
 ) -> Gradient:
     """Gradient of `norm_linear` to its x, through the LayerNorm, plus `residual`; in x's dtype. `gamma`: of an ISTA step.
 
     g is 1/deviation of x's rows times the gradient, masked where the result was rectified, and `sums` (2, parts, rows) are
-    parts of its c₁ and c₂. Where x itself is the result of an ISTA step, `rectified`, dx is made the same way for that step.
+    parts of its c₁ and c₂. Where x itself is the result of an ISTA step, `rectified`, dx is made the same way for that step;
+    with masked=False, of a product behind a LayerNorm that rectifies nothing.
     """
     name = "project_gradient" if gamma is None else unmixed("ista_gradient", g, folded.matrix, "mixed_ista_gradient")
     rows = len(x)
@@ -348,7 +351,7 @@ def norm_data_gradient(
     )
     _launch_data_gradient(
         name, g, folded.matrix, gradient.dx, shrink=gamma is not None, x=x, gamma=gamma, statistics=statistics, sums=sums,
-        residual=residual, rectified=rectified, parts=gradient.sums, totals=gradient.totals,
+        residual=residual, rectified=rectified, masked=masked, parts=gradient.sums, totals=gradient.totals,
     )  # fmt: skip
     return gradient
 
@@ -370,7 +373,7 @@ def _pieces(head_width: int, block: int) -> int:
 
 def _launch_data_gradient(
     name, g, weight, dx, *, shrink=False, x=None, gamma=None, statistics=None, sums=None, residual=None, rectified=None,
-    parts=None, totals=None, head_width=0, images=(1, 1.0),
+    masked=True, parts=None, totals=None, head_width=0, images=(1, 1.0),
 ) -> None:  # fmt: skip
     rows, (inputs, outputs) = g.shape[0], weight.shape
     config = shapes.matrix(name, weight.dtype, inputs, outputs, weight.device)
@@ -379,7 +382,8 @@ def _launch_data_gradient(
     launch(
         _data_gradient_kernel, programs, (g, *g.stride()), (weight, *weight.stride()), (dx, totals, x, gamma, residual), norm,
         rectified or (None, None, None), parts, (rows, inputs, outputs), images, 0, NORM=sums is not None, SHRINK=shrink,
-        RESIDUAL=residual is not None, RECTIFIED=rectified is not None, HEAD_WIDTH=head_width,
+        RESIDUAL=residual is not None, RECTIFIED=rectified is not None, MASKED=masked and rectified is not None,
+        HEAD_WIDTH=head_width,
         PIECES=parts.shape[1] if head_width else 1, PADDING=parts.shape[3] - images[0] if head_width else 0,
         WHOLE=inputs % config.block_n == 0, SPAN=min(inputs & -inputs, config.block_n),
         PRECISION=product_precision(weight.dtype), GROUP_M=GROUP,

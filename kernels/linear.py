@@ -157,7 +157,8 @@ def _linear_kernel(
         tl.store(p_rstd + row, b_rstd, mask=m_row)
     MOMENTS: tl.constexpr = p_parts is not None
     per_row = (row, m_row, p_rows, b_mean, b_rstd)
-    pieces = _pieces(b_out, 4 if LARGE else 1)
+    IN_PIECES: tl.constexpr = LARGE or (MOMENTS and BLOCK_M * BLOCK_N >= 128 * 128)
+    pieces = _pieces(b_out, 4 if IN_PIECES else 1)
     WIDTH: tl.constexpr = pieces[0].shape[1]
     COUNT: tl.constexpr = BLOCK_N // WIDTH
     left = outputs - block_n * BLOCK_N

@@ -195,7 +195,7 @@ class _LeaveStack(torch.autograd.Function):
         x, *writer = ctx.saved_tensors
         factor = 1 / x.shape[1] if ctx.pool == "mean" else 1.0
         largest = dy.abs().amax().float() * factor
-        scale = _power_of_two_scale(largest) if ctx.scaled else torch.ones_like(largest)
+        scale = power_of_two_scale(largest) if ctx.scaled else torch.ones_like(largest)
         dy = dy if ctx.pool is None else dy[:, None].expand(x.shape)
         dx, *sums = leave_backward(dy, scale, x, *writer, factor, ctx.pool == "cls")
         return dx, scale, *map(fit_sums, sums, ctx.shapes), *[None] * 6
@@ -210,7 +210,7 @@ def fit_sums(sums: Tensor, shape: torch.Size) -> Tensor:
     return fitted
 
 
-def _power_of_two_scale(largest: Tensor) -> Tensor:
+def power_of_two_scale(largest: Tensor) -> Tensor:
     """The power of two that brings the largest |gradient| just under 2^SCALE_EXPONENT; 1 where that is 0 or not finite."""
     _, exponent = torch.frexp(largest)
     scale = torch.ldexp(torch.ones_like(largest), (SCALE_EXPONENT - exponent).clamp(-100, 100))

@@ -9,6 +9,7 @@ import os
 # One thread a process, of which `make test` starts several: the sums are then the same on every machine too.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import functools
 import importlib.util
 import sys
 from importlib.metadata import version
@@ -93,6 +94,12 @@ def pytest_generate_tests(metafunc):
         if directory:
             classes["published"] = load_module(Path(directory) / "model" / "crate.py").CRATE
         metafunc.parametrize("published_class", list(classes.values()), ids=list(classes))
+    if "published_mae" in metafunc.fixturenames:  # the same of CRATE-MAE
+        from crate_fast import reference
+
+        directory = metafunc.config.getoption("published")
+        classes = {"reference": reference.CRATEMAE} | ({"published": load_mae(Path(directory))} if directory else {})
+        metafunc.parametrize("published_mae", list(classes.values()), ids=list(classes))
 
 
 def load_module(path: Path):
@@ -102,6 +109,19 @@ def load_module(path: Path):
     sys.modules[specification.name] = module
     specification.loader.exec_module(module)
     return module
+
+
+def load_mae(published: Path):
+    """The published CRATE-MAE, encoder and decoder of one size."""
+    sys.path.insert(0, str(published))
+    mae = importlib.import_module("model.crate_ae.crate_ae")
+
+    def build(**options):
+        norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
+        decoder = {f"decoder_{name}": options[name] for name in ("embed_dim", "depth", "num_heads")}
+        return mae.MaskedAutoencoderViT(mae.CRATEEncoderBlock, mae.CRATEDecoderBlock, norm_layer=norm, **options, **decoder)
+
+    return build
 
 
 def call(capsys, *argv):

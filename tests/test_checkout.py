@@ -62,3 +62,14 @@ def test_who_looks_for_the_other_project_called_kernels_registers_no_operator_ag
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_modules_import_each_other_in_one_circle_alone():
+    """A model is saved as the Hub's mixin has it, and loaded by its own class: nothing else may need what needs it."""
+    grimp = pytest.importorskip("grimp")  # with import-linter, which the oldest versions are tested without
+    graph = grimp.build_graph("crate_fast")
+    needed = {module: graph.find_upstream_modules(module) for module in graph.modules}
+    circles = {frozenset({module} | {other for other in needed[module] if module in needed[other]}) for module in needed}
+    (circle,) = (circle for circle in circles if len(circle) > 1)
+    assert {"crate_fast.model.crate", "crate_fast.checkpoint.hub"} <= circle
+    assert {name.split(".")[1] for name in circle} == {"model", "checkpoint"}

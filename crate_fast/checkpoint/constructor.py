@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files import first_line, shown
 from ..model.alpha import CRATEAlpha
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 from ..model.transformer import layers_of
 from ..modules.step import PUBLISHED_STEP
+from .mae import LAYERS, MAE_ARGUMENTS, depth_of
 
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
@@ -24,6 +27,9 @@ MODELS: dict[str, type[CRATE]] = {"CRATE": CRATE, "CRATEAlpha": CRATEAlpha}
 PUBLISHED_MODEL = "CRATE"  # what files mean that name none
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHANGED = "the model was changed after it was built"
+OF_CRATE = CRATE.__name__, OF_MODELS, {"depth": "transformer.layers."}
+OF_MAE = CRATEMAE.__name__, MAE_ARGUMENTS, LAYERS
+Built = TypeVar("Built", CRATE, CRATEMAE)
 
 
 def constructor_arguments(model: CRATE) -> dict:
@@ -72,8 +78,11 @@ def _of_alpha(model: CRATEAlpha, arguments: dict) -> dict:
     return {"model": "CRATEAlpha"} | arguments | scale
 
 
-def class_of(arguments: dict, kind: type[CRATE]) -> type[CRATE]:
-    """The class that `arguments` name, or `kind` where that is one of it; raises ValueError where it is another's."""
+def class_of(arguments: dict, kind: type[Built]) -> type:
+    """The class that `arguments` name, or `kind` where that is one of it; raises ValueError where it is another's. A CRATEMAE's
+    name none."""
+    if issubclass(kind, CRATEMAE):
+        return kind
     name = arguments.get("model", PUBLISHED_MODEL)
     if name not in MODELS:
         raise ValueError(f"model is {shown(name)}; allowed are {', '.join(map(repr, MODELS))}")
@@ -95,24 +104,26 @@ def _layer_arguments(attention, step) -> dict:
     } | ({} if step.name == PUBLISHED_STEP else {"step": step.name})
 
 
-def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[CRATE] = CRATE) -> CRATE:
+def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: dict, kind: type[Built] = CRATE) -> Built:
     """The model of what was read from `path`, in evaluation mode; raises CheckpointError where that makes none."""
-    if not isinstance(arguments, dict) or not set(arguments) <= set(OF_MODELS):
-        raise CheckpointError(f"{path}: its metadata does not hold arguments of CRATE: {shown(arguments)}")
+    name, taken, layers = OF_MAE if issubclass(kind, CRATEMAE) else OF_CRATE
+    if not isinstance(arguments, dict) or not set(arguments) <= set(taken):
+        raise CheckpointError(f"{path}: its metadata does not hold arguments of {name}: {shown(arguments)}")
     check_floating(path, weights)
     arguments = arguments | overrides
-    number = next((name for name in ("ista", "lambd") if not _is_size(arguments.get(name, 0.0))), None)
+    number = next((each for each in ("ista", "lambd") if not _is_size(arguments.get(each, 0.0))), None)
     if number is not None:
         words = f"its argument {number} is {shown(arguments[number])}; it must be a finite number, at least 0"
         raise CheckpointError(f"{path}: {words}")
     # Before anything is built: a false depth could keep the constructor busy for ever.
-    layers = {key.split(".")[2] for key in weights if isinstance(key, str) and key.startswith("transformer.layers.")}
-    if arguments.get("depth") != len(layers):
-        raise CheckpointError(f"{path}: it has the weights of {len(layers)} layers; depth is {shown(arguments.get('depth'))}")
+    for depth, prefix in layers.items():
+        count = depth_of(weights, prefix)
+        if arguments.get(depth) != count:
+            raise CheckpointError(f"{path}: it has the weights of {count} layers; {depth} is {shown(arguments.get(depth))}")
     try:
         model = skeleton(arguments, kind)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: its arguments build no CRATE ({first_line(error)})") from error
+        raise CheckpointError(f"{path}: its arguments build no {name} ({first_line(error)})") from error
     difference = difference_of(model, weights)
     if difference:
         raise CheckpointError(f"{path}: {difference}")
@@ -131,14 +142,14 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
-def skeleton(arguments: dict, kind: type[CRATE] = CRATE) -> CRATE:
+def skeleton(arguments: dict, kind: type[Built] = CRATE) -> Built:
     """The model without memory for its weights, and without drawing them."""
-    kind = class_of(arguments, kind)
+    named = class_of(arguments, kind)
     with torch.device("meta"):
-        return kind(**{name: value for name, value in arguments.items() if name != "model"})
+        return named(**{name: value for name, value in arguments.items() if name != "model"})
 
 
-def difference_of(model: CRATE, weights: dict[str, Tensor]) -> str | None:
+def difference_of(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
     """The first thing in which names and shapes of `weights` are not those of `model`, in words; None if nothing."""
     expected = model.state_dict()
     missing = sorted(set(expected) - set(weights))

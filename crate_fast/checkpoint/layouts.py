@@ -20,6 +20,7 @@ COUNTED = ("total_ops", "total_params")  # what thop hangs on every module it co
 INNER = ("module", *MODEL_KEYS)  # in one of these, in a checkpoint of ours
 WORDS = {"last": "last weights", "mean": "mean of the weights"}
 FIRST = "pos_embedding"  # which every CRATE has, and whose prefix is that of all
+FIRST_OF_MAE = "decoder_pos_embed"  # the same of a CRATE-MAE
 DEEPEST = 3  # dictionaries in one another
 MOST = 16  # models in a state dict
 
@@ -33,7 +34,7 @@ class Found(NamedTuple):
 
 
 def find_weights(content: object, wanted: str | None = None) -> Found:
-    """The weights in what a checkpoint holds; none where there are none of a CRATE.
+    """The weights in what a checkpoint holds; none where there are none of a CRATE or a CRATE-MAE.
 
     They may lie bare, or as main.py ("state_dict"), finetune.py ("model") and others put them, as part of a larger model such
     as Lightning's; names of the modules around are taken out. Beside the last weights there may be their mean over the steps.
@@ -151,11 +152,11 @@ def _models(content: dict) -> Iterator[tuple[str, Found]]:
 
 def _by_prefix(mapping: dict) -> Iterator[tuple[str, dict[str, Tensor], list[str]]]:
     """(prefix, weights, what else is there) of each model in a state dict; nothing that is not all tensors is a model."""
-    ends = (f".{FIRST}", FIRST)
-    if not any(isinstance(key, str) and key.endswith(ends) for key in mapping):
+    firsts = (FIRST, FIRST_OF_MAE)
+    if not any(isinstance(key, str) and key.endswith(firsts) for key in mapping):
         return
     bare = unwrapped(mapping)
-    prefixes = [key[: -len(FIRST)] for key in bare if key == FIRST or key.endswith(ends[0])]
+    prefixes = [key[: -len(first)] for key in bare for first in firsts if key == first or key.endswith(f".{first}")]
     if len(prefixes) > MOST:
         raise ValueError(f"it has {len(prefixes)} models, and nothing tells which is meant")
     known = tuple(prefixes)

@@ -92,14 +92,14 @@ def _infer_sizes(values: int, patches: int, known: dict) -> dict:
     else:
         # 3·a² = b² has no solution, so that colour and grey cannot be mistaken for each other.
         tried = (known["channels"],) if "channels" in known else (3, 1)
-        channels = next((c for c in tried if c > 0 and values % c == 0 and _root(values // c)), None)
+        channels = next((c for c in tried if c > 0 and values % c == 0 and whole_root(values // c)), None)
         if channels is None:
             raise ValueError(f"a patch has {values} values, of no square patch with {' or '.join(map(str, tried))} channels; "
                              "say patch_size")  # fmt: skip
         patch = (math.isqrt(values // channels),) * 2
-    if "image_size" not in known and not _root(patches):
+    if "image_size" not in known and not whole_root(patches):
         raise ValueError(f"{patches} patches make no square image; say image_size")
-    side = _root(patches) or 0
+    side = whole_root(patches) or 0
     image = known.get("image_size", [side * patch[0], side * patch[1]])
     return {"channels": channels, "patch_size": list(patch), "image_size": image}
 
@@ -134,7 +134,7 @@ def _as_pair(size) -> tuple[int, int]:
     return tuple(size) if isinstance(size, list | tuple) else (size, size)
 
 
-def _root(number: int) -> int | None:
+def whole_root(number: int) -> int | None:
     """The whole root of a positive square, else None."""
     root = math.isqrt(max(0, number))
     return root if root and root**2 == number else None

@@ -8,33 +8,36 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..eval_transform import Transform
 from ..files import first_line, shown, tell, write_atomically
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 from .constructor import CHANGED, OF_MODELS, build, constructor_arguments, difference_of, skeleton
 from .layouts import WORDS
+from .mae import MAE_ARGUMENTS, changed_arguments, infer_mae, is_mae, mae_keywords
 from .published import infer_arguments
-from .read import TRANSFORM, CheckpointError, model_file, read_model
+from .read import TRANSFORM, CheckpointError, Model, model_file, read_model
 from .resize import grid_of, resized_weights
 from .tensor_files import write_tensors
 
 RESIZED = ("num_classes", "image_size")  # those that may be others than a file's, with a new head and other positions
 FREE = ("training", "backend", "stream", "transform", "frozen", "drop_path", "grad_checkpointing")
 """Settings that a model and what its file builds need not share."""
+NO_CLASSES = "it holds a CRATE-MAE, which tells no classes apart; crate_fast.load_checkpoint reads it, --init starts from it"
 
 
-def save_model(model: CRATE, path: str | os.PathLike) -> None:
+def save_model(model: CRATE | CRATEMAE, path: str | os.PathLike) -> None:
     """Writes weights (in their own dtypes) and constructor arguments of `model` to `path`, as safetensors.
 
     Raises:
-        TypeError: `model` is not a CRATE.
+        TypeError: `model` is no CRATE and no CRATEMAE.
         ValueError: it was changed after it was built, so that `load_checkpoint` could not build it again.
         OSError: `path` cannot be written.
     """
@@ -42,7 +45,7 @@ def save_model(model: CRATE, path: str | os.PathLike) -> None:
     write_tensors(Path(path), weights, arguments | transform_entry(model))
 
 
-def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
+def save_checkpoint(model: CRATE | CRATEMAE, path: str | os.PathLike, **state) -> None:
     """Writes `model` and `state` (tensors and plain values: optimizer state, counters) to `path`, for `read_checkpoint`.
 
     Raises: as `save_model`; also TypeError where `state` has what could not be read again, such as NumPy's numbers.
@@ -50,11 +53,11 @@ def save_checkpoint(model: CRATE, path: str | os.PathLike, **state) -> None:
     write_state(model, path, model=described(model)[1], **state)
 
 
-def write_state(model: CRATE, path: str | os.PathLike, /, **content) -> None:
+def write_state(model: CRATE | CRATEMAE, path: str | os.PathLike, /, **content) -> None:
     """Writes `content` and what builds a model like this one, whose weights may lie elsewhere; raises as `save_checkpoint`."""
     for name, value in content.items():
         _check_readable(name, value)
-    content = {"arguments": constructor_arguments(model), **transform_entry(model), **content}
+    content = {"arguments": arguments_of(model), **transform_entry(model), **content}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -67,30 +70,35 @@ def _check_readable(name: str, value: object) -> None:
         _check_readable(name, each)
 
 
-def transform_entry(model: CRATE) -> dict:
+def transform_entry(model: CRATE | CRATEMAE) -> dict:
     """What stands in a checkpoint of how the images of `model` are evaluated; nothing where that is not known."""
     return {} if model.transform is None else {TRANSFORM: model.transform._asdict()}
 
 
-def described(model: CRATE) -> tuple[dict, dict[str, Tensor]]:
+def arguments_of(model: CRATE | CRATEMAE) -> dict:
+    """The constructor's arguments of either; raises ValueError where the model was changed after it was built."""
+    return changed_arguments(model, CHANGED) if isinstance(model, CRATEMAE) else constructor_arguments(model)
+
+
+def described(model: CRATE | CRATEMAE) -> tuple[dict, dict[str, Tensor]]:
     """(constructor arguments, state_dict), checked to fit each other; raises as `save_model`."""
-    if not isinstance(model, CRATE):
+    if not isinstance(model, CRATE | CRATEMAE):
         raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE")
-    arguments, weights = constructor_arguments(model), model.state_dict()
-    built = skeleton(arguments)
+    arguments, weights = arguments_of(model), model.state_dict()
+    built = skeleton(arguments, CRATEMAE if isinstance(model, CRATEMAE) else CRATE)
     difference = difference_of(built, weights) or _change(built, model)
     if difference:
         raise ValueError(f"{CHANGED}: {difference}")
     return arguments, weights
 
 
-def _change(built: CRATE, model: CRATE) -> str | None:
+def _change(built: nn.Module, model: nn.Module) -> str | None:
     """The first thing beside the weights in which `model` computes otherwise than it was `built`, in words; None if nothing."""
     own, expected = (dict(each.named_modules(remove_duplicate=False)) for each in (model, built))
     odd = sorted(own.keys() ^ expected.keys())
     if odd:
         return f"its module {odd[0]!r} is {'new' if odd[0] in own else 'missing'}"
-    if type(model).forward is not CRATE.forward:
+    if type(model).forward is not type(built).forward:
         return f"{type(model).__name__} has a forward of its own"
     for name, module in own.items():
         other, settings = expected[name], vars(module)
@@ -109,15 +117,16 @@ def _change(built: CRATE, model: CRATE) -> str | None:
 
 def load_checkpoint(
     source: str | os.PathLike, *, device: str | torch.device = "cpu", weights: str | None = None, **overrides
-) -> CRATE:
-    """The model in `source`, in evaluation mode, its dtypes as saved; nothing in a file is executed.
+) -> Any:
+    """The model in `source`, a `CRATE` or a `CRATEMAE`, in evaluation mode, its dtypes as saved; nothing in a file is executed.
 
     Read are files of `save_model` and `save_checkpoint` (of a training run's the mean of the weights, where it keeps one), and
     those of the published scripts and of others: bare state dicts, or under "state_dict", "model", "net" and the like, part of
     a larger model such as Lightning's, with the names of DataParallel, DistributedDataParallel, FSDP, torch.compile or
     activation checkpointing in theirs; as PyTorch's archives, in which settings and numbers of other packages are passed over,
-    as safetensors, or as a folder of `torch.distributed.checkpoint.save`. Where there are no arguments of the constructor, they
-    are what shapes tell; what they cannot tell (heads, pool, ista, lambd) is taken as published, and a line on stderr says so.
+    as safetensors, or as a folder of `torch.distributed.checkpoint.save`. Names tell a CRATE from a CRATE-MAE. Where there are
+    no arguments of the constructor, they are what shapes tell; what they cannot tell (heads, pool, ista, lambd, norm_pix_loss)
+    is taken as published, and a line on stderr says so.
 
     Args:
         source: a file, a folder of `torch.distributed.checkpoint`, which holds all of the weights whatever number of processes
@@ -135,12 +144,23 @@ def load_checkpoint(
         CheckpointError: the file is missing or damaged, asks for code to be run, or holds no model, or one of other names or
             shapes.
         MissingPackageError: safetensors, or for the Hub huggingface-hub, is not installed.
-        TypeError: `overrides` has a keyword that CRATE does not take, `source` is no path, or `weights` no text.
+        TypeError: `overrides` has a keyword that neither class takes, `source` is no path, or `weights` no text.
         ValueError: `device` is none that PyTorch has here.
     """
+    return _load(_file_of(source), _check_device(device), overrides, weights, (CRATE, CRATEMAE))
+
+
+def load_classifier(
+    source: str | os.PathLike, *, device: str | torch.device = "cpu", weights: str | None = None, **overrides
+) -> CRATE:
+    """`load_checkpoint` where nothing but a CRATE will do; raises CheckpointError for a CRATE-MAE."""
+    return load_file(_file_of(source), _check_device(device), overrides, weights)
+
+
+def _file_of(source: str | os.PathLike) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source is a {type(source).__name__}; it must be a path or a name, as a str or os.PathLike")
-    return load_file(model_file(source), _check_device(device), overrides, weights)
+    return model_file(source)
 
 
 def _check_device(device: str | torch.device) -> torch.device:
@@ -153,24 +173,57 @@ def _check_device(device: str | torch.device) -> torch.device:
 def load_file(
     path: Path, device: str | torch.device, overrides: dict, wanted: str | None = None, kind: type[CRATE] = CRATE
 ) -> CRATE:
-    """`load_checkpoint` of a file, as a model of the class `kind`."""
-    taken = inspect.signature(kind).parameters
-    unknown = sorted(set(overrides) - set(taken))
-    if unknown and all(each.kind is not each.VAR_KEYWORD for each in taken.values()):
-        raise TypeError(f"{kind.__name__} takes no {', '.join(unknown)}")
+    """`load_classifier` of a file, as a model of the class `kind`."""
+    return _load(path, device, overrides, wanted, (kind,))
+
+
+def _load(path: Path, device: torch.device | str, overrides: dict, wanted: str | None, kinds: tuple[type, ...]) -> Any:
+    """The model in a file, as one of the first of `kinds`, or of a second, CRATEMAE, where it holds such a one."""
+    kind, unknown = kinds[0], set.intersection(*(_untaken(kind, overrides) for kind in kinds))
+    if unknown:
+        raise TypeError(f"{kind.__name__} takes no {', '.join(sorted(unknown))}")
     if not isinstance(wanted, str | None):
         raise TypeError(f"weights is {shown(wanted)}; allowed are {' and '.join(map(repr, WORDS))}, and the name of a model")
-    arguments, weights, transform, note, inferred = read_model(path, wanted)
+    found = read_model(path, wanted)
+    arguments, weights, transform, note, inferred = found
     if note is not None:
         tell(f"{path}: {note}")
+    if is_mae(weights):
+        if CRATEMAE not in kinds:
+            raise CheckpointError(f"{path}: {NO_CLASSES}")
+        return load_mae(path, found, overrides).to(device)
+    if wrong := sorted(_untaken(kind, overrides)):
+        raise CheckpointError(f"{path}: it holds a CRATE, which has no {wrong[0]}")
     if arguments is None:
-        arguments = _settle(path, weights, inferred, overrides)
+        known = {**inferred, **{n: value for n, value in overrides.items() if n in OF_MODELS and n not in RESIZED}}
+        arguments = _settle(path, lambda: infer_arguments(weights, known, overrides.get("image_size")))
         model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(OF_MODELS)}, kind)
     else:
         rest = {name: value for name, value in overrides.items() if name not in RESIZED}
         model = build(path, arguments, weights, _head_width(arguments, rest) | rest, kind)
     model = _resized(path, model, overrides).to(device)
     model.transform = _fitting(path, model, transform, overrides)
+    return model
+
+
+def _untaken(kind: type, overrides: dict) -> set[str]:
+    """The keywords that the class does not take."""
+    taken = inspect.signature(kind).parameters
+    return set() if any(each.kind is each.VAR_KEYWORD for each in taken.values()) else set(overrides) - set(taken)
+
+
+def load_mae(path: Path, found: Model, overrides: dict) -> CRATEMAE:
+    """The CRATE-MAE that was `found` in a file; raises CheckpointError where its arguments or weights make none."""
+    arguments, weights, transform, *_ = found
+    try:
+        overrides = mae_keywords(overrides)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if arguments is None:
+        transform = None  # by the key under which a classifier's lie
+        arguments = _settle(path, lambda: infer_mae(weights, {n: v for n, v in overrides.items() if n in MAE_ARGUMENTS}))
+    model = build(path, arguments, weights, overrides, CRATEMAE)
+    model.transform = transform
     return model
 
 
@@ -184,11 +237,10 @@ def _head_width(arguments: object, overrides: dict) -> dict:
     return {"dim_head": numbers[1] * numbers[2] // numbers[0]}
 
 
-def _settle(path: Path, weights: dict[str, Tensor], inferred: Mapping, overrides: dict) -> dict:
-    """The arguments that fit weights which come without; says those that neither they nor `overrides` tell."""
-    known = {**inferred, **{name: value for name, value in overrides.items() if name in OF_MODELS and name not in RESIZED}}
+def _settle(path: Path, infer: Callable[[], tuple[dict, dict]]) -> dict:
+    """The arguments that fit weights which come without, as `infer` finds them; says those that nothing tells."""
     try:
-        arguments, assumed = infer_arguments(weights, known, overrides.get("image_size"))
+        arguments, assumed = infer()
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
     if assumed:

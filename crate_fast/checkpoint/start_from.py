@@ -10,10 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 from ..model.positions import resample_positions
 from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
-from .constructor import PUBLISHED_MODEL, body_arguments, build, check_floating, constructor_arguments
+from .constructor import PUBLISHED_MODEL, body_arguments, build, check_floating, constructor_arguments, difference_of
+from .layouts import joined
+from .mae import MAE_ARGUMENTS, NOTE, as_crate, crate_arguments, infer_mae, is_mae, mae_arguments
+from .mae import OPEN as OPEN_OF_MAE
+from .published import OPEN
 from .read import CheckpointError, Model, model_file, read_model
 from .resize import HEAD, grid_of
 
@@ -22,18 +27,76 @@ SAME = (*SAME_LAYERS, "patch_size")  # what a weight means hangs on these
 
 
 def read_weights(path: str | Path) -> Model:
-    """The weights in `path`, on the CPU, by the names of `CRATE`; whatever `crate_fast.load_checkpoint` reads.
+    """The weights in `path`, on the CPU, by the names of `CRATE`; whatever `crate_fast.load_checkpoint` reads, of a CRATE-MAE
+    those of its encoder.
 
     Raises:
         CheckpointError: the file is missing, damaged, or has no weights of a CRATE.
     """
     file = model_file(path)
     source = read_model(file)
+    if is_mae(source.weights):
+        return _encoder(file, source)
     if source.arguments is None:
         check_floating(file, source.weights)
         return source
     model = build(file, source.arguments, source.weights, {})  # which checks both
     return source._replace(arguments=constructor_arguments(model), weights=model.state_dict())
+
+
+def encoder_settings(path: str | Path) -> dict:
+    """What a run must be set to for a CRATE to start from the encoder of a CRATE-MAE, by setting: what the file states, else
+    what its shapes tell and, as published, the threshold; {} for other weights.
+
+    Raises: as `read_weights`.
+    """
+    file = model_file(path)
+    source = read_model(file)
+    if not is_mae(source.weights):
+        return {}
+    arguments = source.arguments
+    if arguments is None:
+        try:
+            arguments, _ = infer_mae(source.weights, {})
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{file}: {error}") from error
+    elif not isinstance(arguments, dict) or set(arguments) != set(MAE_ARGUMENTS):
+        return {}  # which is told as it is built
+    found = crate_arguments(arguments)
+    return {name: found[name] for name in SAME if name in found and name != "channels"} | {
+        "patch_size": arguments["patch_size"]
+    }
+
+
+def go_on_from(model: CRATEMAE, path: str | os.PathLike) -> str:
+    """Gives `model` the weights of a CRATE-MAE of its own sizes in `path`; says in a line that it did.
+
+    Raises:
+        CheckpointError: they cannot be read, or are of something else.
+    """
+    file = model_file(path)
+    source = read_model(file)
+    if not is_mae(source.weights):
+        raise CheckpointError(f"{file}: it holds no CRATE-MAE, and a run with --objective patches starts from nothing else")
+    check_floating(file, source.weights)
+    difference = difference_of(model, source.weights)
+    if difference is not None:
+        raise CheckpointError(f"{file}: {difference}, in this run")
+    model.load_state_dict(source.weights)
+    return f"{file}: {len(source.weights)} weights loaded"
+
+
+def _encoder(file: Path, source: Model) -> Model:
+    """The encoder of a CRATE-MAE as weights of a CRATE, of which the head is missing."""
+    arguments, weights = None, source.weights
+    check_floating(file, weights)
+    if source.arguments is not None:
+        model = build(file, source.arguments, weights, {}, CRATEMAE)
+        arguments, weights = crate_arguments(mae_arguments(model)), model.state_dict()
+    try:
+        return Model(arguments, as_crate(weights), source.transform if arguments else None, joined(source.note, NOTE))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collection[str] | None = None) -> str:
@@ -51,6 +114,8 @@ def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collec
     weights, own, stated = dict(source.weights), model.state_dict(), source.arguments or {}
     cut = _of_other_patches(own, weights)
     _check_same(body_arguments(model), stated or source.inferred, path, SAME if not cut else SAME_LAYERS)
+    if source.arguments is None and NOTE in (source.note or ""):
+        _check_threshold(model, path)
     head = [key for key in own if (key.startswith(HEAD) if new is None else key in new)]
     cut = [key for key in cut if key not in head]
     wanted = [key for key in own if key not in (*head, *cut)]
@@ -104,6 +169,16 @@ def _check_same(own: dict, stated: Mapping, path: str | os.PathLike, names: tupl
     there, here = (arguments.get("step", PUBLISHED_STEP) for arguments in (stated, own))
     if stated and there != here:
         raise CheckpointError(f"{path}: step is {there!r} in it and {here!r} in this run, for which its weights mean nothing")
+
+
+def _check_threshold(model: CRATE, path: str | os.PathLike) -> None:
+    """Raises CheckpointError where `model` has a CRATE's own threshold and starts from a CRATE-MAE that does not say its."""
+    if body_arguments(model).get("lambd") == OPEN["lambd"]:
+        published = OPEN_OF_MAE["lambd"]
+        raise CheckpointError(
+            f"{path}: weights of a CRATE-MAE that do not say their threshold, and lambd is {OPEN['lambd']} in this run; it may "
+            f"start from them with --lambd {published}, as published, or what they were trained with"
+        )
 
 
 def _flags(stated: Mapping, path: str | os.PathLike) -> str:

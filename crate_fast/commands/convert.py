@@ -12,6 +12,7 @@ from .arguments import add_weights, as_path, place, weights_of
 
 if TYPE_CHECKING:
     from ..model.crate import CRATE
+    from ..model.mae import CRATEMAE
 
 LAYOUTS = ("main", "state_dict", "model", "bare")
 MAIN = ".pth.tar"  # as main.py calls its checkpoints
@@ -100,7 +101,7 @@ def _prefix(asked: str | None, wrapped: bool) -> str:
     return (PREFIXES[0] if wrapped else "") if asked is None else asked.removesuffix("none")
 
 
-def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix: str = "") -> None:
+def save_published(model: CRATE | CRATEMAE, path: Path, layout: str = "state_dict", prefix: str = "") -> None:
     """Writes an archive that the published scripts read, and `load_checkpoint`.
 
     Args:
@@ -115,9 +116,9 @@ def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix:
     """
     import torch
 
-    from ..checkpoint.save_load import constructor_arguments, transform_entry
+    from ..checkpoint.save_load import arguments_of, transform_entry
 
-    arguments, own = constructor_arguments(model), model.state_dict()
+    arguments, own = arguments_of(model), model.state_dict()
     weights = {prefix + name: value for name, value in own.items()}
     if layout == "bare":
         _check_inferred(arguments, own, path)
@@ -126,10 +127,11 @@ def save_published(model: CRATE, path: Path, layout: str = "state_dict", prefix:
 
 
 def _check_inferred(arguments: dict, weights: dict, path: Path) -> None:
+    from ..checkpoint.mae import infer_mae, is_mae
     from ..checkpoint.published import infer_arguments
 
     try:
-        inferred, _ = infer_arguments(weights, {})
+        inferred, _ = (infer_mae if is_mae(weights) else infer_arguments)(weights, {})
     except ValueError as error:
         raise CheckpointError(f"{path}: bare weights do not tell their model ({error}); use another --layout") from error
     # Dropout leaves what a model computes as it is.

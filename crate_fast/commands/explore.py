@@ -38,7 +38,7 @@ def _explore(arguments: argparse.Namespace) -> None:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise InspectionError(f"--out is {out}, which {'is a directory' if out.is_dir() else 'lies in no directory'}")
     require("numpy", "PIL")
-    from ..checkpoint.save_load import load_checkpoint
+    from ..checkpoint.save_load import load_classifier
     from ..device import choose_compute
     from ..inspection.explore import explore
     from ..inspection.photos import Normalisation, PhotoError, cut_to_patches, read_photo
@@ -46,7 +46,7 @@ def _explore(arguments: argparse.Namespace) -> None:
 
     device = choose_compute(arguments.device, "float32", Ranks()).device
     pictures = [read_photo(path) for path in arguments.photos]  # before anything is computed
-    model = load_checkpoint(arguments.checkpoint, device=device, **weights_of(arguments)).float()
+    model = load_classifier(arguments.checkpoint, device=device, **weights_of(arguments)).float()
     photos = []
     for path, picture in zip(arguments.photos, pictures, strict=True):
         try:

@@ -56,7 +56,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if not sources:
         raise InspectionError("there is no model to inspect: give a run directory or a file, first or after --checkpoint")
     require("matplotlib", "numpy", "PIL")
-    from ..checkpoint.save_load import load_checkpoint
+    from ..checkpoint.save_load import load_classifier
     from ..device import choose_compute
     from ..inspection.photos import PhotoError, find_photos
     from ..inspection.rates import measure_layers
@@ -67,7 +67,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     is_folder = stored is None and not _is_digits(arguments.images)
     paths = find_photos(arguments.images)[: arguments.limit] if is_folder else None
     labels = unique_labels(sources)
-    models = [load_checkpoint(source, device=device, **weights_of(arguments)).float() for source in sources]
+    models = [load_classifier(source, device=device, **weights_of(arguments)).float() for source in sources]
     results = []
     for source, label, model in zip(sources, labels, models, strict=True):
         if stored is not None:

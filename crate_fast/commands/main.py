@@ -28,6 +28,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 SUMMARIES = {
     "train": "train a CRATE",
     "finetune": "train a CRATE on a small data set, from published weights",
+    "pretrain": "train a CRATE-MAE, which needs no labels and from which a CRATE may start",
     "evaluate": "measure the accuracy of a trained model",
     "predict": "tell what photographs show",
     "convert": "write a model's weights as another kind of file",
@@ -38,7 +39,7 @@ SUMMARIES = {
     "tune": "find the fastest shapes of the kernels on this GPU",
     "completion": "print a script by which a shell completes all this",
 }
-MODULES = {"finetune": "train"}  # of subcommands, where one is not called as it is
+MODULES = {"finetune": "train", "pretrain": "train"}  # of subcommands, where one is not called as it is
 CHOICE = re.compile(r"invalid choice: '(?P<word>.*)' \(choose from (?P<choices>.*)\)", re.DOTALL)
 
 

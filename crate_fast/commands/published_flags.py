@@ -143,4 +143,4 @@ FINETUNE = (
     Published(("--data_dir",), "data_dir", "is --data-dir", read=str),
 )
 
-PUBLISHED = {"train": MAIN, "finetune": FINETUNE}
+PUBLISHED = {"train": MAIN, "finetune": FINETUNE, "pretrain": ()}

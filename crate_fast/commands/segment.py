@@ -80,7 +80,7 @@ def _share(text: str) -> float:
 
 def _segment(arguments: argparse.Namespace) -> None:
     require("matplotlib", "numpy", "PIL")
-    from ..checkpoint.save_load import load_checkpoint
+    from ..checkpoint.save_load import load_classifier
     from ..device import choose_compute
     from ..inspection.figures import plot_heads, save_picture
     from ..inspection.maps import keep_mass, look
@@ -91,7 +91,7 @@ def _segment(arguments: argparse.Namespace) -> None:
     paths, out = arguments.images, arguments.out
     for photo in paths:
         read_photo(photo)  # before anything is computed
-    model = load_checkpoint(arguments.checkpoint, device=device, **weights_of(arguments)).float()
+    model = load_classifier(arguments.checkpoint, device=device, **weights_of(arguments)).float()
     layer, heads = _check_layer(model, arguments.layer, "--layer"), _check_heads(model, arguments.heads)
     of_components = _check_layer(model, arguments.pca_layer, "--pca-layer")
     normalise = Normalisation(model, arguments.checkpoint)

@@ -1,4 +1,4 @@
-"""`crate-fast train` and `crate-fast finetune`: flags from the settings and from the published scripts."""
+"""`crate-fast train`, `finetune` and `pretrain`: flags from the settings and from the published scripts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..files import shown
 from ..optimizers import OPTIMIZERS
 from ..settings import SETTINGS, ConfigError, Setting, TrainConfig, flag, listed
 from ..training import resolve
-from ..training.resolve import NAMES, choose_recipe, default_recipe, read_recipe
+from ..training.resolve import NAMES, choose_recipe, data_of_run, default_recipe, read_recipe
 from .arguments import MODEL_KEYWORDS, number, switch, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 
@@ -38,11 +38,14 @@ DESCRIPTIONS = {
     "optional; those of the published main.py work as well.",
     "finetune": "Trains a CRATE on CIFAR10, CIFAR100 or a folder, from the weights that --init (or --ckpt_dir) names or from "
     "random ones, and fills a run directory as `train` does. The flags of the published finetune.py work as well.",
+    "pretrain": "Trains a CRATE-MAE, which learns to predict what is masked in images and needs no labels, and fills a run "
+    "directory as `train` does, with reconstructions.png. Without --data and --recipe: on the digits. `train --init RUN` and "
+    "`finetune --init RUN` start from its encoder.",
 }
 
 
 def add_flags(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    """Gives the parser of a subcommand its flags; `words` are the command line from "train" or "finetune" on."""
+    """Gives the parser of a subcommand its flags; `words` are the command line from "train", "finetune" or "pretrain" on."""
     command = words[0]
     recipe, values = _starting_values(words)
     parser.usage = f"{parser.prog} [--data DATA] [--out DIR] [--recipe NAME] [--resume PATH] [flag ...]"
@@ -62,7 +65,7 @@ def add_flags(parser: argparse.ArgumentParser, words: list[str]) -> None:
         for setting in settings:
             if setting.name not in COMMON:
                 _add_setting(section, setting, published.get(setting.name), values.get(setting.name))
-    section = parser.add_argument_group(f"of the published {'finetune.py' if command == 'finetune' else 'main.py'}")
+    section = parser.add_argument_group(f"of the published {'finetune.py' if command == 'finetune' else 'main.py'}")  # if any
     for entry in PUBLISHED[command]:
         if entry.setting != "resume" and not (entry.effect == "known" and _is_plain(entry)):
             _add_published(section, entry)
@@ -168,6 +171,10 @@ def warnings_of(arguments: argparse.Namespace, given: dict, config: TrainConfig)
     for name in sorted(own & given.keys()):
         takers = listed(f"{other}'s" for other, known in OPTIMIZERS.items() if name in known.takes)
         lines.append(f"{flag(name)} has no effect: it is {takers}, and --optimizer is {config.optimizer}")
+    if config.objective == "classes":
+        for name in ("mask_ratio", "norm_pix_loss", "decoder_depth"):
+            if name in given:
+                lines.append(f"{flag(name)} has no effect: it is of a CRATE-MAE, and --objective is classes")
     changes = any(name in given for name in ("randaugment_ops", "randaugment_magnitude"))
     if changes and config.augment != "randaugment":
         lines.append(f"--randaugment-ops and --randaugment-magnitude have no effect: --augment is {config.augment}")
@@ -236,8 +243,8 @@ def _train(arguments: argparse.Namespace, given: dict) -> None:
     recipe, resume = arguments.recipe, arguments.resume
     if recipe is not None and resume not in (None, "auto") and not _is_published(resume):
         raise ConfigError(f"--recipe is {recipe!r}; a resumed run keeps its own settings")
-    config = resolve(given, recipe, command=arguments.command)
-    if arguments.command == "train" and recipe is None and resume is None:
+    config = resolve(data_of_run(resume) | given, recipe, command=arguments.command)
+    if arguments.command == "train" and recipe is None and resume in (None, "auto"):
         config = _for_few(given) or config
     for line in warnings_of(arguments, given, config):
         print(f"crate-fast: warning: {line}", file=sys.stderr)
@@ -248,4 +255,5 @@ def _train(arguments: argparse.Namespace, given: dict) -> None:
     run, score = train(config, given=given, resume=resume)
     if run is not None:  # rank 0
         print(f"test {score}")
-        print(f"evaluate it again with: {called('evaluate', run.path)}")
+        if config.objective == "classes" and resume is None:
+            print(f"evaluate it again with: {called('evaluate', run.path)}")

@@ -13,7 +13,7 @@ from ..processes import Ranks
 from ..settings import DataSettings
 from .augment_batch import Changes, send
 from .loader import Normalise, describe
-from .order import Plan, epoch_order, share_of
+from .order import Plan, epoch_order, indices_of_part, share_of
 from .philox import CROP, CROP_UNIFORMS, crop_boxes, uniforms
 from .samples import COLOUR
 
@@ -58,6 +58,9 @@ class Resident:
         self.class_names = class_names
         self._size = size or (settings.image_size, settings.image_size)
         self.name, self.classes, self._settings, self._device = name, classes, settings, device
+        if settings.train_part < 1:
+            chosen = indices_of_part(train.labels, settings.train_part).numpy()
+            train = Pictures(train.pixels[chosen], [train.labels[index] for index in chosen])
         self._train, self._test = ((_to(part.pixels, device), _to(part.labels, device)) for part in (train, test))
         self._normalise, self._changes = Normalise(device), Changes(settings, device, COLOUR)
         self.train_count, self.test_count = len(train), len(test)

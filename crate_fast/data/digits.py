@@ -13,7 +13,7 @@ from torch import Tensor
 from ..optional import require
 from ..processes import Ranks
 from ..settings import DataSettings
-from .order import Plan, epoch_generator, share_of
+from .order import Plan, epoch_generator, indices_of_part, share_of
 
 CLASSES = 10
 CHANNELS = 1
@@ -49,6 +49,7 @@ class Digits:
         image_size: (height, width) in pixels to which the scans are enlarged.
         device: where the images live and are augmented.
         rotate, zoom, shift: how far training images are moved; see `transforms`.
+        part: of each digit's training images that is used.
     """
 
     name = "digits"
@@ -58,12 +59,21 @@ class Digits:
     advice = None
 
     def __init__(
-        self, image_size: tuple[int, int], device: torch.device, *, rotate: float = 0.0, zoom: float = 0.0, shift: float = 0.0
+        self,
+        image_size: tuple[int, int],
+        device: torch.device,
+        *,
+        rotate: float = 0.0,
+        zoom: float = 0.0,
+        shift: float = 0.0,
+        part: float = 1.0,
     ) -> None:
         scans, labels = load_scans()
         train, test = split_indices(labels)
         images = F.interpolate(scans, size=image_size, mode="bicubic", align_corners=False)
         self.mean, self.std = images[train].mean().item(), images[train].std().item()
+        if part < 1:  # of which mean and deviation are not those of so few
+            train = train[indices_of_part(labels[train].tolist(), part)]
         self.train_images, self.train_labels = images[train].to(device), labels[train].to(device)
         self.test_images, self.test_labels = images[test].to(device), labels[test].to(device)
         self._moves = {"rotate": rotate, "zoom": zoom, "shift": shift}
@@ -115,7 +125,8 @@ class Digits:
 
 def open_set(settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int]) -> Digits:
     """The digits as `settings` ask for them, of `size`, (height, width)."""
-    return Digits(size, device, rotate=settings.rotate, zoom=settings.zoom, shift=settings.shift)
+    moves = {"rotate": settings.rotate, "zoom": settings.zoom, "shift": settings.shift}
+    return Digits(size, device, **moves, part=settings.train_part)
 
 
 def transforms(count: int, generator: torch.Generator, *, rotate: float, zoom: float, shift: float) -> Tensor:

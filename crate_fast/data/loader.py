@@ -21,9 +21,9 @@ from ..locks import unlock
 from ..processes import Ranks
 from ..settings import DataSettings
 from ..signals import hear_of_no_process, leave_signals_to_the_run
-from .order import Plan, epoch_order, share_of
+from .order import Plan, epoch_order, indices_of_part, share_of
 from .pictures import READER, READER_ENTRY
-from .samples import Problem, Reduced, Sample, Store, TestSamples, TrainSamples
+from .samples import Problem, Reduced, Sample, Some, Store, TestSamples, TrainSamples
 
 PREFETCH = 4  # batches that a worker is ahead
 FOR_KEPT = (
@@ -58,6 +58,8 @@ class Photos:
         held_out: list[str] | None = None,
     ) -> None:
         self.name, self.classes, self._settings, self._device = name, classes, settings, device
+        if settings.train_part < 1:
+            train = Some(train, indices_of_part(map(train.label, range(len(train))), settings.train_part).tolist())
         self._train, self._test, self.class_names, self.held_out = train, test, class_names, held_out
         self._workers = workers_of(settings.workers, ranks)
         self._seen: dict[int, Sample] | None = None

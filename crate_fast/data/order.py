@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,6 +21,14 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """The order of `count` images in an epoch, (count,) int64."""
     return torch.randperm(count, generator=epoch_generator(seed, epoch))
+
+
+def indices_of_part(labels: Iterable[int], part: float) -> Tensor:
+    """Indices, rising, of `part` of the images of each class, one of each at least: always the same for the same labels."""
+    labels = torch.tensor(list(labels), dtype=torch.int64)
+    places = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    chosen = [own[: max(1, round(part * len(own)))] for own in (places[labels[places] == label] for label in labels.unique())]
+    return torch.cat(chosen).sort().values
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..settings import DataSettings
 from .augment import central_crop
 from .augment_batch import Changes
 from .loader import PREFETCH, Normalise, ahead, cores, describe, from_workers, more_workers, start_worker, workers_of
-from .order import Plan, epoch_order, share_of
+from .order import Plan, epoch_order, indices_of_part, share_of
 from .pack_file import PackError
 from .pack_folder import Packs, Split
 from .philox import CROP, CROP_UNIFORMS, crop_boxes, uniforms
@@ -170,7 +170,10 @@ class Packed:
         self._size = size = size or (settings.image_size, settings.image_size)
         self._packs, self._settings, self._device = packs, settings, device
         self.class_names = packs.classes
-        self.classes, self.train_count, self.test_count = len(packs.classes), len(packs.train), len(packs.val)
+        self._used = np.arange(len(packs.train))
+        if settings.train_part < 1:
+            self._used = indices_of_part(packs.train.labels.tolist(), settings.train_part).numpy()
+        self.classes, self.train_count, self.test_count = len(packs.classes), len(self._used), len(packs.val)
         workers = workers_of(settings.workers, ranks)
         part = -(-settings.batch_size // (settings.accumulate * ranks.count))
         self._chunk = max(1, min(CHUNK, LARGEST // (3 * math.prod(size))))
@@ -208,7 +211,7 @@ class Packed:
 
     def read_epoch(self, plan: Plan, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
         """As `train_batches`, but as read: cropped uint8 images, and their indices besides; see `read`."""
-        order = epoch_order(plan.seed, epoch, self.train_count).numpy()
+        order = self._used[epoch_order(plan.seed, epoch, self.train_count).numpy()]
         return self.read(True, epoch, [order[part] for step in range(first, plan.steps) for part in plan.parts(step)])
 
     def test_batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:

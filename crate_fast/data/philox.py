@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-CROP, CHANGES = 0, 1  # purposes
+CROP, CHANGES, MASK = 0, 1, 2  # purposes
 CROP_TRIES = 10
 CROP_UNIFORMS = 2 * CROP_TRIES + 2
 LOW = np.uint64(0xFFFFFFFF)

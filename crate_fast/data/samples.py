@@ -61,6 +61,25 @@ class Reduced:
         return self._kept[index]
 
 
+class Some:
+    """The photographs of a store that have these `indices`, in their order."""
+
+    def __init__(self, store: Store, indices: list[int]) -> None:
+        self._store, self._indices = store, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def label(self, index: int) -> int:
+        return self._store.label(self._indices[index])
+
+    def place(self, index: int) -> str:
+        return self._store.place(self._indices[index])
+
+    def read(self, index: int) -> Image.Image:
+        return self._store.read(self._indices[index])
+
+
 class Sample(NamedTuple):
     """One image: (height, width, 3) uint8, its label, and what is wrong with it, if anything."""
 

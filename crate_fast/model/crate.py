@@ -15,6 +15,7 @@ from ..backend import autocasts, check_backend, check_tensor, is_transformed
 from ..eval_transform import Transform
 from ..files import shown
 from ..functional import check_number, check_positive
+from ..modules.applied import applied
 from ..modules.cpu_inference import evaluated_embedding
 from ..modules.plain import has_global_hooks, is_exported, is_plain, keeps_forwards, same_place
 from ..modules.step import STEPS
@@ -144,7 +145,7 @@ class CRATE(nn.Module):
 
     def embed_patches(self, image: Tensor) -> Tensor:
         """(batch, channels, height, width), which patches divide, to (batch, patches, dim), without their positions."""
-        return self.to_patch_embedding(image)
+        return applied(self.to_patch_embedding, image, self._backend())
 
     def forward(self, image: Tensor) -> Tensor:
         """(batch, channels, height, width) to logits (batch, num_classes).
@@ -167,7 +168,7 @@ class CRATE(nn.Module):
 
     def _classify(self, x: Tensor) -> Tensor:
         """(batch, dim), pooled, to logits."""
-        return self.mlp_head(self.to_latent(x))
+        return applied(self.mlp_head, self.to_latent(x), self._backend())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -205,6 +206,10 @@ class CRATE(nn.Module):
         place = x.new_zeros(()).expand(x.shape[0], 1, x.shape[2])
         return self.dropout(torch.cat((place, x), dim=1) + positions)
 
+    def _backend(self) -> str:
+        """Of its products beside the layers: the layers', literally PyTorch's where something else stands in their place."""
+        return getattr(self.transformer, "backend", "reference")
+
     def _positions(self, image: Tensor) -> Tensor:
         """(1, 1 + patches or more, dim): the position embeddings of an image, of which the first are taken."""
         return self.pos_embedding
@@ -213,7 +218,7 @@ class CRATE(nn.Module):
         """Whether `evaluated_embedding` may stand for the modules, on a CPU: GPUs gain nothing from it."""
         if image.device.type != "cpu" or image.numel() == 0 or torch.is_grad_enabled() or autocasts("cpu"):
             return False
-        if has_global_hooks() or is_transformed() or is_exported() or self.transformer.backend == "reference":
+        if has_global_hooks() or is_transformed() or is_exported() or self._backend() == "reference":
             return False
         plain = is_plain_embedding(self.to_patch_embedding, self.dropout)
         return plain and same_place((image, *self.to_patch_embedding.parameters(), self.cls_token))

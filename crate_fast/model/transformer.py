@@ -23,61 +23,14 @@ if TYPE_CHECKING:
     from ..modules.kernel_weights import Weights
 
 
-class Transformer(nn.Module):
-    """`depth` layers on (batch, tokens, dim), each run by fused kernels where that is possible and nobody could tell.
+class Stack(nn.Module):
+    """Layers in a row, however they are named, run by fused kernels where that is possible and nobody could tell."""
 
-    Args:
-        dim, depth, heads, dim_head: sizes.
-        dropout: in the attention.
-        ista, lambd: step size η and threshold λ of the ISTA step.
-        backend: see `crate_fast.choose_backend`.
-        stream: dtype of the activations that fused layers keep under autocast; see `crate_fast.CRATE`.
-        step: name of the step of sparsification, in `crate_fast.modules.STEPS`.
-        drop_path: stochastic depth of the last layer; see `crate_fast.CRATE`.
-        eps: of the layers' LayerNorms.
-        out_bias: whether the attention's projection back has a bias.
-        init_values: of LayerScale; None: without it.
-    """
-
+    layers: Any  # of modules, a `Layer` each where it may be fused
+    backend: str
+    stream: str
     grad_checkpointing: bool = False
     """Whether what a layer keeps for its backward pass is computed again there, from what enters it."""
-
-    def __init__(
-        self,
-        dim: int,
-        depth: int,
-        heads: int,
-        dim_head: int,
-        dropout: float = 0.0,
-        ista: float = 0.1,
-        lambd: float = 0.1,
-        backend: str = "auto",
-        stream: str = "auto",
-        step: str = "ista",
-        drop_path: float = 0.0,
-        eps: float = 1e-5,
-        out_bias: bool = True,
-        init_values: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList()
-        self.heads = heads
-        self.depth = depth
-        self.dim = dim
-        self.backend = backend
-        self.stream = stream
-        for index in range(depth):
-            attention = Attention(dim, heads=heads, dim_head=dim_head, dropout=dropout, backend=backend, out_bias=out_bias)
-            sparse = STEPS[step](dim, dim, dropout=dropout, step_size=ista, lambd=lambd, backend=backend)
-            if init_values is None:
-                layer = Layer(PreNorm(dim, attention, eps), PreNorm(dim, sparse, eps))
-            else:
-                layer = Layer(*(ScaledPreNorm(dim, part, eps, init_values) for part in (attention, sparse)))
-            layer.drop_path = drop_path * index / (depth - 1) if depth > 1 else drop_path
-            self.layers.append(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, None)
 
     def run(self, x: Tensor, pool: str | None, layers: Iterable[nn.Module] | None = None) -> Tensor:
         """The layers, or those of them that are given, then the pooling: (batch, dim) with pool "cls" or "mean", all tokens
@@ -156,6 +109,60 @@ class Transformer(nn.Module):
                 else:
                     state = self._call(layer, _run_layer, layer, state, next(weights), draws=False)
             return leave_stack(state, result, pool, scaled=operand_dtype == torch.float16)
+
+
+class Transformer(Stack):
+    """`depth` layers on (batch, tokens, dim), each run by fused kernels where that is possible and nobody could tell.
+
+    Args:
+        dim, depth, heads, dim_head: sizes.
+        dropout: in the attention.
+        ista, lambd: step size η and threshold λ of the ISTA step.
+        backend: see `crate_fast.choose_backend`.
+        stream: dtype of the activations that fused layers keep under autocast; see `crate_fast.CRATE`.
+        step: name of the step of sparsification, in `crate_fast.modules.STEPS`.
+        drop_path: stochastic depth of the last layer; see `crate_fast.CRATE`.
+        eps: of the layers' LayerNorms.
+        out_bias: whether the attention's projection back has a bias.
+        init_values: of LayerScale; None: without it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        dim_head: int,
+        dropout: float = 0.0,
+        ista: float = 0.1,
+        lambd: float = 0.1,
+        backend: str = "auto",
+        stream: str = "auto",
+        step: str = "ista",
+        drop_path: float = 0.0,
+        eps: float = 1e-5,
+        out_bias: bool = True,
+        init_values: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.heads = heads
+        self.depth = depth
+        self.dim = dim
+        self.backend = backend
+        self.stream = stream
+        for index in range(depth):
+            attention = Attention(dim, heads=heads, dim_head=dim_head, dropout=dropout, backend=backend, out_bias=out_bias)
+            sparse = STEPS[step](dim, dim, dropout=dropout, step_size=ista, lambd=lambd, backend=backend)
+            if init_values is None:
+                layer = Layer(PreNorm(dim, attention, eps), PreNorm(dim, sparse, eps))
+            else:
+                layer = Layer(*(ScaledPreNorm(dim, part, eps, init_values) for part in (attention, sparse)))
+            layer.drop_path = drop_path * index / (depth - 1) if depth > 1 else drop_path
+            self.layers.append(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, None)
 
 
 def layers_of(transformer: Transformer) -> Iterator[Layer]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..backend import autocasts, choose_backend, is_transformed
 from ..reference import constant_to_compile
+from .applied import applied
 from .cpu_inference import evaluated_layer
 from .plain import (
     Place,
@@ -98,10 +99,10 @@ class Attention(nn.Module):
             self.to_out = nn.Sequential(nn.Linear(inner_dim, dim, bias=out_bias), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.qkv(x)
-        if self._needs_probabilities():
-            return self.to_out(self._attend_openly(w))
-        return self.to_out(functional.mssa(w, self.heads, self.scale, self.backend))
+        w = applied(self.qkv, x, self.backend)
+        openly = self._needs_probabilities()
+        out = self._attend_openly(w) if openly else functional.mssa(w, self.heads, self.scale, self.backend)
+        return applied(self.to_out, out, self.backend)
 
     def _needs_probabilities(self) -> bool:
         """Whether the matrix of probabilities must exist: it is dropped from, or somebody watches it."""
@@ -161,9 +162,10 @@ class Layer(nn.Sequential):
 
     def _is_evaluated(self, x: Tensor) -> bool:
         """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
-        if self.residual or self.training or torch.is_grad_enabled() or is_transformed() or autocasts(x.device.type):
-            return False
-        return self.runs_unwatched(x) and not is_exported()
+        evaluated = not (self.residual or self.training or torch.is_grad_enabled())
+        if not evaluated or is_exported() or is_transformed() or autocasts(x.device.type):
+            return False  # of an export before weights are looked at: a trace records that, and PyTorch makes two to compare
+        return self.runs_unwatched(x)
 
     def runs_unwatched(self, x: Tensor) -> bool:
         """Whether modules may be passed by on "torch": all are plain and nobody watches, and the backend, asked for or chosen,
@@ -194,16 +196,9 @@ class Layer(nn.Sequential):
         if not self._is_plain() or (torch.compiler.is_compiling() and not keeps_forwards(*self.modules())):
             return False
         attention, step = (part._modules["fn"] for part in self._modules.values())
-        if attention.backend not in backends or step.backend not in backends:
+        if step.backend not in backends or (self.training and self.drop_path > 0):
             return False
-        if self.training and self.drop_path > 0:
-            return False
-        inner = attention._modules
-        linear, dropout = inner["to_out"]._modules.values()
-        if any(d.training and d.p > 0 for d in (inner["dropout"], dropout)):
-            return False
-        biases = inner["qkv"]._parameters["bias"], linear._parameters["bias"]
-        return _is_over_keys(inner["attend"]) and biases[0] is None and (biases[1] is not None or self.residual)
+        return fuses_attention(attention, backends, unbiased=self.residual)
 
     # Constant to torch.compile, as hooks are to it anyway, and it guards classes itself: else it guards 500 facts, 0.27 ms
     # before each call of a layer.
@@ -223,7 +218,7 @@ class Layer(nn.Sequential):
         mssa, sparse = self
         attention = mssa.fn
         out = functional.class_token_mssa(mssa.norm(x), attention.qkv.weight, attention.heads, attention.scale)
-        z = attention.to_out(out) + x[:, :1]
+        z = applied(attention.to_out, out, attention.backend) + x[:, :1]
         return sparse(z) + z if self.residual else sparse(z)
 
     def weights(self) -> tuple[Tensor, ...]:
@@ -262,16 +257,36 @@ def drop_path(step: Tensor, share: float) -> Tensor:
     return step * (kept / (1 - share) if share < 1 else kept)
 
 
+def fuses_attention(attention: Attention, backends: tuple[str, ...], unbiased: bool = False) -> bool:
+    """Whether a fused computation may stand for a plain `attention`: it drops nothing out and its backend is among these;
+    `unbiased`: its projection back may lack a bias."""
+    if attention.backend not in backends:
+        return False
+    inner = attention._modules
+    linear, dropout = inner["to_out"]._modules.values()
+    if any(d.training and d.p > 0 for d in (inner["dropout"], dropout)):
+        return False
+    biases = inner["qkv"]._parameters["bias"], linear._parameters["bias"]
+    return _is_over_keys(inner["attend"]) and biases[0] is None and (biases[1] is not None or unbiased)
+
+
+def attention_places(path: str) -> tuple[Place, ...]:
+    """What has to be below an `Attention` at `path`."""
+    return (
+        Place(f"{path}.attend", (nn.Softmax,)),
+        Place(f"{path}.dropout", (nn.Dropout,)),
+        linear_at(f"{path}.qkv"),
+        Place(f"{path}.to_out", (nn.Sequential,)),
+        linear_at(f"{path}.to_out.0"),
+        Place(f"{path}.to_out.1", (nn.Dropout,)),
+    )
+
+
 _PLAIN = PlainTree(  # what is below a layer that one computation may stand for
     Place("0", (PreNorm,)),
     norm_at("0.norm"),
     Place("0.fn", (Attention,)),
-    Place("0.fn.attend", (nn.Softmax,)),
-    Place("0.fn.dropout", (nn.Dropout,)),
-    linear_at("0.fn.qkv"),
-    Place("0.fn.to_out", (nn.Sequential,)),
-    linear_at("0.fn.to_out.0"),
-    Place("0.fn.to_out.1", (nn.Dropout,)),
+    *attention_places("0.fn"),
     Place("1", (PreNorm,)),
     norm_at("1.norm"),
     Place("1.fn", STEPS.values()),

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import reference_alpha
-from ..backend import cpu_product_dtype, is_transformed
+from ..backend import cpu_product_dtype, is_transformed, without_autocast
+from ..cpu_products import linear
 from ..functional import operand_dtype
-from ..operators import operator
 from .plain import is_exported
 from .step import SparseStep
-
-_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class OvercompleteISTABlock(SparseStep, name="odl"):
@@ -132,16 +130,11 @@ def _masked(gradient: Tensor, result: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
-    """x w of matrices of one dtype."""
-    if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu":
-        return _onednn_product(x, w)
+    """x w of matrices of one dtype, in that dtype."""
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        with without_autocast("cpu"):
+            return linear(x, w.t())
     return torch.mm(x, w)
-
-
-@operator(fake=lambda x, w: x.new_empty(x.shape[0], w.shape[1]))
-def _onednn_product(x: Tensor, w: Tensor) -> Tensor:
-    """x w in float32. PyTorch's own product is MKL's, which keeps from AVX-512 on an EPYC, where it takes twice the time."""
-    return torch.ops.mkldnn._linear_pointwise(x, w.t(), None, "none", [], "")
 
 
 def _add_product(onto: Tensor, x: Tensor, w: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:

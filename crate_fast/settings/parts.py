@@ -8,7 +8,7 @@ from ..data_sets import DATA_SETS, UNCHANGED, images_of
 from ..eval_transform import LEAST_CROP, allowed_crop
 from ..optimizers import OPTIMIZERS
 from ..sizes import ARCHITECTURES, BACKENDS, MODELS, POOLS, STREAMS
-from .checked import LARGEST, ConfigError, Field, OneOf, Part, Switch, Text, checked, flag
+from .checked import LARGEST, ConfigError, Field, OneOf, Part, Switch, Text, as_flag, checked, flag
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 PRECISIONS = get_args(Precision)
@@ -70,6 +70,9 @@ class DataSettings(StepSettings, ImageSettings):
     val_split: float = Field(
         0.2, gt=0, lt=1, description="of a folder without train/ and val/: part of each class that is held out, for evaluation"
     )
+    train_part: float = Field(
+        1.0, gt=0, le=1, description="part of each class's training images that is used, the same in every run"
+    )
     keep_short_side: int = Field(
         0,
         ge=0,
@@ -116,6 +119,18 @@ class OptimisationSettings(StepSettings):
     cutmix: float = Field(0.0, ge=0, le=100, description="CutMix's alpha; 0: no CutMix; with mixup: either, by chance")
     clip_norm: float = Field(0.0, ge=0, description="largest norm of a step's gradient; 0: no limit")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the mean of the weights that is evaluated; 0: none")
+
+
+@checked
+class ObjectiveSettings(Part):
+    """What is learned."""
+
+    objective: Literal["classes", "patches"] = Field(
+        "classes", description="what is told: classes (by a CRATE), or patches that are masked (by a CRATE-MAE)"
+    )
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="of patches: part of an image's that is masked")
+    norm_pix_loss: Switch = Field(False, description="of patches: each normalised by its own mean and deviation for the loss")
+    decoder_depth: int = Field(0, ge=0, le=1000, description="of patches: layers of the decoder; 0: as many as the encoder's")
 
 
 @checked
@@ -176,7 +191,7 @@ class MachineSettings(Part):
 
 
 @checked
-class TrainConfig(MachineSettings, ModelSettings, OptimisationSettings, DataSettings, RunSettings):
+class TrainConfig(MachineSettings, ModelSettings, ObjectiveSettings, OptimisationSettings, DataSettings, RunSettings):
     """Settings of a run. The defaults train on the digits: 98% test top-1 in well under a minute on two idle CPU cores.
 
     Raises:
@@ -197,6 +212,8 @@ class TrainConfig(MachineSettings, ModelSettings, OptimisationSettings, DataSett
         for name in ("compile", "cuda_graphs", "watch_rates"):
             if self.strategy == "fsdp" and getattr(self, name):
                 raise ConfigError(f"{flag(name)} is 'yes' and --strategy is 'fsdp'; a model in parts runs as it is")
+        if self.objective == "patches":
+            self._check_patches()
         if self.min_lr and self.schedule != "cosine":
             raise ConfigError(f"--min-lr is {self.min_lr}; it is of --schedule cosine, which is {self.schedule}")
         if self.min_lr > self.lr:
@@ -209,11 +226,33 @@ class TrainConfig(MachineSettings, ModelSettings, OptimisationSettings, DataSett
                 if value != none and images_of(self.data) != kind:
                     raise ConfigError(f"{flag(name)} is {value!r}; it changes {kind}, and --data is {self.data}")
 
+    def _check_patches(self) -> None:
+        """Raises ConfigError where something is asked for that a CRATE-MAE has not."""
+        for name, only in OF_CLASSES.items():
+            if (value := getattr(self, name)) != only:
+                raise ConfigError(
+                    f"{flag(name)} is {as_flag(value)!r} and --objective is 'patches', which takes {as_flag(only)!r} alone"
+                )
+        if self.heads * self.dim_head != self.dim:
+            raise ConfigError(
+                f"--heads is {self.heads} and --dim-head {self.dim_head}; of a CRATE-MAE they make --dim, {self.dim}, together"
+            )
+        if self.dim % 4:
+            raise ConfigError(f"--dim is {self.dim}; of a CRATE-MAE it must be a multiple of 4")
+
+
+OF_CLASSES = {
+    **{"mixup": 0.0, "cutmix": 0.0, "dropout": 0.0, "drop_path": 0.0, "ista": 0.1, "num_classes": None},
+    **{"model": "CRATE", "layer_scale": 0.0},
+    **{"strategy": "ddp", "cuda_graphs": False, "watch_rates": False},
+}
+"""The settings that a CRATE-MAE does not take, and the values that ask for nothing."""
 
 PARTS_BY_SECTION: dict[str, tuple[type, ...]] = {
     "run": (RunSettings, SeedSettings),
     "data": (DataSettings,),
     "optimisation": (OptimisationSettings, StepSettings),
+    "objective": (ObjectiveSettings,),
     "model": (ModelSettings, ImageSettings),
     "machine": (MachineSettings,),
 }

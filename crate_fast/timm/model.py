@@ -18,6 +18,7 @@ from ..model.crate import CRATE
 from ..model.positions import resample_positions
 from ..model.transformer import pool_tokens
 from ..sizes import POOLS as CLASS_POOLS
+from .weights import load
 
 Size = int | tuple[int, int]
 POOLS: dict[str, str | None] = {"token": "cls", "avg": "mean", "": None}
@@ -245,8 +246,6 @@ class TimmCRATE(CRATE):
     def load_pretrained(self, checkpoint_path: str | os.PathLike, prefix: str = "") -> None:
         """Gives the model the weights in a file, a run or a model of the Hub, whatever `crate_fast.load_checkpoint` reads; see
         `crate_fast.timm.weights.load`."""
-        from .weights import load
-
         load(self, checkpoint_path)
 
 

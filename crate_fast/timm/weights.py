@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,17 +16,15 @@ from ..checkpoint.resize import grid_of
 from ..checkpoint.start_from import read_weights, start_from
 from ..errors import CheckpointError
 from ..eval_transform import Transform
+from ..model.crate import CRATE
 from ..model.positions import resample_positions
-
-if TYPE_CHECKING:
-    from .model import TimmCRATE
 
 CONVOLUTION = "conv1.weight"  # of CRATE-α's patches
 CLASSIFIER = ("mlp_head.1.weight", "mlp_head.1.bias")
 _logger = logging.getLogger(__name__)
 
 
-def load(model: TimmCRATE, path: str | os.PathLike) -> None:
+def load(model: CRATE, path: str | os.PathLike) -> None:
     """Gives `model` the weights in `path`, a file, a run or a model of the Hub, and what is known of how they are evaluated.
 
     The classifier is left as it is where the model has another number of classes. Positions of another size of image are
@@ -46,7 +44,7 @@ def load(model: TimmCRATE, path: str | os.PathLike) -> None:
         _take_transform(model, source.transform, names_fit=not new)
 
 
-def _take_transform(model: TimmCRATE, transform: Transform, names_fit: bool) -> None:
+def _take_transform(model: CRATE, transform: Transform, names_fit: bool) -> None:
     """Has `model` and timm, which evaluates by `pretrained_cfg`, know the `transform` that the weights are evaluated with."""
     transform = transform if names_fit else transform._replace(names=None)
     if transform.mean is not None and len(transform.mean) not in (1, model.channels):
@@ -58,14 +56,14 @@ def _take_transform(model: TimmCRATE, transform: Transform, names_fit: bool) -> 
     getattr(model, "pretrained_cfg", {}).update(told)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: TimmCRATE) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: CRATE) -> dict[str, Tensor]:
     """Weights that timm has brought, as `model` takes them: by the published names, for its channels and its size of image.
 
     Raises:
         CheckpointError: there are no weights of a CRATE.
     """
     weights = without_unused(find_weights(state_dict).weights)[0]
-    if not weights:
+    if FIRST not in weights:
         raise CheckpointError("no weights of a CRATE")
     weights = with_channels(weights, model.channels, math.prod(model.patch_size))
     embedding, grid = weights[FIRST], grid_of(model.image_size, model.patch_size)

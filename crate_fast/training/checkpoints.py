@@ -16,6 +16,7 @@ from ..checkpoint.save_load import save_checkpoint
 from ..errors import SavingError
 from ..files import first_line, remove
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 from .checkpoint_contents import WEIGHTS_ALONE, check_values
 
 NAME = "step-{:08d}"
@@ -56,7 +57,7 @@ class Checkpoints:
         """The newest checkpoint that was written after an earlier step than `step`, by its name."""
         return next((path for path in self.numbered() if int(re.findall(r"step-(\d+)", path.name)[0]) < step), None)
 
-    def save(self, model: CRATE, step: int, best: bool, state: dict) -> Path:
+    def save(self, model: CRATE | CRATEMAE, step: int, best: bool, state: dict) -> Path:
         """Writes a checkpoint, and removes those that are no longer to be kept.
 
         Raises:

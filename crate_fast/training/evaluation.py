@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint.constructor import PUBLISHED_MODEL, constructor_arguments
 from ..checkpoint.read import model_file
-from ..checkpoint.save_load import load_checkpoint
+from ..checkpoint.save_load import load_classifier
 from ..data.open import Data, open_data
 from ..data.order import most_batches
 from ..data_sets import UNCHANGED
@@ -152,7 +152,7 @@ def _normalised_for(
 
 def _load(file: Path, settings: MachineSettings, arch: str | None, keywords: dict[str, Any]) -> CRATE:
     """The model in float32, to which `precision` refers, whatever its file has."""
-    model = load_checkpoint(file, backend=settings.backend, **keywords).float()
+    model = load_classifier(file, backend=settings.backend, **keywords).float()
     if arch is not None:
         own = {"model": PUBLISHED_MODEL} | constructor_arguments(model)
         if any(own[name] != ARCHITECTURES[arch][name] for name in SAID):

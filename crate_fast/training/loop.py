@@ -20,14 +20,15 @@ from ..data.order import Plan, most_batches
 from ..device import Compute
 from ..errors import TrainingError
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 from ..settings import TrainConfig
 from ..signals import Signals, Stopped
 from .checkpoint_contents import check_place
 from .circumstances import circumstances
 from .data_wait import DataWait
-from .metrics import Meter, Score, evaluate, measure
-from .mixing import mix
+from .metrics import Meter, Score, evaluate
 from .monitor import Monitor, peak_flops, training_flops
+from .objectives import OBJECTIVES, Place
 from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from .parallel import parallel_kind
 from .progress import Progress, Sums
@@ -39,10 +40,13 @@ NEVER = torch.iinfo(torch.int64).max
 class Trainer:
     """Trains `model` on `data` as `config` and `plan` say. Its state is the same in every process at the end of every step."""
 
-    def __init__(self, config: TrainConfig, model: CRATE, data: Data, plan: Plan, compute: Compute, signals: Signals) -> None:
+    def __init__(
+        self, config: TrainConfig, model: CRATE | CRATEMAE, data: Data, plan: Plan, compute: Compute, signals: Signals
+    ) -> None:
         self.config, self.model, self.data, self.plan, self.compute = config, model, data, plan, compute
         self.ranks, self.signals = plan.ranks, signals
-        self.backend = choose_backend(config.backend, model.pos_embedding, config.dim_head)
+        self.objective = OBJECTIVES[config.objective](config)
+        self.backend = choose_backend(config.backend, model.cls_token, config.dim_head)
         self.flops, self.peak = training_flops(model), peak_flops(config, compute)
         self.average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
         self.parallel = parallel_kind(config)(model, self.average, config, plan, compute)
@@ -54,7 +58,7 @@ class Trainer:
         self.step = self.evaluated = 0  # steps made; epochs made and evaluated
         self.score: Score | None = None
         self.best = -1.0
-        self.meter = Meter(compute.device)
+        self.meter = Meter(compute.device, self.objective.score)
         self.data_wait = DataWait(compute.device, data.advice)
         self.bad_step = torch.full((), NEVER, device=compute.device)
         self._saved = time.monotonic()
@@ -69,7 +73,8 @@ class Trainer:
         """
         self.run, self.checkpoints = run, self.parallel.checkpoints(run.checkpoints, self.config.keep_checkpoints)
         self.signals.training = True
-        self.progress = Progress(self.config, self.steps, self.plan.steps, self.step, self.ranks.first)
+        tells = self.config.objective == "classes"
+        self.progress = Progress(self.config, self.steps, self.plan.steps, self.step, self.ranks.first, accuracies=tells)
         with self.progress, Monitor(self.config, run, self.ranks.first, self.step) as self.monitor:
             while self.evaluated < self.config.epochs:
                 self._train_epoch()
@@ -77,7 +82,7 @@ class Trainer:
         return cast("Score", self.score)  # of the last epoch, of which there is one
 
     @property
-    def evaluated_model(self) -> CRATE:
+    def evaluated_model(self) -> CRATE | CRATEMAE:
         """The model that is evaluated, and saved in the end: the mean of the weights where there is one."""
         return self.model if self.average is None else self.average
 
@@ -116,7 +121,7 @@ class Trainer:
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.evaluated, self.best = checkpoint["step"], checkpoint["epoch"], checkpoint["best"]
         self.meter.sums.copy_(torch.tensor(checkpoint["meter"], dtype=torch.float64))
-        self.score = None if checkpoint["score"] is None else Score(*checkpoint["score"])
+        self.score = None if checkpoint["score"] is None else self.objective.score(*checkpoint["score"])
 
     def _train_epoch(self) -> None:
         """The steps of the epoch that are left."""
@@ -143,21 +148,20 @@ class Trainer:
         for part in range(self.plan.accumulate):
             with self.data_wait:
                 images, labels = next(batches)
-            sums += self._accumulate(images, labels, part, self.plan.images(place))
+            sums += self._accumulate(images, labels, part, place)
         self._update(self.ranks.sum(sums))
 
-    def _accumulate(self, images: Tensor, labels: Tensor, part: int, total: int) -> Tensor:
-        """Adds a part's share of the gradient of the mean over the step's `total` images; its sums for the meter."""
+    def _accumulate(self, images: Tensor, labels: Tensor, part: int, place: int) -> Tensor:
+        """Adds a part's share of the gradient of the mean over the images of the step, the epoch's `place`-th; its sums for
+        the meter."""
         key = (self.config.seed, self.step, self.ranks.rank, part)
         torch.manual_seed(hash_of(key))  # for dropout
-        batch = mix(images, labels, self.config, key)
+        where = Place(key, self.evaluated + 1, self.plan.parts(place)[part])
         with self.parallel.summing(last=part + 1 == self.plan.accumulate):
-            with self.compute.autocast():
-                logits = self.net(batch.images)
-            loss = batch.loss(logits.float(), self.config.label_smoothing)
+            loss, sums = self.objective.loss(self.model, self.net, images, labels, where, self.compute, self.meter.sums)
             # Over processes gradients are averaged, which divides by their number.
-            self.scaler.scale(loss * (self.ranks.count / total)).backward()
-        return measure(loss, logits, batch.labels, self.meter.sums)
+            self.scaler.scale(loss * (self.ranks.count / self.plan.images(place))).backward()
+        return sums
 
     @torch.no_grad()
     def _update(self, sums: Tensor) -> None:
@@ -186,7 +190,7 @@ class Trainer:
         waiting, line = self.data_wait.read(sums.seconds)
         if line is not None:
             self.progress.warn(line)
-        score, self.meter = self.meter.read(), Meter(self.compute.device)
+        score, self.meter = self.meter.read(), Meter(self.compute.device, self.objective.score)
         speed = steps * self.config.batch_size / sums.seconds
         self._log("train", score, lr=self.lr, **self._timing(waiting, speed))
         self.progress.trained(self.step, sums, speed)
@@ -212,7 +216,10 @@ class Trainer:
         batches = self.monitor.first_of(batches)
         batches = self.parallel.fill_up(batches, batch, self.data.test_count, self.model, self.compute.device)
         tell = self.progress.testing(most_batches(self.data.test_count, batch, self.ranks))
-        score = evaluate(self.evaluated_model, batches, self.compute, self.ranks, self._pause, tell)
+        judge = self.objective.judge(self.ranks, self.data.test_count)
+        score = evaluate(
+            self.evaluated_model, batches, self.compute, self.ranks, self._pause, tell, judge, self.objective.score
+        )
         self.evaluated += 1
         self._log("test", score, **self.monitor.rates(self.evaluated_model))
         if not math.isfinite(score.loss):
@@ -221,8 +228,9 @@ class Trainer:
                 f"though that in training is; a new run with a lower --lr may help, from --init too; "
                 f"the last good checkpoint is {self.checkpoints.newest_before(self.step) or 'none'}"
             )
-        best = score.top1 > self.best
-        self.score, self.best = score, max(self.best, score.top1)
+        quality = self.objective.quality(score)
+        best = quality > self.best
+        self.score, self.best = score, max(self.best, quality)
         if self.evaluated % self.config.checkpoint_every == 0 or self.evaluated == self.config.epochs or best:
             self._save(best)
         reported = self.evaluated % self.config.checkpoint_every == 0 or self.evaluated == self.config.epochs
@@ -231,8 +239,7 @@ class Trainer:
     def _log(self, split: str, score: Score, **more) -> None:
         if self.ranks.first:
             epoch = self.evaluated + (split == "train")
-            counts = {"top1": score.top1, "top5": score.top5, "correct": score.correct, "count": score.count}
-            row = {"step": self.step, "epoch": epoch, "split": split, "loss": score.loss, **counts, **more}
+            row = {"step": self.step, "epoch": epoch, "split": split, "loss": score.loss, **score.counts(), **more}
             self.run.log(**row)
             self.monitor.row(row)
 

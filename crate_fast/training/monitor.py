@@ -19,6 +19,7 @@ from ..errors import InspectionError
 from ..files import drawable, write_atomically
 from ..inspection.rates import measure_layers
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 from ..model.transformer import layers_of
 from ..optional import require
 from ..settings import MachineSettings, RunSettings
@@ -40,12 +41,14 @@ PEAKS = {
 }
 
 
-def training_flops(model: CRATE) -> float:
+def training_flops(model: CRATE | CRATEMAE) -> float:
     """Flops of the products of one image's forward and backward pass, the usual numerator of model-flops utilisation.
 
     Three times those forward: the embedding, in a layer two projections, two products of attention and the step of
     sparsification, ISTA as the one product h M, the head. What the tied attention's symmetry saves is not taken off.
     """
+    if isinstance(model, CRATEMAE):
+        return 6.0 * model.flops()
     tokens, dim = model.pos_embedding.shape[1:]
     patch = model.channels * math.prod(model.patch_size)
     head: Any = model.mlp_head[1]
@@ -219,16 +222,21 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
 
     steps_per_epoch = rows[-1]["step"] / rows[-1]["epoch"] if rows else 1  # all of its lines may be damaged
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
-    loss_axes, top1_axes = figure.subplots(1, 2)
+    tells = all("top1" in row for row in rows)  # a CRATE-MAE has a loss alone
+    loss_axes, top1_axes, *_ = [*figure.subplots(1, 1 + tells, squeeze=False)[0], None]
     for split, label, colour in (("train", "training (augmented)", "tab:blue"), ("test", "test", "tab:orange")):
         chosen = [row for row in rows if row["split"] == split]
         epochs = [row["step"] / steps_per_epoch for row in chosen]
         style = {"label": label, "color": colour, "linewidth": 1.8, "marker": "o", "markersize": 2.5}
         loss_axes.plot(epochs, [row["loss"] for row in chosen], **style)
+        if top1_axes is None:
+            continue
         top1_axes.plot(epochs, [100 * row["top1"] for row in chosen], **style)
-    loss_axes.set(title="loss", xlabel="epoch", ylabel="cross-entropy (in training with label smoothing)", ylim=(0, None))
-    top1_axes.set(title="accuracy", xlabel="epoch", ylabel="top-1 accuracy in %", ylim=(0, 101))
-    for axes in (loss_axes, top1_axes):
+    words = "cross-entropy (in training with label smoothing)" if tells else "mean squared error of masked patches"
+    loss_axes.set(title="loss", xlabel="epoch", ylabel=words, ylim=(0, None))
+    if top1_axes is not None:
+        top1_axes.set(title="accuracy", xlabel="epoch", ylabel="top-1 accuracy in %", ylim=(0, 101))
+    for axes in filter(None, (loss_axes, top1_axes)):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()

@@ -15,7 +15,7 @@ MAIN_WARMUP = 20  # epochs, in the published main.py
 
 
 def build_optimizer(model: nn.Module, settings: OptimisationSettings) -> Optimizer:
-    """The optimizer that `settings` ask for, on all parameters; every step moves all tensors together.
+    """The optimizer that `settings` ask for, on all parameters that learn; every step moves all tensors together.
 
     Raises:
         ConfigError: it cannot move parameters in parts, with --strategy fsdp, in this version of PyTorch.
@@ -41,13 +41,14 @@ def _check_operation(name: str, operation: str, parameter: nn.Parameter) -> None
 
 
 def _groups(model: nn.Module, decay: str) -> list[dict]:
-    """All parameters in one group that decays; with decay="matrices" vectors and embeddings in another, that does not, and with
-    "kernels" the weights of the steps of sparsification too."""
+    """All parameters that learn in one group that decays; with decay="matrices" vectors and embeddings in another, that does
+    not, and with "kernels" the weights of the steps of sparsification too."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if decay == "all":
-        return [{"params": list(model.parameters())}]
+        return [{"params": learning}]
     kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     decaying, other = [], []
-    for parameter in model.parameters():
+    for parameter in learning:
         decays = id(parameter) in kernels or (decay == "matrices" and parameter.dim() == 2)
         (decaying if decays else other).append(parameter)
     return [{"params": decaying}, {"params": other, "weight_decay": 0.0}]

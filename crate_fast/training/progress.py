@@ -49,6 +49,7 @@ class Sums(NamedTuple):
 FIELDS = {"Time": "6.3f", "Data": "6.3f", "Loss": ".4e", "Acc@1": "6.2f", "Acc@5": "6.2f"}
 """What a line has, by main.py's names and in its formats."""
 TEST_FIELDS = {name: form for name, form in FIELDS.items() if name != "Data"}
+ACCURACIES = ("Acc@1", "Acc@5")
 
 
 def line_of(start: str, place: int, count: int, own: Sums, mean: Sums, fields: dict[str, str]) -> str:
@@ -59,7 +60,9 @@ def line_of(start: str, place: int, count: int, own: Sums, mean: Sums, fields: d
 
 
 def summary(score: Score) -> str:
-    """What main.py prints after an evaluation."""
+    """What main.py prints after an evaluation; of a score that it has not, what it says itself."""
+    if type(score) is not Score:
+        return f" *   {score}"
     return f" *   Acc@1 {100 * score.top1:.3f} Acc@5 {100 * score.top5:.3f}"
 
 
@@ -87,8 +90,8 @@ class Testing:
     """To be called after each of the `count` batches of an evaluation: says main.py's line of the first and of every `every`-th
     after it (0: of none), else how far it is, where that is due."""
 
-    def __init__(self, count: int, every: int, speaker: Speaker) -> None:
-        self.place, self._count, self._every, self._speaker = 0, count, every, speaker
+    def __init__(self, count: int, every: int, speaker: Speaker, fields: dict[str, str] = TEST_FIELDS) -> None:
+        self.place, self._count, self._every, self._speaker, self._fields = 0, count, every, speaker, fields
         self._begun, self._before = clock(), Sums()
 
     def __call__(self, meter: Meter) -> None:
@@ -96,7 +99,7 @@ class Testing:
         if self._every and (self.place - 1) % self._every == 0:
             total = Sums.of(self.place, clock() - self._begun, 0.0, meter.read())
             own, self._before = total.minus(self._before), total
-            self._speaker.say(line_of("Test: ", self.place, self._count, own, total, TEST_FIELDS))
+            self._speaker.say(line_of("Test: ", self.place, self._count, own, total, self._fields))
         elif self._speaker.is_due():
             left = (self._count - self.place) * (clock() - self._begun) / self.place
             self._speaker.remind(f"evaluating: {self.place} of {self._count} batches, {_words(left)} left")
@@ -108,10 +111,17 @@ class Progress:
     With --print-freq N or --print-log lines are those of the published main.py, of an epoch's first step and every N-th after
     it, field by field, so that what reads its logs reads these: `Epoch: [e][i/n]`, then each of `FIELDS` as value (mean of this
     epoch), tabs between. The value is that since the line before: main.py's, one step's, would have the host wait for the
-    device at every step.
+    device at every step. Without `accuracies` there are none to tell.
     """
 
-    def __init__(self, settings: RunSettings, steps: int, epoch_steps: int, step: int, first: bool) -> None:
+    def __init__(
+        self, settings: RunSettings, steps: int, epoch_steps: int, step: int, first: bool, accuracies: bool = True
+    ) -> None:
+        self._fields, self._test_fields = (
+            {name: form for name, form in fields.items() if accuracies or name not in ACCURACIES}
+            for fields in (FIELDS, TEST_FIELDS)
+        )
+        self._accuracies = accuracies
         self._steps, self._epoch_steps, self._first = steps, epoch_steps, first
         self._every = settings.log_every if settings.print_log else 0
         self._bar = Bar(steps, step, hide=not first)
@@ -138,14 +148,15 @@ class Progress:
     def trained(self, step: int, sums: Sums, speed: float) -> None:
         """After the steps until `step` since this was called last, `speed` images a second."""
         loss, top1 = sums.values()[2:4]
-        self._words = (f"loss {loss:.3f}", f"top-1 {top1:.1f}%", f"{speed:,.0f} images/s")
+        share = (f"top-1 {top1:.1f}%",) if self._accuracies else ()
+        self._words = (f"loss {loss:.3f}", *share, f"{speed:,.0f} images/s")
         self._bar.say(*self._words)
         self._enter_epoch_of(step)
         self._in_epoch = self._in_epoch.plus(sums)
 
     def testing(self, count: int) -> Callable[[Meter], None]:
         """What is to be called after each of the `count` batches of an evaluation."""
-        lines = Testing(count, self._every, self._speaker)
+        lines = Testing(count, self._every, self._speaker, self._test_fields)
 
         def after(meter: Meter) -> None:
             lines(meter)
@@ -179,7 +190,7 @@ class Progress:
         total = self._in_epoch.plus(untold)
         own, self._before = total.minus(self._before), total
         place = (step - 1) % self._epoch_steps + 1
-        return line_of(f"Epoch: [{self._epoch}]", place, self._epoch_steps, own, total, FIELDS)
+        return line_of(f"Epoch: [{self._epoch}]", place, self._epoch_steps, own, total, self._fields)
 
     def _write(self, line: str) -> None:
         self._bar.tell(line, sys.stdout)

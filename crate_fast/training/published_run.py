@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint.archives import read_beside_others
 from ..checkpoint.constructor import PUBLISHED_MODEL
 from ..checkpoint.distributed import SUFFIX, is_in_parts
-from ..checkpoint.layouts import WRAPPERS, find_weights
+from ..checkpoint.layouts import FIRST, WRAPPERS, find_weights
 from ..checkpoint.read import check_all_plain, read_checkpoint
 from ..checkpoint.save_load import constructor_arguments, load_file, transform_entry
 from ..errors import CheckpointError
@@ -74,7 +74,7 @@ def read_start(path: Path) -> Start:
         weights = find_weights(content, "last").weights if isinstance(content, dict) else {}
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if not weights:
+    if FIRST not in weights:
         raise CheckpointError(f"{path}: no weights of a CRATE in it")
     optimizer = content.get("optimizer")
     if not isinstance(optimizer, dict) or "epoch" not in content:

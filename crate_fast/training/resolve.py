@@ -39,8 +39,9 @@ def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -
     Args:
         given: settings that were asked for, by name.
         recipe: one of `NAMES`, or a file: TOML as in `RECIPES`, or the config.json of a run. None: with "train", the digits,
-            or main.py's defaults if `given` names other data; with "finetune", finetune.py's defaults.
-        command: "train" or "finetune", the published scripts' names here.
+            or main.py's defaults if `given` names other data; with "finetune", finetune.py's defaults; with "pretrain",
+            CRATE-MAE's, of the digits or of other data.
+        command: "train" or "finetune", the published scripts' names here, or "pretrain".
 
     Raises:
         ConfigError: an unknown recipe, a damaged file, or a value that cannot be used.
@@ -52,12 +53,34 @@ def resolve(given: dict, recipe: str | None = None, *, command: str = "train") -
     if command == "finetune" and recipe in NAMES and given.get("optimizer", "AdamW") != "AdamW":
         values["weight_decay"] = 0.0  # the published script gives it to AdamW alone; a recipe of the user's own says its own
     asked = _sizes(given) | given
-    return TrainConfig(**values | asked)
+    config = TrainConfig(**values | asked)
+    if command == "pretrain" and config.objective != "patches":
+        raise ConfigError(f"--recipe is {recipe!r} and --objective is 'classes', for `train`; `pretrain` learns 'patches'")
+    return config
 
 
 def default_recipe(command: str, data: str) -> str:
     """What a run on `data` starts from where no recipe is named."""
+    if command == "pretrain":
+        return "mae-digits" if data == "digits" else "mae"
     return "finetune" if command == "finetune" else "digits" if data == "digits" else "main"
+
+
+def data_of_run(resume: str | None) -> dict:
+    """The setting "data" of the run that is to go on, by which other flags are judged; nothing where it cannot be read, which
+    is said by whoever takes the run up.
+
+    Args:
+        resume: a run directory, or a checkpoint in one.
+    """
+    for place in () if resume in (None, "auto") else (Path(resume), Path(resume).absolute().parent.parent):
+        try:
+            check_regular(place / "config.json")
+            data = parse_json((place / "config.json").read_text(encoding="utf-8"))["config"]["data"]
+        except (OSError, KeyError, TypeError, ValueError, RecursionError):
+            continue
+        return {"data": data} if isinstance(data, str) else {}
+    return {}
 
 
 def read_recipe(name: str) -> dict:

@@ -7,29 +7,33 @@ import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from ..checkpoint.save_load import constructor_arguments, save_model
-from ..checkpoint.start_from import read_weights, start_from
+from ..checkpoint.save_load import arguments_of, save_model
+from ..checkpoint.start_from import encoder_settings, go_on_from, read_weights, start_from
 from ..data.open import Data, open_data
 from ..data.order import check_parts, make_plan
 from ..device import Compute, check_kernels, choose_compute
 from ..errors import UnreadableError
 from ..eval_transform import transform_of
 from ..files import is_text
+from ..inspection.reconstruct import draw_reconstructions
 from ..locks import unlock
-from ..model.alpha import CRATEAlpha
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 from ..optional import TRAIN, require
-from ..processes import Ranks, process_group, read_ranks
-from ..settings import ConfigError, MachineSettings, ModelSettings, RunSettings, TrainConfig
+from ..processes import ALONE, Ranks, process_group, read_ranks
+from ..settings import ConfigError, RunSettings, TrainConfig
 from ..signals import Signals, Stopped
+from ..sizes import SIZES
 from .cuda_graphs import check_graphs
 from .loop import Trainer, TrainingError
 from .metrics import Score
 from .monitor import plot_curves, plot_watched
+from .objectives import OBJECTIVES, mask_noise
 from .optimizer import warmup_steps
 from .parallel import check_strategy
 from .published_run import Start, as_checkpoint, check_settings, describe_start, names_published, read_start
@@ -44,6 +48,8 @@ LOST = {
     r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote process exited": "another process of the run is gone",
 }
 """What PyTorch's errors say where a part of the run was lost, and how it is told."""
+SIZES_OF_ARCH = frozenset(SIZES["tiny"])
+DRAWN = 8  # test images, of which reconstructions are drawn
 
 
 def train(config: TrainConfig, *, given: dict | None = None, resume: str | None = None) -> tuple[RunDirectory | None, Score]:
@@ -121,6 +127,10 @@ def _settle(config: TrainConfig, given: dict, resume: str | None, ranks: Ranks) 
         return Task(config, given, (run, resume), start)
     if start is not None:
         config = replace(config, **check_settings(start, config, given))
+    if config.init is not None and config.objective == "classes":
+        of_arch = SIZES_OF_ARCH if given.get("arch") else frozenset()
+        found = encoder_settings(config.init)
+        config = replace(config, **{name: value for name, value in found.items() if name not in given.keys() | of_arch})
     if (out := config.out) is not None:
         ranks.share(lambda: check_free(out))
     return Task(config, given, None, start)
@@ -154,10 +164,19 @@ def _train(task: Task, compute: Compute, ranks: Ranks, signals: Signals) -> tupl
     model = trainer.parallel.whole(trainer.evaluated_model)
     if ranks.first:
         save_model(model, run.model)
-        rows, title = run.read_metrics(), f"CRATE on {trainer.data.name}: test {score}"
+        rows, title = run.read_metrics(), f"{trainer.objective.name} on {trainer.data.name}: test {score}"
         plot_curves(rows, run.curves, title)
         plot_watched(rows, run.rates, title)
+        if isinstance(model, CRATEMAE):
+            _draw(model, trainer, run, title)
     return (run if ranks.first else None), score
+
+
+def _draw(model: CRATEMAE, trainer: Trainer, run: RunDirectory, title: str) -> None:
+    """Draws what the model makes of the first test images, masked as in their evaluation."""
+    images, _ = next(iter(trainer.data.test_batches(DRAWN, ALONE)))
+    noise = mask_noise(trainer.config.seed, 0, np.arange(len(images)), model.patch_embed.num_patches)
+    draw_reconstructions(model.eval(), images, noise, trainer.config.mask_ratio, run.reconstructions, title)
 
 
 def _make_trainer(task: Task, compute: Compute, ranks: Ranks, signals: Signals) -> tuple[Trainer, RunDirectory, list[str]]:
@@ -169,7 +188,8 @@ def _make_trainer(task: Task, compute: Compute, ranks: Ranks, signals: Signals) 
         if checkpoint is None and (path := run.read_start()) is not None:  # killed before it had one of its own
             start = read_start(path)
     # Weights before data, which may have to be downloaded or listed for minutes.
-    weights = read_weights(config.init) if config.init and checkpoint is None else None
+    classifies = config.objective == "classes"
+    weights = read_weights(config.init) if config.init and checkpoint is None and classifies else None
     data = open_data(config, compute.device, ranks)
     if task.run is not None:
         check_same_data(task.run[0], data.describe())
@@ -177,7 +197,9 @@ def _make_trainer(task: Task, compute: Compute, ranks: Ranks, signals: Signals) 
             warn_of_reader(task.run[0], data.describe())
     plan = make_plan(config, data.train_count, ranks)
     model = build_model(config, data)
-    lines = [] if weights is None or config.init is None else [start_from(model, weights, config.init)]
+    lines = []
+    if config.init and checkpoint is None:
+        lines = [go_on_from(model, config.init) if weights is None else start_from(model, weights, config.init)]
     trainer = Trainer(config, model.to(compute.device), data, plan, compute, signals)
     if start is not None:
         trainer.load(as_checkpoint(start, trainer))
@@ -187,41 +209,16 @@ def _make_trainer(task: Task, compute: Compute, ranks: Ranks, signals: Signals) 
     return trainer, task.run[0], [*lines, take_up(trainer, task.run[0], checkpoint)]
 
 
-def build_model(config: TrainConfig, data: Data) -> CRATE:
-    """The CRATE that `config` asks for, with a head for `data`, on the CPU, its weights drawn from the seed."""
-    if config.num_classes is not None and config.num_classes < data.classes:
-        raise ConfigError(f"--num-classes is {config.num_classes}; {data.name} has {data.classes} classes")
+def build_model(config: TrainConfig, data: Data) -> CRATE | CRATEMAE:
+    """The model that `config` asks for, a CRATE's with a head for `data`, on the CPU, its weights drawn from the seed."""
     torch.manual_seed(config.seed)
     try:
-        model = _build(config, config, data)
+        model = OBJECTIVES[config.objective](config).build(data)
     except ValueError as error:  # sizes that are within their bounds one by one
         raise ConfigError(str(error)) from error
-    names = data.class_names if config.num_classes in (None, data.classes) else None  # there are none for all outputs
+    # There are no names for all outputs where there are more of them.
+    names = data.class_names if isinstance(model, CRATE) and config.num_classes in (None, data.classes) else None
     model.transform = transform_of(config.eval_crop, data.describe(), names)
-    return model
-
-
-def _build(settings: ModelSettings, machine: MachineSettings, data: Data) -> CRATE:
-    arguments: dict[str, Any] = dict(
-        image_size=settings.image_size,
-        patch_size=settings.patch_size,
-        num_classes=settings.num_classes or data.classes,
-        dim=settings.dim,
-        depth=settings.depth,
-        heads=settings.heads,
-        channels=data.channels,
-        dim_head=settings.dim_head,
-        dropout=settings.dropout,
-        emb_dropout=settings.dropout,
-        ista=settings.ista,
-        lambd=settings.lambd,
-        backend=machine.backend,
-        drop_path=settings.drop_path,
-    )
-    if settings.model != "CRATEAlpha":
-        return CRATE(**arguments, pool=settings.pool, stream=machine.stream)
-    model = CRATEAlpha(**arguments, init_values=settings.layer_scale or None)
-    model.reset_for_training()
     return model
 
 
@@ -266,10 +263,11 @@ def _announce(trainer: Trainer, given: dict, run: RunDirectory, lines: list[str]
     """Says what is computed, where and how."""
     config, compute, ranks, backend = trainer.config, trainer.compute, trainer.ranks, trainer.backend
     print(f"{compute.describe()}, {compute.precision}, backend {backend.name} ({backend.reason}); run directory {run.path}")
-    data, sizes = trainer.data, trainer.model.transformer
+    data, model = trainer.data, trainer.model
+    layers = model.transformer.depth if isinstance(model, CRATE) else len(model.blocks) + len(model.decoder_blocks)
     print(
         f"{data.name}: {data.train_count:,} images of {data.classes} classes to train on, {data.test_count:,} to evaluate on; "
-        f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters in {sizes.depth} layers; {trainer.steps:,} steps"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters in {layers} layers; {trainer.steps:,} steps"
     )
     if given:
         print(f"asked for: {', '.join(describe(config, given))}; all settings are in {run.config}")
@@ -300,6 +298,6 @@ def _describe(trainer: Trainer) -> dict:
         },
         "circumstances": trainer.circumstances(),
         "launch": _launch(),
-        "model": constructor_arguments(trainer.model),
+        "model": arguments_of(trainer.model),
         "data": trainer.data.describe(),
     }

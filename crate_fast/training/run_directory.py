@@ -42,6 +42,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.rates = self.path / "rates.png"
         self.curves = self.path / "curves.png"
+        self.reconstructions = self.path / "reconstructions.png"
         self.tensorboard = self.path / "tensorboard"
         self.trace = self.path / "trace.json"
         self.checkpoints = self.path / "checkpoints"
@@ -190,7 +191,7 @@ class RunDirectory:
                 row = parse_json(line)
                 if not all(0 < row[name] < MOST_STEPS for name in ("step", "epoch")):
                     raise ValueError
-                if not (row["loss"] is None or math.isfinite(row["loss"])) or not math.isfinite(row["top1"]):
+                if not (row["loss"] is None or math.isfinite(row["loss"])) or not math.isfinite(row.get("top1", 0.0)):
                     raise ValueError
                 rows.append({"split": row["split"]} | row)
             except (ValueError, KeyError, TypeError, OverflowError):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ...data.order import most_batches
 from ...model.crate import CRATE
+from ...model.mae import CRATEMAE
 from ...processes import Ranks
 
 
@@ -49,7 +50,7 @@ class Together:
             except RuntimeError:  # it is gone, and has said why
                 return
 
-    def fill_up(self, batches: Iterator, size: int, count: int, model: CRATE, device: torch.device) -> Iterator:
+    def fill_up(self, batches: Iterator, size: int, count: int, model: CRATE | CRATEMAE, device: torch.device) -> Iterator:
         """The `batches` of this process's share of `count` images, then empty ones up to the largest number that a process
         has."""
         made = 0

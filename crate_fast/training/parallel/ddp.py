@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...data.order import Plan
 from ...device import Compute
 from ...model.crate import CRATE
+from ...model.mae import CRATEMAE
 from ...settings import MachineSettings
 from ..checkpoint_contents import check_whole
 from ..checkpoints import Checkpoints
@@ -25,7 +26,14 @@ class Replicated(Together):
 
     checkpoints = Checkpoints
 
-    def __init__(self, model: CRATE, average: CRATE | None, settings: MachineSettings, plan: Plan, compute: Compute) -> None:
+    def __init__(
+        self,
+        model: CRATE | CRATEMAE,
+        average: CRATE | CRATEMAE | None,
+        settings: MachineSettings,
+        plan: Plan,
+        compute: Compute,
+    ) -> None:
         super().__init__(plan.ranks)
         self._model, self._average = model, average
         self.flat = Flat(model)
@@ -60,7 +68,7 @@ class Replicated(Together):
         if self._average is not None:
             self._average.load_state_dict(checkpoint["ema"])
 
-    def whole(self, model: CRATE) -> CRATE | None:
+    def whole(self, model: CRATE | CRATEMAE) -> CRATE | CRATEMAE | None:
         """`model` with all of its weights, in the first process."""
         return model if self._ranks.first else None
 
