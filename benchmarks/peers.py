@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crate_fast import CRATE, functional, reference
+from crate_fast import CRATE, CRATEMAE, functional, reference
 
 MODES = ("eager", "compiled", "compiled layers", "max-autotune", "reduce-overhead", "cuda graph")
 COMPILED = MODES[1:5]
@@ -28,7 +29,8 @@ class Peer(NamedTuple):
     """An implementation.
 
     `model` builds the whole classifier from the published constructor's arguments; `mssa` (w, heads) and `ista` (h, D) are
-    the operations alone, None where the peer has none of its own. `modes` are those that the full suite of a GPU measures.
+    the operations alone, None where the peer has none of its own, and `mae` builds its CRATE-MAE, if any. `modes` are those
+    that the full suite of a GPU measures.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Peer(NamedTuple):
     modes: tuple[str, ...]
     mssa: Callable[[Tensor, int], Tensor] | None = None
     ista: Callable[[Tensor, Tensor], Tensor] | None = None
+    mae: Callable[[dict], nn.Module] | None = None
     same_function: bool = True  # False: another architecture, for context; no parity is asked of it
 
 
@@ -74,9 +77,11 @@ def _sdpa_mssa(kernel: SDPBackend | None) -> Callable[[Tensor, int], Tensor]:
     return mssa
 
 
-def _with_attention(cls: type[reference.Attention], kernel: SDPBackend | None = None) -> Callable[[dict], nn.Module]:
+def _with_attention(
+    cls: type[reference.Attention], kernel: SDPBackend | None = None, of: Callable[..., nn.Module] = reference.CRATE
+) -> Callable[[dict], nn.Module]:
     def build(arguments: dict) -> nn.Module:
-        model = reference.CRATE(**arguments)
+        model = of(**arguments)
         for module in model.modules():
             if type(module) is reference.Attention:
                 module.__class__ = cls
@@ -118,7 +123,26 @@ def load_published(path: Path) -> Peer:
     except Exception as error:
         raise Unavailable(f"{file} does not import: {error}") from error
     modes = ("eager", "compiled", "max-autotune")
-    return Peer("published checkout", "the published repository's own class", lambda a: module.CRATE(**a), modes)
+    what, mae = "the published repository's own class", _published_mae(path)
+    return Peer("published checkout", what, lambda a: module.CRATE(**a), modes, mae=mae)
+
+
+def _published_mae(path: Path) -> Callable[[dict], nn.Module] | None:
+    """Builds the CRATE-MAE of a checkout, encoder and decoder of one size; None where it has none."""
+    if not (path / "model" / "crate_ae" / "crate_ae.py").is_file():
+        return None
+
+    def build(arguments: dict) -> nn.Module:
+        sys.path.insert(0, str(path))  # its files import each other by their folder
+        try:
+            mae = importlib.import_module("model.crate_ae.crate_ae")
+        except Exception as error:
+            raise Unavailable(f"{path}/model/crate_ae does not import: {error}") from error
+        decoder = {f"decoder_{name}": arguments[name] for name in ("embed_dim", "depth", "num_heads")}
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        return mae.MaskedAutoencoderViT(mae.CRATEEncoderBlock, mae.CRATEDecoderBlock, norm_layer=norm, **arguments, **decoder)
+
+    return build
 
 
 def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
@@ -126,8 +150,23 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
     whole = ("eager", "compiled", "max-autotune", "cuda graph")
     sdpa = "the same with scaled_dot_product_attention(w, w, w)"
     peers = [
-        Peer("published", "the published mathematics", lambda a: reference.CRATE(**a), whole, reference.mssa, reference.ista),
-        Peer("sdpa", sdpa, _with_attention(SdpaAttention), whole, _sdpa_mssa(None)),
+        Peer(
+            "published",
+            "the published mathematics",
+            lambda a: reference.CRATE(**a),
+            whole,
+            reference.mssa,
+            reference.ista,
+            lambda a: reference.CRATEMAE(**a),
+        ),
+        Peer(
+            "sdpa",
+            sdpa,
+            _with_attention(SdpaAttention),
+            whole,
+            _sdpa_mssa(None),
+            mae=_with_attention(SdpaAttention, of=reference.CRATEMAE),
+        ),
     ]
     if device.type == "cuda":
         pinned = {
@@ -146,7 +185,18 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
     peers.append(Peer("timm ViT", what, _timm, ("compiled",), same_function=False))
     ours = ("eager", "compiled", "reduce-overhead", "cuda graph")
     mssa, ista = partial(functional.mssa, backend=backend), partial(functional.ista, backend=backend)
-    return [*peers, Peer("crate_fast", f'crate_fast, backend="{backend}"', _crate(backend), ours, mssa, ista)]
+    return [
+        *peers,
+        Peer(
+            "crate_fast",
+            f'crate_fast, backend="{backend}"',
+            _crate(backend),
+            ours,
+            mssa,
+            ista,
+            lambda a: CRATEMAE(**a, backend=backend),
+        ),
+    ]
 
 
 def in_mode(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
@@ -169,7 +219,7 @@ def in_mode(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
 def _blocks(module: nn.Module) -> list[nn.Module]:
     """The repeated parts of a model, which torch.compile compiles once for all: regional compilation."""
     if hasattr(module, "blocks"):
-        return list(module.blocks)
+        return [*module.blocks, *getattr(module, "decoder_blocks", ())]
     layers = module.transformer.layers if hasattr(module, "transformer") else [module]
     if type(layers[0]) is nn.ModuleList:  # the published layer is a list, which is not called itself
         return [block for layer in layers for block in layer]

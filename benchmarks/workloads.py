@@ -15,6 +15,7 @@ import crate_fast
 import floors
 from crate_fast import reference
 from crate_fast.model import SIZES
+from crate_fast.sizes import MAE_SIZES
 from peers import COMPILED, Peer, in_mode
 from timing import rotated
 
@@ -33,10 +34,10 @@ def largest_batch(size: str) -> int:
 
 
 class Workload(NamedTuple):
-    """One thing to do. `suite` is "ops", "layer", "inference" or "train"; `what` the operation and pass."""
+    """One thing to do. `suite` is "ops", "layer", "inference", "train" or "mae"; `what` the operation and pass."""
 
     suite: str
-    what: str  # "mssa forward", "ista both", "layer backward", "inference", "train"
+    what: str  # "mssa forward", "ista both", "layer backward", "inference", "train", "mae"
     size: str  # of `crate_fast.model.SIZES`
     batch: int
     dtype: str
@@ -48,7 +49,7 @@ class Workload(NamedTuple):
     @property
     def part(self) -> str:
         """ "forward", "backward" or "both"; of whole models "forward" or "both"."""
-        return {"inference": "forward", "train": "both"}.get(self.what) or self.what.split()[1]
+        return {"inference": "forward", "train": "both", "mae": "both"}.get(self.what) or self.what.split()[1]
 
     @property
     def is_pure(self) -> bool:
@@ -59,18 +60,44 @@ class Workload(NamedTuple):
         """Whether `peer` does such a thing: operations that are its own, a layer of this architecture, any whole model."""
         if self.suite == "ops":
             return getattr(peer, self.operation) is not None
+        if self.suite == "mae":
+            return peer.mae is not None
         return peer.same_function or self.suite != "layer"
 
     def kernels(self) -> list[floors.Kernel]:
         """The unavoidable work."""
         sizes = SIZES[self.size]
-        depth = sizes["depth"] if self.suite in ("inference", "train") else 1
+        depth = sizes["depth"] if self.suite in ("inference", "train", "mae") else 1
         inner = sizes["heads"] * sizes["dim_head"]
         element = DTYPES[self.dtype].itemsize
         shape = floors.Shape(self.batch, TOKENS, sizes["dim"], inner, depth, element, 3 * PATCH**2, CLASSES)
         if self.suite in ("inference", "train"):
             return floors.model(shape, training=self.suite == "train")
-        return getattr(floors, self.operation)(shape, self.part)
+        return floors.mae(shape) if self.suite == "mae" else getattr(floors, self.operation)(shape, self.part)
+
+
+class Masked(nn.Module):
+    """A CRATE-MAE that masks the same patches at every call: of images what it predicts, or with `whole` the loss.
+
+    Of its parameters those learn that its loss depends on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        for name, parameter in model.named_parameters():
+            if name.startswith("decoder_embed") or name.endswith("pos_embed"):
+                parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor, whole: bool = False) -> Tensor:
+        torch.manual_seed(0)
+        loss, predicted, _ = self.model(images)
+        return loss if whole else predicted
+
+
+def learned(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters to which gradients are taken."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 class Call(NamedTuple):
@@ -92,11 +119,18 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
     if workload.suite == "ops":
         return _prepare_operation(workload, getattr(peer, workload.operation), mode, dtype, device)
     arguments = {"image_size": IMAGE, "patch_size": PATCH, "num_classes": CLASSES, **sizes}
+    build, like = peer.model, reference.CRATE
     if workload.suite == "layer":
         arguments["depth"] = 1
+    if workload.suite == "mae":
+        arguments, build, like = (
+            {"img_size": IMAGE, "patch_size": PATCH, **MAE_SIZES[workload.size]},
+            peer.mae,
+            reference.CRATEMAE,
+        )
     torch.manual_seed(0)
-    weights = reference.CRATE(**arguments).state_dict()
-    module = peer.model(arguments)
+    weights = like(**arguments).state_dict()
+    module = build(arguments)
     if peer.same_function:
         module.load_state_dict(weights)
     module = (module.transformer if workload.suite == "layer" else module).to(device)
@@ -104,6 +138,8 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
     module.to(pure)
     module.train(workload.part != "forward")
     run = in_mode(module, mode)
+    if workload.suite == "mae":
+        run = module = Masked(module if mode == "compiled layers" else run)
     shape = (TOKENS, sizes["dim"]) if workload.suite == "layer" else (3, IMAGE, IMAGE)
     wants_gradient = workload.suite == "layer" and workload.part != "forward"
 
@@ -114,11 +150,11 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
         with _autocast(device, workload):
             run = crate_fast.graphed(module, *inputs(workload.batch))
 
-    def autocast_run(*tensors: Tensor) -> Tensor:
+    def autocast_run(*arguments) -> Tensor:
         with _autocast(device, workload):
-            return run(*tensors)
+            return run(*arguments)
 
-    return Call(autocast_run, inputs, list(module.parameters()), module)
+    return Call(autocast_run, inputs, learned(module), module)
 
 
 def replays_itself(workload: Workload, module: nn.Module | None, mode: str) -> bool:
@@ -151,7 +187,7 @@ def _autocast(device: torch.device, workload: Workload) -> AbstractContextManage
 
 def timed_step(workload: Workload, call: Call, device: torch.device, fixed: bool) -> tuple[Callable, Callable]:
     """(what is timed, its forward pass alone); `fixed`: on the same inputs every time, as a CUDA graph must."""
-    if workload.suite == "train":
+    if workload.suite in ("train", "mae"):
         return _training_step(workload, call, device, fixed)
     give = _giver(lambda: call.inputs(workload.batch), device, fixed)
 
@@ -192,6 +228,8 @@ def _training_step(workload: Workload, call: Call, device: torch.device, fixed: 
 
     def loss() -> Tensor:
         images, labels = give()
+        if workload.suite == "mae":
+            return call.run(images, True)
         return F.cross_entropy(call.run(images).float(), labels)
 
     def step() -> None:
