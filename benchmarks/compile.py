@@ -36,6 +36,7 @@ from crate_fast.kernels import (
     layer,
     linear,
     mssa,
+    odl,
     runtime,
     stack,
     tuning,
@@ -98,6 +99,7 @@ def _collect(quick: bool) -> list[Launch]:
 
     if quick:
         record("fp16", torch.float16, lambda: _layer(*DTYPES["fp16"], *SIZES[""]))
+        record("fp16 odl", torch.float16, lambda: _odl(torch.float16, *SIZES[""][:3]))
         return list(launches.values())
     for dtypes, (parameter, stream, operand) in DTYPES.items():
         for name, size in (SIZES | ONES.get(dtypes, {})).items():
@@ -109,6 +111,8 @@ def _collect(quick: bool) -> list[Launch]:
         for stream in {dtype, torch.float32}:
             label = f"{_short(dtype)}{' fp32 stream' if stream != dtype else ''} alone"
             record(label, dtype, lambda s=stream, o=dtype: _ista_alone(s, o))
+        for name, (*size, _) in (SIZES | ONES["fp32"]).items():
+            record(f"{_short(dtype)} odl{name}", dtype, lambda o=dtype, s=size: _odl(o, *s))
     return list(launches.values())
 
 
@@ -160,6 +164,15 @@ def _attention(dtype: torch.dtype, head_width: int) -> None:
 def _ista_alone(stream: torch.dtype, operand: torch.dtype) -> None:
     h, matrix = _empty(197, 256, dtype=stream), _empty(256, 256, dtype=operand)
     ista.ista_step_backward.body(h, h, ista.ista_step.body(h, matrix, 0.01), matrix)
+
+
+def _odl(operand: torch.dtype, batch: int, tokens: int, dim: int) -> None:
+    """The overcomplete step forward and backward, as autocast runs it in 16 bit: h in float32, and so its gradient."""
+    h, wide = _empty(batch * tokens, dim, dtype=torch.float32), _empty(dim, 4 * dim, dtype=operand)
+    rounded = h.to(operand)
+    y, *codes = odl.odl_step.body(h, rounded, wide, wide, wide, 0.1)
+    for dtype in {operand, torch.float32}:
+        odl.odl_step_backward.body(y, [rounded, *codes, wide, wide, wide], 0.1, dtype, [True] * 3)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+WIDENING = 4  # of CRATE-α's dictionaries, in widths of a token
+
 
 class Kernel(NamedTuple):
     """Work of one kernel: `count` launches of `flops` and `bytes` each."""
@@ -29,6 +31,7 @@ class Shape(NamedTuple):
     element: int
     patch_dim: int = 768
     classes: int = 1000
+    step: str = "ista"  # of sparsification: "ista", or CRATE-α's "odl"
 
 
 def mssa(s: Shape, what: str) -> list[Kernel]:
@@ -48,17 +51,32 @@ def ista(s: Shape, what: str) -> list[Kernel]:
     return {"forward": [forward], "backward": backward, "both": [forward, *backward]}[what]
 
 
+def odl(s: Shape, what: str) -> list[Kernel]:
+    """CRATE-α's step on dictionaries of four widths: four products forward, each with what follows it; backward four of data
+    and four of weights, of which z₁, z₂ and r are read, and r is not computed again."""
+    product, narrow, wide = _product(s, s.dim, WIDENING * s.dim), _activation(s, s.dim), _activation(s, WIDENING * s.dim)
+    forward = [narrow + wide, wide + 2 * narrow, narrow + 2 * wide, wide + 2 * narrow]
+    data = [narrow + 2 * wide, wide + narrow, narrow + 3 * wide, wide + 2 * narrow]
+    weights = [narrow + wide] * 4
+    moved = {"forward": forward, "backward": data + weights, "both": forward + data + weights}[what]
+    return [Kernel(s.depth, product, bytes_moved) for bytes_moved in moved]
+
+
+STEPS = {"ista": ista, "odl": odl}
+PARAMETERS = {"ista": 1, "odl": 2 * WIDENING}  # of a step, in squares of the width
+
+
 def layer(s: Shape, what: str) -> list[Kernel]:
-    """A whole layer: projection, attention, projection back, ISTA step."""
+    """A whole layer: projection, attention, projection back, step of sparsification."""
     wide, narrow, product = _activation(s, s.dim), _activation(s, s.inner), _product(s, s.dim, s.inner)
     forward = [
         Kernel(s.depth, product, wide + narrow),
         *mssa(s, "forward"),
         Kernel(s.depth, product, narrow + 2 * wide),
-        *ista(s, "forward"),
+        *STEPS[s.step](s, "forward"),
     ]
     backward = [
-        *ista(s, "backward"),
+        *STEPS[s.step](s, "backward"),
         Kernel(s.depth, product, wide + narrow),
         Kernel(s.depth, product, wide + narrow),
         *mssa(s, "backward"),
@@ -78,7 +96,8 @@ def model(s: Shape, training: bool) -> list[Kernel]:
     kernels.append(Kernel(1, passes * embedding, passes * image + (2 * passes - 1) * _activation(s, s.dim)))
     kernels.append(Kernel(1, (3 if training else 1) * head, 0.0))
     if training:
-        parameters = s.depth * (2 * s.dim * s.inner + s.dim**2) + s.patch_dim * s.dim + s.tokens * s.dim + s.dim * s.classes
+        of_layer = 2 * s.dim * s.inner + PARAMETERS[s.step] * s.dim**2
+        parameters = s.depth * of_layer + s.patch_dim * s.dim + s.tokens * s.dim + s.dim * s.classes
         kernels.append(Kernel(1, 0.0, 30.0 * parameters))
     return kernels
 

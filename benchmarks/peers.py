@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crate_fast import CRATE, CRATEMAE, functional, reference
+from crate_fast import CRATE, CRATEMAE, CRATEAlpha, functional, reference, reference_alpha
 
 MODES = ("eager", "compiled", "compiled layers", "max-autotune", "reduce-overhead", "cuda graph")
 COMPILED = MODES[1:5]
@@ -28,17 +28,18 @@ class Unavailable(RuntimeError):
 class Peer(NamedTuple):
     """An implementation.
 
-    `model` builds the whole classifier from the published constructor's arguments; `mssa` (w, heads) and `ista` (h, D) are
-    the operations alone, None where the peer has none of its own, and `mae` builds its CRATE-MAE, if any. `modes` are those
-    that the full suite of a GPU measures.
+    `model` builds the whole classifier from the published constructor's arguments, and `alpha` and `mae` CRATE-α and CRATE-MAE
+    from theirs, each None where the peer has none; `mssa` (w, heads) and `ista` (h, D) are the operations alone, likewise.
+    `modes` are those that the full suite of a GPU measures.
     """
 
     name: str
     what: str
-    model: Callable[[dict], nn.Module]
+    model: Callable[[dict], nn.Module] | None
     modes: tuple[str, ...]
     mssa: Callable[[Tensor, int], Tensor] | None = None
     ista: Callable[[Tensor, Tensor], Tensor] | None = None
+    alpha: Callable[[dict], nn.Module] | None = None
     mae: Callable[[dict], nn.Module] | None = None
     same_function: bool = True  # False: another architecture, for context; no parity is asked of it
 
@@ -51,6 +52,13 @@ class SdpaAttention(reference.Attention):
     def forward(self, x: Tensor) -> Tensor:
         w = self.qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return self.to_out(_sdpa(w, self.kernel).transpose(1, 2).flatten(2))
+
+
+class SdpaAlphaAttention(reference_alpha.Attention):
+    """The same in CRATE-α."""
+
+    kernel: SDPBackend | None = None
+    forward = SdpaAttention.forward
 
 
 class FlexAttention(reference.Attention):
@@ -78,12 +86,17 @@ def _sdpa_mssa(kernel: SDPBackend | None) -> Callable[[Tensor, int], Tensor]:
 
 
 def _with_attention(
-    cls: type[reference.Attention], kernel: SDPBackend | None = None, of: Callable[..., nn.Module] = reference.CRATE
+    cls: type[nn.Module], kernel: SDPBackend | None = None, published: type[nn.Module] | None = None
 ) -> Callable[[dict], nn.Module]:
+    """What builds the published model, CRATE, CRATE-α or another, with another class of attention, derived from its own."""
+    replaced = cls.__mro__[1]
+    if published is None:
+        published = reference_alpha.CRATEAlpha if replaced is reference_alpha.Attention else reference.CRATE
+
     def build(arguments: dict) -> nn.Module:
-        model = of(**arguments)
+        model = published(**arguments)
         for module in model.modules():
-            if type(module) is reference.Attention:
+            if type(module) is replaced:
                 module.__class__ = cls
                 module.kernel = kernel
         return model
@@ -91,8 +104,8 @@ def _with_attention(
     return build
 
 
-def _crate(backend: str) -> Callable[[dict], nn.Module]:
-    return lambda arguments: CRATE(**arguments, backend=backend)
+def _crate(backend: str, kind: type[nn.Module] = CRATE) -> Callable[[dict], nn.Module]:
+    return lambda arguments: kind(**arguments, backend=backend)
 
 
 def _timm(arguments: dict) -> nn.Module:
@@ -107,12 +120,14 @@ def _timm(arguments: dict) -> nn.Module:
 
 
 def load_published(path: Path) -> Peer:
-    """The published class out of a checkout of its repository.
+    """The published class out of a checkout of its repository, CRATE's or CRATE-α's.
 
     Raises:
-        Unavailable: there is no model/crate.py, or it does not import.
+        Unavailable: neither model/crate.py is there nor torch_inference/model/crate_alpha.py, or it does not import.
     """
-    file = path / "model" / "crate.py"
+    file, of_alpha = path / "model" / "crate.py", path / "torch_inference" / "model" / "crate_alpha.py"
+    is_alpha = of_alpha.is_file()
+    file = of_alpha if is_alpha else file
     if not file.is_file():
         raise Unavailable(f"--published is {path}; there is no {file}")
     specification = importlib.util.spec_from_file_location("_published_crate", file)
@@ -123,8 +138,10 @@ def load_published(path: Path) -> Peer:
     except Exception as error:
         raise Unavailable(f"{file} does not import: {error}") from error
     modes = ("eager", "compiled", "max-autotune")
-    what, mae = "the published repository's own class", _published_mae(path)
-    return Peer("published checkout", what, lambda a: module.CRATE(**a), modes, mae=mae)
+    what, build = "the published repository's own class", lambda arguments: module.CRATE(**arguments)
+    if is_alpha:
+        return Peer("published checkout", what, None, modes, alpha=build)
+    return Peer("published checkout", what, build, modes, mae=_published_mae(path))
 
 
 def _published_mae(path: Path) -> Callable[[dict], nn.Module] | None:
@@ -157,6 +174,7 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
             whole,
             reference.mssa,
             reference.ista,
+            lambda a: reference_alpha.CRATEAlpha(**a),
             lambda a: reference.CRATEMAE(**a),
         ),
         Peer(
@@ -165,7 +183,8 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
             _with_attention(SdpaAttention),
             whole,
             _sdpa_mssa(None),
-            mae=_with_attention(SdpaAttention, of=reference.CRATEMAE),
+            alpha=_with_attention(SdpaAlphaAttention),
+            mae=_with_attention(SdpaAttention, published=reference.CRATEMAE),
         ),
     ]
     if device.type == "cuda":
@@ -176,27 +195,19 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
         }
         for name, kernel in pinned.items():
             build, mssa = _with_attention(SdpaAttention, kernel), _sdpa_mssa(kernel)
-            peers.append(Peer(name, f"{sdpa}, {kernel.name} pinned", build, ("compiled",), mssa))
+            alpha = _with_attention(SdpaAlphaAttention, kernel)
+            peers.append(Peer(name, f"{sdpa}, {kernel.name} pinned", build, ("compiled",), mssa, alpha=alpha))
         peers.append(Peer("flex", "the same with FlexAttention", _with_attention(FlexAttention), ("compiled",)))
         mssa, ista = partial(functional.mssa, backend="torch"), partial(functional.ista, backend="torch")
         what = 'crate_fast\'s algebra without its kernels (backend="torch")'
-        peers.append(Peer("algebra", what, _crate("torch"), ("eager", "compiled"), mssa, ista))
+        alpha = _crate("torch", CRATEAlpha)
+        peers.append(Peer("algebra", what, _crate("torch"), ("eager", "compiled"), mssa, ista, alpha))
     what = "timm's VisionTransformer of the same sizes, for context"
-    peers.append(Peer("timm ViT", what, _timm, ("compiled",), same_function=False))
+    peers.append(Peer("timm ViT", what, _timm, ("compiled",), alpha=_timm, same_function=False))
     ours = ("eager", "compiled", "reduce-overhead", "cuda graph")
     mssa, ista = partial(functional.mssa, backend=backend), partial(functional.ista, backend=backend)
-    return [
-        *peers,
-        Peer(
-            "crate_fast",
-            f'crate_fast, backend="{backend}"',
-            _crate(backend),
-            ours,
-            mssa,
-            ista,
-            lambda a: CRATEMAE(**a, backend=backend),
-        ),
-    ]
+    what, others = f'crate_fast, backend="{backend}"', (_crate(backend, CRATEAlpha), _crate(backend, CRATEMAE))
+    return [*peers, Peer("crate_fast", what, _crate(backend), ours, mssa, ista, *others)]
 
 
 def in_mode(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:

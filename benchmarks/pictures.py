@@ -22,7 +22,7 @@ MOST_POINTS = 24  # in a roofline of all rows
 
 def title(row: dict) -> str:
     """A row's workload in words."""
-    what = row["what"] if row["what"] in ("inference", "train", "mae") else f"{row['suite']}: {row['what']}"
+    what = row["what"] if row["what"] in ("inference", "train") else f"{row['suite']}: {row['what']}"
     return f"{what}, CRATE-{row['size']}, batch {row['batch']}, {row['dtype']}"
 
 

@@ -17,7 +17,9 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -36,18 +38,21 @@ from prediction.launches import Launch, code_of, compiled, integers
 from prediction.machine_code import walk
 from prediction.pipes import Kernel, kernel_of, least_times, resident, work
 from prediction.replay import clocks_of_program
-from prediction.step import PASSES, TOKENS, WIDTHS, Call, Operation, Recorded, inner_of, record, record_attention
-from workloads import largest_batch
+from prediction.step import PASSES, TOKENS, WIDTHS, Call, Operation, Recorded, inner_of, record, record_attention, record_odl
+from workloads import SIZES as ALL_SIZES
+from workloads import Workload, largest_batch
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = {size: largest_batch(size) for size in SIZES}
-ATTENTION = "attention"  # alone, for every width of heads
+ATTENTION, ODL = "attention", "odl"  # alone: for every width of heads; CRATE-α's step, for its sizes
 TIMED, OTHERS = "sm_90", ("sm_80", "sm_100")
 FLOORS = {
     "project": 0, "mssa_forward": 1, "out_project": 2, "ista": 3, "ista_gradient": 4, "weight_gradient": 5, "out_gradient": 6,
-    "mssa_backward": 8, "project_gradient": 9,
+    "mssa_backward": 8, "project_gradient": 9, "odl z1": 0, "odl r": 1, "odl z2": 2, "odl out": 3, "odl g2": 4, "odl dr": 5,
+    "odl g1": 6, "odl dh": 7, "odl dD": 8,
 }  # fmt: skip
-"""Where the unavoidable work of a kernel stands in `floors.layer`, by the name under which tuning.py has its shape."""
+"""Where the unavoidable work of a kernel stands in `floors.layer`, by the name under which tuning.py has its shape; in
+`floors.odl`, by what it writes."""
 
 
 class Job(NamedTuple):
@@ -126,7 +131,7 @@ def floor_of(call: Call, prediction: Prediction, shape: floors.Shape) -> float:
     """
     k = values()
     if call.role in FLOORS:
-        unavoidable = floors.layer(shape, "both")[FLOORS[call.role]]
+        unavoidable = (floors.odl if shape.step == ODL else floors.layer)(shape, "both")[FLOORS[call.role]]
         return max(unavoidable.flops / k["product rate"], unavoidable.bytes / k["DRAM"])
     if prediction.flops:
         raise ValueError(f"{call.launch.kernel} multiplies matrices, and predicted.FLOORS has nothing for {call.role!r}")
@@ -155,7 +160,7 @@ _HOST = {"training": "training", "inference": "evaluation"}
 
 def table(size: str, what: str, recorded: Recorded, found: dict[str, Prediction]) -> dict:
     """One step of one size: {"step": its sums, "rows": its kernels, "operations": PyTorch's}."""
-    rows = rows_of(size, what, BATCH[size], shape_of(size, 1), recorded.calls, found)
+    rows = rows_of(size, what, shape_of(size, 1), recorded.calls, found)
     by_name: dict[str, list[float]] = {}
     for operation in recorded.operations:
         by_name.setdefault(operation.name, []).append(seconds_of(operation))
@@ -163,21 +168,32 @@ def table(size: str, what: str, recorded: Recorded, found: dict[str, Prediction]
     return {"step": _sums(size, what, rows, others), "rows": rows, "operations": others}
 
 
+def alone(sizes: list[str]) -> dict[tuple[str, str], tuple[floors.Shape, Callable[[int], Recorded]]]:
+    """What is predicted by itself, by (size, pass): its shape, and what records it for an architecture."""
+    found, batch = {}, BATCH["tiny"]
+    for width in WIDTHS if ATTENTION in sizes else ():
+        shape = floors.Shape(batch, TOKENS, inner_of(width), inner_of(width), 1, 2)
+        found[f"heads of {width}", ATTENTION] = shape, partial(record_attention, width, batch)
+    for size in (s for s in ALL_SIZES if s.startswith("alpha-") and ODL in sizes):
+        of, dim = Workload("layer", "layer both", size, largest_batch(size), "bfloat16"), ALL_SIZES[size]["dim"]
+        shape = floors.Shape(of.batch, of.tokens, dim, dim, 1, 2, step=ODL)
+        found[size, ODL] = shape, partial(record_odl, of.batch * of.tokens, dim)
+    return found
+
+
 def shape_of(size: str, depth: int) -> floors.Shape:
     s = SIZES[size]
     return floors.Shape(BATCH[size], TOKENS, s["dim"], s["heads"] * s["dim_head"], depth, 2)
 
 
-def rows_of(
-    size: str, what: str, batch: int, shape: floors.Shape, calls: list[Call], found: dict[str, Prediction]
-) -> list[dict]:
+def rows_of(size: str, what: str, shape: floors.Shape, calls: list[Call], found: dict[str, Prediction]) -> list[dict]:
     """The kernels among launches, with how often each is launched."""
     counts = Counter(call.key for call in calls)
     first = {call.key: call for call in reversed(calls)}
     rows = []
     for key in dict.fromkeys(call.key for call in calls):
         p = found[repr(job_of(first[key], TIMED, True))]
-        rows.append(_row(size, what, batch, first[key], p, counts[key], floor_of(first[key], p, shape)))
+        rows.append(_row(size, what, shape.batch, first[key], p, counts[key], floor_of(first[key], p, shape)))
     return rows
 
 
@@ -222,14 +238,14 @@ PARTS = {
 
 
 def take(sizes: list[str], parts: str) -> dict[tuple, Recorded]:
-    """What is launched, by (architecture, whether it is timed, size, pass); of `ATTENTION` by the width of heads."""
+    """What is launched, by (architecture, whether it is timed, size, pass)."""
     taken = {}
     for arch, timed in PARTS[parts]:
         number = int(arch.removeprefix("sm_"))
-        for size in (s for s in sizes if s != ATTENTION):
+        for size in (s for s in sizes if s in SIZES):
             taken |= {(arch, timed, size, what): record(size, BATCH[size], what, number) for what in PASSES}
-        for width in WIDTHS if ATTENTION in sizes else ():
-            taken[arch, timed, f"heads of {width}", ATTENTION] = record_attention(width, BATCH["tiny"], number)
+        for (size, what), (_, run) in alone(sizes).items():
+            taken[arch, timed, size, what] = run(number)
     return taken
 
 
@@ -238,12 +254,10 @@ def measure(sizes: list[str], parts: str, processes: int) -> dict:
     taken = take(sizes, parts)
     jobs = [job_of(call, arch, timed) for (arch, timed, _, _), recorded in taken.items() for call in recorded.calls]
     found = predict_all(jobs, processes)
-    tables = [table(s, what, x, found) for (_, timed, s, what), x in taken.items() if timed and what != ATTENTION]
+    tables = [table(s, what, x, found) for (_, timed, s, what), x in taken.items() if timed and what in PASSES]
     rows = [row for t in tables for row in t["rows"]]
-    for width in WIDTHS if ATTENTION in sizes and PARTS[parts][0][1] else ():
-        name, batch, inner = f"heads of {width}", BATCH["tiny"], inner_of(width)
-        shape = floors.Shape(batch, TOKENS, inner, inner, 1, 2)
-        rows += rows_of(name, ATTENTION, batch, shape, taken[TIMED, True, name, ATTENTION].calls, found)
+    for (size, what), (shape, _) in alone(sizes).items() if PARTS[parts][0][1] else ():
+        rows += rows_of(size, what, shape, taken[TIMED, True, size, what].calls, found)
     return {
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
         "constants": described(),
@@ -271,7 +285,7 @@ def name_of(call: Call) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", type=lambda text: text.split(","), default=[*SIZES, ATTENTION], metavar="NAMES")
+    parser.add_argument("--model", type=lambda text: text.split(","), default=[*SIZES, ATTENTION, ODL], metavar="NAMES")
     parser.add_argument("--parts", choices=PARTS, default="all", help=f"times are for {TIMED} alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--out", type=Path, default=RESULTS / "predicted.json", metavar="FILE")

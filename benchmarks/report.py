@@ -59,7 +59,7 @@ def table(result: dict) -> str:
     batch, and how many times as fast at others; without rows where it was not measured beside, since our transcription of it
     is slower in training."""
     lines = ["| | published class | crate_fast | | other batches |", "|---|---|---|---|---|"]
-    for suite, what in (("inference", "inference"), ("train", "training step"), ("mae", "training step")):
+    for suite, what in (("inference", "inference"), ("train", "training step")):
         rows = [row for row in result["rows"] if row["suite"] == suite and "ms" in row]
         published = {(_case(row), row["batch"]): row for row in rows if row["peer"] == CHECKOUT}
         cases: dict[tuple, dict[int, tuple[dict, dict]]] = {}
@@ -67,7 +67,7 @@ def table(result: dict) -> str:
             beside = published.get((_case(row), row["batch"]))
             if row["peer"] == "crate_fast" and beside:
                 cases.setdefault(_case(row), {})[row["batch"]] = beside, row
-        lines += [_line("CRATE-MAE" if suite == "mae" else "CRATE", what, *case, by_batch) for case, by_batch in cases.items()]
+        lines += [_line(what, *case, by_batch) for case, by_batch in cases.items()]
     return "\n".join(lines)
 
 
@@ -75,13 +75,13 @@ def _case(row: dict) -> tuple[str, str, str]:
     return row["size"], row["dtype"], row["mode"]
 
 
-def _line(model: str, what: str, size: str, dtype: str, mode: str, by_batch: dict[int, tuple[dict, dict]]) -> str:
+def _line(what: str, size: str, dtype: str, mode: str, by_batch: dict[int, tuple[dict, dict]]) -> str:
     """A row of the table from (published, ours) of every batch."""
     most = max(by_batch)
     speeds = [f"{row['images_per_second']:,.1f} images/s" for row in by_batch[most]]
     times = {batch: f"{published['ms'] / ours['ms']:.2f}×" for batch, (published, ours) in sorted(by_batch.items())}
     others = ", ".join(f"{batch}: {faster}" for batch, faster in times.items() if batch != most)
-    name = f"{model}-{size}, {what}, batch {most}, {dtype}, {mode}"
+    name = f"CRATE-{size}, {what}, batch {most}, {dtype}, {mode}"
     return f"| {name} | {speeds[0]} | {speeds[1]} | **{times[most]}** | {others} |"
 
 

@@ -3,7 +3,6 @@
     python benchmarks/run.py                       all that fits this machine (a CPU: under 3 minutes)
     python benchmarks/run.py --suite train --model tiny --batch 1024 --dtype bfloat16 --against published,sdpa
     python benchmarks/run.py --published CHECKOUT  the published repository itself as one more peer
-    python benchmarks/run.py --suite mae           a training step of CRATE-MAE, encoder and decoder
     python benchmarks/run.py --suite traffic       kernels launched and bytes moved a layer, counted without a GPU
     python benchmarks/run.py --suite host          the host's time to launch a layer, without a GPU as far as the driver's call
     python benchmarks/run.py --suite predicted     what a GPU should take, by the machine code of every kernel, without a GPU
@@ -31,27 +30,26 @@ from tqdm import tqdm
 import floors
 from crate_fast.backend import BACKENDS
 from crate_fast.files import write_atomically
-from crate_fast.model import SIZES
+from crate_fast.model import SIZES as OF_CRATE
 from judge import Judge, make_ready
 from peers import MODES, Peer, Unavailable, all_peers, load_published
 from pictures import plot
 from report import SCHEMA, compare, print_rows, update_readme
 from timing import Timing, ceilings, conditions, current, interleave, machine, steady_allocator
-from workloads import DTYPES, Workload, largest_batch, optimizer_name
+from workloads import DTYPES, SIZES, Workload, largest_batch, optimizer_name
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = ("ops", "layer", "inference", "train")
-ASKED = ("mae",)  # measured where they are asked for
 ALONE = ("traffic", "host", "predicted")
 PARTS = ("forward", "backward", "both")
-WHATS = (*(f"{operation} {part}" for operation in ("mssa", "ista", "layer") for part in PARTS), "inference", "train", "mae")
+WHATS = (*(f"{operation} {part}" for operation in ("mssa", "ista", "layer") for part in PARTS), "inference", "train")
 
 
 def plan(options: argparse.Namespace, device: torch.device) -> list[Workload]:
     """The workloads that are asked for, or that fit the device."""
     gpu = device.type == "cuda"
     suites = options.suite or SUITES
-    sizes = options.model or (tuple(SIZES) if gpu and not options.quick else ("tiny",))
+    sizes = options.model or (tuple(OF_CRATE) if gpu and not options.quick else ("tiny",))
     dtypes = options.dtype or (("bfloat16", "float16") if gpu and not options.quick else ("bfloat16",) if gpu else ("float32",))
     found = []
     for size in sizes:
@@ -62,13 +60,14 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Workload]:
 
 def _workloads(suite: str, size: str, dtype: str, batches: list[int] | None, gpu: bool) -> list[Workload]:
     large = largest_batch(size) if gpu else 8
+    if size.startswith("mae-"):  # of twice as many layers
+        return [Workload(suite, suite, size, b, dtype) for b in batches or [max(1, large // 2)]] if suite == "train" else []
     if suite == "inference":
         return [Workload(suite, suite, size, b, dtype) for b in batches or ([1, 8, 64, 256, 1024] if gpu else [1, 8])]
-    if suite == "mae":  # of twice as many layers
-        return [Workload(suite, suite, size, b, dtype) for b in batches or [max(1, large // 2)]]
     if suite == "train":
         return [Workload(suite, suite, size, b, dtype) for b in batches or [large]]
-    operations = ("mssa", "ista") if suite == "ops" else ("layer",)
+    alone = ("mssa",) if size.startswith("alpha-") else ("mssa", "ista")  # CRATE-α's step is a part of its layer
+    operations = alone if suite == "ops" else ("layer",)
     return [Workload(suite, f"{o} {p}", size, b, dtype) for o in operations for p in PARTS for b in batches or [large]]
 
 
@@ -81,7 +80,7 @@ def modes(peer: Peer, workload: Workload, device: torch.device) -> tuple[str, ..
     if device.type == "cpu":
         whole = workload.suite in ("inference", "train") and workload.batch > 1 and peer.same_function
         return ("eager", "compiled layers") if whole else ("eager",)
-    if workload.suite == "mae":
+    if workload.is_mae:
         return tuple(mode for mode in peer.modes if mode in ("eager", "compiled"))
     return tuple(mode for mode in peer.modes if workload.suite != "ops" or mode != "max-autotune")
 
@@ -122,7 +121,7 @@ def measure(
 
 def result(workload: Workload, made, time: Timing, least: float) -> dict:
     """What a row says of a peer that was timed, beside `least`, the floor in milliseconds."""
-    return ({"optimizer": optimizer_name()} if workload.suite in ("train", "mae") else {}) | {
+    return ({"optimizer": optimizer_name()} if workload.suite == "train" else {}) | {
         "ms": time.median,
         "ms_q1": time.q1,
         "ms_q3": time.q3,
@@ -184,7 +183,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return text.split(",")
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--suite", type=names, metavar="NAMES", help=f"of {', '.join((*SUITES, *ASKED, *ALONE))}; with commas")
+    parser.add_argument("--suite", type=names, metavar="NAMES", help=f"of {', '.join((*SUITES, *ALONE))}; with commas")
     parser.add_argument("--what", type=names, metavar="NAMES", help=f"only these of the suites: of {', '.join(WHATS)}")
     parser.add_argument("--model", type=names, metavar="NAMES", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--batch", type=lambda t: [int(n) for n in t.split(",")], metavar="N,...", help="images of a step")
@@ -203,7 +202,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="of --suite predicted: constants from a GPU's results")
     options = parser.parse_args(argv)
     for flag, values, known in (
-        ("--suite", options.suite, (*SUITES, *ASKED, *ALONE)), ("--what", options.what, WHATS),
+        ("--suite", options.suite, (*SUITES, *ALONE)), ("--what", options.what, WHATS),
         ("--model", options.model, SIZES), ("--dtype", options.dtype, DTYPES), ("--mode", options.mode, MODES),
     ):  # fmt: skip
         for value in values or ():

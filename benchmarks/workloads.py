@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import crate_fast
 import floors
-from crate_fast import reference
-from crate_fast.model import SIZES
-from crate_fast.sizes import MAE_SIZES
+from crate_fast import reference, reference_alpha
+from crate_fast.model import SIZES as OF_CRATE
+from crate_fast.sizes import ALPHA_SIZES, MAE_SIZES
 from peers import COMPILED, Peer, in_mode
 from timing import rotated
 
@@ -26,6 +26,14 @@ DTYPES = {
 }  # fmt: skip
 """By name: 16 bit means autocast, "pure" 16 bit that weights and images are of that dtype themselves."""
 
+SIZES = (
+    OF_CRATE
+    | {f"alpha-{size}": sizes for size, sizes in ALPHA_SIZES.items()}
+    | {f"mae-{size}": sizes for size, sizes in OF_CRATE.items()}
+)
+"""By name: the published sizes of CRATE, those of CRATE-α in its own patches, and those of CRATE-MAE, which has as many layers
+again for its decoder and is measured in training alone."""
+
 
 def largest_batch(size: str) -> int:
     """Images of a step with which a size is measured on a GPU: 1,024, or the power of two for which its layers have room."""
@@ -34,11 +42,11 @@ def largest_batch(size: str) -> int:
 
 
 class Workload(NamedTuple):
-    """One thing to do. `suite` is "ops", "layer", "inference", "train" or "mae"; `what` the operation and pass."""
+    """One thing to do. `suite` is "ops", "layer", "inference" or "train"; `what` the operation and pass."""
 
     suite: str
-    what: str  # "mssa forward", "ista both", "layer backward", "inference", "train", "mae"
-    size: str  # of `crate_fast.model.SIZES`
+    what: str  # "mssa forward", "ista both", "layer backward", "inference", "train"
+    size: str  # of `SIZES`
     batch: int
     dtype: str
 
@@ -49,31 +57,58 @@ class Workload(NamedTuple):
     @property
     def part(self) -> str:
         """ "forward", "backward" or "both"; of whole models "forward" or "both"."""
-        return {"inference": "forward", "train": "both", "mae": "both"}.get(self.what) or self.what.split()[1]
+        return {"inference": "forward", "train": "both"}.get(self.what) or self.what.split()[1]
 
     @property
     def is_pure(self) -> bool:
         """Whether weights and images are 16 bit themselves, without autocast."""
         return self.dtype.startswith("pure ")
 
+    @property
+    def is_alpha(self) -> bool:
+        """Whether it is CRATE-α's."""
+        return self.size.startswith("alpha-")
+
+    @property
+    def is_mae(self) -> bool:
+        """Whether it is CRATE-MAE's."""
+        return self.size.startswith("mae-")
+
+    @property
+    def builder(self) -> str:
+        """The field of `Peer` that builds such a model."""
+        return "alpha" if self.is_alpha else "mae" if self.is_mae else "model"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image, the class token among them."""
+        return (IMAGE // SIZES[self.size].get("patch_size", PATCH)) ** 2 + 1
+
     def concerns(self, peer: Peer) -> bool:
         """Whether `peer` does such a thing: operations that are its own, a layer of this architecture, any whole model."""
+        if getattr(peer, self.builder) is None or (self.is_mae and self.suite != "train"):
+            return False
         if self.suite == "ops":
             return getattr(peer, self.operation) is not None
-        if self.suite == "mae":
-            return peer.mae is not None
         return peer.same_function or self.suite != "layer"
 
     def kernels(self) -> list[floors.Kernel]:
         """The unavoidable work."""
         sizes = SIZES[self.size]
-        depth = sizes["depth"] if self.suite in ("inference", "train", "mae") else 1
+        depth = sizes["depth"] if self.suite in ("inference", "train") else 1
         inner = sizes["heads"] * sizes["dim_head"]
         element = DTYPES[self.dtype].itemsize
-        shape = floors.Shape(self.batch, TOKENS, sizes["dim"], inner, depth, element, 3 * PATCH**2, CLASSES)
+        patch, step = sizes.get("patch_size", PATCH), "odl" if self.is_alpha else "ista"
+        shape = floors.Shape(self.batch, self.tokens, sizes["dim"], inner, depth, element, 3 * patch**2, CLASSES, step)
+        if self.is_mae:
+            return floors.mae(shape)
         if self.suite in ("inference", "train"):
             return floors.model(shape, training=self.suite == "train")
-        return floors.mae(shape) if self.suite == "mae" else getattr(floors, self.operation)(shape, self.part)
+        return getattr(floors, self.operation)(shape, self.part)
+
+
+REFERENCES = {"model": reference.CRATE, "alpha": reference_alpha.CRATEAlpha, "mae": reference.CRATEMAE}
+"""The published mathematics by `Workload.builder`."""
 
 
 class Masked(nn.Module):
@@ -119,18 +154,13 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
     if workload.suite == "ops":
         return _prepare_operation(workload, getattr(peer, workload.operation), mode, dtype, device)
     arguments = {"image_size": IMAGE, "patch_size": PATCH, "num_classes": CLASSES, **sizes}
-    build, like = peer.model, reference.CRATE
     if workload.suite == "layer":
         arguments["depth"] = 1
-    if workload.suite == "mae":
-        arguments, build, like = (
-            {"img_size": IMAGE, "patch_size": PATCH, **MAE_SIZES[workload.size]},
-            peer.mae,
-            reference.CRATEMAE,
-        )
+    if workload.is_mae:
+        arguments = {"img_size": IMAGE, "patch_size": PATCH, **MAE_SIZES[workload.size.removeprefix("mae-")]}
     torch.manual_seed(0)
-    weights = like(**arguments).state_dict()
-    module = build(arguments)
+    weights = REFERENCES[workload.builder](**arguments).state_dict()
+    module = getattr(peer, workload.builder)(arguments)
     if peer.same_function:
         module.load_state_dict(weights)
     module = (module.transformer if workload.suite == "layer" else module).to(device)
@@ -138,9 +168,9 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
     module.to(pure)
     module.train(workload.part != "forward")
     run = in_mode(module, mode)
-    if workload.suite == "mae":
-        run = module = Masked(module if mode == "compiled layers" else run)
-    shape = (TOKENS, sizes["dim"]) if workload.suite == "layer" else (3, IMAGE, IMAGE)
+    if workload.is_mae:  # which draws, so that no CUDA graph of it is recorded
+        run = module = Masked(run)
+    shape = (workload.tokens, sizes["dim"]) if workload.suite == "layer" else (3, IMAGE, IMAGE)
     wants_gradient = workload.suite == "layer" and workload.part != "forward"
 
     def inputs(batch: int) -> tuple[Tensor, ...]:
@@ -173,7 +203,7 @@ def _prepare_operation(workload: Workload, function, mode: str, dtype: torch.dty
     nn.init.kaiming_uniform_(weight, generator=torch.Generator().manual_seed(0))
 
     def inputs(batch: int) -> tuple[Tensor, ...]:
-        tokens = torch.randn(batch, TOKENS, width, device=device).to(dtype)
+        tokens = torch.randn(batch, workload.tokens, width, device=device).to(dtype)
         tensors = (tokens,) if workload.operation == "mssa" else (tokens, weight.to(device, dtype))
         return tuple(tensor.requires_grad_(differentiate) for tensor in tensors)
 
@@ -187,7 +217,7 @@ def _autocast(device: torch.device, workload: Workload) -> AbstractContextManage
 
 def timed_step(workload: Workload, call: Call, device: torch.device, fixed: bool) -> tuple[Callable, Callable]:
     """(what is timed, its forward pass alone); `fixed`: on the same inputs every time, as a CUDA graph must."""
-    if workload.suite in ("train", "mae"):
+    if workload.suite == "train":
         return _training_step(workload, call, device, fixed)
     give = _giver(lambda: call.inputs(workload.batch), device, fixed)
 
@@ -228,7 +258,7 @@ def _training_step(workload: Workload, call: Call, device: torch.device, fixed: 
 
     def loss() -> Tensor:
         images, labels = give()
-        if workload.suite == "mae":
+        if workload.is_mae:
             return call.run(images, True)
         return F.cross_entropy(call.run(images).float(), labels)
 

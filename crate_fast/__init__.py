@@ -3,13 +3,21 @@
 from typing import TYPE_CHECKING
 
 from .lazy import lazily
-from .sizes import MAE_SIZES, SIZES
+from .sizes import ALPHA_SIZES, MAE_SIZES, SIZES
 
 if TYPE_CHECKING:  # what a type checker sees; the same is imported where it is used
     from . import functional
     from .backend import choose_backend
     from .checkpoint.save_load import load_checkpoint
     from .errors import BackendError, CheckpointError
+    from .model.alpha import (
+        CRATEAlpha,
+        CRATEAlpha_base,
+        CRATEAlpha_huge,
+        CRATEAlpha_large,
+        CRATEAlpha_small,
+        CRATEAlpha_tiny,
+    )
     from .model.crate import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny, pair
     from .model.cuda_graph import graphed
     from .model.freezing import freeze
@@ -27,6 +35,7 @@ else:
             "backend": ("choose_backend",),
             "checkpoint.save_load": ("load_checkpoint",),
             "model": ("CRATE", *(f"CRATE_{size}" for size in SIZES)),
+            "model.alpha": ("CRATEAlpha", *(f"CRATEAlpha_{size}" for size in ALPHA_SIZES)),
             "model.crate": ("pair",),
             "model.cuda_graph": ("graphed",),
             "model.freezing": ("freeze",),
@@ -44,6 +53,12 @@ __all__ = [
     "CRATEMAE",
     "Attention",
     "BackendError",
+    "CRATEAlpha",
+    "CRATEAlpha_base",
+    "CRATEAlpha_huge",
+    "CRATEAlpha_large",
+    "CRATEAlpha_small",
+    "CRATEAlpha_tiny",
     "CRATE_base",
     "CRATE_large",
     "CRATE_small",

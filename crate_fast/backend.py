@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .errors import BackendError
@@ -65,6 +65,14 @@ def is_transformed() -> bool:
 def is_batched(gradient: Tensor) -> bool:
     """Whether it stands for several at once, as in `torch.autograd.grad(is_grads_batched=True)`: no transform tells of that."""
     return "Batched" in torch._C._dispatch_key_set(gradient)
+
+
+def computes_now(*tensors: Tensor) -> bool:
+    """Whether functions that no compiler, tracer or transform knows may compute with tensors: none is at work, so that PyTorch
+    computes as it is called, and all are plain tensors, each standing for itself."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+        return False
+    return all(type(x) in (Tensor, nn.Parameter) and not is_batched(x) for x in tensors)
 
 
 # Constant to torch.compile, which takes what peek gives for an object even where that is None, and guards transforms itself.

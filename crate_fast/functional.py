@@ -6,12 +6,20 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import reference
-from .backend import autocasts, check_tensor, choose_backend, cpu_product_dtype, is_transformed, without_autocast
+from . import cpu_products, reference
+from .backend import (
+    autocasts,
+    check_tensor,
+    choose_backend,
+    computes_now,
+    cpu_product_dtype,
+    is_transformed,
+    without_autocast,
+)
 from .cpu_attention import attend_on_cpu
 from .files import shown
 from .operators import operator
@@ -75,7 +83,7 @@ def class_token_mssa(h: Tensor, project: Tensor, heads: int, scale: float) -> Te
         heads: number of heads.
         scale: factor on the scores.
     """
-    q = F.linear(h[:, 0], project).unflatten(-1, (heads, -1))
+    q = cpu_products.linear(h[:, 0], project).unflatten(-1, (heads, -1))
     h, u = h.to(q.dtype), project.to(q.dtype).unflatten(0, (heads, -1))  # which autocast does not reach under a dispatch mode
     probabilities = torch.softmax(torch.einsum("bhp,hpd,bnd->bhn", q, u, h) * scale, dim=-1)
     return torch.einsum("bhn,bnd,hpd->bhp", probabilities, h, u).flatten(1)[:, None]
@@ -85,8 +93,7 @@ def attend(w: Tensor, heads: int, scale: float) -> Tensor:
     """`mssa` on "torch"."""
     if is_transformed():
         return reference.mssa(w, heads, scale)  # neither of the others has a forward mode
-    plain = type(w) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-    if w.device.type == "cpu" and plain:
+    if w.device.type == "cpu" and computes_now(w):
         return attend_on_cpu(w, heads, scale)
     turned = w.unflatten(-1, (heads, -1)).transpose(1, 2)
     out = F.scaled_dot_product_attention(turned, turned, turned, scale=scale).transpose(1, 2)
@@ -138,8 +145,7 @@ def ista_matrix(weight: Tensor, step_size: float) -> Tensor:
     with without_autocast(weight.device.type):
         d = weight.to(torch.promote_types(weight.dtype, torch.float32))
         # A trace knows PyTorch's own operators alone, and a graph for any sizes no function with numbers.
-        plain = not (is_transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling())
-        if d.requires_grad and torch.is_grad_enabled() and plain:
+        if d.requires_grad and torch.is_grad_enabled() and computes_now(d):
             return _Matrix.apply(d, step_size, narrow)
         return _matrix(d, step_size, narrow)
 
@@ -148,6 +154,8 @@ def _matrix(d: Tensor, step_size: float, narrow: torch.dtype) -> Tensor:
     if narrow != d.dtype:
         operand = d.to(narrow)
         return torch.sub(d, operand.mT @ operand).mul_(step_size)
+    if d.dim() == 2 and cpu_products.takes(d, d):
+        return torch.sub(d, cpu_products.linear(d.t(), d.t())).mul_(step_size)
     product = torch.addmm if d.dim() == 2 else torch.baddbmm
     return product(d, d.mT, d, beta=step_size, alpha=-step_size)
 
@@ -165,7 +173,8 @@ class _Matrix(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (d,) = ctx.saved_tensors
         with without_autocast(d.device.type):
-            product = d.to(ctx.narrow) @ (gradient + gradient.mT).to(ctx.narrow)
+            operand, both = d.to(ctx.narrow), (gradient + gradient.mT).to(ctx.narrow)  # symmetric
+            product = cpu_products.linear(operand, both) if d.dim() == 2 else operand @ both
             return (gradient - product) * ctx.step_size, None, None
 
 
@@ -193,9 +202,7 @@ def _rectified_product_torch(h: Tensor, matrix: Tensor, shrinkage: float, operan
     if operand == h.dtype == matrix.dtype and not is_transformed():  # vmap knows no product in place with a batch of M
         # The residual goes in as the product's addend: I + M would save its copy, but rounds M to the precision of I.
         rows = h.reshape(-1, h.shape[-1])
-        shrunk, compiled = torch.sub(rows, shrinkage), torch.compiler.is_compiling()
-        watched = not compiled and is_in_torch_dispatch_mode()  # PyTorch's counter of flops knows no product in place
-        shrunk = shrunk.addmm(rows, matrix) if watched else shrunk.addmm_(rows, matrix)
+        shrunk, compiled = _shrunk(rows, matrix, shrinkage), torch.compiler.is_compiling()
         # As F.linear shapes its own: no view to autograd, which FSDP2 warns of where a module returns one. In a trace the shape
         # of another image has to go in.
         shrunk = shrunk.view(h.shape) if torch.jit.is_tracing() else torch.ops.aten._unsafe_view(shrunk, h.shape)
@@ -206,6 +213,16 @@ def _rectified_product_torch(h: Tensor, matrix: Tensor, shrinkage: float, operan
     if operand == h.dtype:  # 16 bit: the threshold is taken off what is small, so that one sum alone is rounded as h is
         return product.sub_(shrinkage).add_(h).relu_()
     return torch.add(h, product).sub_(shrinkage).relu_()
+
+
+def _shrunk(rows: Tensor, matrix: Tensor, shrinkage: float) -> Tensor:
+    """h + h M − ηλ of h, `rows`, all of one dtype."""
+    if cpu_products.takes(rows, matrix):
+        return cpu_products.linear(rows, matrix.t(), rows.new_full(matrix.shape[1:], -shrinkage)).add_(rows)
+    shrunk = torch.sub(rows, shrinkage)
+    # PyTorch's counter of flops knows no product in place.
+    watched = not torch.compiler.is_compiling() and is_in_torch_dispatch_mode()
+    return shrunk.addmm(rows, matrix) if watched else shrunk.addmm_(rows, matrix)
 
 
 class _CompiledRelu(torch.autograd.Function):

@@ -18,6 +18,7 @@ if __name__ != "kernels":
     from .ista import ISTA
     from .layer import LayerSettings, LayerWeights, PreparedWeights, fused_layer, prepare_layers, stack_weights
     from .mssa import MSSA
+    from .odl import ODL
     from .runtime import INTERPRETED
     from .stack import StackState, enter_stack, leave_stack
 
@@ -25,6 +26,7 @@ __all__ = [
     "INTERPRETED",
     "ISTA",
     "MSSA",
+    "ODL",
     "DecoderSettings",
     "DecoderState",
     "DecoderWeights",

@@ -12,6 +12,8 @@ operands' dtype, LayerNorm(x) W = x̂ F + β W = rs·(x F − μ·colsum F) + β
                 relu(γ x̂ + x̂ F + u)        gain v = γ + colsum F,   offset u = β + β M − ηλ
     project out o W + b + x                                         offset u = b
 
+The overcomplete step's products (odl.py) have the same ends: what is added, an offset, a relu, and relu's mask in backward.
+
 NORM "folded" multiplies the raw x and mends the result with v. It is exact where the operand is the stored x itself: the
 rounding of F cancels, because v sums the rounded F. Where x would be rounded for the product (a float32 stream) or the
 product rounds by itself (tf32), NORM "first" normalises on the way in.
@@ -97,7 +99,7 @@ def _linear_kernel(
     x,  # (rows, inputs), and its strides, any
     weight,  # (inputs, outputs), and its strides, any
     ends,  # the result, (rows, outputs); OFFSET: (outputs,); NORM "folded": gain, (outputs,); SHRINK after a LayerNorm: gamma,
-    # (inputs,); RESIDUAL: (rows, outputs); all contiguous
+    # (inputs,); RESIDUAL, MASKED: (rows, outputs); all contiguous
     norm,  # NORM: x's moments, (2, parts, rows) float32, parts, columns of each; written: mean and 1/deviation, (rows,)
     p_parts,  # (2, column blocks, rows) float32, written: moments of the result; None: not wanted
     sizes,  # rows, inputs, outputs
@@ -106,6 +108,8 @@ def _linear_kernel(
     SHRINK: tl.constexpr,  # add the (normalised) input itself, then rectify: the ISTA step
     OFFSET: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    RECTIFY: tl.constexpr,  # relu of all that
+    MASKED: tl.constexpr,  # all that, where a given relu's result is not 0: the gradient of what went in there
     WHOLE: tl.constexpr,  # the columns are whole blocks
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -129,7 +133,7 @@ def _linear_kernel(
     if NORM == "first":
         b_mean, b_rstd = _statistics(p_moments, row, m_row, rows, inputs, parts, span, eps)
     per_row = (row, m_row, p_rows, b_mean, b_rstd)
-    LARGE: tl.constexpr = (SHRINK or RESIDUAL) and BLOCK_M * BLOCK_N >= 128 * 128
+    LARGE: tl.constexpr = (SHRINK or RESIDUAL or MASKED) and BLOCK_M * BLOCK_N >= 128 * 128
     b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if LARGE:  # before the product, so that nothing is waited for, or brought into another layout of registers, behind it
         b_out = _summand(column, m_column, ends, per_row, outputs, stride_xk, NORM, SHRINK, RESIDUAL, WHOLE)
@@ -161,8 +165,9 @@ def _linear_kernel(
     b_square = b_mean
     for piece in tl.static_range(COUNT):
         part = _finish_linear(
-            pieces[piece], block_n * COUNT + piece, ends, per_row, outputs, NORM, SHRINK, OFFSET, MOMENTS, WHOLE
-        )
+            pieces[piece], block_n * COUNT + piece, ends, per_row, outputs, NORM, SHRINK or RECTIFY, OFFSET, MASKED, MOMENTS,
+            WHOLE,
+        )  # fmt: skip
         if MOMENTS and piece == 0:
             b_mean, b_square = part
         elif MOMENTS:
@@ -180,7 +185,7 @@ def _summand(
 ):  # fmt: skip
     """What is added to the product: the (normalised, but for 1/deviation where it is folded) input, the residual."""
     row, m_row, p_rows, b_mean, b_rstd = per_row
-    _, _, _, p_gamma, p_residual = ends
+    _, _, _, p_gamma, p_residual, _ = ends
     m_out = _mask(m_row, m_column, WHOLE)
     b_out = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     if SHRINK:
@@ -235,12 +240,12 @@ def _load_columns(p, column, m_column, WHOLE: tl.constexpr):
 
 @triton.jit
 def _finish_linear(
-    b_out, block_n, ends, per_row, outputs, NORM: tl.constexpr, SHRINK: tl.constexpr, OFFSET: tl.constexpr,
-    MOMENTS: tl.constexpr, WHOLE: tl.constexpr,
+    b_out, block_n, ends, per_row, outputs, NORM: tl.constexpr, RECTIFY: tl.constexpr, OFFSET: tl.constexpr,
+    MASKED: tl.constexpr, MOMENTS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What follows the product, on block `block_n` of columns; returns, with MOMENTS, those of its columns."""
     row, m_row, _, b_mean, b_rstd = per_row
-    p_out, p_offset, p_gain, _, _ = ends
+    p_out, p_offset, p_gain, _, _, p_mask = ends
     WIDTH: tl.constexpr = b_out.shape[1]
     left = outputs - block_n * WIDTH  # columns that are there
     column = block_n * WIDTH + tl.arange(0, WIDTH)
@@ -250,8 +255,11 @@ def _finish_linear(
         b_out = (b_out - b_mean[:, None] * _load_columns(p_gain, column, m_column, WHOLE)[None, :]) * b_rstd[:, None]
     if OFFSET:
         b_out += _load_columns(p_offset, column, m_column, WHOLE)[None, :]
-    if SHRINK:
+    if RECTIFY:
         b_out = tl.where(b_out <= 0.0, 0.0, b_out)  # keeps NaN, which tl.maximum would swallow
+    if MASKED:
+        b_mask = tl.load(p_mask + row[:, None] * outputs + column[None, :], mask=m_out, other=0.0)
+        b_out = tl.where(b_mask <= 0.0, 0.0, b_out)  # keeps the gradient where the result is NaN
     b_out = b_out.to(p_out.dtype.element_ty)
     tl.store(p_out + row[:, None] * outputs + column[None, :], b_out, mask=m_out)
     b_block_mean = b_mean
@@ -273,10 +281,13 @@ def linear(
     *,
     offset: Tensor | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
     shrink: bool = False,
+    rectify: bool = False,
     moments: Tensor | None = None,
 ) -> Tensor:
-    """x W [+ x] [+ offset] [+ residual], rectified if `shrink`: (rows, in) to (rows, out), without a LayerNorm.
+    """x W [+ x, if `shrink`] [+ offset] [+ residual], (rows, in) to (rows, out), without a LayerNorm; rectified if `shrink` or
+    `rectify`, and zero where `mask`, the (rows, out) of a relu, is.
 
     Writes the result's `moments`, from `empty_moments`.
     """
@@ -284,7 +295,10 @@ def linear(
     name = "ista" if shrink else "out_project"
     if moments is None:
         name = unmixed(name, x, weight)
-    _launch_linear(name, x, weight, result, offset=offset, residual=residual, shrink=shrink, moments_out=moments)
+    _launch_linear(
+        name, x, weight, result, offset=offset, residual=residual, mask=mask, shrink=shrink, rectify=rectify,
+        moments_out=moments,
+    )  # fmt: skip
     return result
 
 
@@ -325,16 +339,17 @@ def norm_linear(
 
 
 def _launch_linear(
-    name, x, weight, result, *, norm="none", offset=None, gain=None, gamma=None, residual=None, shrink=False,
-    moments=None, statistics=None, moments_out=None, eps=0.0,
+    name, x, weight, result, *, norm="none", offset=None, gain=None, gamma=None, residual=None, mask=None, shrink=False,
+    rectify=False, moments=None, statistics=None, moments_out=None, eps=0.0,
 ) -> None:  # fmt: skip
     (rows, inputs), outputs = x.shape, weight.shape[1]
     config = shapes.matrix(name, weight.dtype, inputs, outputs, weight.device)
     programs = shapes.blocks(rows, config.block_m) * shapes.blocks(outputs, config.block_n)
     parts, span = (0, 0) if moments is None else (moments.shape[1], shapes.part_width(inputs, moments.shape[1]))
     launch(
-        _linear_kernel, programs, (x, *x.stride()), (weight, *weight.stride()), (result, offset, gain, gamma, residual),
+        _linear_kernel, programs, (x, *x.stride()), (weight, *weight.stride()), (result, offset, gain, gamma, residual, mask),
         (moments, parts, span, *(statistics or (None, None))), moments_out, (rows, inputs, outputs), eps, NORM=norm,
-        SHRINK=shrink, OFFSET=offset is not None, RESIDUAL=residual is not None, WHOLE=outputs % config.block_n == 0,
-        PRECISION=product_precision(weight.dtype), GROUP_M=GROUP, **shapes.constants(config),
+        SHRINK=shrink, OFFSET=offset is not None, RESIDUAL=residual is not None, RECTIFY=rectify, MASKED=mask is not None,
+        WHOLE=outputs % config.block_n == 0, PRECISION=product_precision(weight.dtype), GROUP_M=GROUP,
+        **shapes.constants(config),
     )  # fmt: skip

@@ -379,6 +379,16 @@ def test_help_of_a_recipe_that_is_not_there_says_so(capsys):
     assert call(capsys, "train", "--recipe", "nope", "--help")[0] == 2
 
 
+@pytest.mark.parametrize("resume", ["", "checkpoints/step-1.pt"])
+def test_flags_beside_a_run_that_goes_on_are_judged_by_its_own_data(tmp_path, monkeypatch, capsys, resume):
+    taken = []
+    monkeypatch.setattr("crate_fast.training.train", lambda config, **_: taken.append(config) or (None, None))
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"data": str(tmp_path)}}))
+    words = ("train", "--resume", tmp_path / resume, "--augment", "randaugment")
+    assert call(capsys, *words) == (0, "", "") and taken[0].data == str(tmp_path)
+    assert call(capsys, *words, "--data", "digits")[0] == 2
+
+
 @pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.kind is int])
 def test_no_whole_number_is_without_an_upper_bound(name):
     """What is computed with them is in floating point at last, and what is said of them has few digits."""

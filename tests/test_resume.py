@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import call
 
+from crate_fast import CRATEAlpha, load_checkpoint
 from crate_fast.checkpoint.read import CheckpointError, read_checkpoint
 from crate_fast.commands.main import main
 from crate_fast.locks import unlock
@@ -67,6 +68,18 @@ def test_float16_goes_on_with_its_scale(tmp_path, monkeypatch):
     assert scaler["_growth_tracker"] > 0
     run, _ = train(config, resume=str(tmp_path / "run"))
     assert same_end(run, straight)
+
+
+def test_a_stopped_run_of_crate_alpha_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    config = replace(SMALL, model="CRATEAlpha", layer_scale=0.5, epochs=2)
+    straight, _ = train(replace(config, out=str(tmp_path / "straight")))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(Stopped):
+            train(replace(config, out=str(tmp_path / "run")))
+    run, _ = train(config, resume=str(tmp_path / "run"))
+    assert same_end(run, straight)
+    assert type(load_checkpoint(run.path)) is CRATEAlpha
 
 
 @pytest.mark.parametrize("step", [1, 6, 15, 24])

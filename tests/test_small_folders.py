@@ -143,3 +143,12 @@ def test_few_photographs_without_a_gpu_get_a_recipe_that_is_named(folder, monkey
     assert choose_recipe({"data": "digits"}) is None
     monkeypatch.setattr(sys.modules["crate_fast.training.resolve"], "count_pictures", lambda *_: FEW + 1)
     assert choose_recipe({"data": str(folder)}) is None
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume", "auto")], ids=["", "auto"])
+def test_the_recipe_for_few_photographs_is_that_of_resume_auto_too(folder, tmp_path, monkeypatch, capsys, flags):
+    begun = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("crate_fast.training.train", lambda config, **_: begun.append(config) or (None, None))
+    assert call(capsys, "train", "--data", folder, "--out", tmp_path / "run", *flags)[0] == 0
+    assert begun[0] == resolve({"data": str(folder), "out": str(tmp_path / "run"), "epochs": begun[0].epochs}, "photos")

@@ -23,7 +23,7 @@ from crate_fast.optional import MissingPackageError
 from crate_fast.reference import CRATE as Published
 from crate_fast.sizes import SIZES
 from crate_fast.timm.__main__ import main as run_script
-from crate_fast.timm.crate import ARCHITECTURES, IN21K
+from crate_fast.timm.crate import ALPHA_ARCHITECTURES, ARCHITECTURES, IN21K
 
 NAME = "crate_tiny_patch16_224"
 OWN = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=3, heads=2, dim_head=16)
@@ -60,8 +60,9 @@ def same(one, two):
 
 
 def test_every_published_size_is_in_timms_registry_under_a_name_of_its_own():
-    assert set(timm.list_models("crate_*")) == set(ARCHITECTURES) == set(timm.list_models(module="crate"))
-    others = [name for name in timm.list_models() if name not in ARCHITECTURES]
+    known = {*ARCHITECTURES, *ALPHA_ARCHITECTURES}
+    assert set(timm.list_models("crate_*")) == known == set(timm.list_models(module="crate"))
+    others = [name for name in timm.list_models() if name not in known]
     assert len(others) > 1000 and not any("crate" in name for name in others)
     for size in SIZES:
         model = timm.create_model(f"crate_{size}_patch16_224", device="meta")
@@ -75,6 +76,27 @@ def test_every_published_size_is_in_timms_registry_under_a_name_of_its_own():
         sizes = (model.num_classes, model.patch_size, model.pos_embedding.shape[1], model.transformer.heads)
         assert sizes == (IN21K, (8, 8), 785, heads)
         assert model.transformer.layers[0][0].fn.qkv.weight.shape == (model.embed_dim, model.embed_dim)
+
+
+def test_crate_alpha_is_there_in_its_sizes_and_patches_with_timms_contract(tmp_path):
+    assert {f"crate_alpha_base_patch{n}_224" for n in (8, 16, 32)} | {"crate_alpha_large_patch14_224"} <= {*ALPHA_ARCHITECTURES}
+    large = timm.create_model("crate_alpha_large_patch14_224", device="meta")
+    assert sum(p.numel() for p in large.parameters()) == 253_650_920 and large.default_cfg["first_conv"] == "conv1"
+    torch.manual_seed(0)
+    model = timm.create_model("crate_alpha_tiny_patch16_224", **TINY, init_values=0.5, drop_path_rate=0.1).eval()
+    torch.manual_seed(0)
+    own, x = crate_fast.CRATEAlpha(**OWN, init_values=0.5).eval(), images(model)
+    assert torch.equal(model(x), own(x)) and model.get_classifier() is model.mlp_head[1]
+    torch.testing.assert_close(model.forward_head(model.forward_features(x)), own(x))
+    tokens, middle = model.forward_intermediates(x, [0, -1])
+    assert tokens.shape == (2, 5, 32) and [y.shape for y in middle] == [(2, 32, 2, 2)] * 2
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    assert len(groups) >= 5
+    save_model(own, tmp_path / "own.safetensors")
+    grey = timm.create_model("crate_alpha_tiny_patch16_224", **TINY, in_chans=1, init_values=0.5).eval()
+    grey.load_pretrained(tmp_path / "own.safetensors")
+    one = x[:, :1]
+    torch.testing.assert_close(grey(one), own(one.expand(-1, 3, -1, -1)))
 
 
 @pytest.mark.parametrize("pool, backend", [("token", "torch"), ("avg", "torch"), ("avg", "triton")])

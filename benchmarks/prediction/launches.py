@@ -72,7 +72,7 @@ def _type(value, path: tuple[int, ...], constants: dict, aligned: list):
 
 
 _SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
-_NAMED_ENDS = ("NORM", "SHRINK", "RESIDUAL", "RECTIFIED", "HEAD_WIDTH", "SUMS")
+_NAMED_ENDS = ("NORM", "SHRINK", "RESIDUAL", "RECTIFY", "MASKED", "RECTIFIED", "HEAD_WIDTH", "SUMS")
 
 
 def _ends(constants: dict) -> str:

@@ -25,7 +25,7 @@ import crate_fast.functional
 from crate_fast import kernels, operators
 from crate_fast.kernels import runtime, shapes, tuning
 from crate_fast.model import SIZES
-from crate_fast.modules import plain
+from crate_fast.modules import OvercompleteISTABlock, plain
 
 from .launches import Launch, flat, specialise
 
@@ -165,6 +165,23 @@ def record_attention(width: int, batch: int, arch: int = 90) -> Recorded:
         out = crate_fast.functional.mssa(w, inner_of(width) // width, backend="triton")
         out.backward(torch.empty_like(out))
     return found
+
+
+ODL = ("z1", "r", "z2", "out", "dD", "g2", "dr", "dD", "dD", "g1", "dD", "dh")
+"""What the kernels of CRATE-α's step write, in the order of their launches."""
+
+
+def record_odl(rows: int, dim: int, arch: int = 90) -> Recorded:
+    """CRATE-α's step alone on tokens of a width, forward and backward under bfloat16 autocast."""
+    found = Recorded([], [])
+    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16), _recorded(arch, found.calls):
+        step = OvercompleteISTABlock(dim, backend="triton")
+        h = torch.empty(rows, dim, requires_grad=True)
+        with _Operations(found.operations):
+            out = step(h)
+            out.backward(torch.empty_like(out))
+    calls = [call._replace(role=f"odl {name}") for call, name in zip(found.calls, ODL, strict=True)]
+    return found._replace(calls=calls)
 
 
 def _training(model, images: Tensor):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files import first_line, shown
+from ..model.alpha import CRATEAlpha
 from ..model.crate import CRATE
 from ..model.mae import CRATEMAE
 from ..model.transformer import layers_of
@@ -20,15 +21,20 @@ from .mae import LAYERS, MAE_ARGUMENTS, depth_of
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
 ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd", "step")
+OF_MODELS = (*ARGUMENTS, "model", "init_values")
+"""Those of a CRATE's and of other members of the family: which of them it is, and what they alone take."""
+MODELS: dict[str, type[CRATE]] = {"CRATE": CRATE, "CRATEAlpha": CRATEAlpha}
+PUBLISHED_MODEL = "CRATE"  # what files mean that name none
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHANGED = "the model was changed after it was built"
-OF_CRATE = CRATE.__name__, ARGUMENTS, {"depth": "transformer.layers."}
+OF_CRATE = CRATE.__name__, OF_MODELS, {"depth": "transformer.layers."}
 OF_MAE = CRATEMAE.__name__, MAE_ARGUMENTS, LAYERS
 Built = TypeVar("Built", CRATE, CRATEMAE)
 
 
 def constructor_arguments(model: CRATE) -> dict:
-    """The arguments of `CRATE` that build a model like this one, as plain numbers, strings and lists.
+    """The arguments of `CRATE` that build a model like this one, as plain numbers, strings and lists; of another member of the
+    family those of its class, and as "model" which it is.
 
     Raises:
         ValueError: no arguments do, since the model was changed after it was built.
@@ -61,7 +67,32 @@ def _arguments_of(model: CRATE, num_classes: object, pool: object) -> dict:
     of_layers = [_layer_arguments(mssa.fn, sparse.fn) for mssa, sparse in layers_of(transformer)]
     if any(layer != of_layers[0] for layer in of_layers):
         raise ValueError("the layers differ in dim_head, dropout, ista, lambd or step; the constructor gives all the same")
-    return arguments | (of_layers[0] if of_layers else {})
+    arguments |= of_layers[0] if of_layers else {}
+    return _of_alpha(model, arguments) if isinstance(model, CRATEAlpha) else arguments
+
+
+def _of_alpha(model: CRATEAlpha, arguments: dict) -> dict:
+    """Those that a CRATEAlpha takes, of those that CRATE does."""
+    arguments = {name: value for name, value in arguments.items() if name not in ("pool", "step")}
+    scale = {} if model.init_values is None else {"init_values": model.init_values}
+    return {"model": "CRATEAlpha"} | arguments | scale
+
+
+def class_of(arguments: dict, kind: type[Built]) -> type:
+    """The class that `arguments` name, or `kind` where that is one of it; raises ValueError where it is another's. A CRATEMAE's
+    name none."""
+    if issubclass(kind, CRATEMAE):
+        return kind
+    name = arguments.get("model", PUBLISHED_MODEL)
+    if name not in MODELS:
+        raise ValueError(f"model is {shown(name)}; allowed are {', '.join(map(repr, MODELS))}")
+    named = MODELS[name]
+    if kind is CRATE or kind is named:
+        return named
+    family = next(each for each in reversed(MODELS.values()) if issubclass(kind, each))
+    if family is not named:
+        raise ValueError(f"it is a {name}, and no {kind.__name__}")
+    return kind
 
 
 def _layer_arguments(attention, step) -> dict:
@@ -113,8 +144,9 @@ def _is_size(value: object) -> bool:
 
 def skeleton(arguments: dict, kind: type[Built] = CRATE) -> Built:
     """The model without memory for its weights, and without drawing them."""
+    named = class_of(arguments, kind)
     with torch.device("meta"):
-        return kind(**arguments)
+        return named(**{name: value for name, value in arguments.items() if name != "model"})
 
 
 def difference_of(model: nn.Module, weights: dict[str, Tensor]) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..eval_transform import MAIN, Transform, imagenet_statistics
 from ..files import check_regular, parse_json, shown, tell, write_atomically
-from .constructor import ARGUMENTS
+from .constructor import OF_MODELS
 from .tensor_files import is_of_hub
 
 CONFIG_NAME = "config.json"
@@ -65,7 +65,7 @@ def settled(weights: Path, arguments: dict | None) -> tuple[dict | None, dict | 
         return arguments, None
     if content is None:
         return arguments, None
-    stated = {name: content[name] for name in ARGUMENTS if name in content}
+    stated = {name: content[name] for name in OF_MODELS if name in content}
     own = arguments if isinstance(arguments, dict) else {}
     for name, value in stated.items():
         if name in own and _plain(name, own[name]) != _plain(name, value):

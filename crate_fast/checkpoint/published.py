@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..sizes import SIZES
+from ..sizes import ALPHA_SIZES, SIZES
 from .layouts import FIRST
 
 NEEDED = {"pos_embedding": 3, "to_patch_embedding.1.weight": 1, "mlp_head.1.weight": 2}
+NEEDED_BY_ALPHA = {"pos_embedding": 3, "conv1.weight": 4, "mlp_head.1.weight": 2}
 OPEN = {"pool": "cls", "ista": 0.1, "lambd": 0.1}  # as published
+OPEN_IN_ALPHA = {"ista": 0.1, "lambd": 0.1}
+SCALED, INIT_VALUES = "transformer.layers.0.0.scale", 1e-5  # LayerScale, and what it is at first in the published code
 HEAD_WIDTH = 64  # the constructor's
 DEMO = {"dim": 768, "depth": 12, "heads": 6}  # of the published segmentation demo, which no other published model is like
 UNUSED = ("head.weight", "head.bias")  # of the demo, whose forward ends before
@@ -31,11 +35,17 @@ def without_unused(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict,
     return left, inferred, note + (f"; as in the demo: heads={DEMO['heads']}" if is_demo else "")
 
 
+def model_of(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """The argument "model" where names tell that the weights are of another member of the family than CRATE."""
+    return {"model": "CRATEAlpha"} if "conv1.weight" in weights and "to_patch_embedding.1.weight" not in weights else {}
+
+
 def infer_arguments(weights: dict[str, Tensor], known: dict, image_size=None) -> tuple[dict, dict]:
-    """The arguments of `CRATE` that fit `weights`: those that shapes tell, and those that are assumed to be as published.
+    """The arguments of `CRATE`, or as names tell `CRATEAlpha`, that fit `weights`: those that shapes tell, and those that are
+    assumed to be as published.
 
     Args:
-        weights: by the names of `CRATE`.
+        weights: by the names of its class.
         known: arguments that the caller knows; they go before what shapes tell.
         image_size: likewise, where it has as many patches as the weights have positions; else it counts for nothing.
 
@@ -45,21 +55,29 @@ def infer_arguments(weights: dict[str, Tensor], known: dict, image_size=None) ->
     Raises:
         ValueError: shapes tell too little; the message names what has to be said.
     """
-    for name, dimensions in NEEDED.items():
+    model = model_of(weights)
+    needed, left, sizes = (NEEDED_BY_ALPHA, OPEN_IN_ALPHA, ALPHA_SIZES) if model else (NEEDED, OPEN, SIZES)
+    for name, dimensions in needed.items():
         if name not in weights or weights[name].dim() != dimensions:
             raise ValueError(f"no weights of a CRATE: it has no {name!r} of {dimensions} dimensions")
     _, tokens, dim = weights["pos_embedding"].shape
     arguments = {"dim": dim, "num_classes": len(weights["mlp_head.1.weight"])}
     arguments["depth"] = _depth(weights)
-    values = len(weights["to_patch_embedding.1.weight"])
+    if model:
+        _, channels, *patch = weights["conv1.weight"].shape
+        values = channels * math.prod(patch)
+        known = {"channels": channels, "patch_size": patch} | known
+    else:
+        values = len(weights["to_patch_embedding.1.weight"])
     if image_size is not None:
-        sizes = _infer_sizes(values, tokens - 1, known | {"image_size": image_size})
-        if math.prod(i // max(1, p) for i, p in zip(_as_pair(image_size), sizes["patch_size"], strict=True)) == tokens - 1:
+        tried = _infer_sizes(values, tokens - 1, known | {"image_size": image_size})
+        if math.prod(i // max(1, p) for i, p in zip(_as_pair(image_size), tried["patch_size"], strict=True)) == tokens - 1:
             known = known | {"image_size": image_size}
     arguments |= _infer_sizes(values, tokens - 1, known)
-    inferred, assumed = _infer_heads(weights, dim, arguments["depth"], known)
-    assumed |= {name: value for name, value in OPEN.items() if name not in known}
-    return arguments | inferred | assumed | known, assumed
+    inferred, assumed = _infer_heads(weights, dim, arguments["depth"], known, sizes)
+    left = left | ({"init_values": INIT_VALUES} if SCALED in weights else {})
+    assumed |= {name: value for name, value in left.items() if name not in known}
+    return model | arguments | inferred | assumed | known, assumed
 
 
 def _depth(weights: dict[str, Tensor]) -> int:
@@ -86,8 +104,8 @@ def _infer_sizes(values: int, patches: int, known: dict) -> dict:
     return {"channels": channels, "patch_size": list(patch), "image_size": image}
 
 
-def _infer_heads(weights: dict[str, Tensor], dim: int, depth: int, known: dict) -> tuple[dict, dict]:
-    """(heads and dim_head that are inferred, those that are assumed)."""
+def _infer_heads(weights: dict[str, Tensor], dim: int, depth: int, known: dict, sizes: dict) -> tuple[dict, dict]:
+    """(heads and dim_head that are inferred, those that are assumed); `sizes`: the published ones of its kind."""
     first = "transformer.layers.0.0.fn."
     if depth and f"{first}to_out.0.weight" not in weights:
         return {"heads": 1, "dim_head": dim}, {}  # the only case without a projection back
@@ -98,13 +116,13 @@ def _infer_heads(weights: dict[str, Tensor], dim: int, depth: int, known: dict) 
     if "dim_head" in known:
         return {"heads": width // max(1, known["dim_head"])}, {}
     outputs = len(weights["mlp_head.1.weight"])
-    if (dim, depth, width) == (DEMO["dim"], DEMO["depth"], DEMO["dim"]) and outputs in OUTPUTS:
+    if sizes is SIZES and (dim, depth, width) == (DEMO["dim"], DEMO["depth"], DEMO["dim"]) and outputs in OUTPUTS:
         heads = OUTPUTS[outputs]
         if heads is None:
             raise ValueError(f"{outputs} classes are those of a base model with 12 heads and of the segmentation demo with 6; "
                              "say heads")  # fmt: skip
         return {}, {"heads": heads, "dim_head": width // heads}
-    for size in SIZES.values():
+    for size in sizes.values():
         if (size["dim"], size["depth"], size["heads"] * size["dim_head"]) == (dim, depth, width):
             return {}, {"heads": size["heads"], "dim_head": size["dim_head"]}
     if width % HEAD_WIDTH:

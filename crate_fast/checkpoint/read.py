@@ -20,7 +20,7 @@ from . import distributed
 from .archives import ZIP_SIGNATURE, DamagedError, read_archive, read_beside_others, signature_of, unread
 from .hub_config import settled
 from .layouts import Found, choose, find_weights, is_name, joined
-from .published import without_unused
+from .published import model_of, without_unused
 from .tensor_files import DIGEST, INDEX_NAME, METADATA_KEY, MODEL_NAME, read_shards, read_tensors
 from .unfinished import newest_checkpoint
 
@@ -124,7 +124,9 @@ def _read_file(path: Path, wanted: str | None) -> Model:
 def _foreign(found: Found, transform: Transform | None = None) -> Model:
     """The model of weights beside which no arguments stand."""
     weights, inferred, note = without_unused(found.weights)
-    return Model(None, weights, None if note else transform, joined(found.note, note), inferred)
+    if model_of(weights):
+        transform = MAIN  # as the published eval_in1k_cls.py, wherever they lie
+    return Model(None, weights, None if note else transform, joined(found.note, note), model_of(weights) | inferred)
 
 
 def _stored(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:

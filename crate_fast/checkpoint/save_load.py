@@ -19,7 +19,7 @@ from ..eval_transform import Transform
 from ..files import first_line, shown, tell, write_atomically
 from ..model.crate import CRATE
 from ..model.mae import CRATEMAE
-from .constructor import ARGUMENTS, CHANGED, build, constructor_arguments, difference_of, skeleton
+from .constructor import CHANGED, OF_MODELS, build, constructor_arguments, difference_of, skeleton
 from .layouts import WORDS
 from .mae import MAE_ARGUMENTS, changed_arguments, infer_mae, is_mae, mae_keywords
 from .published import infer_arguments
@@ -195,9 +195,9 @@ def _load(path: Path, device: torch.device | str, overrides: dict, wanted: str |
     if wrong := sorted(_untaken(kind, overrides)):
         raise CheckpointError(f"{path}: it holds a CRATE, which has no {wrong[0]}")
     if arguments is None:
-        known = {**inferred, **{n: value for n, value in overrides.items() if n in ARGUMENTS and n not in RESIZED}}
+        known = {**inferred, **{n: value for n, value in overrides.items() if n in OF_MODELS and n not in RESIZED}}
         arguments = _settle(path, lambda: infer_arguments(weights, known, overrides.get("image_size")))
-        model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(ARGUMENTS)}, kind)
+        model = build(path, arguments, weights, {name: overrides[name] for name in set(overrides) - set(OF_MODELS)}, kind)
     else:
         rest = {name: value for name, value in overrides.items() if name not in RESIZED}
         model = build(path, arguments, weights, _head_width(arguments, rest) | rest, kind)
@@ -253,7 +253,7 @@ def _resized(path: Path, model: CRATE, overrides: dict) -> CRATE:
     """`model`, with another head or other positions where `overrides` have other sizes, which is said."""
     own = constructor_arguments(model)
     wanted = own | {name: overrides[name] for name in RESIZED if name in overrides}
-    rest = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
+    rest = {name: value for name, value in overrides.items() if name not in OF_MODELS}
     try:
         built = skeleton(wanted | rest, type(model))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -14,7 +14,7 @@ from ..model.mae import CRATEMAE
 from ..model.positions import resample_positions
 from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
-from .constructor import body_arguments, build, check_floating, constructor_arguments, difference_of
+from .constructor import PUBLISHED_MODEL, body_arguments, build, check_floating, constructor_arguments, difference_of
 from .layouts import joined
 from .mae import MAE_ARGUMENTS, NOTE, as_crate, crate_arguments, infer_mae, is_mae, mae_arguments
 from .mae import OPEN as OPEN_OF_MAE
@@ -22,7 +22,8 @@ from .published import OPEN
 from .read import CheckpointError, Model, model_file, read_model
 from .resize import HEAD, grid_of
 
-SAME = ("dim", "depth", "heads", "dim_head", "channels", "patch_size", "ista", "lambd")  # what a weight means hangs on these
+SAME_LAYERS = ("dim", "depth", "heads", "dim_head", "channels", "ista", "lambd")
+SAME = (*SAME_LAYERS, "patch_size")  # what a weight means hangs on these
 
 
 def read_weights(path: str | Path) -> Model:
@@ -111,11 +112,13 @@ def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collec
             something else with them.
     """
     weights, own, stated = dict(source.weights), model.state_dict(), source.arguments or {}
-    _check_same(body_arguments(model), stated or source.inferred, path)
+    cut = _of_other_patches(own, weights)
+    _check_same(body_arguments(model), stated or source.inferred, path, SAME if not cut else SAME_LAYERS)
     if source.arguments is None and NOTE in (source.note or ""):
         _check_threshold(model, path)
     head = [key for key in own if (key.startswith(HEAD) if new is None else key in new)]
-    wanted = [key for key in own if key not in head]
+    cut = [key for key in cut if key not in head]
+    wanted = [key for key in own if key not in (*head, *cut)]
     missing = [key for key in wanted if key not in weights]
     surplus = [key for key in weights if key not in own]
     if len(missing) == len(wanted):
@@ -136,6 +139,7 @@ def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collec
     model.load_state_dict(loaded, strict=False)
     line = f"{path}: {len(loaded)} weights loaded{resampled}"
     line += f"; new: the head ({len(head)})" if head else ""
+    line += "; new: the embedding of patches, which are of another size there" if cut else ""
     if stated.get("pool", model.pool) != model.pool:
         line += f", which reads by pool {model.pool!r}, not {stated['pool']!r} as there"
     line += f"; {source.note}" if source.note else ""
@@ -143,9 +147,20 @@ def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collec
     return line + (f"; not of this model, and left out: {', '.join(map(str, surplus))}" if surplus else "")
 
 
-def _check_same(own: dict, stated: Mapping, path: str | os.PathLike) -> None:
+def _of_other_patches(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of a CRATE-α's embedding of patches, where that of `weights` is of other patches: it then begins anew."""
+    there, here = (of.get("conv1.weight") for of in (weights, own))
+    if there is None or here is None or there.dim() != 4 or there.shape[:2] != here.shape[:2]:
+        return []
+    return [key for key in own if key.startswith("conv1.")] if there.shape != here.shape else []
+
+
+def _check_same(own: dict, stated: Mapping, path: str | os.PathLike, names: tuple[str, ...] = SAME) -> None:
     """Raises CheckpointError where the file says of its weights what makes something else of them than the model does."""
-    for name in SAME:
+    there, here = (arguments.get("model", PUBLISHED_MODEL) for arguments in (stated, own))
+    if there != here:
+        raise CheckpointError(f"{path}: it is a {there}, and the model of this run a {here}")
+    for name in names:
         if name in stated and own.get(name, stated[name]) != stated[name]:
             raise CheckpointError(
                 f"{path}: {name} is {stated[name]} in it and {own[name]} in this run, which may start from it with "

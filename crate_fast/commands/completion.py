@@ -11,7 +11,7 @@ from ..sizes import ARCHITECTURES
 from .arguments import SWITCHES, as_path, place, switch
 
 SHELLS = ("bash", "zsh", "fish")
-NAMES = {"arch": ARCHITECTURES, "optimizer": tuple(OPTIMIZERS)}
+NAMES = {"arch": tuple(ARCHITECTURES), "optimizer": tuple(OPTIMIZERS)}
 """What is completed by its names, where its type alone knows them."""
 
 

@@ -15,7 +15,7 @@ from ..files import shown
 from ..optimizers import OPTIMIZERS
 from ..settings import SETTINGS, ConfigError, Setting, TrainConfig, flag, listed
 from ..training import resolve
-from ..training.resolve import NAMES, choose_recipe, default_recipe, read_recipe
+from ..training.resolve import NAMES, choose_recipe, data_of_run, default_recipe, read_recipe
 from .arguments import MODEL_KEYWORDS, number, switch, whole
 from .published_flags import PUBLISHED, Published, architecture, data_set, optimizer, resume_switch
 
@@ -243,8 +243,8 @@ def _train(arguments: argparse.Namespace, given: dict) -> None:
     recipe, resume = arguments.recipe, arguments.resume
     if recipe is not None and resume not in (None, "auto") and not _is_published(resume):
         raise ConfigError(f"--recipe is {recipe!r}; a resumed run keeps its own settings")
-    config = resolve(given, recipe, command=arguments.command)
-    if arguments.command == "train" and recipe is None and resume is None:
+    config = resolve(data_of_run(resume) | given, recipe, command=arguments.command)
+    if arguments.command == "train" and recipe is None and resume in (None, "auto"):
         config = _for_few(given) or config
     for line in warnings_of(arguments, given, config):
         print(f"crate-fast: warning: {line}", file=sys.stderr)

@@ -24,7 +24,7 @@ class Measures(NamedTuple):
     Attributes:
         subspace_rate: R^c(Z^ℓ | U), what the published code plots: of the tokens that enter the layer.
         compressed_rate: R^c(Z^{ℓ+1/2} | U), the same after MSSA: tokens through the same LayerNorm and subspaces U.
-        nonzero: share of the entries of Z^{ℓ+1}, after ISTA, that are not exactly zero, 0 to 1.
+        nonzero: share of the entries of Z^{ℓ+1}, after ISTA, that are not exactly zero, 0 to 1; of CRATE-α those of z₂.
         rate: R(Z^{ℓ+1}), of all tokens in all dimensions.
     """
 
@@ -133,7 +133,7 @@ def _measure_batch(model: CRATE, images: Tensor, precision: float) -> Measures:
             measured = (
                 subspace_rate(view.projection, view.heads, precision),
                 subspace_rate(project(view.layer, view.compressed), view.heads, precision),
-                nonzero_share(view.tokens),
+                nonzero_share(view.code),
                 coding_rate(view.tokens, precision),
             )
         except InspectionError as error:

@@ -13,17 +13,18 @@ from .. import functional
 from ..model.crate import CRATE
 from ..model.positions import resample_positions
 from ..model.transformer import layers_of
-from ..modules.layer import Layer
+from ..modules.layer import Layer, ScaledPreNorm
 
 
 class LayerView(NamedTuple):
     """What one layer makes of its tokens; the class token is the first of them.
 
     Attributes:
-        layer: the layer itself, its `[0]` the MSSA step and its `[1]` the ISTA step.
+        layer: the layer itself, its `[0]` the MSSA step and its `[1]` the step of sparsification.
         projection: w = U LN(Z^ℓ), (batch, tokens, heads × head width): query, key and value in one, as a hook on `qkv` sees.
         compressed: Z^{ℓ+1/2} = Z^ℓ + MSSA, (batch, tokens, dim).
-        tokens: Z^{ℓ+1} = ISTA, (batch, tokens, dim), as a hook on the layer's second module sees.
+        tokens: Z^{ℓ+1} = ISTA, (batch, tokens, dim), as a hook on the layer's second module sees; of a step with a residual
+            what the layer gives.
     """
 
     layer: Layer
@@ -34,6 +35,12 @@ class LayerView(NamedTuple):
     @property
     def heads(self) -> int:
         return self.layer[0].fn.heads
+
+    @property
+    def code(self) -> Tensor:
+        """What the step of sparsification makes sparse: of ISTA `tokens`, of CRATE-α z₂, (batch, tokens, 4 dim)."""
+        sparse = self.layer[1]
+        return sparse.fn.code(sparse.norm(self.compressed)) if self.layer.residual else self.tokens
 
     @property
     def scale(self) -> float:
@@ -65,8 +72,9 @@ def layer_views(model: CRATE, images: Tensor) -> Iterator[LayerView]:
             attention = mssa.fn
             w = project(layer, x)
             out = functional.mssa(w, attention.heads, attention.scale, attention.backend)
-            z = attention.to_out(out) + x
-            x = ista(z)
+            step = attention.to_out(out)
+            z = (step * mssa.scale if isinstance(mssa, ScaledPreNorm) else step) + x
+            x = ista(z) + z if layer.residual else ista(z)
             yield LayerView(layer, w, z, x)
 
 
@@ -93,7 +101,7 @@ def patch_grid(model: CRATE, images: Tensor) -> tuple[int, int]:
 
 def _embed(model: CRATE, images: Tensor, grid: tuple[int, int]) -> Tensor:
     own = model.image_size[0] // model.patch_size[0], model.image_size[1] // model.patch_size[1]
-    x = model.to_patch_embedding(images)
+    x = model.embed_patches(images)
     x = torch.cat((model.cls_token.expand(len(x), -1, -1), x), dim=1)
     return x + resample_positions(model.pos_embedding, own, grid)
 

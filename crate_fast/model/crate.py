@@ -15,6 +15,7 @@ from ..backend import autocasts, check_backend, check_tensor, is_transformed
 from ..eval_transform import Transform
 from ..files import shown
 from ..functional import check_number, check_positive
+from ..modules.applied import applied
 from ..modules.cpu_inference import evaluated_embedding
 from ..modules.plain import has_global_hooks, is_exported, is_plain, keeps_forwards, same_place
 from ..modules.step import STEPS
@@ -115,19 +116,36 @@ class CRATE(nn.Module):
         check_buildable(dim, depth, heads * dim_head, patch_dim, rows * columns + 1, num_classes)
         self.channels = channels
 
+        self._make_embedding(dim)
+        self.pos_embedding = nn.Parameter(torch.randn(1, rows * columns + 1, dim))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.dropout = nn.Dropout(emb_dropout)
+        numbers = dropout, ista, lambd, backend, stream, step, drop_path
+        self.transformer = self._made_layers(dim, depth, heads, dim_head, *numbers)
+        self.pool = pool
+        self.to_latent = nn.Identity()
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+
+    def _make_embedding(self, dim: int) -> None:
+        """Adds the modules that make tokens of patches."""
+        height, width = self.patch_size
+        patch_dim = self.channels * height * width
         self.to_patch_embedding = nn.Sequential(
-            Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=patch_height, p2=patch_width),
+            Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=height, p2=width),
             nn.LayerNorm(patch_dim),
             nn.Linear(patch_dim, dim),
             nn.LayerNorm(dim),
         )
-        self.pos_embedding = nn.Parameter(torch.randn(1, rows * columns + 1, dim))
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
-        self.dropout = nn.Dropout(emb_dropout)
-        self.transformer = Transformer(dim, depth, heads, dim_head, dropout, ista, lambd, backend, stream, step, drop_path)
-        self.pool = pool
-        self.to_latent = nn.Identity()
-        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+
+    def _made_layers(self, *sizes) -> Transformer:
+        return Transformer(*sizes)
+
+    def _embedding(self) -> nn.Module:
+        return self.to_patch_embedding
+
+    def embed_patches(self, image: Tensor) -> Tensor:
+        """(batch, channels, height, width), which patches divide, to (batch, patches, dim), without their positions."""
+        return applied(self.to_patch_embedding, image, self._backend())
 
     def forward(self, image: Tensor) -> Tensor:
         """(batch, channels, height, width) to logits (batch, num_classes).
@@ -150,12 +168,12 @@ class CRATE(nn.Module):
 
     def _classify(self, x: Tensor) -> Tensor:
         """(batch, dim), pooled, to logits."""
-        return self.mlp_head(self.to_latent(x))
+        return applied(self.mlp_head, self.to_latent(x), self._backend())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws all weights anew as the constructor does: the same from the same seed."""
-        self.to_patch_embedding.apply(_reset)
+        self._embedding().apply(_reset)
         self.pos_embedding.normal_()
         self.cls_token.normal_()
         self.transformer.apply(_reset)
@@ -180,13 +198,17 @@ class CRATE(nn.Module):
             weights = [norm.weight, norm.bias, linear.weight, linear.bias, last_norm.weight, last_norm.bias]
             eps = [norm.eps, last_norm.eps]
             return evaluated_embedding(image, [*weights, self.cls_token, positions], list(self.patch_size), eps)
-        x = self.to_patch_embedding(image)
+        x = self.embed_patches(image)
         positions = positions[:, : 1 + x.shape[1]]
         positions = torch.cat((self.cls_token + positions[:, :1], positions[:, 1:]), dim=1)
         # The class token's place is kept in the tokens' dtype, under autocast a narrower one than the positions': the wider
         # tokens are written once.
         place = x.new_zeros(()).expand(x.shape[0], 1, x.shape[2])
         return self.dropout(torch.cat((place, x), dim=1) + positions)
+
+    def _backend(self) -> str:
+        """Of its products beside the layers: the layers', literally PyTorch's where something else stands in their place."""
+        return getattr(self.transformer, "backend", "reference")
 
     def _positions(self, image: Tensor) -> Tensor:
         """(1, 1 + patches or more, dim): the position embeddings of an image, of which the first are taken."""
@@ -196,7 +218,7 @@ class CRATE(nn.Module):
         """Whether `evaluated_embedding` may stand for the modules, on a CPU: GPUs gain nothing from it."""
         if image.device.type != "cpu" or image.numel() == 0 or torch.is_grad_enabled() or autocasts("cpu"):
             return False
-        if has_global_hooks() or is_transformed() or is_exported() or self.transformer.backend == "reference":
+        if has_global_hooks() or is_transformed() or is_exported() or self._backend() == "reference":
             return False
         plain = is_plain_embedding(self.to_patch_embedding, self.dropout)
         return plain and same_place((image, *self.to_patch_embedding.parameters(), self.cls_token))

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backend import autocasts, choose_backend
 from ..modules.kernel_weights import kernel_weights, make_weights
-from ..modules.layer import Attention, Layer, PreNorm
+from ..modules.layer import Attention, Layer, PreNorm, ScaledPreNorm
 from ..modules.plain import has_global_hooks, same_place
 from ..modules.step import STEPS
 from ..ranges import in_range, is_profiled
@@ -78,7 +78,7 @@ class Stack(nn.Module):
 
     def _fuses(self, layer: nn.Module, x: Tensor, cast: bool, chosen: dict[int, str]) -> bool:
         """Whether kernels run `layer` on x, `cast` by autocast or not; `chosen` is filled with the backend by head width."""
-        if not isinstance(layer, Layer) or not layer.is_fusable() or not layer[1].fn.folds:
+        if not isinstance(layer, Layer) or layer.residual or not layer.is_fusable() or not layer[1].fn.folds:
             return False
         weights = layer.weights()
         if not layer.fits(weights, x.shape[-1]) or not same_place(weights) or weights[0].device != x.device:
@@ -122,6 +122,9 @@ class Transformer(Stack):
         stream: dtype of the activations that fused layers keep under autocast; see `crate_fast.CRATE`.
         step: name of the step of sparsification, in `crate_fast.modules.STEPS`.
         drop_path: stochastic depth of the last layer; see `crate_fast.CRATE`.
+        eps: of the layers' LayerNorms.
+        out_bias: whether the attention's projection back has a bias.
+        init_values: of LayerScale; None: without it.
     """
 
     def __init__(
@@ -137,6 +140,9 @@ class Transformer(Stack):
         stream: str = "auto",
         step: str = "ista",
         drop_path: float = 0.0,
+        eps: float = 1e-5,
+        out_bias: bool = True,
+        init_values: float | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
@@ -146,10 +152,12 @@ class Transformer(Stack):
         self.backend = backend
         self.stream = stream
         for index in range(depth):
-            attention = Attention(dim, heads=heads, dim_head=dim_head, dropout=dropout, backend=backend)
-            mssa = PreNorm(dim, attention)
+            attention = Attention(dim, heads=heads, dim_head=dim_head, dropout=dropout, backend=backend, out_bias=out_bias)
             sparse = STEPS[step](dim, dim, dropout=dropout, step_size=ista, lambd=lambd, backend=backend)
-            layer = Layer(mssa, PreNorm(dim, sparse))
+            if init_values is None:
+                layer = Layer(PreNorm(dim, attention, eps), PreNorm(dim, sparse, eps))
+            else:
+                layer = Layer(*(ScaledPreNorm(dim, part, eps, init_values) for part in (attention, sparse)))
             layer.drop_path = drop_path * index / (depth - 1) if depth > 1 else drop_path
             self.layers.append(layer)
 

@@ -3,7 +3,19 @@
 from .decoder import DecoderLayer
 from .dictionary import Dictionary
 from .ista import FeedForward
-from .layer import Attention, Layer, PreNorm
+from .layer import Attention, Layer, PreNorm, ScaledPreNorm
+from .odl import OvercompleteISTABlock
 from .step import STEPS, SparseStep
 
-__all__ = ["STEPS", "Attention", "DecoderLayer", "Dictionary", "FeedForward", "Layer", "PreNorm", "SparseStep"]
+__all__ = [
+    "STEPS",
+    "Attention",
+    "DecoderLayer",
+    "Dictionary",
+    "FeedForward",
+    "Layer",
+    "OvercompleteISTABlock",
+    "PreNorm",
+    "ScaledPreNorm",
+    "SparseStep",
+]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
+from ..cpu_products import linear
 from ..operators import operator
 from .kept import kept_matrix
 from .step import STEPS
@@ -42,11 +43,11 @@ def evaluated_layer(
     """
     norm1_weight, norm1_bias, project, out_weight, out_bias, norm2_weight, norm2_bias, *of_step = weights
     width = x.shape[-1:]
-    w = F.linear(F.layer_norm(x, width, norm1_weight, norm1_bias, eps_mssa), project)
+    w = linear(F.layer_norm(x, width, norm1_weight, norm1_bias, eps_mssa), project)
     # Between its products a layer of 16 bit computes in float32, as under autocast, and rounds its result once: three roundings
     # of the stream a layer, as the published code has them, are what its error is made of.
     wide = torch.promote_types(x.dtype, torch.float32)
-    z = F.linear(functional.attend(w, heads, scale), out_weight, out_bias).to(wide).add_(x)
+    z = linear(functional.attend(w, heads, scale), out_weight, out_bias).to(wide).add_(x)
     h = F.layer_norm(z, width, norm2_weight.to(wide), norm2_bias.to(wide), eps_step)
     sparse = STEPS[step]
     matrix = kept_matrix(sparse.fold, of_step, step_size) if sparse.folds else None
@@ -81,7 +82,7 @@ def evaluated_embedding(image: Tensor, weights: list[Tensor], patch_size: list[i
     patch_weight, patch_bias, weight, bias, norm_weight, norm_bias, class_token, positions = weights
     patches = _patches(image, *patch_size)
     batch, count, size = patches.shape
-    tokens = F.linear(F.layer_norm(patches, (size,), patch_weight, patch_bias, eps[0]), weight, bias)
+    tokens = linear(F.layer_norm(patches, (size,), patch_weight, patch_bias, eps[0]), weight, bias)
     tokens = F.layer_norm(tokens, norm_weight.shape, norm_weight, norm_bias, eps[1])
     embedded = tokens.new_empty(batch, 1 + count, norm_weight.shape[0])
     embedded[:, :1] = class_token + positions[:, :1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..backend import autocasts, choose_backend, is_transformed
 from ..reference import constant_to_compile
+from .applied import applied
 from .cpu_inference import evaluated_layer
 from .plain import (
     Place,
@@ -35,13 +36,30 @@ class PreNorm(nn.Module):
     fn: Any  # in a layer an Attention or a SparseStep, which its place tells
     _modules: dict[str, Any]  # read as it is, here and below, since attributes of modules are found slowly
 
-    def __init__(self, dim: int, fn: nn.Module) -> None:
+    def __init__(self, dim: int, fn: nn.Module, eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=eps)
         self.fn = fn
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         return self.fn(self.norm(x), **kwargs)
+
+
+class ScaledPreNorm(PreNorm):
+    """LayerScale (arXiv:2103.17239): `PreNorm` times `scale`, (dim,), learned, and `init_values` at first."""
+
+    def __init__(self, dim: int, fn: nn.Module, eps: float, init_values: float) -> None:
+        super().__init__(dim, fn, eps)
+        self.scale = nn.Parameter(torch.empty(dim))
+        self.init_values = init_values
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets `scale` as it was at first."""
+        nn.init.constant_(self.scale, self.init_values)
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        return super().forward(x, **kwargs) * self.scale
 
 
 class Attention(nn.Module):
@@ -53,11 +71,20 @@ class Attention(nn.Module):
         dim_head: dimension of a subspace.
         dropout: on the attention probabilities, and again after the projection back.
         backend: see `crate_fast.choose_backend`.
+        out_bias: whether the projection back has a bias.
     """
 
     _modules: dict[str, Any]
 
-    def __init__(self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.0, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        out_bias: bool = True,
+    ) -> None:
         super().__init__()
         inner_dim = heads * dim_head
         self.heads = heads
@@ -69,13 +96,13 @@ class Attention(nn.Module):
         if heads == 1 and dim_head == dim:
             self.to_out: nn.Module = nn.Identity()
         else:
-            self.to_out = nn.Sequential(nn.Linear(inner_dim, dim), nn.Dropout(dropout))
+            self.to_out = nn.Sequential(nn.Linear(inner_dim, dim, bias=out_bias), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.qkv(x)
-        if self._needs_probabilities():
-            return self.to_out(self._attend_openly(w))
-        return self.to_out(functional.mssa(w, self.heads, self.scale, self.backend))
+        w = applied(self.qkv, x, self.backend)
+        openly = self._needs_probabilities()
+        out = self._attend_openly(w) if openly else functional.mssa(w, self.heads, self.scale, self.backend)
+        return applied(self.to_out, out, self.backend)
 
     def _needs_probabilities(self) -> bool:
         """Whether the matrix of probabilities must exist: it is dropped from, or somebody watches it."""
@@ -89,7 +116,8 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Sequential):
-    """One step of compression and one of sparsification, a `SparseStep`: x ← ISTA(x + MSSA(x)).
+    """One step of compression and one of sparsification, a `SparseStep`: x ← ISTA(x + MSSA(x)), or, of a step with a residual,
+    z ← x + MSSA(x), x ← z + step(z).
 
     Indexed like the published list of the two; FSDP2 of torch 2.11 takes no nn.ModuleList, even with a forward.
     """
@@ -97,7 +125,9 @@ class Layer(nn.Sequential):
     frozen: dict[torch.dtype, tuple] | None = None
     """What `fresh_weights` gave, by the operands' dtype, in a copy that `crate_fast.freeze` made; else None."""
     drop_path: float = 0.0
-    """In training, the share of a batch's images for which this layer leaves out its step of compression; see `drop_path`."""
+    """In training, the share of a batch's images for which this layer leaves out a step with a residual; see `drop_path`."""
+    residual: bool = False
+    """Whether the step of sparsification has a residual, as `SparseStep.residual` says."""
     _modules: dict[str, Any]
 
     if TYPE_CHECKING:  # nn.Sequential tells no more of the two than that they are modules
@@ -107,13 +137,16 @@ class Layer(nn.Sequential):
 
     def __init__(self, mssa: PreNorm, sparse: PreNorm) -> None:
         super().__init__(mssa, sparse)
+        self.residual = isinstance(sparse.fn, SparseStep) and sparse.fn.residual
 
     def forward(self, x, run: Callable | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """(batch, tokens, dim) to the same; with `run` what that makes of this layer and x, see `through`."""
         if run is not None:
             return run(self, x)
         if not self._is_evaluated(x):
-            return self[1](drop_path(self[0](x), self.drop_path if self.training else 0.0) + x)
+            share = self.drop_path if self.training else 0.0
+            z = drop_path(self[0](x), share) + x
+            return drop_path(self[1](z), share) + z if self.residual else self[1](z)
         mssa, sparse = self
         step: SparseStep = sparse.fn
         numbers = (mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, sparse.norm.eps)
@@ -129,7 +162,7 @@ class Layer(nn.Sequential):
 
     def _is_evaluated(self, x: Tensor) -> bool:
         """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
-        if self.training or torch.is_grad_enabled() or is_transformed() or autocasts(x.device.type):
+        if self.residual or self.training or torch.is_grad_enabled() or is_transformed() or autocasts(x.device.type):
             return False
         return self.runs_unwatched(x) and not is_exported()
 
@@ -152,7 +185,8 @@ class Layer(nn.Sequential):
         if type(heads) is not int or heads < 1 or inner % heads or not isinstance(scale, (int, float)) or not abs(scale) < inf:
             return False
         of_step = self._modules["1"]._modules["fn"].shapes(dim).values()
-        shapes = [(dim,), (dim,), (inner, dim), (dim, inner), (dim,), (dim,), (dim,), *of_step]
+        vectors = len(weights) - len(of_step) - 4  # of the second LayerNorm, and the projection's bias where it has one
+        shapes = [(dim,), (dim,), (inner, dim), (dim, inner), *[(dim,)] * vectors, *of_step]
         return [w.shape for w in weights] == shapes and all(w.is_contiguous() for w in weights if w.dim() == 1)
 
     def is_fusable(self, backends: tuple[str, ...] = ("auto", "triton")) -> bool:
@@ -163,7 +197,7 @@ class Layer(nn.Sequential):
         attention, step = (part._modules["fn"] for part in self._modules.values())
         if step.backend not in backends or (self.training and self.drop_path > 0):
             return False
-        return fuses_attention(attention, backends)
+        return fuses_attention(attention, backends, unbiased=self.residual)
 
     # Constant to torch.compile, as hooks are to it anyway, and it guards classes itself: else it guards 500 facts, 0.27 ms
     # before each call of a layer.
@@ -183,17 +217,19 @@ class Layer(nn.Sequential):
         mssa, sparse = self
         attention = mssa.fn
         out = functional.class_token_mssa(mssa.norm(x), attention.qkv.weight, attention.heads, attention.scale)
-        return sparse(attention.to_out(out) + x[:, :1])
+        z = applied(attention.to_out, out, attention.backend) + x[:, :1]
+        return sparse(z) + z if self.residual else sparse(z)
 
     def weights(self) -> tuple[Tensor, ...]:
-        """The parameters: `kernels.LayerWeights` in order, with the step's weights where that has M."""
+        """The parameters: `kernels.LayerWeights` in order, with the step's weights where that has M; no bias where none is."""
         mssa, sparse = (part._modules for part in self._modules.values())  # attributes of modules are found slowly
         attention = mssa["fn"]._modules
         norm1, project, norm2 = (part._parameters for part in (mssa["norm"], attention["qkv"], sparse["norm"]))
         out, step = attention["to_out"]._modules["0"]._parameters, sparse["fn"]
         of_step = [step._parameters[name] for name in step.weight_names]
         vectors = norm2["weight"], norm2["bias"]
-        return norm1["weight"], norm1["bias"], project["weight"], out["weight"], out["bias"], *vectors, *of_step
+        bias = () if out["bias"] is None else (out["bias"],)
+        return norm1["weight"], norm1["bias"], project["weight"], out["weight"], *bias, *vectors, *of_step
 
     def settings(self):
         """The numbers that are not learned, as `kernels.LayerSettings`."""
@@ -220,8 +256,9 @@ def drop_path(step: Tensor, share: float) -> Tensor:
     return step * (kept / (1 - share) if share < 1 else kept)
 
 
-def fuses_attention(attention: Attention, backends: tuple[str, ...]) -> bool:
-    """Whether a fused computation may stand for a plain `attention`: it drops nothing out and its backend is among these."""
+def fuses_attention(attention: Attention, backends: tuple[str, ...], unbiased: bool = False) -> bool:
+    """Whether a fused computation may stand for a plain `attention`: it drops nothing out and its backend is among these;
+    `unbiased`: its projection back may lack a bias."""
     if attention.backend not in backends:
         return False
     inner = attention._modules
@@ -229,7 +266,7 @@ def fuses_attention(attention: Attention, backends: tuple[str, ...]) -> bool:
     if any(d.training and d.p > 0 for d in (inner["dropout"], dropout)):
         return False
     biases = inner["qkv"]._parameters["bias"], linear._parameters["bias"]
-    return _is_over_keys(inner["attend"]) and biases[0] is None and biases[1] is not None
+    return _is_over_keys(inner["attend"]) and biases[0] is None and (biases[1] is not None or unbiased)
 
 
 def attention_places(path: str) -> tuple[Place, ...]:

@@ -25,7 +25,8 @@ class SparseStep(nn.Module):
     it (`reference`), and four more, all functions of tensors with `weights` in the order of `shapes`: `fold`, `sparsify`,
     `fold_gradient` and `flops`. Where there is an M with which the step is relu(h + h M − ηλ), `fold` and `fold_gradient` are
     all there is to say: the rest is here, and the kernels run it. Where there is none, those two are left out, and `sparsify`
-    says how the step is computed; its layers run by their modules.
+    says how the step is computed; its layers run by their modules. With `residual = True` a layer is z + step(LN(z)), z being
+    x + MSSA(x), and `code` may say what of it is sparse.
 
     Args:
         dim, hidden_dim: width of a token; the published class takes it twice and uses the first.
@@ -41,6 +42,7 @@ class SparseStep(nn.Module):
     name: ClassVar[str]
     weight_names: ClassVar[tuple[str, ...]]
 
+    residual: ClassVar[bool] = False  # whether a layer adds the step to what entered it; such layers run by their modules
     folds: ClassVar[bool]  # whether there is an M
 
     def __init_subclass__(cls, name: str | None = None, **options) -> None:
@@ -121,6 +123,10 @@ class SparseStep(nn.Module):
         for (name, shape), weight in zip(cls.shapes(h.shape[-1]).items(), weights, strict=True):
             if weight.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(weight.shape)}; for h of {tuple(h.shape)} it must be {shape}")
+
+    def code(self, h: Tensor) -> Tensor:
+        """What the step makes sparse of h, (..., dim), whose sparsity `crate-fast inspect` measures: what it gives itself."""
+        return self(h)
 
     @staticmethod
     def flops(dim: int) -> int:

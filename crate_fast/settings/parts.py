@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from ..data_sets import DATA_SETS, UNCHANGED, images_of
 from ..eval_transform import LEAST_CROP, allowed_crop
 from ..optimizers import OPTIMIZERS
-from ..sizes import ARCHITECTURES, BACKENDS, POOLS, STREAMS
+from ..sizes import ARCHITECTURES, BACKENDS, MODELS, POOLS, STREAMS
 from .checked import LARGEST, ConfigError, Field, OneOf, Part, Switch, Text, as_flag, checked, flag
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -103,7 +103,9 @@ class OptimisationSettings(StepSettings):
     optimizer: Annotated[str, OneOf(tuple(OPTIMIZERS))] = Field("Lion", description="what moves the weights")
     lr: float = Field(1e-3, gt=0, le=1000, description="learning rate, after warmup")
     weight_decay: float = Field(0.1, ge=0, le=1000, description="times the learning rate, a step")
-    decay: Literal["all", "matrices"] = Field("all", description="what decays; matrices: no norms, biases, embeddings")
+    decay: Literal["all", "matrices", "kernels"] = Field(
+        "all", description="what decays; matrices: no norms, biases, embeddings; kernels: no weights of ISTA steps either"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     beta1: float | None = Field(None, ge=0, lt=1, description="decay of the mean of gradients: 0.9 if not given")
     beta2: float | None = Field(None, ge=0, lt=1, description="the optimizer's other decay: 0.999, Lion's 0.99 if not given")
@@ -135,8 +137,11 @@ class ObjectiveSettings(Part):
 class ModelSettings(ImageSettings):
     """Which CRATE it is."""
 
-    arch: Annotated[str | None, OneOf(ARCHITECTURES)] = Field(
-        None, description="published size, which sets width, depth, heads and their width"
+    model: Annotated[str, OneOf(MODELS)] = Field(
+        "CRATE", description="member of the family; CRATEAlpha: overcomplete dictionaries, and a residual about each step"
+    )
+    arch: Annotated[str | None, OneOf(tuple(ARCHITECTURES))] = Field(
+        None, description="published size, which sets model, width, depth, heads and their width; of CRATE-α patches too"
     )
     dim: int = Field(96, ge=1, le=LARGEST, description="width of a token")
     depth: int = Field(4, ge=1, le=1000, description="layers")
@@ -156,7 +161,11 @@ class ModelSettings(ImageSettings):
         0.0,
         ge=0,
         lt=1,
-        description="stochastic depth: part of the images for which the last layer has no attention; less before",
+        description="stochastic depth: part of the images for which the last layer has no attention, or of CRATE-α's either "
+        "step; less before",
+    )
+    layer_scale: float = Field(
+        0.0, ge=0, le=1, description="of CRATE-α: learned factors on what a step adds, and what they are at first; 0: none"
     )
 
 
@@ -194,6 +203,10 @@ class TrainConfig(MachineSettings, ModelSettings, ObjectiveSettings, Optimisatio
             raise ConfigError(
                 f"--image-size is {self.image_size}, which patches of --patch-size {self.patch_size} do not divide"
             )
+        if self.model == "CRATEAlpha" and self.pool != "cls":
+            raise ConfigError(f"--pool is {self.pool!r} and --model is 'CRATEAlpha', which reads the class token, 'cls'")
+        if self.model != "CRATEAlpha" and self.layer_scale:
+            raise ConfigError(f"--layer-scale is {self.layer_scale}; it is of --model CRATEAlpha, which is {self.model!r}")
         if self.compile and self.cuda_graphs:
             raise ConfigError("--cuda-graphs is 'yes' and --compile is 'yes'; a run takes one of them")
         for name in ("compile", "cuda_graphs", "watch_rates"):
@@ -230,6 +243,7 @@ class TrainConfig(MachineSettings, ModelSettings, ObjectiveSettings, Optimisatio
 
 OF_CLASSES = {
     **{"mixup": 0.0, "cutmix": 0.0, "dropout": 0.0, "drop_path": 0.0, "ista": 0.1, "num_classes": None},
+    **{"model": "CRATE", "layer_scale": 0.0},
     **{"strategy": "ddp", "cuda_graphs": False, "watch_rates": False},
 }
 """The settings that a CRATE-MAE does not take, and the values that ask for nothing."""

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..eval_transform import MAIN
 from ..files import shown
-from ..sizes import SIZES
-from .model import POOLS, TimmCRATE
+from ..sizes import ALPHA_SIZES, SIZES
+from .model import POOLS, TimmCRATE, TimmCRATEAlpha
 from .weights import checkpoint_filter_fn
 
 IN21K = 21842  # classes
@@ -25,6 +25,13 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
     "crate_base_demo_patch8_224": _PATCH8 | dict(dim=768, heads=6, dim_head=128),
 }
 """By name: the published classifiers, those trained on ImageNet-21k, and the segmentation demo's, with 6 heads of 128."""
+_PATCHES = {"base": (32, 16, 8), "large": (32, 14, 8)}  # others have those of their size alone
+ALPHA_ARCHITECTURES: dict[str, dict[str, int]] = {
+    f"crate_alpha_{size}_patch{patch}_224": sizes | dict(patch_size=patch)
+    for size, sizes in ALPHA_SIZES.items()
+    for patch in _PATCHES.get(size, (sizes["patch_size"],))
+}
+"""By name: CRATE-α's sizes in the patches that are published."""
 
 NAMES = {
     "img_size": "image_size",
@@ -40,13 +47,21 @@ NAMES = {
 _TIMMS = {own: name for name, own in NAMES.items()}
 
 
-def build(*, global_pool: str = "token", device: Any = None, dtype: torch.dtype | None = None, **options) -> TimmCRATE:
+def build(
+    *,
+    global_pool: str = "token",
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    kind: type[TimmCRATE] = TimmCRATE,
+    **options,
+) -> TimmCRATE:
     """The model of arguments by timm's names; those that timm has no name for by `TimmCRATE`'s.
 
     Args:
         global_pool: what the head reads: "token", the class token; "avg", the mean of all tokens, the class token too, as the
             published class has it; "", nothing is pooled.
         device, dtype: of its weights; PyTorch's default where they are None.
+        kind: its class.
 
     Raises:
         TypeError: an argument is unknown.
@@ -57,7 +72,12 @@ def build(*, global_pool: str = "token", device: Any = None, dtype: torch.dtype 
     arguments: dict[str, Any] = dict(image_size=224, num_classes=1000)
     arguments |= {NAMES.get(name, name): value for name, value in options.items()}
     with torch.device(torch.get_default_device() if device is None else device):
-        return TimmCRATE(pool=POOLS[global_pool], **arguments).to(dtype=dtype)
+        return kind(pool=POOLS[global_pool], **arguments).to(dtype=dtype)
+
+
+def build_alpha(**options) -> TimmCRATE:
+    """The CRATE-α of arguments by timm's names, as `build`."""
+    return build(kind=TimmCRATEAlpha, **options)
 
 
 def _by_timms_names(options: dict[str, Any]) -> dict[str, Any]:
@@ -75,10 +95,12 @@ def _create(name: str, pretrained: bool = False, pretrained_cfg_overlay: dict | 
     if overlay.get("file"):
         overlay.setdefault("custom_load", True)
     features = dict(out_indices=options.pop("out_indices", 3), feature_cls="getter")
-    arguments = _by_timms_names(ARCHITECTURES[name]) | _by_timms_names(options)
+    alpha = name in ALPHA_ARCHITECTURES
+    sizes = ALPHA_ARCHITECTURES[name] if alpha else ARCHITECTURES[name]
+    arguments = _by_timms_names(sizes) | _by_timms_names(options)
     return build_model_with_cfg(
-        build, name, pretrained, pretrained_cfg_overlay=overlay, pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=features, **arguments,
+        build_alpha if alpha else build, name, pretrained, pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **arguments,
     )  # fmt: skip
 
 
@@ -93,7 +115,15 @@ def _cfg(arguments: dict[str, int]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(arguments) for name, arguments in ARCHITECTURES.items()})
+def _alpha_cfg(arguments: dict[str, int]) -> dict[str, Any]:
+    return _cfg(arguments) | dict(
+        first_conv="conv1", origin_url="https://github.com/UCSC-VLAA/CRATE-alpha",
+        paper_name="Scaling White-Box Transformers for Vision", paper_ids="arXiv:2405.20299",
+    )  # fmt: skip
+
+
+_cfgs = {name: _cfg(arguments) for name, arguments in ARCHITECTURES.items()}
+default_cfgs = generate_default_cfgs(_cfgs | {name: _alpha_cfg(each) for name, each in ALPHA_ARCHITECTURES.items()})
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
@@ -103,9 +133,10 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
         return _create(name, pretrained, **options)
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"The CRATE called {name}: {', '.join(f'{key} {value}' for key, value in ARCHITECTURES[name].items())}."
+    sizes = ARCHITECTURES | ALPHA_ARCHITECTURES
+    create.__doc__ = f"The CRATE called {name}: {', '.join(f'{key} {value}' for key, value in sizes[name].items())}."
     return create
 
 
-for _name in ARCHITECTURES:
+for _name in (*ARCHITECTURES, *ALPHA_ARCHITECTURES):
     globals()[_name] = register_model(_entry_point(_name))

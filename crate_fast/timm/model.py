@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ..checkpoint.resize import grid_of
 from ..files import shown
 from ..functional import check_number
+from ..model.alpha import CRATEAlpha
 from ..model.buildable import as_pair, divide, times
 from ..model.crate import CRATE
 from ..model.positions import resample_positions
 from ..model.transformer import pool_tokens
+from ..sizes import POOLS as CLASS_POOLS
 from .weights import load
 
 Size = int | tuple[int, int]
@@ -54,7 +56,7 @@ class TimmCRATE(CRATE):
         **arguments: Any,
     ) -> None:
         # The head is drawn last, so that other weights are the same without it.
-        super().__init__(num_classes=num_classes or 1, pool="cls" if pool is None else pool, **arguments)
+        self._construct(num_classes=num_classes or 1, pool="cls" if pool is None else pool, **arguments)
         self.pool, self.dynamic_img_size = pool, dynamic_img_size
         self.drop_rate = check_number("drop_rate", drop_rate)
         if not 0 <= self.drop_rate <= 1:
@@ -62,6 +64,9 @@ class TimmCRATE(CRATE):
         if num_classes == 0:
             self.mlp_head[1] = nn.Identity()
         self._describe_features()
+
+    def _construct(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
 
     def _describe_features(self) -> None:
         self.transformer.depth = len(self.transformer.layers)
@@ -191,7 +196,7 @@ class TimmCRATE(CRATE):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters belong together, from the embedding to the head: for learning rates by layer (`--layer-decay`)."""
-        stem = r"^cls_token|pos_embedding|to_patch_embedding"
+        stem = r"^cls_token|pos_embedding|to_patch_embedding|conv1"
         return dict(stem=stem, blocks=[(r"^transformer\.layers\.(\d+)", None), (r"^mlp_head\.0", (99999,))])
 
     def get_classifier(self) -> nn.Module:
@@ -242,6 +247,15 @@ class TimmCRATE(CRATE):
         """Gives the model the weights in a file, a run or a model of the Hub, whatever `crate_fast.load_checkpoint` reads; see
         `crate_fast.timm.weights.load`."""
         load(self, checkpoint_path)
+
+
+class TimmCRATEAlpha(TimmCRATE, CRATEAlpha):
+    """A `crate_fast.CRATEAlpha` likewise; its arguments are that class's, and `pool`, which CRATE-α has not of its own."""
+
+    def _construct(self, *, pool: str, **arguments: Any) -> None:
+        if pool not in CLASS_POOLS:
+            raise ValueError(f"pool is {shown(pool)}; allowed are {', '.join(map(repr, CLASS_POOLS))}")
+        CRATEAlpha.__init__(self, **arguments)
 
 
 def _indices(indices: int | Sequence[int] | None, count: int) -> list[int]:

@@ -19,6 +19,7 @@ from ..eval_transform import Transform
 from ..model.crate import CRATE
 from ..model.positions import resample_positions
 
+CONVOLUTION = "conv1.weight"  # of CRATE-α's patches
 CLASSIFIER = ("mlp_head.1.weight", "mlp_head.1.bias")
 _logger = logging.getLogger(__name__)
 
@@ -78,6 +79,12 @@ def with_channels(weights: dict[str, Tensor], channels: int, area: int) -> dict[
     give for it in colour; else they are repeated, and scaled to the same sum. The norm before the projection is made part of
     it, since it has a weight for each channel.
     """
+    if CONVOLUTION in weights:
+        kernel = weights[CONVOLUTION]
+        if kernel.dim() != 4 or kernel.shape[1] in (0, channels):
+            return weights
+        made = _spread(kernel.to(torch.promote_types(kernel.dtype, torch.float32)).movedim(1, -1), channels).movedim(-1, 1)
+        return weights | {CONVOLUTION: made.to(kernel.dtype).contiguous()}
     names = [f"to_patch_embedding.{name}" for name in ("1.weight", "1.bias", "2.weight", "2.bias")]
     if any(name not in weights for name in names):
         return weights
@@ -87,11 +94,15 @@ def with_channels(weights: dict[str, Tensor], channels: int, area: int) -> dict[
         return weights
     exact = torch.promote_types(project.dtype, torch.float32)
     by_channel = (project.to(exact) * gain.to(exact)).unflatten(1, (area, -1))
-    there = by_channel.shape[2]
-    if channels == 1:
-        made = by_channel.sum(2, keepdim=True)
-    else:
-        made = by_channel[:, :, torch.arange(channels) % there] * (there / channels)
+    made = _spread(by_channel, channels)
     bias = bias.to(exact) + project.to(exact) @ offset.to(exact)
     new = torch.ones(channels * area), torch.zeros(channels * area), made.flatten(1), bias
     return weights | {name: value.to(project.dtype) for name, value in zip(names, new, strict=True)}
+
+
+def _spread(weights: Tensor, channels: int) -> Tensor:
+    """(..., channels there) to (..., channels): the sum for one channel, else repeated, scaled to the same sum."""
+    if channels == 1:
+        return weights.sum(-1, keepdim=True)
+    there = weights.shape[-1]
+    return weights[..., torch.arange(channels) % there] * (there / channels)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.constructor import PUBLISHED_MODEL, constructor_arguments
 from ..checkpoint.read import model_file
 from ..checkpoint.save_load import load_classifier
 from ..data.open import Data, open_data
@@ -22,14 +23,14 @@ from ..eval_transform import transform_of
 from ..model.crate import CRATE
 from ..processes import Ranks, process_group, read_ranks
 from ..settings import ConfigError, DataSettings, MachineSettings, TrainConfig
-from ..sizes import SIZES
+from ..sizes import ARCHITECTURES
 from .metrics import Score, evaluate
 from .progress import Speaker, Testing
 from .resolve import resolve
 from .run_directory import RunDirectory
 from .same_data import CLASS_NAMES, check_same_data
 
-SAID = ("dim", "depth", "heads")  # what --arch says of a model
+SAID = ("model", "dim", "depth", "heads")  # what --arch says of a model
 # Settings of the run's own data, which are no others'.
 UNMOVED = {name: none for settings in UNCHANGED.values() for name, none in settings.items()}
 
@@ -152,9 +153,11 @@ def _normalised_for(
 def _load(file: Path, settings: MachineSettings, arch: str | None, keywords: dict[str, Any]) -> CRATE:
     """The model in float32, to which `precision` refers, whatever its file has."""
     model = load_classifier(file, backend=settings.backend, **keywords).float()
-    if arch is not None and any(getattr(model.transformer, name) != SIZES[arch.removeprefix("CRATE_")][name] for name in SAID):
-        size = ", ".join(f"{name} {getattr(model.transformer, name)}" for name in SAID)
-        raise ConfigError(f"--arch is {arch}; {file} holds a model of {size}")
+    if arch is not None:
+        own = {"model": PUBLISHED_MODEL} | constructor_arguments(model)
+        if any(own[name] != ARCHITECTURES[arch][name] for name in SAID):
+            size = ", ".join(f"{name} {own[name]}" for name in SAID[1:])
+            raise ConfigError(f"--arch is {arch}; {file} holds a model of {size}, a {own['model']}")
     return model
 
 

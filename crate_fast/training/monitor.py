@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Iterator
@@ -49,9 +50,9 @@ def training_flops(model: CRATE | CRATEMAE) -> float:
     if isinstance(model, CRATEMAE):
         return 6.0 * model.flops()
     tokens, dim = model.pos_embedding.shape[1:]
-    embedding: Any = model.to_patch_embedding[2]
+    patch = model.channels * math.prod(model.patch_size)
     head: Any = model.mlp_head[1]
-    total = (tokens - 1) * embedding.in_features * dim + dim * head.out_features
+    total = (tokens - 1) * patch * dim + dim * head.out_features
     total += sum(layer.flops(tokens) for layer in layers_of(model.transformer))
     return 6.0 * total
 

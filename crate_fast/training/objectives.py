@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from ..data.open import Data
 from ..data.order import share_of
 from ..data.philox import MASK, uniforms
 from ..device import Compute
+from ..model.alpha import CRATEAlpha
 from ..model.crate import CRATE
 from ..model.mae import CRATEMAE
 from ..processes import Ranks
@@ -34,7 +35,7 @@ class Place(NamedTuple):
 
 
 class Classes:
-    """Which class an image is of: a CRATE, by cross-entropy."""
+    """Which class an image is of: a CRATE or a CRATE-α, by cross-entropy."""
 
     name, score = "CRATE", Score
 
@@ -46,14 +47,13 @@ class Classes:
         config = self.config
         if config.num_classes is not None and config.num_classes < data.classes:
             raise ConfigError(f"--num-classes is {config.num_classes}; {data.name} has {data.classes} classes")
-        return CRATE(
+        arguments: dict[str, Any] = dict(
             image_size=config.image_size,
             patch_size=config.patch_size,
             num_classes=config.num_classes or data.classes,
             dim=config.dim,
             depth=config.depth,
             heads=config.heads,
-            pool=config.pool,
             channels=data.channels,
             dim_head=config.dim_head,
             dropout=config.dropout,
@@ -61,9 +61,13 @@ class Classes:
             ista=config.ista,
             lambd=config.lambd,
             backend=config.backend,
-            stream=config.stream,
             drop_path=config.drop_path,
         )
+        if config.model != "CRATEAlpha":
+            return CRATE(**arguments, pool=config.pool, stream=config.stream)
+        model = CRATEAlpha(**arguments, init_values=config.layer_scale or None)
+        model.reset_for_training()
+        return model
 
     def loss(
         self, model: CRATE, net: nn.Module, images: Tensor, labels: Tensor, place: Place, compute: Compute, like: Tensor

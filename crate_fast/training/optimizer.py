@@ -42,13 +42,15 @@ def _check_operation(name: str, operation: str, parameter: nn.Parameter) -> None
 
 def _groups(model: nn.Module, decay: str) -> list[dict]:
     """All parameters that learn in one group that decays; with decay="matrices" vectors and embeddings in another, that does
-    not."""
+    not, and with "kernels" the weights of the steps of sparsification too."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if decay == "all":
         return [{"params": learning}]
+    kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     decaying, other = [], []
     for parameter in learning:
-        (decaying if parameter.dim() in (2, 4) else other).append(parameter)  # a convolution of patches is a matrix too
+        decays = id(parameter) in kernels or (decay == "matrices" and parameter.dim() == 2)
+        (decaying if decays else other).append(parameter)
     return [{"params": decaying}, {"params": other, "weight_decay": 0.0}]
 
 

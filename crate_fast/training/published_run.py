@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.archives import read_beside_others
+from ..checkpoint.constructor import PUBLISHED_MODEL
 from ..checkpoint.distributed import SUFFIX, is_in_parts
 from ..checkpoint.layouts import FIRST, WRAPPERS, find_weights
 from ..checkpoint.read import check_all_plain, read_checkpoint
@@ -20,7 +21,7 @@ from ..files import write_atomically
 from ..model.crate import CRATE
 from ..optimizers import OPTIMIZERS
 from ..settings import ConfigError, TrainConfig, flag
-from ..sizes import ARCHITECTURES, SIZES
+from ..sizes import SIZES
 from .checkpoint_contents import check_values, check_whole, is_count
 from .optimizer import build_optimizer, main_factor
 from .resolve import check_run_against_checkpoint
@@ -96,7 +97,8 @@ def _read_sizes(content: dict) -> dict:
             said[name] = sides[0] if isinstance(sides, list) and len(sides) == 2 and sides[0] == sides[1] else None
         return {name: value for name, value in said.items() if value is not None}
     arch = content.get("arch")
-    return {"arch": arch, **SIZES[arch.removeprefix("CRATE_")]} if arch in ARCHITECTURES else {}
+    known = {f"CRATE_{name}": size for name, size in SIZES.items()}
+    return {"arch": arch, **known[arch]} if arch in known else {}
 
 
 def _read_best(path: Path, content: dict) -> float:
@@ -138,7 +140,7 @@ def check_settings(start: Start, config: TrainConfig, given: dict) -> dict:
             )
     if config.init is not None:
         raise ConfigError(f"--init is {config.init} and --resume is {start.path}; a run takes its weights from one of them")
-    for name, only in (("strategy", "ddp"), ("decay", "all")):
+    for name, only in (("strategy", "ddp"), ("decay", "all"), ("model", PUBLISHED_MODEL)):
         if getattr(config, name) != only:
             raise ConfigError(
                 f"{flag(name)} is {getattr(config, name)!r}; from a checkpoint of main.py a run goes on with {only!r}"
@@ -227,6 +229,8 @@ def save_main(source: Path, target: Path, prefix: str = WRAPPERS[0], wanted: str
         raise CheckpointError(f"{source}: in parts, so that its optimizer is not in one place{OTHERWISE}")
     config, content = run.read_config(), check_values(source, read_checkpoint(source))
     check_run_against_checkpoint(config, content.get("settings", {}), run.config, run.former_epochs())
+    if config.model != PUBLISHED_MODEL:
+        raise CheckpointError(f"{source}: its model is a {config.model}, which main.py does not have{OTHERWISE}")
     if config.optimizer not in GROUPS or config.decay != "all":
         words = f"its optimizer is {config.optimizer} with --decay {config.decay}; main.py has AdamW and Lion, which decay all"
         raise CheckpointError(f"{source}: {words}{OTHERWISE}")

@@ -12,7 +12,7 @@ from ..data.pictures import SUFFIXES
 from ..data_sets import DATA_SETS
 from ..files import check_regular, parse_json
 from ..settings import SETTINGS, ConfigError, TrainConfig, as_flag, flag, read_stored
-from ..sizes import SIZES
+from ..sizes import ARCHITECTURES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,6 +66,23 @@ def default_recipe(command: str, data: str) -> str:
     return "finetune" if command == "finetune" else "digits" if data == "digits" else "main"
 
 
+def data_of_run(resume: str | None) -> dict:
+    """The setting "data" of the run that is to go on, by which other flags are judged; nothing where it cannot be read, which
+    is said by whoever takes the run up.
+
+    Args:
+        resume: a run directory, or a checkpoint in one.
+    """
+    for place in () if resume in (None, "auto") else (Path(resume), Path(resume).absolute().parent.parent):
+        try:
+            check_regular(place / "config.json")
+            data = parse_json((place / "config.json").read_text(encoding="utf-8"))["config"]["data"]
+        except (OSError, KeyError, TypeError, ValueError, RecursionError):
+            continue
+        return {"data": data} if isinstance(data, str) else {}
+    return {}
+
+
 def read_recipe(name: str) -> dict:
     """The settings in a recipe, by name; those that an `arch` in it stands for are among them.
 
@@ -92,9 +109,7 @@ def read_recipe(name: str) -> dict:
 
 def _sizes(values: dict) -> dict:
     """The settings of a model that `values["arch"]` stands for."""
-    arch = values.get("arch")
-    size = SIZES.get(str(arch).removeprefix("CRATE_"))
-    return dict(size) if size and str(arch).startswith("CRATE_") else {}
+    return dict(ARCHITECTURES.get(str(values.get("arch")), {}))
 
 
 def check_given_against_run(config: TrainConfig, given: dict, where: Path) -> dict:
