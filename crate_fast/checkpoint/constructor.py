@@ -12,7 +12,8 @@ from ..errors import CheckpointError
 from ..files import first_line, shown
 from ..model.crate import CRATE
 from ..model.transformer import layers_of
-from ..modules.step import PUBLISHED_STEP
+from ..modules.step import PUBLISHED_STEP, SparseStep
+from .layouts import rewritten
 
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
@@ -59,6 +60,8 @@ def _arguments_of(model: CRATE, num_classes: object, pool: object) -> dict:
 
 
 def _layer_arguments(attention, step) -> dict:
+    if not isinstance(step, SparseStep):
+        raise TypeError(rewritten(f"fn.{name}" for name in step.state_dict()) or f"a {type(step).__name__} is no step of CRATE")
     return {
         "dim_head": attention.qkv.out_features // attention.heads,
         "dropout": float(attention.dropout.p),
@@ -84,7 +87,8 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
     try:
         model = skeleton(arguments, kind)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: its arguments build no CRATE ({first_line(error)})") from error
+        asked = "".join(f", with {name}={shown(value)}," for name, value in list(overrides.items())[:1])
+        raise CheckpointError(f"{path}: its arguments{asked} build no CRATE ({first_line(error)})") from error
     difference = difference_of(model, weights)
     if difference:
         raise CheckpointError(f"{path}: {difference}")
@@ -115,7 +119,7 @@ def difference_of(model: CRATE, weights: dict[str, Tensor]) -> str | None:
     missing = sorted(set(expected) - set(weights))
     surplus = sorted(set(weights) - set(expected), key=str)
     if missing:
-        return f"{len(missing)} weights are missing, {missing[0]!r} first"
+        return rewritten(surplus) or f"{len(missing)} weights are missing, {missing[0]!r} first"
     if surplus:
         return f"{len(surplus)} weights do not belong to the model, {surplus[0]!r} first"
     for key, value in expected.items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -35,20 +36,27 @@ def read_weights(path: str | Path) -> Model:
     return source._replace(arguments=constructor_arguments(model), weights=model.state_dict())
 
 
-def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collection[str] | None = None) -> str:
+def start_from(
+    model: CRATE,
+    source: Model,
+    path: str | os.PathLike,
+    new: Collection[str] | None = None,
+    say: Callable[[dict[str, Any]], str] | None = None,
+) -> str:
     """Gives `model` the weights read from `path`; says in a line what was loaded, replaced and missing.
 
     Position embeddings of another image size are resampled, bicubically.
 
     Args:
         new: names of weights that stay as they are; None: those of the head.
+        say: how whoever made the model says arguments; None: by flags of `crate-fast train`.
 
     Raises:
         CheckpointError: nothing fits, a weight has another shape, or the file says that they are of a model that computes
             something else with them.
     """
     weights, own, stated = dict(source.weights), model.state_dict(), source.arguments or {}
-    _check_same(body_arguments(model), stated or source.inferred, path)
+    _check_same(body_arguments(model), stated or source.inferred, path, say or _flags)
     head = [key for key in own if (key.startswith(HEAD) if new is None else key in new)]
     wanted = [key for key in own if key not in head]
     missing = [key for key in wanted if key not in weights]
@@ -78,28 +86,29 @@ def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collec
     return line + (f"; not of this model, and left out: {', '.join(map(str, surplus))}" if surplus else "")
 
 
-def _check_same(own: dict, stated: Mapping, path: str | os.PathLike) -> None:
+def _check_same(own: dict, stated: Mapping, path: str | os.PathLike, say: Callable[[dict[str, Any]], str]) -> None:
     """Raises CheckpointError where the file says of its weights what makes something else of them than the model does."""
+    here = "this run" if say is _flags else "this model"
     for name in SAME:
         if name in stated and own.get(name, stated[name]) != stated[name]:
+            try:
+                words = say({name: stated[name] for name in SAME if name in stated and name != "channels"})
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from error
             raise CheckpointError(
-                f"{path}: {name} is {stated[name]} in it and {own[name]} in this run, which may start from it with "
-                f"{_flags(stated, path)}"
+                f"{path}: {name} is {stated[name]} in it and {own[name]} in {here}, which may start from it with {words}"
             )
-    there, here = (arguments.get("step", PUBLISHED_STEP) for arguments in (stated, own))
-    if stated and there != here:
-        raise CheckpointError(f"{path}: step is {there!r} in it and {here!r} in this run, for which its weights mean nothing")
+    there, mine = (arguments.get("step", PUBLISHED_STEP) for arguments in (stated, own))
+    if stated and there != mine:
+        raise CheckpointError(f"{path}: step is {there!r} in it and {mine!r} in {here}, for which its weights mean nothing")
 
 
-def _flags(stated: Mapping, path: str | os.PathLike) -> str:
-    """The flags that say what the file does."""
-    values = {name: stated[name] for name in SAME if name in stated and name != "channels"}
-    if "patch_size" in stated:
-        height, width = stated["patch_size"]
-        if height != width:
-            raise CheckpointError(f"{path}: its patches are {height}×{width}, and those of a run are squares")
-        values["patch_size"] = height
-    return " ".join(f"{flag(name)} {value}" for name, value in values.items())
+def _flags(values: dict[str, Any]) -> str:
+    """The flags that say what the file does; raises ValueError where none do."""
+    height, width = values.get("patch_size", (0, 0))
+    if height != width:
+        raise ValueError(f"its patches are {height}×{width}, and those of a run are squares")
+    return " ".join(f"{flag(name)} {height if name == 'patch_size' else value}" for name, value in values.items())
 
 
 def _grid_there(embedding: Tensor, stated: dict, own: tuple[int, int], path: str | os.PathLike) -> tuple[int, int]:

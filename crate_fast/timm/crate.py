@@ -10,34 +10,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from ..checkpoint.timm_config import ARCHITECTURES, NAMES, POOLS, TIMMS
 from ..eval_transform import MAIN
 from ..files import shown
-from ..sizes import SIZES
-from .model import POOLS, TimmCRATE
+from .model import TimmCRATE
 from .weights import checkpoint_filter_fn
-
-IN21K = 21842  # classes
-_PATCH8 = dict(patch_size=8, depth=12, num_classes=IN21K)
-ARCHITECTURES: dict[str, dict[str, int]] = {
-    **{f"crate_{size}_patch16_224": dict(patch_size=16) | sizes for size, sizes in SIZES.items()},
-    "crate_small_21k_patch8_224": _PATCH8 | dict(dim=384, heads=6, dim_head=64),
-    "crate_base_21k_patch8_224": _PATCH8 | dict(dim=768, heads=12, dim_head=64),
-    "crate_base_demo_patch8_224": _PATCH8 | dict(dim=768, heads=6, dim_head=128),
-}
-"""By name: the published classifiers, those trained on ImageNet-21k, and the segmentation demo's, with 6 heads of 128."""
-
-NAMES = {
-    "img_size": "image_size",
-    "in_chans": "channels",
-    "embed_dim": "dim",
-    "num_heads": "heads",
-    "head_dim": "dim_head",
-    "pos_drop_rate": "emb_dropout",
-    "attn_drop_rate": "dropout",
-    "drop_path_rate": "drop_path",
-}
-"""What timm calls arguments of `crate_fast.CRATE`; both names are taken."""
-_TIMMS = {own: name for name, own in NAMES.items()}
 
 
 def build(*, global_pool: str = "token", device: Any = None, dtype: torch.dtype | None = None, **options) -> TimmCRATE:
@@ -62,7 +39,7 @@ def build(*, global_pool: str = "token", device: Any = None, dtype: torch.dtype 
 
 def _by_timms_names(options: dict[str, Any]) -> dict[str, Any]:
     """The `options` by timm's names, which it looks for; raises TypeError where one is there by both."""
-    renamed = {_TIMMS.get(name, name): value for name, value in options.items()}
+    renamed = {TIMMS.get(name, name): value for name, value in options.items()}
     if len(renamed) < len(options):
         twice = next(name for name in options if NAMES.get(name) in options)
         raise TypeError(f"{twice} and {NAMES[twice]} are the same argument by two names; say one of them")
@@ -76,10 +53,14 @@ def _create(name: str, pretrained: bool = False, pretrained_cfg_overlay: dict | 
         overlay.setdefault("custom_load", True)
     features = dict(out_indices=options.pop("out_indices", 3), feature_cls="getter")
     arguments = _by_timms_names(ARCHITECTURES[name]) | _by_timms_names(options)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         build, name, pretrained, pretrained_cfg_overlay=overlay, pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=features, **arguments,
     )  # fmt: skip
+    own = getattr(model, "model", model)  # around which features_only puts another
+    if isinstance(own, TimmCRATE):  # which takes this size alone, where timm's word is that of the published weights
+        model.pretrained_cfg["input_size"] = (own.channels, *own.image_size)
+    return model
 
 
 def _cfg(arguments: dict[str, int]) -> dict[str, Any]:
