@@ -101,9 +101,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = applied(self.qkv, x, self.backend)
+        self._check_part(w)
         openly = self._needs_probabilities()
         out = self._attend_openly(w) if openly else functional.mssa(w, self.heads, self.scale, self.backend)
         return applied(self.to_out, out, self.backend)
+
+    def _check_part(self, w: Tensor) -> None:
+        """Raises ValueError where w has other than all of the values of qkv, as in a part of a model parallel by tensors, and
+        `heads` are not those of them: split into narrower heads, they would give other numbers in silence."""
+        here, all_of_them = w.shape[-1], getattr(self.qkv, "out_features", w.shape[-1])
+        if here == all_of_them or type(self.scale) is not float or not self.scale > 0:
+            return
+        width = max(1, round(self.scale**-2))
+        if here != self.heads * width:
+            raise ValueError(
+                f"w has {here} of the {all_of_them} values that qkv gives, and heads is {self.heads}; of a width of {width} "
+                f"it must be {here // width} where qkv is one of several parts"
+            )
 
     def _needs_probabilities(self) -> bool:
         """Whether the matrix of probabilities must exist: it is dropped from, or somebody watches it."""
