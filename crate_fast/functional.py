@@ -183,7 +183,7 @@ def _matrix(d: Tensor, step_size: float, narrow: torch.dtype) -> Tensor:
     if d.dim() == 2 and cpu_products.takes(d, d):
         return torch.sub(d, cpu_products.linear(d.t(), d.t())).mul_(step_size)
     product = torch.addmm if d.dim() == 2 else torch.baddbmm
-    return product(d, d.mT, d, beta=step_size, alpha=-step_size)
+    return product(d, d.transpose(-2, -1), d, beta=step_size, alpha=-step_size)  # mT, PyTorch's older ONNX export does not know
 
 
 class _Matrix(torch.autograd.Function):

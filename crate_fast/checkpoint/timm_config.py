@@ -53,7 +53,7 @@ def as_own(content: dict[str, Any]) -> dict[str, Any] | None:
     known = ARCHITECTURES | ALPHA_ARCHITECTURES
     if not isinstance(sizes, str) or sizes not in known or not isinstance(given, dict | None):
         return None
-    named = {NAMES.get(name, name): value for name, value in (given or {}).items()}
+    named: dict[str, Any] = {NAMES.get(str(name), str(name)): value for name, value in (given or {}).items()}
     pool = named.pop("global_pool", content.get("global_pool", "token"))
     if not isinstance(pool, str) or POOLS.get(pool) is None:
         return None
