@@ -1,14 +1,17 @@
 """CRATE-α's step by the kernels against its formula in float64: values, gradients, memory, determinism, NaN, 16 bit."""
 
+import json
+
 import pytest
 import torch
-from conftest import DTYPES, HALVES
+from conftest import BENCHMARKS, DTYPES, HALVES
 from test_kernels import poisoned_memory, relative, strided  # noqa: F401 (a fixture that is used by itself)
 from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import BackendError, CRATEAlpha, reference_alpha
 from crate_fast.kernels import ODL, odl, tuning
 from crate_fast.modules import OvercompleteISTABlock
+from crate_fast.sizes import ALPHA_SIZES
 from ties import recorded, resolved
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -227,6 +230,14 @@ def test_compilers_take_it_whole_and_the_operators_are_what_they_say():
     }.items():
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(getattr(torch.ops.crate_fast, name).default, arguments, test_utils=tests)
+
+
+def test_the_committed_prediction_has_the_step_in_every_size_and_on_every_architecture():
+    predicted, launches = json.loads((BENCHMARKS / "results" / "predicted.json").read_text()), {}
+    for row in predicted["rows"]:
+        launches[row["size"]] = launches.get(row["size"], 0) + row["count"] * (row["pass"] == "odl")
+    assert {size for size, count in launches.items() if count == 12} == {f"alpha-{size}" for size in ALPHA_SIZES}
+    assert {r["arch"] for r in predicted["resources"] if r["size"] == "alpha-huge"} == {"sm_80", "sm_100"}
 
 
 def test_what_the_kernels_cannot_take_is_refused_by_name():
