@@ -63,10 +63,8 @@ def encoder_settings(path: str | Path) -> dict:
             raise CheckpointError(f"{file}: {error}") from error
     elif not isinstance(arguments, dict) or set(arguments) != set(MAE_ARGUMENTS):
         return {}  # which is told as it is built
-    found = crate_arguments(arguments)
-    return {name: found[name] for name in SAME if name in found and name != "channels"} | {
-        "patch_size": arguments["patch_size"]
-    }
+    found = crate_arguments(arguments) | {"image_size": arguments["img_size"], "patch_size": arguments["patch_size"]}
+    return {name: found[name] for name in ("image_size", *SAME) if name in found and name != "channels"}
 
 
 def go_on_from(model: CRATEMAE, path: str | os.PathLike) -> str:
