@@ -285,14 +285,15 @@ def linear(
     shrink: bool = False,
     rectify: bool = False,
     moments: Tensor | None = None,
+    name: str = "out_project",
 ) -> Tensor:
     """x W [+ x, if `shrink`] [+ offset] [+ residual], (rows, in) to (rows, out), without a LayerNorm; rectified if `shrink` or
     `rectify`, and zero where `mask`, the (rows, out) of a relu, is.
 
-    Writes the result's `moments`, from `empty_moments`.
+    Writes the result's `moments`, from `empty_moments`. name: under what tuning.py has its shape, "ista" if `shrink`.
     """
     result = x.new_empty(x.shape[0], weight.shape[1], dtype=out)
-    name = "ista" if shrink else "out_project"
+    name = "ista" if shrink else name
     if moments is None:
         name = unmixed(name, x, weight)
     _launch_linear(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ class OvercompleteISTABlock(SparseStep, name="odl"):
     and z₂ D₁ᵀ, which the layer adds to what entered; arguments as of `SparseStep`, the dictionaries `D` and `D1` (dim, 4 dim).
 
     A relu lies between the two products with D, so there is no M as of ISTA: a step is four products, and eight backward. For
-    these it keeps 10 dim values a token: h, r, z₁ and z₂. Keeping r takes a tenth of that and spares a product of twelve.
+    these it keeps 10 dim values a token: h, r, z₁ and z₂. Keeping r takes a tenth of that and spares a product of twelve. On
+    "triton" each product is a kernel with what follows it (kernels/odl.py).
     """
 
     residual = True
@@ -55,13 +57,13 @@ class OvercompleteISTABlock(SparseStep, name="odl"):
 
     def code(self, h: Tensor) -> Tensor:
         """z₂ of h, (..., dim): (..., 4 dim), at least 0; what the step makes sparse. Not differentiable."""
-        weights = self.D, self.D1
+        weights: list[Any] = [self.D, self.D1]
         self.check(h, weights)
         with torch.no_grad():
             if h.numel() == 0 or not _is_plain(h, *weights):
-                return reference_alpha.sparse_code(h, self.D, self.step_size, self.lambd)
+                return reference_alpha.sparse_code(h, weights[0], self.step_size, self.lambd)
             dtype = _product_dtype(h)
-            *_, z2 = _code(h.flatten(0, -2), self.D.to(dtype), self.step_size, self.step_size * self.lambd, keep=False)
+            *_, z2 = _code(h.flatten(0, -2), weights[0].to(dtype), self.step_size, self.step_size * self.lambd, keep=False)
         return z2.view(*h.shape[:-1], -1)
 
     @classmethod
