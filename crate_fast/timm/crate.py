@@ -96,7 +96,7 @@ def _alpha_cfg(arguments: dict[str, int]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-_cfgs = {name: _cfg(arguments) for name, arguments in ARCHITECTURES.items()}
+_cfgs: dict[str, Any] = {name: _cfg(arguments) for name, arguments in ARCHITECTURES.items()}
 default_cfgs = generate_default_cfgs(_cfgs | {name: _alpha_cfg(each) for name, each in ALPHA_ARCHITECTURES.items()})
 
 
