@@ -133,7 +133,8 @@ def _linear_kernel(
     if NORM == "first":
         b_mean, b_rstd = _statistics(p_moments, row, m_row, rows, inputs, parts, span, eps)
     per_row = (row, m_row, p_rows, b_mean, b_rstd)
-    LARGE: tl.constexpr = (SHRINK or RESIDUAL or MASKED) and BLOCK_M * BLOCK_N >= 128 * 128
+    WIDE: tl.constexpr = BLOCK_N > 128  # finished whole, triton 3.6 serialises its products
+    LARGE: tl.constexpr = (SHRINK or RESIDUAL or MASKED or WIDE) and BLOCK_M * BLOCK_N >= 128 * 128
     b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if LARGE:  # before the product, so that nothing is waited for, or brought into another layout of registers, behind it
         b_out = _summand(column, m_column, ends, per_row, outputs, stride_xk, NORM, SHRINK, RESIDUAL, WHOLE)

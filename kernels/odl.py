@@ -84,17 +84,17 @@ def odl_step_backward(
     s, dy = Saved(*saved), readable(dy)
     operand, results = s.d.dtype, [dy.new_empty(0, dtype=kind) for kind in (dtype, torch.float32, torch.float32)]
     if wanted[2]:
-        results[2] = weight_gradient(dy, s.z2, operand).product.sum(0).mul_(step_size)
+        results[2] = weight_gradient(dy, s.z2, operand, name="odl_gradient").product.sum(0).mul_(step_size)
     if not (wanted[0] or wanted[1]):
         return results
     g2 = linear(dy, s.c, operand, mask=s.z2, name="odl")
     dr = linear(g2, s.d.t(), operand, name="odl_back")
     if wanted[1]:
-        results[1] = weight_gradient(dr, s.z1, operand).product.sum(0).mul_(-step_size)
-        results[1] += weight_gradient(s.r, g2, operand).product.sum(0)
+        results[1] = weight_gradient(dr, s.z1, operand, name="odl_gradient").product.sum(0).mul_(-step_size)
+        results[1] += weight_gradient(s.r, g2, operand, name="odl_gradient").product.sum(0)
     g1 = linear(dr, s.b, operand, residual=g2, mask=s.z1, name="odl")
     if wanted[1]:
-        results[1] += weight_gradient(s.h, g1, operand).product.sum(0)
+        results[1] += weight_gradient(s.h, g1, operand, name="odl_gradient").product.sum(0)
     if wanted[0]:
         results[0] = linear(g1, s.d.t(), dtype, residual=dr, name="odl_back")
     return results

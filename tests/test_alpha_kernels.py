@@ -86,6 +86,7 @@ def test_every_architecture_has_a_shape_for_the_step(architecture):
         for dtype, dim in ((d, n) for d in (torch.float16, torch.float32) for n in (192, 768, 33)):
             assert tuning.matrix("odl", dtype, dim, 4 * dim, torch.device("cpu")).block_n <= 128
             assert tuning.matrix("odl_back", dtype, 4 * dim, dim, torch.device("cpu")).block_n <= 256
+            assert tuning.matrix("odl_gradient", dtype, dim, 4 * dim, torch.device("cpu")).block_n <= 256
 
 
 def test_without_tokens_or_with_a_step_of_zero_nothing_is_added():
