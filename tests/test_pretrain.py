@@ -109,7 +109,7 @@ def test_it_goes_on_from_weights_of_its_own_kind_alone(tmp_path, capsys):
     {
         "--mixup 0.2": "--mixup is 0.2 and --objective is 'patches'",
         "--strategy fsdp": "--strategy is 'fsdp' and --objective is 'patches', which takes 'ddp' alone",
-        "--heads 2": "--heads is 2 and --dim-head 32; of a CRATE-MAE they make --dim, 96, together",
+        "--heads 2": "--heads is 2 and --dim-head 16; of a CRATE-MAE they make --dim, 48, together",
         "--recipe digits": "--recipe is 'digits' and --objective is 'classes', for `train`; `pretrain` learns 'patches'",
         "--mask-ratio 1": "--mask-ratio is 1.0; it must be below 1",
     }.items(),

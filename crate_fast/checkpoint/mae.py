@@ -109,7 +109,8 @@ def mae_keywords(overrides: dict) -> dict:
 def as_crate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a CRATE without its head from a CRATE-MAE's: layers, class token, positions and the projection of patches.
 
-    A CRATE normalises patches before that projection and after it: both norms are left as they are made.
+    A CRATE normalises patches before that projection and after it. The norm before it is left as it is made; that after it
+    scales by what the projection makes of patches of unit variance, about what the layers were trained with beside positions.
 
     Raises:
         ValueError: weights by which a CRATE-MAE is told are missing.
@@ -123,6 +124,7 @@ def as_crate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for index, norm in zip((1, 3), vector, strict=True):
         found[f"to_patch_embedding.{index}.weight"] = torch.ones_like(norm)
         found[f"to_patch_embedding.{index}.bias"] = torch.zeros_like(norm)
+    found["to_patch_embedding.3.weight"] *= project.flatten(1).square().sum(dim=1).mean().sqrt()
     for theirs, ours in (("patch_embed.proj.bias", "to_patch_embedding.2.bias"), ("cls_token", "cls_token")):
         if theirs in weights:
             found[ours] = weights[theirs]
