@@ -243,10 +243,10 @@ def _rectified_product_torch(h: Tensor, matrix: Tensor, shrinkage: float, operan
 
 
 def _added(product: Tensor, h: Tensor, factor: float = 1.0) -> Tensor:
-    """h + factor · product in h's dtype, the wider: a sum of two dtypes takes a CPU longer than the cast and the sum."""
+    """h + factor · product, of two dtypes: their sum takes a CPU longer than a cast and the sum."""
     if h.device.type != "cpu":
         return torch.add(h, product, alpha=factor)
-    wide = product.to(h.dtype)
+    wide = product.to(torch.promote_types(h.dtype, product.dtype))
     return wide.add_(h) if factor == 1 else torch.add(h, wide, alpha=factor)
 
 
