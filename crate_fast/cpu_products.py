@@ -33,8 +33,8 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or not _IS_X86:
         return False
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    # No sizes are asked for of what is recorded for any. Who watches operators, as PyTorch's counter of flops does, knows PyTorch's
-    # own alone.
+    # No sizes are asked for of what is recorded for any. Who watches operators, as PyTorch's counter of flops does, knows
+    # PyTorch's own alone.
     if not computes_now(*tensors) or is_in_torch_dispatch_mode() or autocasts("cpu"):
         return False
     if any(t.dtype != torch.float32 or t.device != x.device or t.layout is not torch.strided for t in tensors):
