@@ -197,7 +197,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     target = torch.empty_like(source)
     side = 8192 if large else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    steps = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b)}
+    steps: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b)}
     if not large:
         steps["our product"] = lambda: linear(a, b)  # a CPU's, by whichever library is faster
     for step in steps.values():

@@ -150,7 +150,7 @@ def _is_short(h: Tensor, weight: Tensor) -> bool:
     with evaluation to the bit: where 16 bit is trained on a CPU. M and its gradient are two products of dim³, those of n tokens
     with it three of n dim²; (h − h Dᵀ) D takes six of these: 0.8 ms for 1.3, for an image of CRATE-tiny."""
     trained = _training_product_dtype(weight).itemsize == 2
-    return trained and h.numel() < weight.numel() and computes_now(h, weight)
+    return trained and computes_now(h, weight) and h.numel() < weight.numel()
 
 
 def _ista_of_few(h: Tensor, weight: Tensor, step_size: float, lambd: float) -> Tensor:
@@ -243,10 +243,10 @@ def _rectified_product_torch(h: Tensor, matrix: Tensor, shrinkage: float, operan
 
 
 def _added(product: Tensor, h: Tensor, factor: float = 1.0) -> Tensor:
-    """h + factor · product in h's dtype, the wider: a sum of two dtypes takes a CPU longer than the cast and the sum."""
+    """h + factor · product, of two dtypes: their sum takes a CPU longer than a cast and the sum."""
     if h.device.type != "cpu":
         return torch.add(h, product, alpha=factor)
-    wide = product.to(h.dtype)
+    wide = product.to(torch.promote_types(h.dtype, product.dtype))
     return wide.add_(h) if factor == 1 else torch.add(h, wide, alpha=factor)
 
 

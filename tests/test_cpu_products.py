@@ -119,12 +119,10 @@ def test_a_weight_that_is_frozen_keeps_no_tokens():
     assert kept == [weight.shape]
 
 
-@pytest.mark.parametrize(
-    "wrong", [(torch.randn(3, 5), torch.randn(2, 4)), (torch.randn(3, 4), torch.randn(2, 4), torch.ones(3))]
-)
-def test_shapes_that_do_not_fit_are_refused_by_pytorch(wrong):
+@pytest.mark.parametrize("shapes", [[(3, 5), (2, 4)], [(3, 4), (2, 4), (3,)], [(3, 4), (2, 4, 1)]], ids=str)
+def test_shapes_that_do_not_fit_are_refused_by_pytorch(shapes):
     with pytest.raises(RuntimeError):
-        cpu_products.linear(*wrong)
+        cpu_products.linear(*map(torch.randn, shapes))
 
 
 @pytest.mark.skipif(not OURS, reason="no oneDNN for x86 here")
