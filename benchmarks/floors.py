@@ -102,6 +102,20 @@ def model(s: Shape, training: bool) -> list[Kernel]:
     return kernels
 
 
+def mae(s: Shape) -> list[Kernel]:
+    """A training step of CRATE-MAE: encoder and decoder, each of `s.depth` layers that see all tokens, embedding and prediction
+    of patches, and an optimizer that moves 30 bytes a parameter. A decoder's layer has the products of an encoder's."""
+    patches = 2.0 * s.batch * (s.tokens - 1) * s.patch_dim * s.dim
+    image = float(s.batch * (s.tokens - 1) * s.patch_dim * s.element)
+    parameters = 2 * s.depth * (2 * s.dim * s.inner + s.dim**2) + 2 * s.patch_dim * s.dim
+    return [
+        *layer(s._replace(depth=2 * s.depth), "both"),
+        Kernel(1, 2 * patches, 2 * image + 3 * _activation(s, s.dim)),
+        Kernel(1, 3 * patches, 3 * image + 3 * _activation(s, s.dim)),
+        Kernel(1, 0.0, 30.0 * parameters),
+    ]
+
+
 def milliseconds(kernels: list[Kernel], ceilings: dict[str, float]) -> float:
     """The least time of `kernels` on a device of measured `ceilings`."""
     flops, rate = ceilings["flops_per_second"], ceilings["bytes_per_second"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peers import Peer, Unavailable, check_graphs, graphed
 from timing import kept_bytes, peak_bytes, synchronise
-from workloads import DTYPES, Call, Workload, prepare, replays_itself, timed_step
+from workloads import DTYPES, Call, Workload, learned, prepare, replays_itself, timed_step
 
 # What the published code's own error against float64 may be before nothing else can be judged by it.
 SANE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
@@ -50,7 +50,7 @@ class Judge:
         if self.workload.is_pure:
             module.to(DTYPES[self.workload.dtype])  # weights as they are rounded: what is judged is what is computed with them
         module.double()
-        return self._results(module, inputs, list(module.parameters()))
+        return self._results(module, inputs, learned(module))
 
     def _results(self, run, inputs: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
         """Of the judged images; the first of the inputs has them, and may have more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crate_fast import CRATE, CRATEAlpha, functional, reference, reference_alpha
+from crate_fast import CRATE, CRATEMAE, CRATEAlpha, functional, reference, reference_alpha
 
 MODES = ("eager", "compiled", "compiled layers", "max-autotune", "reduce-overhead", "cuda graph")
 COMPILED = MODES[1:5]
@@ -27,9 +28,9 @@ class Unavailable(RuntimeError):
 class Peer(NamedTuple):
     """An implementation.
 
-    `model` builds the whole classifier from the published constructor's arguments, and `alpha` CRATE-α's, each None where the
-    peer has none; `mssa` (w, heads) and `ista` (h, D) are the operations alone, likewise. `modes` are those that the full suite
-    of a GPU measures.
+    `model` builds the whole classifier from the published constructor's arguments, and `alpha` and `mae` CRATE-α and CRATE-MAE
+    from theirs, each None where the peer has none; `mssa` (w, heads) and `ista` (h, D) are the operations alone, likewise.
+    `modes` are those that the full suite of a GPU measures.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Peer(NamedTuple):
     mssa: Callable[[Tensor, int], Tensor] | None = None
     ista: Callable[[Tensor, Tensor], Tensor] | None = None
     alpha: Callable[[dict], nn.Module] | None = None
+    mae: Callable[[dict], nn.Module] | None = None
     same_function: bool = True  # False: another architecture, for context; no parity is asked of it
 
 
@@ -83,10 +85,13 @@ def _sdpa_mssa(kernel: SDPBackend | None) -> Callable[[Tensor, int], Tensor]:
     return mssa
 
 
-def _with_attention(cls: type[nn.Module], kernel: SDPBackend | None = None) -> Callable[[dict], nn.Module]:
-    """What builds the published model, CRATE or CRATE-α, with another class of attention, derived from its own."""
+def _with_attention(
+    cls: type[nn.Module], kernel: SDPBackend | None = None, published: type[nn.Module] | None = None
+) -> Callable[[dict], nn.Module]:
+    """What builds the published model, CRATE, CRATE-α or another, with another class of attention, derived from its own."""
     replaced = cls.__mro__[1]
-    published = reference_alpha.CRATEAlpha if replaced is reference_alpha.Attention else reference.CRATE
+    if published is None:
+        published = reference_alpha.CRATEAlpha if replaced is reference_alpha.Attention else reference.CRATE
 
     def build(arguments: dict) -> nn.Module:
         model = published(**arguments)
@@ -99,7 +104,7 @@ def _with_attention(cls: type[nn.Module], kernel: SDPBackend | None = None) -> C
     return build
 
 
-def _crate(backend: str, kind: type[CRATE] = CRATE) -> Callable[[dict], nn.Module]:
+def _crate(backend: str, kind: type[nn.Module] = CRATE) -> Callable[[dict], nn.Module]:
     return lambda arguments: kind(**arguments, backend=backend)
 
 
@@ -134,7 +139,27 @@ def load_published(path: Path) -> Peer:
         raise Unavailable(f"{file} does not import: {error}") from error
     modes = ("eager", "compiled", "max-autotune")
     what, build = "the published repository's own class", lambda arguments: module.CRATE(**arguments)
-    return Peer("published checkout", what, None if is_alpha else build, modes, alpha=build if is_alpha else None)
+    if is_alpha:
+        return Peer("published checkout", what, None, modes, alpha=build)
+    return Peer("published checkout", what, build, modes, mae=_published_mae(path))
+
+
+def _published_mae(path: Path) -> Callable[[dict], nn.Module] | None:
+    """Builds the CRATE-MAE of a checkout, encoder and decoder of one size; None where it has none."""
+    if not (path / "model" / "crate_ae" / "crate_ae.py").is_file():
+        return None
+
+    def build(arguments: dict) -> nn.Module:
+        sys.path.insert(0, str(path))  # its files import each other by their folder
+        try:
+            mae = importlib.import_module("model.crate_ae.crate_ae")
+        except Exception as error:
+            raise Unavailable(f"{path}/model/crate_ae does not import: {error}") from error
+        decoder = {f"decoder_{name}": arguments[name] for name in ("embed_dim", "depth", "num_heads")}
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        return mae.MaskedAutoencoderViT(mae.CRATEEncoderBlock, mae.CRATEDecoderBlock, norm_layer=norm, **arguments, **decoder)
+
+    return build
 
 
 def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
@@ -150,6 +175,7 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
             reference.mssa,
             reference.ista,
             lambda a: reference_alpha.CRATEAlpha(**a),
+            lambda a: reference.CRATEMAE(**a),
         ),
         Peer(
             "sdpa",
@@ -158,6 +184,7 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
             whole,
             _sdpa_mssa(None),
             alpha=_with_attention(SdpaAlphaAttention),
+            mae=_with_attention(SdpaAttention, published=reference.CRATEMAE),
         ),
     ]
     if device.type == "cuda":
@@ -179,8 +206,8 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
     peers.append(Peer("timm ViT", what, _timm, ("compiled",), alpha=_timm, same_function=False))
     ours = ("eager", "compiled", "reduce-overhead", "cuda graph")
     mssa, ista = partial(functional.mssa, backend=backend), partial(functional.ista, backend=backend)
-    what = f'crate_fast, backend="{backend}"'
-    return [*peers, Peer("crate_fast", what, _crate(backend), ours, mssa, ista, _crate(backend, CRATEAlpha))]
+    what, others = f'crate_fast, backend="{backend}"', (_crate(backend, CRATEAlpha), _crate(backend, CRATEMAE))
+    return [*peers, Peer("crate_fast", what, _crate(backend), ours, mssa, ista, *others)]
 
 
 def in_mode(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
@@ -203,7 +230,7 @@ def in_mode(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
 def _blocks(module: nn.Module) -> list[nn.Module]:
     """The repeated parts of a model, which torch.compile compiles once for all: regional compilation."""
     if hasattr(module, "blocks"):
-        return list(module.blocks)
+        return [*module.blocks, *getattr(module, "decoder_blocks", ())]
     layers = module.transformer.layers if hasattr(module, "transformer") else [module]
     if type(layers[0]) is nn.ModuleList:  # the published layer is a list, which is not called itself
         return [block for layer in layers for block in layer]

@@ -38,12 +38,25 @@ from prediction.launches import Launch, code_of, compiled, integers
 from prediction.machine_code import walk
 from prediction.pipes import Kernel, kernel_of, least_times, resident, work
 from prediction.replay import clocks_of_program
-from prediction.step import PASSES, TOKENS, WIDTHS, Call, Operation, Recorded, inner_of, record, record_attention, record_odl
+from prediction.step import (
+    PASSES,
+    TOKENS,
+    WIDTHS,
+    Call,
+    Operation,
+    Recorded,
+    inner_of,
+    record,
+    record_attention,
+    record_mae,
+    record_odl,
+)
 from workloads import SIZES as ALL_SIZES
 from workloads import Workload, largest_batch
 
 RESULTS = Path(__file__).parent / "results"
-BATCH = {size: largest_batch(size) for size in SIZES}
+MAE = tuple(size for size in ALL_SIZES if size.startswith("mae-"))  # in training alone
+BATCH = {size: largest_batch(size) for size in SIZES} | {size: max(1, largest_batch(size) // 2) for size in MAE}
 ATTENTION, ODL = "attention", "odl"  # alone: for every width of heads; CRATE-α's step, for its sizes
 TIMED, OTHERS = "sm_90", ("sm_80", "sm_100")
 FLOORS = {
@@ -182,7 +195,7 @@ def alone(sizes: list[str]) -> dict[tuple[str, str], tuple[floors.Shape, Callabl
 
 
 def shape_of(size: str, depth: int) -> floors.Shape:
-    s = SIZES[size]
+    s = ALL_SIZES[size]
     return floors.Shape(BATCH[size], TOKENS, s["dim"], s["heads"] * s["dim_head"], depth, 2)
 
 
@@ -217,14 +230,14 @@ def _sums(size: str, what: str, rows: list[dict], others: list[dict]) -> dict:
     ours = 1e-3 * sum(row["count"] * row["estimate_us"] for row in rows)
     pytorch = 1e-3 * sum(other["us"] for other in others)
     launches = sum(x["count"] for x in (*rows, *others))
-    depth = SIZES[size]["depth"]
-    host, shape = 1e3 * host_seconds(depth, launches, what), shape_of(size, depth)
+    depth, whole = ALL_SIZES[size]["depth"], floors.mae if size in MAE else partial(floors.model, training=what == "training")
+    host, shape = 1e3 * host_seconds(depth * (1 + (size in MAE)), launches, what), shape_of(size, depth)
     ceilings = {"flops_per_second": k["product rate"], "bytes_per_second": k["DRAM"]}
     step = max(ours + pytorch, host)
     return {
         "size": size, "pass": what, "batch": BATCH[size], "layers_floor_ms": sums["floor"], "layers_bound_ms": sums["bound"],
         "layers_ms": sums["estimate"], "around_ms": ours - sums["estimate"], "pytorch_ms": pytorch, "host_ms": host,
-        "step_ms": step, "step_floor_ms": floors.milliseconds(floors.model(shape, what == "training"), ceilings),
+        "step_ms": step, "step_floor_ms": floors.milliseconds(whole(shape), ceilings),
         "launches": launches, "images_per_second": 1e3 * BATCH[size] / step,
     }  # fmt: skip
 
@@ -244,6 +257,8 @@ def take(sizes: list[str], parts: str) -> dict[tuple, Recorded]:
         number = int(arch.removeprefix("sm_"))
         for size in (s for s in sizes if s in SIZES):
             taken |= {(arch, timed, size, what): record(size, BATCH[size], what, number) for what in PASSES}
+        for size in (s for s in sizes if s in MAE):
+            taken[arch, timed, size, "training"] = record_mae(size.removeprefix("mae-"), BATCH[size], number)
         for (size, what), (_, run) in alone(sizes).items():
             taken[arch, timed, size, what] = run(number)
     return taken
@@ -285,7 +300,7 @@ def name_of(call: Call) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", type=lambda text: text.split(","), default=[*SIZES, ATTENTION, ODL], metavar="NAMES")
+    parser.add_argument("--model", type=lambda text: text.split(","), default=[*SIZES, *MAE, ATTENTION, ODL], metavar="NAMES")
     parser.add_argument("--parts", choices=PARTS, default="all", help=f"times are for {TIMED} alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--out", type=Path, default=RESULTS / "predicted.json", metavar="FILE")

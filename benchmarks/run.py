@@ -60,6 +60,8 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Workload]:
 
 def _workloads(suite: str, size: str, dtype: str, batches: list[int] | None, gpu: bool) -> list[Workload]:
     large = largest_batch(size) if gpu else 8
+    if size.startswith("mae-"):  # of twice as many layers
+        return [Workload(suite, suite, size, b, dtype) for b in batches or [max(1, large // 2)]] if suite == "train" else []
     if suite == "inference":
         return [Workload(suite, suite, size, b, dtype) for b in batches or ([1, 8, 64, 256, 1024] if gpu else [1, 8])]
     if suite == "train":
@@ -78,6 +80,8 @@ def modes(peer: Peer, workload: Workload, device: torch.device) -> tuple[str, ..
     if device.type == "cpu":
         whole = workload.suite in ("inference", "train") and workload.batch > 1 and peer.same_function
         return ("eager", "compiled layers") if whole else ("eager",)
+    if workload.is_mae:
+        return tuple(mode for mode in peer.modes if mode in ("eager", "compiled"))
     return tuple(mode for mode in peer.modes if workload.suite != "ops" or mode != "max-autotune")
 
 

@@ -15,7 +15,7 @@ import crate_fast
 import floors
 from crate_fast import reference, reference_alpha
 from crate_fast.model import SIZES as OF_CRATE
-from crate_fast.sizes import ALPHA_SIZES
+from crate_fast.sizes import ALPHA_SIZES, MAE_SIZES
 from peers import COMPILED, Peer, in_mode
 from timing import rotated
 
@@ -26,8 +26,13 @@ DTYPES = {
 }  # fmt: skip
 """By name: 16 bit means autocast, "pure" 16 bit that weights and images are of that dtype themselves."""
 
-SIZES = OF_CRATE | {f"alpha-{size}": sizes for size, sizes in ALPHA_SIZES.items()}
-"""By name: the published sizes of CRATE, and those of CRATE-α in its own patches."""
+SIZES = (
+    OF_CRATE
+    | {f"alpha-{size}": sizes for size, sizes in ALPHA_SIZES.items()}
+    | {f"mae-{size}": sizes for size, sizes in OF_CRATE.items()}
+)
+"""By name: the published sizes of CRATE, those of CRATE-α in its own patches, and those of CRATE-MAE, which has as many layers
+again for its decoder and is measured in training alone."""
 
 
 def largest_batch(size: str) -> int:
@@ -65,13 +70,23 @@ class Workload(NamedTuple):
         return self.size.startswith("alpha-")
 
     @property
+    def is_mae(self) -> bool:
+        """Whether it is CRATE-MAE's."""
+        return self.size.startswith("mae-")
+
+    @property
+    def builder(self) -> str:
+        """The field of `Peer` that builds such a model."""
+        return "alpha" if self.is_alpha else "mae" if self.is_mae else "model"
+
+    @property
     def tokens(self) -> int:
         """Tokens of an image, the class token among them."""
         return (IMAGE // SIZES[self.size].get("patch_size", PATCH)) ** 2 + 1
 
     def concerns(self, peer: Peer) -> bool:
         """Whether `peer` does such a thing: operations that are its own, a layer of this architecture, any whole model."""
-        if (peer.alpha if self.is_alpha else peer.model) is None:
+        if getattr(peer, self.builder) is None or (self.is_mae and self.suite != "train"):
             return False
         if self.suite == "ops":
             return getattr(peer, self.operation) is not None
@@ -85,9 +100,39 @@ class Workload(NamedTuple):
         element = DTYPES[self.dtype].itemsize
         patch, step = sizes.get("patch_size", PATCH), "odl" if self.is_alpha else "ista"
         shape = floors.Shape(self.batch, self.tokens, sizes["dim"], inner, depth, element, 3 * patch**2, CLASSES, step)
+        if self.is_mae:
+            return floors.mae(shape)
         if self.suite in ("inference", "train"):
             return floors.model(shape, training=self.suite == "train")
         return getattr(floors, self.operation)(shape, self.part)
+
+
+REFERENCES = {"model": reference.CRATE, "alpha": reference_alpha.CRATEAlpha, "mae": reference.CRATEMAE}
+"""The published mathematics by `Workload.builder`."""
+
+
+class Masked(nn.Module):
+    """A CRATE-MAE that masks the same patches at every call: of images what it predicts, or with `whole` the loss.
+
+    Of its parameters those learn that its loss depends on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        for name, parameter in model.named_parameters():
+            if name.startswith("decoder_embed") or name.endswith("pos_embed"):
+                parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor, whole: bool = False) -> Tensor:
+        torch.manual_seed(0)
+        loss, predicted, _ = self.model(images)
+        return loss if whole else predicted
+
+
+def learned(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters to which gradients are taken."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 class Call(NamedTuple):
@@ -111,9 +156,11 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
     arguments = {"image_size": IMAGE, "patch_size": PATCH, "num_classes": CLASSES, **sizes}
     if workload.suite == "layer":
         arguments["depth"] = 1
+    if workload.is_mae:
+        arguments = {"img_size": IMAGE, "patch_size": PATCH, **MAE_SIZES[workload.size.removeprefix("mae-")]}
     torch.manual_seed(0)
-    weights = (reference_alpha.CRATEAlpha if workload.is_alpha else reference.CRATE)(**arguments).state_dict()
-    module = (peer.alpha if workload.is_alpha else peer.model)(arguments)
+    weights = REFERENCES[workload.builder](**arguments).state_dict()
+    module = getattr(peer, workload.builder)(arguments)
     if peer.same_function:
         module.load_state_dict(weights)
     module = (module.transformer if workload.suite == "layer" else module).to(device)
@@ -121,6 +168,8 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
     module.to(pure)
     module.train(workload.part != "forward")
     run = in_mode(module, mode)
+    if workload.is_mae:  # which draws, so that no CUDA graph of it is recorded
+        run = module = Masked(run)
     shape = (workload.tokens, sizes["dim"]) if workload.suite == "layer" else (3, IMAGE, IMAGE)
     wants_gradient = workload.suite == "layer" and workload.part != "forward"
 
@@ -131,11 +180,11 @@ def prepare(workload: Workload, peer: Peer, mode: str, device: torch.device) -> 
         with _autocast(device, workload):
             run = crate_fast.graphed(module, *inputs(workload.batch))
 
-    def autocast_run(*tensors: Tensor) -> Tensor:
+    def autocast_run(*arguments) -> Tensor:
         with _autocast(device, workload):
-            return run(*tensors)
+            return run(*arguments)
 
-    return Call(autocast_run, inputs, list(module.parameters()), module)
+    return Call(autocast_run, inputs, learned(module), module)
 
 
 def replays_itself(workload: Workload, module: nn.Module | None, mode: str) -> bool:
@@ -209,6 +258,8 @@ def _training_step(workload: Workload, call: Call, device: torch.device, fixed: 
 
     def loss() -> Tensor:
         images, labels = give()
+        if workload.is_mae:
+            return call.run(images, True)
         return F.cross_entropy(call.run(images).float(), labels)
 
     def step() -> None:

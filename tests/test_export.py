@@ -31,3 +31,4 @@ def test_traced_models_take_any_batch_and_know_pytorch_alone(model, tmp_path):
     traced, images = torch.jit.load(tmp_path / "model.pt"), torch.randn(7, 3, 8, 8)
     torch.testing.assert_close(traced(images), model(images))
     assert "crate_fast::" not in str(traced.inlined_graph)
+    assert "aten::mT" not in str(traced.inlined_graph)  # which torch.onnx.export(dynamo=False) does not know

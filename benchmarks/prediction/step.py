@@ -26,6 +26,7 @@ from crate_fast import kernels, operators
 from crate_fast.kernels import runtime, shapes, tuning
 from crate_fast.model import SIZES
 from crate_fast.modules import OvercompleteISTABlock, plain
+from crate_fast.sizes import MAE_SIZES
 
 from .launches import Launch, flat, specialise
 
@@ -152,6 +153,19 @@ def record(size: str, batch: int, what: str, arch: int = 90) -> Recorded:
     return found
 
 
+def record_mae(size: str, batch: int, arch: int = 90) -> Recorded:
+    """A training step of CRATE-MAE-`size` for `batch` images; encoder and decoder both see all tokens."""
+    found = Recorded([], [])
+    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16), _recorded(arch, found.calls):
+        model = crate_fast.CRATEMAE(img_size=IMAGE, patch_size=PATCH, **MAE_SIZES[size], backend="triton")
+        run = _training(model, torch.empty(batch, 3, IMAGE, IMAGE), lambda images, _: model(images)[0])
+        run()
+        found.calls.clear()
+        with _Operations(found.operations):
+            run()
+    return found
+
+
 def inner_of(width: int) -> int:
     """The width of all heads together: about CRATE-tiny's."""
     return 384 // width * width
@@ -184,14 +198,18 @@ def record_odl(rows: int, dim: int, arch: int = 90) -> Recorded:
     return found._replace(calls=calls)
 
 
-def _training(model, images: Tensor):
+def _training(model, images: Tensor, loss=None):
+    """A step on the `loss` of images and labels; None: cross-entropy."""
     from lion_pytorch.foreach import Lion
 
     optimizer, labels = Lion(model.parameters(), lr=1e-5), torch.zeros(len(images), dtype=torch.long)
 
+    if loss is None:
+        loss = lambda images, labels: F.cross_entropy(model(images).float(), labels)  # noqa: E731
+
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(images).float(), labels).backward()
+        loss(images, labels).backward()
         optimizer.step()
 
     return step

@@ -103,11 +103,13 @@ class CRATEAlpha(CRATE):
                     nn.init.kaiming_uniform_(dictionary, mode="fan_out")  # JAX's fan in: the first axis
             elif isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
+        head: Any = self.mlp_head[1]
+        patches: Any = self.conv1
         nn.init.normal_(self.cls_token, std=1e-6)
-        for weight in (self.pos_embedding, self.mlp_head[1].weight):
+        for weight in (self.pos_embedding, head.weight):
             nn.init.normal_(weight, std=0.02)
-        for bias in (self.conv1.bias, self.mlp_head[1].bias):
-            nn.init.zeros_(bias)
+        for bias in (patches.bias, head.bias):
+            bias.zero_()
 
     def save_pretrained(self, directory, **options):
         raise ValueError("a CRATEAlpha has no model card or configuration of the Hub's kind; checkpoint.save_model writes it")

@@ -27,6 +27,8 @@ class OvercompleteISTABlock(SparseStep, name="odl"):
     """
 
     residual = True
+    D: Tensor
+    D1: Tensor
 
     @staticmethod
     def shapes(dim: int) -> dict[str, tuple[int, ...]]:
@@ -34,7 +36,8 @@ class OvercompleteISTABlock(SparseStep, name="odl"):
 
     @staticmethod
     def reference(h: Tensor, weights: Sequence[Tensor], step_size: float, lambd: float) -> Tensor:
-        return reference_alpha.odl(h, *weights, step_size, lambd)
+        d, d1 = weights
+        return reference_alpha.odl(h, d, d1, step_size, lambd)
 
     @classmethod
     def sparsify(
