@@ -191,14 +191,19 @@ def candidates(kernel: str, dtype: torch.dtype) -> list[Config]:
     return [Config(*shape) for shape in CANDIDATES[name, _bits(dtype)]]
 
 
-def splits(tiles: int, rows: int, config: Config) -> int:
+def splits(tiles: int, rows: int, config: Config, even: bool = False) -> int:
     """Into how many parts the rows of a weight gradient of `tiles` tiles are cut: as many programs as run at once, two a
     multiprocessor of tiles of 128 × 128, one of larger ones.
 
-    132 multiprocessors (H100, H200) are assumed on every device, so that results do not depend on it.
+    132 multiprocessors (H100, H200) are assumed on every device, so that results do not depend on it. even: of more tiles than
+    fill a quarter of it, the fewest parts, 12 at most, with which the last programs to run fill it to 95% on average, or best.
     """
-    resident = 1 if config.block_m * config.block_n > 128 * 128 else 2
-    return max(1, min(resident * 132 // tiles, rows // (4 * config.block_k)))
+    at_once = 132 if config.block_m * config.block_n > 128 * 128 else 2 * 132
+    most = max(1, rows // (4 * config.block_k))
+    if not even or 4 * tiles <= at_once:
+        return max(1, min(at_once // tiles, most))
+    filled = {n: n * tiles / (-(-n * tiles // at_once) * at_once) for n in range(1, min(12, most) + 1)}
+    return max(filled, key=lambda n: (min(filled[n], 0.95), -n))
 
 
 @contextmanager

@@ -146,7 +146,7 @@ def weight_gradient(
     config = shapes.matrix(name, operand, inputs, outputs, x.device)
     blocks_m = shapes.blocks(inputs, config.block_m)
     tiles = blocks_m * shapes.blocks(outputs, config.block_n)
-    splits = tuning.splits(tiles, rows, config)
+    splits = tuning.splits(tiles, rows, config, even=name in tuning.ODL)
     rows_per_split = shapes.blocks(shapes.blocks(rows, splits), config.block_k) * config.block_k
     parts = 0 if totals is None else totals.shape[1]
     new = Parts(
