@@ -76,6 +76,8 @@ ONES = {
     "fp32": {" one image": (1, 208, 256, 64), " one token": (1, 1, 32, 32)},
 }
 """Arguments that are 1, which Triton makes constants: only the compiler shows what a constant cannot do."""
+ODL_SIZES = {"fp16": ("", " odd", " thirds"), "bf16": ("",), "fp32": ("", " odd", " one token")}
+"""With which CRATE-α's step is compiled: whose products are the layers' with other ends."""
 HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128)
 
 
@@ -111,7 +113,8 @@ def _collect(quick: bool) -> list[Launch]:
         for stream in {dtype, torch.float32}:
             label = f"{_short(dtype)}{' fp32 stream' if stream != dtype else ''} alone"
             record(label, dtype, lambda s=stream, o=dtype: _ista_alone(s, o))
-        for name, (*size, _) in (SIZES | ONES["fp32"]).items():
+        for name in ODL_SIZES[_short(dtype)]:
+            size = (SIZES | ONES["fp32"])[name][:3]
             record(f"{_short(dtype)} odl{name}", dtype, lambda o=dtype, s=size: _odl(o, *s))
     return list(launches.values())
 

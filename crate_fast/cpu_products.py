@@ -30,17 +30,18 @@ _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere PyTorch
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether x Wᵀ + b is oneDNN's: of float32 on a CPU, large enough, of shapes that fit, where nobody casts, records, batches
     or transforms operators."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not _IS_X86 or not x.dim() or weight.dim() != 2:
-        return False
-    if x.numel() * weight.shape[0] < LEAST or x.shape[-1] != weight.shape[1]:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not _IS_X86:
         return False
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if bias is not None and bias.shape != weight.shape[:1]:
+    # No sizes are asked for of what is recorded for any. Who watches operators, as PyTorch's counter of flops does, knows
+    # PyTorch's own alone.
+    if not computes_now(*tensors) or is_in_torch_dispatch_mode() or autocasts("cpu"):
         return False
     if any(t.dtype != torch.float32 or t.device != x.device or t.layout is not torch.strided for t in tensors):
         return False
-    # Who watches operators, as PyTorch's counter of flops does, knows PyTorch's own alone.
-    if not computes_now(*tensors) or is_in_torch_dispatch_mode() or autocasts("cpu"):
+    if not x.dim() or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.numel() * weight.shape[0] < LEAST:
+        return False
+    if bias is not None and bias.shape != weight.shape[:1]:
         return False
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 

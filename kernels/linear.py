@@ -133,7 +133,8 @@ def _linear_kernel(
     if NORM == "first":
         b_mean, b_rstd = _statistics(p_moments, row, m_row, rows, inputs, parts, span, eps)
     per_row = (row, m_row, p_rows, b_mean, b_rstd)
-    LARGE: tl.constexpr = (SHRINK or RESIDUAL or MASKED) and BLOCK_M * BLOCK_N >= 128 * 128
+    WIDE: tl.constexpr = BLOCK_N > 128  # finished whole, triton 3.6 serialises its products
+    LARGE: tl.constexpr = (SHRINK or RESIDUAL or MASKED or WIDE) and BLOCK_M * BLOCK_N >= 128 * 128
     b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if LARGE:  # before the product, so that nothing is waited for, or brought into another layout of registers, behind it
         b_out = _summand(column, m_column, ends, per_row, outputs, stride_xk, NORM, SHRINK, RESIDUAL, WHOLE)
@@ -285,14 +286,15 @@ def linear(
     shrink: bool = False,
     rectify: bool = False,
     moments: Tensor | None = None,
+    name: str = "out_project",
 ) -> Tensor:
     """x W [+ x, if `shrink`] [+ offset] [+ residual], (rows, in) to (rows, out), without a LayerNorm; rectified if `shrink` or
     `rectify`, and zero where `mask`, the (rows, out) of a relu, is.
 
-    Writes the result's `moments`, from `empty_moments`.
+    Writes the result's `moments`, from `empty_moments`. name: under what tuning.py has its shape, "ista" if `shrink`.
     """
     result = x.new_empty(x.shape[0], weight.shape[1], dtype=out)
-    name = "ista" if shrink else "out_project"
+    name = "ista" if shrink else name
     if moments is None:
         name = unmixed(name, x, weight)
     _launch_linear(

@@ -1,5 +1,7 @@
 # PyTorch's own `backward` takes any gradients, one's own those of its results.
 # pyright: reportIncompatibleMethodOverride=false
+# Types tell neither how long a shape or a list of tensors is, nor which of them are there.
+# pyright: reportCallIssue=false
 """The overcomplete step of CRATE-α: two ISTA steps on a dictionary D that is wider than a token, and back by another, D₁.
 
     forward     ζ₁ = relu(h D − λ)                 the threshold and the relu in the product's epilogue
@@ -47,7 +49,7 @@ class Saved(NamedTuple):
 
 
 def _fake_forward(h, operand, d, b, c, lambd):
-    codes = [operand.new_empty(len(h), d.shape[1]) for _ in range(2)]
+    codes = [operand.new_empty(h.shape[0], d.shape[1]) for _ in range(2)]
     return operand.new_empty(h.shape), operand.new_empty(h.shape), *codes
 
 
@@ -57,10 +59,10 @@ def odl_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, r, ζ₁, ζ₂). h: (rows, dim), contiguous, in any dtype; operand: h in that of d, b and c, (dim, wide), see `Saved`."""
     offset = torch.full((d.shape[1],), -lambd, dtype=torch.float32, device=d.device)
-    z1 = linear(operand, d, d.dtype, offset=offset, rectify=True)
-    r = linear(z1, b.t(), d.dtype, residual=h)  # of h as it came, not as it was rounded for the product
-    z2 = linear(r, d, d.dtype, offset=offset, residual=z1, rectify=True)
-    return linear(z2, c.t(), d.dtype), r, z1, z2
+    z1 = linear(operand, d, d.dtype, offset=offset, rectify=True, name="odl")
+    r = linear(z1, b.t(), d.dtype, residual=h, name="odl_back")  # of h as it came, not as it was rounded for the product
+    z2 = linear(r, d, d.dtype, offset=offset, residual=z1, rectify=True, name="odl")
+    return linear(z2, c.t(), d.dtype, name="odl_back"), r, z1, z2
 
 
 def _fake_backward(dy, saved, step_size, dtype, wanted):
@@ -82,19 +84,19 @@ def odl_step_backward(
     s, dy = Saved(*saved), readable(dy)
     operand, results = s.d.dtype, [dy.new_empty(0, dtype=kind) for kind in (dtype, torch.float32, torch.float32)]
     if wanted[2]:
-        results[2] = weight_gradient(dy, s.z2, operand).product.sum(0).mul_(step_size)
+        results[2] = weight_gradient(dy, s.z2, operand, name="odl_gradient").product.sum(0).mul_(step_size)
     if not (wanted[0] or wanted[1]):
         return results
-    g2 = linear(dy, s.c, operand, mask=s.z2)
-    dr = linear(g2, s.d.t(), operand)
+    g2 = linear(dy, s.c, operand, mask=s.z2, name="odl")
+    dr = linear(g2, s.d.t(), operand, name="odl_back")
     if wanted[1]:
-        results[1] = weight_gradient(dr, s.z1, operand).product.sum(0).mul_(-step_size)
-        results[1] += weight_gradient(s.r, g2, operand).product.sum(0)
-    g1 = linear(dr, s.b, operand, residual=g2, mask=s.z1)
+        results[1] = weight_gradient(dr, s.z1, operand, name="odl_gradient").product.sum(0).mul_(-step_size)
+        results[1] += weight_gradient(s.r, g2, operand, name="odl_gradient").product.sum(0)
+    g1 = linear(dr, s.b, operand, residual=g2, mask=s.z1, name="odl")
     if wanted[1]:
-        results[1] += weight_gradient(s.h, g1, operand).product.sum(0)
+        results[1] += weight_gradient(s.h, g1, operand, name="odl_gradient").product.sum(0)
     if wanted[0]:
-        results[0] = linear(g1, s.d.t(), dtype, residual=dr)
+        results[0] = linear(g1, s.d.t(), dtype, residual=dr, name="odl_back")
     return results
 
 

@@ -30,6 +30,8 @@ MATRIX = (
     "weight_gradient",
     "mixed_gradient",
 )
+ODL = ("odl", "odl_back", "odl_gradient")
+"""CRATE-α's step, into a dictionary's width, back from it and a dictionary's gradient: `crate-fast tune` measures none."""
 
 
 class TuningError(OSError):
@@ -66,10 +68,11 @@ class Line(NamedTuple):
     columns: int = 1  # a product's number of columns is a multiple of it
 
 
-_PRODUCTS = ("project", "out_project", "ista")
-_WEIGHTS = ("weight_gradient", "mixed_gradient")
+_PRODUCTS = ("project", "out_project", "ista", *ODL[:2])
+_WEIGHTS = ("weight_gradient", "mixed_gradient", "odl_gradient")
 _ISTA = ("ista_gradient", "mixed_ista_gradient")
 _GRADIENTS = (*_ISTA, "out_gradient", "project_gradient")
+_MATRIX = (*MATRIX, *ODL)
 
 TABLE = (
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 3), "80 to 201 registers, 2 to 6 programs", 80),
@@ -102,7 +105,8 @@ TABLE = (
     Line(("mssa_backward",), 32, 64, True, Config(32, 16, 0, 8, 2, 128), "32 columns spill 16 to 40 bytes"),
     Line(("mssa_backward",), 32, 128, True, Config(32, 16, 0, 8, 2), "32 columns spill 8 to 24 bytes at width 80 and 128"),
     Line(("project", "ista"), 16, None, True, Config(128, 128, 32, 4, 3), "180 to 206 registers: 2 programs", 90),
-    Line(("out_project",), 16, None, True, Config(128, 128, 32, 8, 4), "110 to 114 registers: 2 programs", 90),
+    Line(("odl_back",), 16, None, True, Config(128, 256, 64, 8, 3), "deep products: a quarter less of L2", 90, 256),
+    Line(("out_project", *ODL[:2]), 16, None, True, Config(128, 128, 32, 8, 4), "110 to 114 registers: 2 programs", 90),
     Line(("project",), 16, None, True, Config(128, 128, 32, 8, 4), "64 deep, triton 3.6 spills 8 bytes: fp32 stream", 100),
     Line(_PRODUCTS, 16, None, True, Config(128, 128, 64, 8, 3), "128 registers, 96 KB: 2 programs a multiprocessor"),
     Line(("project_gradient",), 16, None, True, Config(128, 128, 64, 8, 2), "4 stages of 32 spill 16 bytes: fp32 stream", 100),
@@ -113,21 +117,22 @@ TABLE = (
     Line(("project_gradient",), 16, None, True, Config(128, 128, 32, 8, 3, 128), "2 programs; free, it takes 160: one", 90),
     Line(_GRADIENTS, 16, None, True, Config(128, 128, 32, 8, 4), "128 registers but for a rectified end (165), 64 KB"),
     Line(("weight_gradient",), 16, None, True, Config(128, 384, 32, 8, 4), "3 accumulators, 128 KB", 90, 384),
-    Line(("weight_gradient",), 16, None, True, Config(128, 256, 64, 8, 3), "144 KB", 90, 256),
+    Line(("weight_gradient", "odl_gradient"), 16, None, True, Config(128, 256, 64, 8, 3), "144 KB", 90, 256),
     Line(("weight_gradient",), 16, None, True, Config(128, 192, 32, 8, 4), "width 576: 3 × 64 without padding", 90, 192),
-    Line(("weight_gradient",), 16, None, True, Config(128, 128, 64, 8, 3), "126 registers, 96 KB: 2 programs"),
+    Line(("weight_gradient", "odl_gradient"), 16, None, True, Config(128, 128, 64, 8, 3), "126 registers, 96 KB: 2 programs"),
     Line(("mixed_gradient",), 16, None, True, Config(128, 128, 32, 8, 2), "3 barriers a turn; of one stage 6", 80),
     Line(("mixed_gradient",), 16, None, True, Config(128, 128, 32, 8, 1), "161 registers; products of more are serialised"),
     Line(("mixed_product",), 16, None, True, Config(128, 128, 32, 8, 2), "4 barriers a turn; of one stage 9", 100),
     Line(("mixed_product",), 16, None, True, Config(128, 128, 32, 8, 1), "two stages and more are serialised"),
     Line(_ISTA, 32, None, True, Config(64, 64, 16, 4, 3), "of two stages triton 3.6 spills 8 bytes for one token", 80),
+    Line(ODL[:2], 32, None, True, Config(64, 64, 16, 4, 2, 128), "free, it takes 96 registers and spills 8 bytes on sm_100"),
     Line((*_GRADIENTS, "ista"), 32, None, True, Config(64, 64, 16, 4, 2), "163 registers; 32 take 255 and spill on sm_80"),
     Line(_WEIGHTS, 32, None, True, Config(64, 64, 16, 4, 2, 128), "32 take 255 registers and spill 8 bytes", 80),
-    Line(MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
+    Line(_MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
     Line(_WEIGHTS, 16, None, False, Config(32, 64, 32, 4, 2, 128), "64 wide spills 8 to 24 bytes", 80),
-    Line(MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
+    Line(_MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
     Line(_ISTA, 32, None, False, Config(32, 64, 16, 8, 2), "32 deep spills 8 bytes", 100),
-    Line(MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
+    Line(_MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
 )
 
 CANDIDATES = {

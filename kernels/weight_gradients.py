@@ -133,15 +133,16 @@ def weight_gradient(
     mean: Tensor | None = None,
     totals: Tensor | None = None,
     transposed: bool = False,
+    name: str = "weight_gradient",
 ) -> Parts:
     """xᵀ g, or with the mean of x's rows, behind a LayerNorm, (x − mean)ᵀ g once the mean of the product is taken away.
 
     g: behind a LayerNorm rs times the gradient; totals: (1, parts, out) float32, parts of the gradient's column sums.
     The rows are cut in splits that depend on the shape alone and are summed in one order (weights.py): the same bits from
-    run to run. With `transposed` a part is (out, in).
+    run to run. With `transposed` a part is (out, in). name: under what tuning.py has its shape.
     """
     (rows, inputs), outputs = x.shape, g.shape[1]
-    name = "weight_gradient" if x.dtype == g.dtype == operand else "mixed_gradient"  # where the kernel rounds what it loads
+    name = name if x.dtype == g.dtype == operand else "mixed_gradient"  # where the kernel rounds what it loads
     config = shapes.matrix(name, operand, inputs, outputs, x.device)
     blocks_m = shapes.blocks(inputs, config.block_m)
     tiles = blocks_m * shapes.blocks(outputs, config.block_n)

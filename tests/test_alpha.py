@@ -262,6 +262,13 @@ def test_what_is_looked_into_is_what_the_model_computes():
     torch.testing.assert_close(model.mlp_head(last.tokens[:, 0]), model(images()))
 
 
+def test_every_product_may_be_a_linear_which_others_quantise():
+    model = made(init_values=0.3).eval()
+    linears = crate_fast.as_linears(model)
+    assert not any(isinstance(module, OvercompleteISTABlock) for module in linears.modules())
+    torch.testing.assert_close(linears(images()), model(images()))
+
+
 def test_a_run_may_start_from_weights_for_other_patches(tmp_path):
     published = made(reference_alpha.CRATEAlpha)
     torch.save(published.state_dict(), tmp_path / "bare.pth")

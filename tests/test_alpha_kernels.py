@@ -1,14 +1,17 @@
 """CRATE-α's step by the kernels against its formula in float64: values, gradients, memory, determinism, NaN, 16 bit."""
 
+import json
+
 import pytest
 import torch
-from conftest import DTYPES, HALVES
+from conftest import BENCHMARKS, DTYPES, HALVES
 from test_kernels import poisoned_memory, relative, strided  # noqa: F401 (a fixture that is used by itself)
 from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import BackendError, CRATEAlpha, reference_alpha
-from crate_fast.kernels import ODL, odl
+from crate_fast.kernels import ODL, odl, tuning
 from crate_fast.modules import OvercompleteISTABlock
+from crate_fast.sizes import ALPHA_SIZES
 from ties import recorded, resolved
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -68,6 +71,22 @@ def test_the_step_takes_strides_as_they_come(dim, layout):
 def test_the_step_takes_any_step_size_and_threshold(numbers):
     torch.manual_seed(0)
     assert_agrees(torch.randn(1, 19, 16), *dictionaries(16), torch.randn(1, 19, 16), numbers)
+
+
+@pytest.mark.parametrize("shape", [(128, 256, 64, 8, 3), (64, 64, 16, 4, 2)], ids=str)
+def test_the_step_is_right_in_every_shape_of_its_tiles(shape):
+    torch.manual_seed(0)
+    with tuning.forced("odl", tuning.Config(*shape)), tuning.forced("odl_back", tuning.Config(*shape)):
+        assert_agrees(torch.randn(1, 131, 20), *dictionaries(20), torch.randn(1, 131, 20))
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_every_architecture_has_a_shape_for_the_step(architecture):
+    with tuning.assumed(architecture):
+        for dtype, dim in ((d, n) for d in (torch.float16, torch.float32) for n in (192, 768, 33)):
+            assert tuning.matrix("odl", dtype, dim, 4 * dim, torch.device("cpu")).block_n <= 128
+            assert tuning.matrix("odl_back", dtype, 4 * dim, dim, torch.device("cpu")).block_n <= 256
+            assert tuning.matrix("odl_gradient", dtype, dim, 4 * dim, torch.device("cpu")).block_n <= 256
 
 
 def test_without_tokens_or_with_a_step_of_zero_nothing_is_added():
@@ -150,6 +169,17 @@ def test_ten_values_a_token_and_width_are_kept_and_three_roundings_of_dictionari
     assert not kept
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_each_product_reads_and_writes_what_it_must_once():
+    """In 16 bit, bytes a token in widths of one: of h, r, y and their gradients 2, of a code or its gradient 8."""
+    import traffic  # which asks for the interpreter as it is imported
+
+    leaves = [torch.randn(traffic.BATCH, traffic.TOKENS, traffic.DIM), *dictionaries(traffic.DIM)]
+    counted = traffic.count_kernels(lambda: results(step, leaves, torch.ones(leaves[0].shape), torch.float16))
+    forward, backward = [10, 12, 18, 10], [10, 18, 10, 10, 10, 26, 10, 12]
+    assert [kernel.activations / traffic.DIM for kernel in counted] == forward + backward
+
+
 def test_nan_stays_where_it_is_and_is_not_lost():
     torch.manual_seed(0)
     d, d1 = dictionaries(16)
@@ -201,6 +231,14 @@ def test_compilers_take_it_whole_and_the_operators_are_what_they_say():
     }.items():
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(getattr(torch.ops.crate_fast, name).default, arguments, test_utils=tests)
+
+
+def test_the_committed_prediction_has_the_step_in_every_size_and_on_every_architecture():
+    predicted, launches = json.loads((BENCHMARKS / "results" / "predicted.json").read_text()), {}
+    for row in predicted["rows"]:
+        launches[row["size"]] = launches.get(row["size"], 0) + row["count"] * (row["pass"] == "odl")
+    assert {size for size, count in launches.items() if count == 12} == {f"alpha-{size}" for size in ALPHA_SIZES}
+    assert {r["arch"] for r in predicted["resources"] if r["size"] == "alpha-huge"} == {"sm_80", "sm_100"}
 
 
 def test_what_the_kernels_cannot_take_is_refused_by_name():

@@ -12,12 +12,17 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from conftest import BENCHMARKS, load_module
 from PIL import Image
 
+import floors
 import report
 import run
 import traffic
+from crate_fast import CRATEAlpha_large
+from peers import all_peers
+from workloads import Workload, prepare
 
 ROOT = BENCHMARKS.parent
 ROW = {
@@ -121,6 +126,22 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path):
     error = re.fullmatch(r"no parity: gradients (\S+) from float64, .*", rows["crate_fast"]["reason"])
     assert 0.05 < float(error.group(1)) < 10
     assert result.returncode == 1
+
+
+def test_crate_alpha_is_measured_with_the_work_of_its_own_layers_and_the_same_numbers():
+    device = torch.device("cpu")
+    with torch.device("meta"):
+        layer = CRATEAlpha_large(depth=1).transformer.layers[0]
+    workload = Workload("layer", "layer forward", "alpha-large", 2, "float32")
+    spared = 257**2 * 1024 * 2  # half of the scores, of 2 images
+    assert workload.tokens == 257
+    assert floors.totals(workload.kernels())[0] == 2 * 2 * layer.flops(257) - spared
+    workload = Workload("layer", "layer forward", "alpha-tiny", 1, "float32")
+    measured = {peer.name: prepare(workload, peer, "eager", device) for peer in filter(workload.concerns, all_peers(device))}
+    assert {*measured} == {"published", "sdpa", "crate_fast"}
+    (x,) = measured["published"].inputs(1)
+    for call in measured.values():
+        torch.testing.assert_close(call.run(x), measured["published"].run(x))
 
 
 def test_compare_tells_noise_from_change(tmp_path, capsys):

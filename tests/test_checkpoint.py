@@ -164,7 +164,7 @@ CHANGES = {
     "module 'mlp_head.2' is new": lambda model: model.mlp_head.append(torch.nn.ReLU()),
     "'to_latent' is a ReLU": lambda model: setattr(model, "to_latent", torch.nn.ReLU()),
     "norm' has another forward": lambda model: setattr(ista(model).norm, "forward", lambda x: x),
-    "no attribute 'step_size'": lambda model: setattr(ista(model), "fn", torch.nn.Sequential(ista(model).fn)),
+    "a Sequential is no step of CRATE": lambda model: setattr(ista(model), "fn", torch.nn.Sequential(ista(model).fn)),
     "not subscriptable": lambda model: setattr(model, "mlp_head", torch.nn.Identity()),
     "Doubled has a forward of its own": lambda model: setattr(model, "__class__", Doubled),
 }

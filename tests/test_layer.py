@@ -259,3 +259,22 @@ def test_models_that_are_16_bit_themselves_are_no_less_precise_than_the_publishe
                 errors.append(relative(model(images.to(next(model.parameters()).dtype)), exact(images.double())))
         ratios.append(errors[1] / errors[2])
     assert torch.tensor(ratios).log().mean().exp() < 1, ratios
+
+
+def test_a_part_of_the_subspaces_is_not_split_among_all_heads():
+    """As in a model that is parallel by tensors, of whose qkv each process has the values of some heads."""
+    attention = (
+        CRATE(image_size=8, patch_size=4, num_classes=3, dim=32, depth=1, heads=4, dim_head=8).transformer.layers[0][0].fn
+    )
+    whole = attention.qkv.register_forward_hook(lambda *given: given[-1][..., :16])
+    attention.to_out = torch.nn.Identity()
+    x = torch.randn(2, 5, 32)
+    with pytest.raises(
+        ValueError, match="w has 16 of the 32 values that qkv gives, and heads is 4; of a width of 8 it must be 2"
+    ):
+        attention(x)
+    attention.heads = 2
+    found = attention(x)
+    whole.remove()
+    attention.heads = 4
+    torch.testing.assert_close(found, attention(x)[..., :16])

@@ -12,9 +12,10 @@ import torch
 from conftest import call
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
-from crate_fast import CRATE, CheckpointError, inspection, load_checkpoint, reference
+from crate_fast import CRATE, CheckpointError, as_linears, inspection, load_checkpoint, reference
 from crate_fast.checkpoint import constructor_arguments, save_model
 from crate_fast.checkpoint.read import read_model
 from crate_fast.checkpoint.start_from import read_weights, start_from
@@ -294,3 +295,71 @@ def test_a_new_head_is_refused_where_it_is_none(tmp_path, capsys):
         with pytest.raises((CheckpointError, RuntimeError, MemoryError), match=r"x\.safetensors|memory|allocate"):
             load_checkpoint(tmp_path / "x.safetensors", **sizes)
     assert call(capsys, "convert", tmp_path / "x.safetensors", tmp_path / "y.pth", "--image-size", "9")[0] == 2
+
+
+def adapted(model):
+    """The names that PEFT gives where an adapter of its is on each qkv."""
+    own, name = model.state_dict(), ".0.fn.qkv."
+    return {key.replace(name, f"{name}base_layer."): value for key, value in own.items()} | {
+        f"transformer.layers.0{name}lora_A.default.weight": torch.zeros(2, 16)
+    }
+
+
+REWRITTEN = {
+    "merge_and_unload": adapted,
+    "remove_parametrizations": lambda model: parametrizations.weight_norm(model.mlp_head[1]) and model.state_dict(),
+    "prune.remove": lambda m: prune.l1_unstructured(m.transformer.layers[1][0].fn.qkv, "weight", 0.5) and m.state_dict(),
+    "as_linears.*save the model it was made of": lambda model: as_linears(model).state_dict(),
+}
+
+
+@pytest.mark.parametrize(("words", "rewrite"), REWRITTEN.items(), ids=REWRITTEN)
+def test_weights_that_stand_for_others_are_told_apart_and_what_to_do_is_said(words, rewrite, tmp_path, capsys):
+    torch.save({"state_dict": rewrite(CRATE(**SMALL).eval())}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=rf"is no weight of a CRATE.*{words}"):
+        load_checkpoint(tmp_path / "x.pt", heads=2)
+    with pytest.raises(CheckpointError, match=words):
+        read_weights(tmp_path / "x.pt")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_copy_by_as_linears_is_not_saved_as_a_crate(tmp_path):
+    with pytest.raises(ValueError, match=r"as_linears.*save the model it was made of"):
+        save_model(as_linears(CRATE(**SMALL).eval()), tmp_path / "x.safetensors")
+
+
+def test_a_folder_of_an_adapter_alone_says_so(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"an adapter of PEFT.*merge_and_unload"):
+        load_checkpoint(tmp_path)
+
+
+class Quantised(torch.Tensor):
+    """A tensor of another package, as quantised ones are: a class around others."""
+
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    __torch_dispatch__ = classmethod(lambda *_: None)
+
+
+def test_tensors_of_another_packages_class_are_no_damage(tmp_path):
+    torch.save(weights() | {"mlp_head.1.weight": Quantised(torch.zeros(3, 16))}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"its tensors are of .*Quantised, as quantised ones are.*save the model"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_one_head_as_wide_as_a_token_is_not_taken_where_there_is_a_projection_back(tmp_path):
+    wide = dict(dim=64, heads=2, dim_head=32)
+    torch.save(published(**wide).state_dict(), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"number of heads open .64 values in all heads.; say heads"):
+        load_checkpoint(tmp_path / "x.pt")
+    assert load_checkpoint(tmp_path / "x.pt", heads=2).transformer.heads == 2
+
+
+def test_a_wrong_argument_is_not_said_to_be_the_files(tmp_path):
+    save_model(CRATE(**SMALL), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"with backend='fast', build no CRATE .backend is 'fast'; allowed are"):
+        load_checkpoint(tmp_path / "x.safetensors", backend="fast")

@@ -22,8 +22,9 @@ from crate_fast.checkpoint.read import CheckpointError, read_checkpoint
 from crate_fast.commands.main import main
 from crate_fast.locks import unlock
 from crate_fast.settings import SETTINGS
-from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, train
+from crate_fast.training import ConfigError, SavingError, Stopped, TrainConfig, evaluate_run, train
 from crate_fast.training.loop import Trainer
+from crate_fast.training.published_run import save_main
 from crate_fast.training.resolve import describe
 from crate_fast.training.run_directory import RunDirectory
 
@@ -80,6 +81,10 @@ def test_a_stopped_run_of_crate_alpha_goes_on_to_the_same_bits(tmp_path, monkeyp
     run, _ = train(config, resume=str(tmp_path / "run"))
     assert same_end(run, straight)
     assert type(load_checkpoint(run.path)) is CRATEAlpha
+    with pytest.raises(ConfigError, match=r"--arch is CRATE_small; .* holds a model of dim 16, depth 1, heads 1, a CRATEAlpha"):
+        evaluate_run(run.path, arch="CRATE_small", device="cpu")
+    with pytest.raises(CheckpointError, match=r"its model is a CRATEAlpha, which main.py does not have"):
+        save_main(run.path / "checkpoints" / "last.pt", tmp_path / "x.pth.tar")
 
 
 @pytest.mark.parametrize("step", [1, 6, 15, 24])

@@ -17,13 +17,13 @@ import crate_fast
 import crate_fast.timm
 from crate_fast import CRATE, CheckpointError, load_checkpoint
 from crate_fast.checkpoint import save_model
+from crate_fast.checkpoint.timm_config import ALPHA_ARCHITECTURES, ARCHITECTURES, IN21K
 from crate_fast.eval_transform import MEAN, STD, Transform
 from crate_fast.kernels import runtime
 from crate_fast.optional import MissingPackageError
 from crate_fast.reference import CRATE as Published
 from crate_fast.sizes import SIZES
 from crate_fast.timm.__main__ import main as run_script
-from crate_fast.timm.crate import ALPHA_ARCHITECTURES, ARCHITECTURES, IN21K
 
 NAME = "crate_tiny_patch16_224"
 OWN = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=3, heads=2, dim_head=16)
@@ -196,7 +196,7 @@ def test_arguments_have_timms_names_or_crates():
     assert [layer.drop_path for layer in model.transformer.layers] == [0, 0.15, 0.3]
     assert (layer[1].fn.step_size, layer[1].fn.lambd, model.transformer.backend) == (0.3, 0.2, "reference")
     own = timm.create_model(NAME, **{name: value for name, value in OWN.items() if name != "depth"}, depth=1, channels=1)
-    assert own.in_chans == 1 and own.image_size == (8, 8) and own.default_cfg["input_size"] == (3, 224, 224)
+    assert own.in_chans == 1 and own.image_size == (8, 8) and own.default_cfg["input_size"] == (1, 8, 8)
     cast = create(dtype=torch.float64)
     cast.reset_classifier(3)
     assert cast(images(cast).double()).dtype == torch.float64
@@ -351,7 +351,7 @@ def test_timms_evaluation_shows_the_model_the_pixels_that_ours_does(crop, tmp_pa
     save_model(source, tmp_path / "model.safetensors")
     _, transform, _ = crate_fast.load(tmp_path / "model.safetensors")
     found = create(img_size=56, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "model.safetensors")})
-    timms = create_transform(**resolve_data_config({"img_size": 56}, model=found) | {"input_size": (3, 56, 56)})
+    timms = create_transform(**resolve_data_config(model=found))  # of the model's size too
     torch.testing.assert_close(timms(Image.open(tmp_path / "photo.png")), transform(tmp_path / "photo.png"))
     assert resolve_data_config(model=create())["mean"] == MEAN
 
@@ -360,11 +360,12 @@ def test_a_script_of_timms_knows_the_names(tmp_path, monkeypatch, capsys):
     """As `python -m crate_fast.timm SCRIPT WORDS`, which is as `python SCRIPT WORDS`."""
     (tmp_path / "beside.py").write_text("word = 'beside'")
     script = tmp_path / "script.py"
-    script.write_text("import sys, timm, beside\nprint(__name__, sys.argv[1:], beside.word, len(timm.list_models('crate_*')))")
+    found = "'crate_tiny_patch16_224' in timm.list_models('crate_*')"
+    script.write_text(f"import sys, timm, beside\nprint(__name__, sys.argv[1:], beside.word, {found})")
     monkeypatch.setattr("sys.argv", list(sys.argv))
     monkeypatch.setattr("sys.path", list(sys.path))
     assert run_script([str(script), "--flag", "3"]) == 0
-    assert capsys.readouterr().out == "__main__ ['--flag', '3'] beside 7\n"
+    assert capsys.readouterr().out == "__main__ ['--flag', '3'] beside True\n"
     assert run_script([]) == 2 and run_script(["none.py"]) == 2
     assert re.fullmatch("nothing to run; it must be a script.*\nnone.py: no such file; it must.*\n", capsys.readouterr().err)
 
@@ -416,3 +417,31 @@ def test_wrong_calls_and_files_are_one_line(tmp_path):
             call()
         assert len(str(caught.value).splitlines()) == 1
     assert same(model.parameters(), create().parameters())
+
+
+@pytest.mark.parametrize("form", [True, False], ids=["safetensors", "archive"])
+def test_a_folder_for_the_hub_by_timm_is_read_as_what_it_says(form, tmp_path, capsys):
+    source = CRATE(**OWN | {"image_size": (8, 12), "heads": 4, "dim_head": 8, "ista": 0.3, "lambd": 0.2, "pool": "mean"}).eval()
+    source.transform = Transform(0.8, MEAN, STD, tuple("abcde"))
+    save_model(source, tmp_path / "x.safetensors")
+    options = dict(img_size=(8, 12), num_heads=4, head_dim=8, ista=0.3, lambd=0.2, global_pool="avg", pretrained=True)
+    model = create(**options, pretrained_cfg_overlay={"file": str(tmp_path / "x.safetensors")})
+    timm.models.save_for_hf(model, str(tmp_path), model_args=None, safe_serialization=form)
+    found = load_checkpoint(tmp_path)
+    assert torch.equal(found(images(model)), model(images(model))) and capsys.readouterr().err == ""
+    assert found.transform == source.transform and torch.equal(found(images(model)), source(images(model)))
+    assert timm.create_model(f"local-dir:{tmp_path}").eval()(images(model)).shape == (2, 5)
+
+
+def test_weights_of_another_size_of_model_name_timms_arguments(tmp_path):
+    save_model(CRATE(**OWN), tmp_path / "model.safetensors")
+    options = dict(pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path)})
+    with pytest.raises(
+        CheckpointError, match=r"32 in it and 384 in this model.* with embed_dim=32, depth=3,.* patch_size=4"
+    ) as told:
+        timm.create_model(NAME, **options)
+    words = str(told.value).partition(" with ")[2]
+    found = timm.create_model(NAME, **options, **eval(f"dict({words})"), img_size=8)
+    assert found.pretrained_cfg["input_size"] == (3, 8, 8)
+    found.set_input_size((16, 12))
+    assert found.pretrained_cfg["input_size"] == (3, 16, 12)

@@ -21,7 +21,7 @@ from .queue import Step
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = (
     "backend.py", "cpu_attention.py", "cpu_products.py", "functional.py", "operators.py", "ranges.py", "reference.py",
-    "model/*.py", "modules/*.py",
+    "reference_alpha.py", "model/*.py", "modules/*.py",
 )  # fmt: skip
 """The files of crate_fast that decide which kernels are launched, and how, and the mathematics they are held to."""
 DONE = ("passed", "unavailable")

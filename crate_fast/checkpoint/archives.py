@@ -38,16 +38,27 @@ def read_beside_others(path: Path, otherwise: str) -> tuple[Any, set[str]]:
     def load(checked: bool) -> tuple[Any, set[str]]:
         with _Bounded(io.FileIO(path)) as file:
             names = names_of_objects(path, file, checked)
-        with marked(names, Mark):
-            try:
-                return _load(path, checked), names
-            except pickle.UnpicklingError:
-                if not names:
-                    raise
-        with marked(names, Table):
-            return _load(path, checked), names
+        try:
+            return _load_marked(path, checked, names), names
+        except (RuntimeError, TypeError, ValueError) as error:
+            if "Tensor subclass" not in str(error):
+                raise
+            kind = min(names, key=lambda name: ("tensor" not in name.lower(), name), default="a class of another package")[:200]
+            words = f"its tensors are of {kind}, as quantised ones are, and plain ones alone are read"
+            raise CheckpointError(f"{path}: {words}: save the model that they were made of") from error
 
     return _read(path, otherwise, load)
+
+
+def _load_marked(path: Path, checked: bool, names: set[str]) -> object:
+    with marked(names, Mark):
+        try:
+            return _load(path, checked)
+        except pickle.UnpicklingError:
+            if not names:
+                raise
+    with marked(names, Table):
+        return _load(path, checked)
 
 
 def _load(path: Path, checked: bool) -> object:
@@ -68,6 +79,8 @@ def _read(path: Path, otherwise: str, load: Callable[[bool], Any]) -> Any:
             return load(checked)
     except (OSError, MemoryError) as error:
         raise unread(path, error) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged archive can raise anything; nothing in it has been executed
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked is not None:

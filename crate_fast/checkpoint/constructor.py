@@ -15,7 +15,8 @@ from ..model.alpha import CRATEAlpha
 from ..model.crate import CRATE
 from ..model.mae import CRATEMAE
 from ..model.transformer import layers_of
-from ..modules.step import PUBLISHED_STEP
+from ..modules.step import PUBLISHED_STEP, SparseStep
+from .layouts import rewritten
 from .mae import LAYERS, MAE_ARGUMENTS, depth_of
 
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
@@ -96,6 +97,8 @@ def class_of(arguments: dict, kind: type[Built]) -> type:
 
 
 def _layer_arguments(attention, step) -> dict:
+    if not isinstance(step, SparseStep):
+        raise TypeError(rewritten(f"fn.{name}" for name in step.state_dict()) or f"a {type(step).__name__} is no step of CRATE")
     return {
         "dim_head": attention.qkv.out_features // attention.heads,
         "dropout": float(attention.dropout.p),
@@ -123,7 +126,8 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
     try:
         model = skeleton(arguments, kind)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: its arguments build no {name} ({first_line(error)})") from error
+        asked = "".join(f", with {each}={shown(value)}," for each, value in list(overrides.items())[:1])
+        raise CheckpointError(f"{path}: its arguments{asked} build no {name} ({first_line(error)})") from error
     difference = difference_of(model, weights)
     if difference:
         raise CheckpointError(f"{path}: {difference}")
@@ -155,7 +159,7 @@ def difference_of(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
     missing = sorted(set(expected) - set(weights))
     surplus = sorted(set(weights) - set(expected), key=str)
     if missing:
-        return f"{len(missing)} weights are missing, {missing[0]!r} first"
+        return rewritten(surplus) or f"{len(missing)} weights are missing, {missing[0]!r} first"
     if surplus:
         return f"{len(surplus)} weights do not belong to the model, {surplus[0]!r} first"
     for key, value in expected.items():

@@ -12,6 +12,7 @@ from ..eval_transform import MAIN, Transform, imagenet_statistics
 from ..files import check_regular, parse_json, shown, tell, write_atomically
 from .constructor import OF_MODELS
 from .tensor_files import is_of_hub
+from .timm_config import as_own
 
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
@@ -39,6 +40,7 @@ def read_beside(weights: Path) -> dict | None:
         content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); it says what the weights beside it are") from error
+    content = as_own(content) or content if isinstance(content, dict) else content
     if not isinstance(content, dict) or any(name in content for name in OF_A_RUN) or not all(n in content for n in NEEDED):
         return None
     return content if content.get("model_type", MODEL_TYPE) == MODEL_TYPE else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeGuard
 
 from torch import Tensor
@@ -19,6 +19,13 @@ COUNTER = "n_averaged"  # beside the weights of PyTorch's AveragedModel
 COUNTED = ("total_ops", "total_params")  # what thop hangs on every module it counts
 INNER = ("module", *MODEL_KEYS)  # in one of these, in a checkpoint of ours
 WORDS = {"last": "last weights", "mean": "mean of the weights"}
+REWRITTEN = {
+    ".base_layer.": "an adapter is on it: save what PEFT's merge_and_unload() gives",
+    ".parametrizations.": "it is parametrised: save it after torch.nn.utils.parametrize.remove_parametrizations",
+    ".weight_orig": "it is pruned: save it after torch.nn.utils.prune.remove",
+    "fn.product.weight": "it is of a copy by as_linears, from which no dictionary can be had: save the model it was made of",
+}
+"""By a part of its name, why a weight stands for one that is not there, and what to do."""
 FIRST = "pos_embedding"  # which every CRATE has, and whose prefix is that of all
 FIRST_OF_MAE = "decoder_pos_embed"  # the same of a CRATE-MAE
 DEEPEST = 3  # dictionaries in one another
@@ -126,6 +133,15 @@ def unwrapped(weights: dict) -> dict[str, Tensor]:
             raise ValueError(f"it has {bare[:200]!r} twice, once as {str(key)[:200]!r}, and nothing tells which is meant")
         found[bare] = value
     return found
+
+
+def rewritten(names: Iterable[object]) -> str | None:
+    """Why weights of these names are not a model's own, see `REWRITTEN`, in a line; None where they may be."""
+    for name in names:
+        reason = next((reason for part, reason in REWRITTEN.items() if part in str(name)), None)
+        if reason is not None:
+            return f"{str(name)[:200]!r} is no weight of a CRATE's; {reason}"
+    return None
 
 
 def _models(content: dict) -> Iterator[tuple[str, Found]]:

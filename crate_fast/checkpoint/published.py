@@ -125,7 +125,7 @@ def _infer_heads(weights: dict[str, Tensor], dim: int, depth: int, known: dict, 
     for size in sizes.values():
         if (size["dim"], size["depth"], size["heads"] * size["dim_head"]) == (dim, depth, width):
             return {}, {"heads": size["heads"], "dim_head": size["dim_head"]}
-    if width % HEAD_WIDTH:
+    if width % HEAD_WIDTH or (depth and width == dim == HEAD_WIDTH):  # one head as wide as a token has no projection back
         raise ValueError(f"its shapes leave the number of heads open ({width} values in all heads); say heads")
     return {}, {"heads": width // HEAD_WIDTH, "dim_head": HEAD_WIDTH}
 

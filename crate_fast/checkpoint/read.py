@@ -19,7 +19,7 @@ from ..optional import MissingPackageError, require
 from . import distributed
 from .archives import ZIP_SIGNATURE, DamagedError, read_archive, read_beside_others, signature_of, unread
 from .hub_config import settled
-from .layouts import Found, choose, find_weights, is_name, joined
+from .layouts import Found, choose, find_weights, is_name, joined, rewritten
 from .published import model_of, without_unused
 from .tensor_files import DIGEST, INDEX_NAME, METADATA_KEY, MODEL_NAME, read_shards, read_tensors
 from .unfinished import newest_checkpoint
@@ -28,6 +28,7 @@ TRANSFORM = "evaluation"  # beside the constructor's arguments in safetensors, a
 # By where main.py and finetune.py put their weights.
 PUBLISHED: dict[str | None, Transform] = {"state_dict": MAIN, "model": FINETUNE}
 SUFFIXES = (".pt", ".pth", ".tar", ".safetensors", ".bin", ".ckpt", ".t7")  # of files, and of no model on the Hub
+OLD_NAME, ADAPTER_NAME = "pytorch_model.bin", "adapter_config.json"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -56,8 +57,9 @@ def model_file(source: str | os.PathLike) -> Path:
 
 
 def in_directory(folder: Path) -> Path | None:
-    """The model of a directory, or the index of the files it is split into; None where it has neither."""
-    return next((folder / name for name in (MODEL_NAME, INDEX_NAME) if (folder / name).is_file()), None)
+    """The model of a directory, or the index of the files it is split into, or what timm's `save_for_hf` and older versions of
+    transformers write; None where it has none of them."""
+    return next((folder / name for name in (MODEL_NAME, INDEX_NAME, OLD_NAME) if (folder / name).is_file()), None)
 
 
 def _of_unfinished(run: Path) -> Path:
@@ -66,6 +68,8 @@ def _of_unfinished(run: Path) -> Path:
         newest = newest_checkpoint(run)
     except OSError as error:
         raise unread(run, error) from error
+    if newest is None and (run / ADAPTER_NAME).is_file():
+        raise CheckpointError(f"{run}: an adapter of PEFT's without the model it is for: save what merge_and_unload() gives")
     if newest is None:
         raise CheckpointError(f"{run}: a directory with no {MODEL_NAME} in it, and with no checkpoints of a run")
     return newest
@@ -106,7 +110,7 @@ def read_model(path: Path, wanted: str | None = None) -> Model:
 
 def _read_file(path: Path, wanted: str | None) -> Model:
     if path.name == INDEX_NAME:
-        return _without_metadata(path, read_shards(path), wanted)
+        return _without_metadata(path, find_weights(read_shards(path), wanted))
     start = signature_of(path)
     if start[8:] == b"{" and not start.startswith(ZIP_SIGNATURE):
         return _read_safetensors(path, wanted)
@@ -118,11 +122,16 @@ def _read_file(path: Path, wanted: str | None) -> Model:
     weights = _stored(path, found.weights)
     if isinstance(content.get("arguments"), dict):
         return Model(content["arguments"], weights, _transform_of(content), found.note)
+    if path.name == OLD_NAME:
+        return _without_metadata(path, found._replace(weights=weights))
     return _foreign(found._replace(weights=weights), None if found.note else PUBLISHED.get(found.key))
 
 
 def _foreign(found: Found, transform: Transform | None = None) -> Model:
-    """The model of weights beside which no arguments stand."""
+    """The model of weights beside which no arguments stand; raises ValueError where they are no model's own."""
+    reason = rewritten(found.weights)
+    if reason is not None:
+        raise ValueError(reason)
     weights, inferred, note = without_unused(found.weights)
     if model_of(weights):
         transform = MAIN  # as the published eval_in1k_cls.py, wherever they lie
@@ -241,7 +250,7 @@ def _read_state(file: Path, what: str) -> dict:
 def _read_safetensors(path: Path, wanted: str | None) -> Model:
     metadata, weights = read_tensors(path)
     if METADATA_KEY not in metadata:
-        return _without_metadata(path, weights, wanted)
+        return _without_metadata(path, find_weights(weights, wanted))
     if is_name(wanted):
         raise CheckpointError(f"{path}: --weights is {shown(wanted)}; there is one model in it, which has no name")
     try:
@@ -256,9 +265,8 @@ def _read_safetensors(path: Path, wanted: str | None) -> Model:
     return Model(settled(path, arguments)[0], weights, transform)
 
 
-def _without_metadata(path: Path, weights: dict[str, Tensor], wanted: str | None) -> Model:
-    """The model of safetensors that another tool wrote, whose config.json tells of it if one of the Hub's kind is beside it."""
-    found = find_weights(weights, wanted)
+def _without_metadata(path: Path, found: Found) -> Model:
+    """The model of weights that another tool wrote, whose config.json tells of it if one of the Hub's kind is beside it."""
     if not found.weights:
         raise CheckpointError(f"{path}: no weights of a CRATE in it")
     arguments, config = settled(path, None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -97,13 +98,20 @@ def _encoder(file: Path, source: Model) -> Model:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collection[str] | None = None) -> str:
+def start_from(
+    model: CRATE,
+    source: Model,
+    path: str | os.PathLike,
+    new: Collection[str] | None = None,
+    say: Callable[[dict[str, Any]], str] | None = None,
+) -> str:
     """Gives `model` the weights read from `path`; says in a line what was loaded, replaced and missing.
 
     Position embeddings of another image size are resampled, bicubically.
 
     Args:
         new: names of weights that stay as they are; None: those of the head.
+        say: how whoever made the model says arguments; None: by flags of `crate-fast train`.
 
     Raises:
         CheckpointError: nothing fits, a weight has another shape, or the file says that they are of a model that computes
@@ -111,7 +119,7 @@ def start_from(model: CRATE, source: Model, path: str | os.PathLike, new: Collec
     """
     weights, own, stated = dict(source.weights), model.state_dict(), source.arguments or {}
     cut = _of_other_patches(own, weights)
-    _check_same(body_arguments(model), stated or source.inferred, path, SAME if not cut else SAME_LAYERS)
+    _check_same(body_arguments(model), stated or source.inferred, path, say or _flags, SAME if not cut else SAME_LAYERS)
     if source.arguments is None and NOTE in (source.note or ""):
         _check_threshold(model, path)
     head = [key for key in own if (key.startswith(HEAD) if new is None else key in new)]
@@ -153,20 +161,26 @@ def _of_other_patches(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) 
     return [key for key in own if key.startswith("conv1.")] if there.shape != here.shape else []
 
 
-def _check_same(own: dict, stated: Mapping, path: str | os.PathLike, names: tuple[str, ...] = SAME) -> None:
+def _check_same(
+    own: dict, stated: Mapping, path: str | os.PathLike, say: Callable[[dict[str, Any]], str], names: tuple[str, ...]
+) -> None:
     """Raises CheckpointError where the file says of its weights what makes something else of them than the model does."""
-    there, here = (arguments.get("model", PUBLISHED_MODEL) for arguments in (stated, own))
-    if there != here:
-        raise CheckpointError(f"{path}: it is a {there}, and the model of this run a {here}")
+    there, mine = (arguments.get("model", PUBLISHED_MODEL) for arguments in (stated, own))
+    here = "this run" if say is _flags else "this model"
+    if there != mine:
+        raise CheckpointError(f"{path}: it is a {there}, and {'the model of ' * (say is _flags)}{here} a {mine}")
     for name in names:
         if name in stated and own.get(name, stated[name]) != stated[name]:
+            try:
+                words = say({name: stated[name] for name in SAME if name in stated and name != "channels"})
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from error
             raise CheckpointError(
-                f"{path}: {name} is {stated[name]} in it and {own[name]} in this run, which may start from it with "
-                f"{_flags(stated, path)}"
+                f"{path}: {name} is {stated[name]} in it and {own[name]} in {here}, which may start from it with {words}"
             )
-    there, here = (arguments.get("step", PUBLISHED_STEP) for arguments in (stated, own))
-    if stated and there != here:
-        raise CheckpointError(f"{path}: step is {there!r} in it and {here!r} in this run, for which its weights mean nothing")
+    there, mine = (arguments.get("step", PUBLISHED_STEP) for arguments in (stated, own))
+    if stated and there != mine:
+        raise CheckpointError(f"{path}: step is {there!r} in it and {mine!r} in {here}, for which its weights mean nothing")
 
 
 def _check_threshold(model: CRATE, path: str | os.PathLike) -> None:
@@ -179,15 +193,12 @@ def _check_threshold(model: CRATE, path: str | os.PathLike) -> None:
         )
 
 
-def _flags(stated: Mapping, path: str | os.PathLike) -> str:
-    """The flags that say what the file does."""
-    values = {name: stated[name] for name in SAME if name in stated and name != "channels"}
-    if "patch_size" in stated:
-        height, width = stated["patch_size"]
-        if height != width:
-            raise CheckpointError(f"{path}: its patches are {height}×{width}, and those of a run are squares")
-        values["patch_size"] = height
-    return " ".join(f"{flag(name)} {value}" for name, value in values.items())
+def _flags(values: dict[str, Any]) -> str:
+    """The flags that say what the file does; raises ValueError where none do."""
+    height, width = values.get("patch_size", (0, 0))
+    if height != width:
+        raise ValueError(f"its patches are {height}×{width}, and those of a run are squares")
+    return " ".join(f"{flag(name)} {height if name == 'patch_size' else value}" for name, value in values.items())
 
 
 def _grid_there(embedding: Tensor, stated: dict, own: tuple[int, int], path: str | os.PathLike) -> tuple[int, int]:

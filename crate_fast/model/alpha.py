@@ -20,8 +20,8 @@ class CRATEAlpha(CRATE):
 
     Takes the arguments of the class published in PyTorch, draws the same weights from the same seed, and has the same
     state_dict. A layer is z ← x + MSSA(LN(x)), x ← z + ODL(LN(z)), with ODL as `crate_fast.modules.OvercompleteISTABlock` has
-    it; the head reads the class token. On a GPU its attention is the fused operator, and all else PyTorch's products: there
-    are no kernels of its layers yet.
+    it; the head reads the class token. On a GPU its attention and its steps of
+    sparsification are fused operators, and all else PyTorch's.
 
     Args:
         image_size: side of the image in pixels, or (height, width).
@@ -103,11 +103,13 @@ class CRATEAlpha(CRATE):
                     nn.init.kaiming_uniform_(dictionary, mode="fan_out")  # JAX's fan in: the first axis
             elif isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
+        head: Any = self.mlp_head[1]
+        patches: Any = self.conv1
         nn.init.normal_(self.cls_token, std=1e-6)
-        for weight in (self.pos_embedding, self.mlp_head[1].weight):
+        for weight in (self.pos_embedding, head.weight):
             nn.init.normal_(weight, std=0.02)
-        for bias in (self.conv1.bias, self.mlp_head[1].bias):
-            nn.init.zeros_(bias)
+        for bias in (patches.bias, head.bias):
+            bias.zero_()
 
     def save_pretrained(self, directory, **options):
         raise ValueError("a CRATEAlpha has no model card or configuration of the Hub's kind; checkpoint.save_model writes it")

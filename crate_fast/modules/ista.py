@@ -37,5 +37,14 @@ class FeedForward(SparseStep, name="ista"):
         return (torch.addmm(dm, d, dm + dm.t(), beta=step_size, alpha=-step_size).to(weights[0].dtype),)
 
     @classmethod
+    def sparsify(
+        cls, h: Tensor, weights: Sequence[Tensor], matrix: Tensor | None, step_size: float, lambd: float, backend: str
+    ) -> Tensor:
+        if matrix is not None or cls.fold is not FeedForward.fold:  # which a subclass may have changed
+            return super().sparsify(h, weights, matrix, step_size, lambd, backend)
+        cls.check(h, weights)
+        return functional.ista_step(h, weights[0], step_size, lambd, backend)
+
+    @classmethod
     def check(cls, h: Tensor, weights: Sequence[Tensor]) -> None:
         functional.check_ista(h, weights[0])

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import functional
-from ..backend import autocasts, choose_backend, is_transformed
+from ..backend import autocasts, choose_backend, computes_now, is_transformed
 from ..reference import constant_to_compile
 from .applied import applied
 from .cpu_inference import evaluated_layer
@@ -100,9 +101,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = applied(self.qkv, x, self.backend)
+        self._check_part(w)
         openly = self._needs_probabilities()
         out = self._attend_openly(w) if openly else functional.mssa(w, self.heads, self.scale, self.backend)
         return applied(self.to_out, out, self.backend)
+
+    def _check_part(self, w: Tensor) -> None:
+        """Raises ValueError where w has other than all of the values of qkv, as in a part of a model parallel by tensors, and
+        `heads` are not those of them: split into narrower heads, they would give other numbers in silence."""
+        here, all_of_them = w.shape[-1], getattr(self.qkv, "out_features", w.shape[-1])
+        if here == all_of_them or type(self.scale) is not float or not self.scale > 0:
+            return
+        width = max(1, round(self.scale**-2))
+        if here != self.heads * width:
+            raise ValueError(
+                f"w has {here} of the {all_of_them} values that qkv gives, and heads is {self.heads}; of a width of {width} "
+                f"it must be {here // width} where qkv is one of several parts"
+            )
 
     def _needs_probabilities(self) -> bool:
         """Whether the matrix of probabilities must exist: it is dropped from, or somebody watches it."""
@@ -161,10 +176,13 @@ class Layer(nn.Sequential):
         return is_sharded(self, Layer)
 
     def _is_evaluated(self, x: Tensor) -> bool:
-        """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, cast or exported."""
-        if self.residual or self.training or torch.is_grad_enabled() or is_transformed() or autocasts(x.device.type):
+        """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, recorded under autocast or
+        exported."""
+        if self.residual or self.training or torch.is_grad_enabled() or is_exported() or is_transformed():
+            return False  # of an export before weights are looked at: a trace records that, and PyTorch makes two to compare
+        if autocasts(x.device.type) and not _is_cast_now(x):
             return False
-        return self.runs_unwatched(x) and not is_exported()
+        return self.runs_unwatched(x)
 
     def runs_unwatched(self, x: Tensor) -> bool:
         """Whether modules may be passed by on "torch": all are plain and nobody watches, and the backend, asked for or chosen,
@@ -290,6 +308,11 @@ _PLAIN = PlainTree(  # what is below a layer that one computation may stand for
     norm_at("1.norm"),
     Place("1.fn", STEPS.values()),
 )
+
+
+def _is_cast_now(x: Tensor) -> bool:
+    """Whether autocast on a CPU casts what is made of x as it is called: an operator that is recorded would run without."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and computes_now(x) and not is_in_torch_dispatch_mode()
 
 
 def _is_over_keys(softmax: nn.Module) -> bool:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import reference_alpha
-from ..backend import cpu_product_dtype, is_transformed
+from ..backend import cpu_product_dtype, is_transformed, without_autocast
+from ..cpu_products import linear
 from ..functional import operand_dtype
-from ..operators import operator
 from .plain import is_exported
 from .step import SparseStep
-
-_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class OvercompleteISTABlock(SparseStep, name="odl"):
@@ -23,10 +22,13 @@ class OvercompleteISTABlock(SparseStep, name="odl"):
     and z₂ D₁ᵀ, which the layer adds to what entered; arguments as of `SparseStep`, the dictionaries `D` and `D1` (dim, 4 dim).
 
     A relu lies between the two products with D, so there is no M as of ISTA: a step is four products, and eight backward. For
-    these it keeps 10 dim values a token: h, r, z₁ and z₂. Keeping r takes a tenth of that and spares a product of twelve.
+    these it keeps 10 dim values a token: h, r, z₁ and z₂. Keeping r takes a tenth of that and spares a product of twelve. On
+    "triton" each product is a kernel with what follows it (kernels/odl.py).
     """
 
     residual = True
+    D: Tensor
+    D1: Tensor
 
     @staticmethod
     def shapes(dim: int) -> dict[str, tuple[int, ...]]:
@@ -34,7 +36,8 @@ class OvercompleteISTABlock(SparseStep, name="odl"):
 
     @staticmethod
     def reference(h: Tensor, weights: Sequence[Tensor], step_size: float, lambd: float) -> Tensor:
-        return reference_alpha.odl(h, *weights, step_size, lambd)
+        d, d1 = weights
+        return reference_alpha.odl(h, d, d1, step_size, lambd)
 
     @classmethod
     def sparsify(
@@ -54,13 +57,13 @@ class OvercompleteISTABlock(SparseStep, name="odl"):
 
     def code(self, h: Tensor) -> Tensor:
         """z₂ of h, (..., dim): (..., 4 dim), at least 0; what the step makes sparse. Not differentiable."""
-        weights = self.D, self.D1
+        weights: list[Any] = [self.D, self.D1]
         self.check(h, weights)
         with torch.no_grad():
             if h.numel() == 0 or not _is_plain(h, *weights):
-                return reference_alpha.sparse_code(h, self.D, self.step_size, self.lambd)
+                return reference_alpha.sparse_code(h, weights[0], self.step_size, self.lambd)
             dtype = _product_dtype(h)
-            *_, z2 = _code(h.flatten(0, -2), self.D.to(dtype), self.step_size, self.step_size * self.lambd, keep=False)
+            *_, z2 = _code(h.flatten(0, -2), weights[0].to(dtype), self.step_size, self.step_size * self.lambd, keep=False)
         return z2.view(*h.shape[:-1], -1)
 
     @classmethod
@@ -130,16 +133,11 @@ def _masked(gradient: Tensor, result: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
-    """x w of matrices of one dtype."""
-    if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu":
-        return _onednn_product(x, w)
+    """x w of matrices of one dtype, in that dtype."""
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        with without_autocast("cpu"):
+            return linear(x, w.t())
     return torch.mm(x, w)
-
-
-@operator(fake=lambda x, w: x.new_empty(x.shape[0], w.shape[1]))
-def _onednn_product(x: Tensor, w: Tensor) -> Tensor:
-    """x w in float32. PyTorch's own product is MKL's, which keeps from AVX-512 on an EPYC, where it takes twice the time."""
-    return torch.ops.mkldnn._linear_pointwise(x, w.t(), None, "none", [], "")
 
 
 def _add_product(onto: Tensor, x: Tensor, w: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:

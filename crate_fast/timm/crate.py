@@ -10,41 +10,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from ..checkpoint.timm_config import ALPHA_ARCHITECTURES, ARCHITECTURES, NAMES, POOLS, TIMMS
 from ..eval_transform import MAIN
 from ..files import shown
-from ..sizes import ALPHA_SIZES, SIZES
-from .model import POOLS, TimmCRATE, TimmCRATEAlpha
+from .model import TimmCRATE, TimmCRATEAlpha
 from .weights import checkpoint_filter_fn
-
-IN21K = 21842  # classes
-_PATCH8 = dict(patch_size=8, depth=12, num_classes=IN21K)
-ARCHITECTURES: dict[str, dict[str, int]] = {
-    **{f"crate_{size}_patch16_224": dict(patch_size=16) | sizes for size, sizes in SIZES.items()},
-    "crate_small_21k_patch8_224": _PATCH8 | dict(dim=384, heads=6, dim_head=64),
-    "crate_base_21k_patch8_224": _PATCH8 | dict(dim=768, heads=12, dim_head=64),
-    "crate_base_demo_patch8_224": _PATCH8 | dict(dim=768, heads=6, dim_head=128),
-}
-"""By name: the published classifiers, those trained on ImageNet-21k, and the segmentation demo's, with 6 heads of 128."""
-_PATCHES = {"base": (32, 16, 8), "large": (32, 14, 8)}  # others have those of their size alone
-ALPHA_ARCHITECTURES: dict[str, dict[str, int]] = {
-    f"crate_alpha_{size}_patch{patch}_224": sizes | dict(patch_size=patch)
-    for size, sizes in ALPHA_SIZES.items()
-    for patch in _PATCHES.get(size, (sizes["patch_size"],))
-}
-"""By name: CRATE-α's sizes in the patches that are published."""
-
-NAMES = {
-    "img_size": "image_size",
-    "in_chans": "channels",
-    "embed_dim": "dim",
-    "num_heads": "heads",
-    "head_dim": "dim_head",
-    "pos_drop_rate": "emb_dropout",
-    "attn_drop_rate": "dropout",
-    "drop_path_rate": "drop_path",
-}
-"""What timm calls arguments of `crate_fast.CRATE`; both names are taken."""
-_TIMMS = {own: name for name, own in NAMES.items()}
 
 
 def build(
@@ -82,7 +52,7 @@ def build_alpha(**options) -> TimmCRATE:
 
 def _by_timms_names(options: dict[str, Any]) -> dict[str, Any]:
     """The `options` by timm's names, which it looks for; raises TypeError where one is there by both."""
-    renamed = {_TIMMS.get(name, name): value for name, value in options.items()}
+    renamed = {TIMMS.get(name, name): value for name, value in options.items()}
     if len(renamed) < len(options):
         twice = next(name for name in options if NAMES.get(name) in options)
         raise TypeError(f"{twice} and {NAMES[twice]} are the same argument by two names; say one of them")
@@ -98,10 +68,14 @@ def _create(name: str, pretrained: bool = False, pretrained_cfg_overlay: dict | 
     alpha = name in ALPHA_ARCHITECTURES
     sizes = ALPHA_ARCHITECTURES[name] if alpha else ARCHITECTURES[name]
     arguments = _by_timms_names(sizes) | _by_timms_names(options)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         build_alpha if alpha else build, name, pretrained, pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **arguments,
     )  # fmt: skip
+    own = getattr(model, "model", model)  # around which features_only puts another
+    if isinstance(own, TimmCRATE):  # which takes this size alone, where timm's word is that of the published weights
+        model.pretrained_cfg["input_size"] = (own.channels, *own.image_size)
+    return model
 
 
 def _cfg(arguments: dict[str, int]) -> dict[str, Any]:
@@ -122,7 +96,7 @@ def _alpha_cfg(arguments: dict[str, int]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-_cfgs = {name: _cfg(arguments) for name, arguments in ARCHITECTURES.items()}
+_cfgs: dict[str, Any] = {name: _cfg(arguments) for name, arguments in ARCHITECTURES.items()}
 default_cfgs = generate_default_cfgs(_cfgs | {name: _alpha_cfg(each) for name, each in ALPHA_ARCHITECTURES.items()})
 
 

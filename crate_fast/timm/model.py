@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint.resize import grid_of
+from ..checkpoint.timm_config import POOLS
 from ..files import shown
 from ..functional import check_number
 from ..model.alpha import CRATEAlpha
@@ -21,8 +22,6 @@ from ..sizes import POOLS as CLASS_POOLS
 from .weights import load
 
 Size = int | tuple[int, int]
-POOLS: dict[str, str | None] = {"token": "cls", "avg": "mean", "": None}
-"""timm's names of what the head reads: the class token; the mean of all tokens; every token by itself."""
 
 
 class TimmCRATE(CRATE):
@@ -242,6 +241,7 @@ class TimmCRATE(CRATE):
             self.pos_embedding = nn.Parameter(resample_positions(old.detach(), *grids), old.requires_grad)
         self.image_size = size
         self._traits = dict(getattr(self, "_traits", {}), img_size=size)
+        getattr(self, "pretrained_cfg", {}).update(input_size=(self.channels, *size))
 
     def load_pretrained(self, checkpoint_path: str | os.PathLike, prefix: str = "") -> None:
         """Gives the model the weights in a file, a run or a model of the Hub, whatever `crate_fast.load_checkpoint` reads; see

@@ -14,6 +14,7 @@ from ..checkpoint.layouts import FIRST, find_weights
 from ..checkpoint.published import without_unused
 from ..checkpoint.resize import grid_of
 from ..checkpoint.start_from import read_weights, start_from
+from ..checkpoint.timm_config import in_timms_words
 from ..errors import CheckpointError
 from ..eval_transform import Transform
 from ..model.crate import CRATE
@@ -38,7 +39,7 @@ def load(model: CRATE, path: str | os.PathLike) -> None:
     arguments = source.arguments and {name: value for name, value in source.arguments.items() if name != "channels"}
     classes = weights[CLASSIFIER[0]].shape[0] if CLASSIFIER[0] in weights else 0
     new = () if classes == model.num_classes else CLASSIFIER
-    line = start_from(model, source._replace(weights=weights, arguments=arguments), path, new)
+    line = start_from(model, source._replace(weights=weights, arguments=arguments), path, new, in_timms_words)
     _logger.info(line)
     if source.transform is not None:
         _take_transform(model, source.transform, names_fit=not new)
@@ -52,7 +53,7 @@ def _take_transform(model: CRATE, transform: Transform, names_fit: bool) -> None
     model.transform = transform
     told: dict[str, Any] = {"crop_pct": transform.crop or 1.0, "crop_mode": "center" if transform.crop else "squash"}
     told |= {name: getattr(transform, name) for name in ("mean", "std") if getattr(transform, name) is not None}
-    told |= {"label_names": transform.names} if transform.names else {}
+    told |= {"label_names": transform.names, "num_classes": len(transform.names)} if transform.names else {}
     getattr(model, "pretrained_cfg", {}).update(told)
 
 

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import get_total_norm
 
 from ...checkpoint import distributed
+from ...checkpoint.constructor import constructor_arguments, skeleton
 from ...checkpoint.read import CheckpointError
-from ...checkpoint.save_load import constructor_arguments
 from ...data.order import Plan
 from ...device import Compute
 from ...model.crate import CRATE
@@ -114,8 +114,7 @@ class Sharded(Together):
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not self._ranks.first:
             return None
-        with torch.device("meta"):
-            gathered = CRATE(**constructor_arguments(model))
+        gathered = skeleton(constructor_arguments(model))
         gathered.load_state_dict(weights, assign=True)
         gathered.transform = model.transform
         return gathered
