@@ -33,8 +33,9 @@ def is_mae(weights: Collection[str]) -> bool:
 
 def mae_arguments(model: CRATEMAE) -> dict:
     """The arguments of `CRATEMAE` that build a model like this one; raises ValueError where none do."""
-    steps = [block.layers[0][1].fn for block in model.blocks]
-    heads = [{block.heads for block in blocks} for blocks in (model.blocks, model.decoder_blocks)]
+    rows: list[Any] = [model.blocks, model.decoder_blocks]
+    steps = [block.layers[0][1].fn for block in rows[0]]
+    heads: list[set[int]] = [{block.heads for block in blocks} for blocks in rows]
     if any((step.lambd, step.step_size) != (steps[0].lambd, STEP_SIZE) for step in steps) or any(len(one) > 1 for one in heads):
         raise ValueError("the layers differ in heads, lambd or step size; the constructor gives all the same")
     return {

@@ -85,7 +85,7 @@ def described(model: CRATE | CRATEMAE) -> tuple[dict, dict[str, Tensor]]:
     if not isinstance(model, CRATE | CRATEMAE):
         raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE")
     arguments, weights = arguments_of(model), model.state_dict()
-    built = skeleton(arguments, CRATEMAE if isinstance(model, CRATEMAE) else CRATE)
+    built: nn.Module = skeleton(arguments, CRATEMAE) if isinstance(model, CRATEMAE) else skeleton(arguments)
     difference = difference_of(built, weights) or _change(built, model)
     if difference:
         raise ValueError(f"{CHANGED}: {difference}")

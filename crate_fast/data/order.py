@@ -25,9 +25,9 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
 
 def indices_of_part(labels: Iterable[int], part: float) -> Tensor:
     """Indices, rising, of `part` of the images of each class, one of each at least: always the same for the same labels."""
-    labels = torch.tensor(list(labels), dtype=torch.int64)
-    places = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    chosen = [own[: max(1, round(part * len(own)))] for own in (places[labels[places] == label] for label in labels.unique())]
+    known = torch.tensor(list(labels), dtype=torch.int64)
+    places = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+    chosen = [own[: max(1, round(part * len(own)))] for own in (places[known[places] == label] for label in known.unique())]
     return torch.cat(chosen).sort().values
 
 

@@ -239,7 +239,8 @@ class CRATEMAE(nn.Module):
     def flops(self) -> int:
         """Multiplications of the products of one image, forward: embedding, layers of both, prediction."""
         tokens, dim = self.decoder_pos_embed.shape[1:]
-        layers = sum(block.layers[0].flops(tokens) for block in (*self.blocks, *self.decoder_blocks))
+        blocks: list[Any] = [*self.blocks, *self.decoder_blocks]
+        layers = sum(block.layers[0].flops(tokens) for block in blocks)
         return layers + (2 * tokens - 1) * dim * self.decoder_pred.out_features
 
     def no_weight_decay(self) -> set[str]:
@@ -254,8 +255,8 @@ class CRATEMAE(nn.Module):
         if not 0 <= layer < len(self.blocks):
             raise ValueError(f"layer is {shown(layer)}; it must be from 0 to {len(self.blocks) - 1}")
         tokens = self.prepare_tokens(x)
-        for block in self.blocks[:layer]:
-            tokens = block(tokens)
+        for index in range(layer):
+            tokens = self.blocks[index](tokens)
         return partial(self.blocks[layer], tokens)
 
     def _draw_mask(self, patches: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:

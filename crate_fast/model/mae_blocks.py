@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Block(nn.Module):
         """(batch, tokens, dim) to the same; of an encoder's block instead, with `return_key`, its tokens projected on all
         subspaces, (batch, tokens, heads × width), or with `return_attention` the probabilities, (batch, heads, tokens, tokens).
         """
-        layer = self.layers[0]
+        layer: Any = self.layers[0]
         if not (return_attention or return_key):
             return layer(x)
         mssa = layer[0]
@@ -83,7 +84,8 @@ class DecoderBlocks(Blocks):
         watched = x.dim() != 3 or x.numel() == 0 or has_global_hooks()
         for fused, run in groupby(self.layers, key=lambda layer: not watched and self._decodes(layer, x, cast)):
             if fused:
-                x = self._decode(list(run), x)
+                layers: list[Any] = list(run)
+                x = self._decode(layers, x)
                 continue
             for layer in run:
                 x = self._call(layer, layer, x)
@@ -98,7 +100,8 @@ class DecoderBlocks(Blocks):
             return False  # the modules say what is wrong
         if not cast and weights[0].dtype != x.dtype:
             return False
-        return choose_backend(self.backend, x, weights[5].shape[0] // layer[1].fn.heads).name == "triton"
+        attention: Any = layer[1].fn
+        return choose_backend(self.backend, x, weights[5].shape[0] // attention.heads).name == "triton"
 
     def _decode(self, layers: list[DecoderLayer], x: Tensor) -> Tensor:
         from ..kernels import DecoderWeights, enter_decoder, fused_decoder_layer, leave_decoder, prepare_decoder

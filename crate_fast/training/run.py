@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -199,7 +199,8 @@ def _make_trainer(task: Task, compute: Compute, ranks: Ranks, signals: Signals) 
     model = build_model(config, data)
     lines = []
     if config.init and checkpoint is None:
-        lines = [go_on_from(model, config.init) if weights is None else start_from(model, weights, config.init)]
+        started: Any = model
+        lines = [go_on_from(started, config.init) if weights is None else start_from(started, weights, config.init)]
     trainer = Trainer(config, model.to(compute.device), data, plan, compute, signals)
     if start is not None:
         trainer.load(as_checkpoint(start, trainer))

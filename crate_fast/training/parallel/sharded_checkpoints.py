@@ -14,6 +14,7 @@ from ...checkpoint.read import read_state
 from ...checkpoint.save_load import write_state
 from ...files import first_line, flush_folder, reason_of, remove
 from ...model.crate import CRATE
+from ...model.mae import CRATEMAE
 from ...processes import read_ranks
 from ..checkpoints import NAME, Checkpoints
 
@@ -27,7 +28,7 @@ class ShardedCheckpoints(Checkpoints):
 
     suffix = SUFFIX
 
-    def save(self, model: CRATE, step: int, best: bool, state: dict) -> Path:
+    def save(self, model: CRATE | CRATEMAE, step: int, best: bool, state: dict) -> Path:
         """As `Checkpoints.save`; all processes call it. "tensors" of `state` is each one's part, the rest is the first's.
 
         Raises:
@@ -57,7 +58,7 @@ class ShardedCheckpoints(Checkpoints):
         remove(aside)
         aside.mkdir()
 
-    def _finish(self, model: CRATE, aside: Path, path: Path, best: bool, sums: list, state: dict) -> None:
+    def _finish(self, model: CRATE | CRATEMAE, aside: Path, path: Path, best: bool, sums: list, state: dict) -> None:
         """Makes `aside`, in which all processes have written, the checkpoint `path`."""
         failed = next((outcome for outcome in sums if isinstance(outcome, str)), None)
         if failed is not None:
