@@ -1,5 +1,7 @@
 """Products of float32 on a CPU: oneDNN's agree with PyTorch's on whatever they are given, and are left to PyTorch elsewhere."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crate_fast import CRATE, cpu_products, functional, reference
 from crate_fast.modules.applied import applied
 
-SMALL = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=2, heads=2, dim_head=16)
+SMALL: dict[str, Any] = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=2, heads=2, dim_head=16)
 OURS = cpu_products._IS_X86 and torch.backends.mkldnn.is_available()
 
 
@@ -72,7 +74,7 @@ def operands(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 def second_derivatives(linear) -> list[torch.Tensor]:
     leaves = operands((3, 4), (5, 4), (5,))
     first = torch.autograd.grad(linear(*leaves).pow(3).sum(), leaves, create_graph=True)
-    return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    return list(torch.autograd.grad([g.square().sum() for g in first], leaves))
 
 
 def batched_gradients(linear) -> list[torch.Tensor]:
