@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,11 @@ class DecoderLayer(nn.Sequential):
     """
 
     _modules: dict[str, Any]
+
+    if TYPE_CHECKING:  # as of `Layer`
+
+        def __getitem__(self, idx: int | slice) -> Any: ...
+        def __iter__(self) -> Iterator[PreNorm]: ...
 
     def __init__(self, sparse: PreNorm, mssa: PreNorm) -> None:
         super().__init__(sparse, mssa)
