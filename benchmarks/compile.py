@@ -1,6 +1,6 @@
 """Compiles every kernel as a user of a GPU would get it, with no GPU at hand, and shows what the compiler made of it.
 
-    python benchmarks/compile.py [--arch sm_90 ...] [--kernel NAME ...] [--quick] [--json FILE]
+    python benchmarks/compile.py [--arch sm_90 ...] [--kernel NAME ...] [--skip NAME ...] [--quick] [--json FILE]
 
 The library's own launch code runs on tensors without memory; what it would have launched is compiled with the
 specialisation that Triton's runtime would choose (alignment, unit strides, 32- or 64-bit sizes). A row a kernel:
@@ -272,18 +272,24 @@ def _compile_or_explain(job: tuple[Launch, str]) -> Row:
         return Row(arch, launch.kernel, launch.name, problem=reason[:200])
 
 
+def _has(launch: Launch, parts: list[str]) -> bool:
+    return any(part in f"{launch.kernel} {launch.name}" for part in parts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--arch", nargs="+", choices=SHARED_MEMORY, help="default: sm_80 sm_90 sm_100; with --quick sm_90")
     parser.add_argument("--quick", action="store_true", help="one layer in float16: what is wrong with all sizes shows there")
     parser.add_argument("--kernel", nargs="+", help="only kernels and configurations whose name contains one of these")
+    parser.add_argument("--skip", nargs="+", default=[], help="none whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     arguments = parser.parse_args()
     archs = arguments.arch or (["sm_90"] if arguments.quick else ["sm_80", "sm_90", "sm_100"])
     jobs = [(launch, arch) for arch in archs for launch in collect(arch, arguments.quick)]
     if arguments.kernel:
-        jobs = [(x, arch) for x, arch in jobs if any(part in f"{x.kernel} {x.name}" for part in arguments.kernel)]
+        jobs = [job for job in jobs if _has(job[0], arguments.kernel)]
+    jobs = [job for job in jobs if not _has(job[0], arguments.skip)]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         progress = tqdm(pool.map(_compile_or_explain, jobs), total=len(jobs), desc="compiling", disable=None)
         rows = sorted(progress)
