@@ -68,6 +68,23 @@ def test_float64_agrees_with_the_published_class(published_mae, options, mask_ra
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend, steps", [("torch", 20), ("triton", 3)])
+def test_training_follows_the_published_class(published_mae, backend, steps):
+    """In float32, by AdamW, a step's masks being drawn from one seed."""
+    losses = []
+    for model in (drawn(published_mae, **SMALL), drawn(CRATEMAE, **SMALL, backend=backend)):
+        optimizer, draws = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.Generator().manual_seed(0)
+        losses.append([])
+        for step in range(steps):
+            torch.manual_seed(step)
+            loss = model(torch.randn(4, 3, 16, 16, generator=draws), 0.75)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_whoever_watches_a_layer_is_called():
     ours, seen = drawn(CRATEMAE, **SMALL | {"depth": 1}, backend="triton").eval(), []
     tokens, launched = torch.randn(1, 17, 32), []

@@ -15,6 +15,7 @@ from ..backend import autocasts, check_backend, check_tensor
 from ..eval_transform import Transform
 from ..files import shown
 from ..functional import check_number, check_positive
+from ..modules.applied import applied
 from ..sizes import MAE_SIZES, STREAMS
 from .buildable import as_pair, check_buildable, divide, times
 from .mae_blocks import decoder_blocks, encoder_blocks
@@ -172,7 +173,8 @@ class CRATEMAE(nn.Module):
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor | None = None) -> Tensor:
         """All tokens behind the encoder to predicted patches, (batch, patches, patch² · channels)."""
-        return self.decoder_pred(self.decoder_norm(_run(self.decoder_blocks, x)))[:, 1:]
+        tokens = self.decoder_norm(_run(self.decoder_blocks, x))
+        return applied(self.decoder_pred, tokens, getattr(self.decoder_blocks, "backend", "reference"))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, latent: Tensor | None, pred: Tensor, mask: Tensor) -> Tensor:
         """The mean squared error of `pred` where `mask` is 1; `latent` counts for nothing."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .. import cpu_products
 from .step import SparseStep
 
 
@@ -26,4 +27,4 @@ class Dictionary(SparseStep, name="dictionary"):
         cls, h: Tensor, weights: Sequence[Tensor], matrix: Tensor | None, step_size: float, lambd: float, backend: str
     ) -> Tensor:
         cls.check(h, weights)
-        return linear(h, weights[0])
+        return cpu_products.linear(h, weights[0])
