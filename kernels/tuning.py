@@ -131,7 +131,7 @@ TABLE = (
     Line(_MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
     Line(_WEIGHTS, 16, None, False, Config(32, 64, 32, 4, 2, 128), "64 wide spills 8 to 24 bytes", 80),
     Line(_MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
-    Line(_ISTA, 32, None, False, Config(32, 64, 16, 8, 2), "32 deep spills 8 bytes", 100),
+    Line((*_ISTA, "project"), 32, None, False, Config(32, 64, 16, 8, 2), "32 deep spills 8 bytes", 100),
     Line(_MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
 )
 
