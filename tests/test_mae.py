@@ -67,7 +67,6 @@ def test_float64_agrees_with_the_published_class(published_mae, options, mask_ra
         assert own.keys() == gradients.keys() and all(far(own[name], gradients[name]) < 1e-11 for name in own)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("backend, steps", [("torch", 20), ("triton", 3)])
 def test_training_follows_the_published_class(published_mae, backend, steps):
     """In float32, by AdamW, a step's masks being drawn from one seed."""
@@ -85,6 +84,7 @@ def test_training_follows_the_published_class(published_mae, backend, steps):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@torch.no_grad()
 def test_whoever_watches_a_layer_is_called():
     ours, seen = drawn(CRATEMAE, **SMALL | {"depth": 1}, backend="triton").eval(), []
     tokens, launched = torch.randn(1, 17, 32), []

@@ -173,10 +173,11 @@ def test_the_predicted_step_of_tiny_is_the_committed_one(tmp_path):
 
 
 def test_the_committed_prediction_is_whole():
-    """Four sizes, training and inference; every kernel with its floor, which no estimate is under, and no local memory."""
+    """Four sizes, training and inference, and CRATE-MAE's training; every kernel with its floor, which no estimate is under,
+    and no local memory."""
     assert {(s["size"], s["pass"]) for s in COMMITTED["steps"]} == {
         (size, what) for size in ("tiny", "small", "base", "large") for what in ("training", "inference")
-    }
+    } | {(f"mae-{size}", "training") for size in ("tiny", "small", "base", "large")}
     for row in COMMITTED["rows"]:
         assert 0 < row["floor_us"] <= 1.01 * row["estimate_us"], row
         assert row["bound_us"] == max(row["pipes_us"].values())
