@@ -20,8 +20,8 @@ class CRATEAlpha(CRATE):
 
     Takes the arguments of the class published in PyTorch, draws the same weights from the same seed, and has the same
     state_dict. A layer is z ← x + MSSA(LN(x)), x ← z + ODL(LN(z)), with ODL as `crate_fast.modules.OvercompleteISTABlock` has
-    it; the head reads the class token. On a GPU its attention and its steps of
-    sparsification are fused operators, and all else PyTorch's.
+    it; the head reads the class token. On a GPU its attention and its steps of sparsification are fused operators, and all else
+    PyTorch's.
 
     Args:
         image_size: side of the image in pixels, or (height, width).
