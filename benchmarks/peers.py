@@ -54,13 +54,6 @@ class SdpaAttention(reference.Attention):
         return self.to_out(_sdpa(w, self.kernel).transpose(1, 2).flatten(2))
 
 
-class SdpaAlphaAttention(reference_alpha.Attention):
-    """The same in CRATE-α."""
-
-    kernel: SDPBackend | None = None
-    forward = SdpaAttention.forward
-
-
 class FlexAttention(reference.Attention):
     """The published attention with FlexAttention on (w, w, w)."""
 
@@ -86,12 +79,10 @@ def _sdpa_mssa(kernel: SDPBackend | None) -> Callable[[Tensor, int], Tensor]:
 
 
 def _with_attention(
-    cls: type[nn.Module], kernel: SDPBackend | None = None, published: type[nn.Module] | None = None
+    cls: type[nn.Module], kernel: SDPBackend | None = None, published: type[nn.Module] = reference.CRATE
 ) -> Callable[[dict], nn.Module]:
     """What builds the published model, CRATE, CRATE-α or another, with another class of attention, derived from its own."""
     replaced = cls.__mro__[1]
-    if published is None:
-        published = reference_alpha.CRATEAlpha if replaced is reference_alpha.Attention else reference.CRATE
 
     def build(arguments: dict) -> nn.Module:
         model = published(**arguments)
@@ -183,7 +174,7 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
             _with_attention(SdpaAttention),
             whole,
             _sdpa_mssa(None),
-            alpha=_with_attention(SdpaAlphaAttention),
+            alpha=_with_attention(SdpaAttention, published=reference_alpha.CRATEAlpha),
             mae=_with_attention(SdpaAttention, published=reference.CRATEMAE),
         ),
     ]
@@ -195,7 +186,7 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
         }
         for name, kernel in pinned.items():
             build, mssa = _with_attention(SdpaAttention, kernel), _sdpa_mssa(kernel)
-            alpha = _with_attention(SdpaAlphaAttention, kernel)
+            alpha = _with_attention(SdpaAttention, kernel, reference_alpha.CRATEAlpha)
             peers.append(Peer(name, f"{sdpa}, {kernel.name} pinned", build, ("compiled",), mssa, alpha=alpha))
         peers.append(Peer("flex", "the same with FlexAttention", _with_attention(FlexAttention), ("compiled",)))
         mssa, ista = partial(functional.mssa, backend="torch"), partial(functional.ista, backend="torch")

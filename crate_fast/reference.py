@@ -99,9 +99,9 @@ class PreNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projection on the subspaces, MSSA, and the projection back."""
+    """Projection on the subspaces, MSSA, and the projection back, in CRATE-α without a bias."""
 
-    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float) -> None:
+    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float, out_bias: bool = True) -> None:
         super().__init__()
         inner = heads * dim_head
         self.heads = heads
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         if heads == 1 and dim_head == dim:
             self.to_out: nn.Module = nn.Identity()
         else:
-            self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(dropout))
+            self.to_out = nn.Sequential(nn.Linear(inner, dim, bias=out_bias), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.qkv(x)

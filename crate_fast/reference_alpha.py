@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .reference import attention_probabilities, check_numbers
+from .reference import Attention, check_numbers
 
 WIDENING = 4  # atoms of a dictionary, in widths of a token
 EPS = 1e-6  # of a layer's LayerNorms; the head's is PyTorch's own, 1e-5
@@ -71,29 +71,6 @@ class PreNorm(nn.Module):
         return out if self.scale is None else out * self.scale
 
 
-class Attention(nn.Module):
-    """Projection on the subspaces, MSSA, and the projection back, without a bias."""
-
-    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float) -> None:
-        super().__init__()
-        inner = heads * dim_head
-        self.heads = heads
-        self.scale = dim_head**-0.5
-        self.dropout = nn.Dropout(dropout)
-        self.qkv = nn.Linear(dim, inner, bias=False)
-        if heads == 1 and dim_head == dim:
-            self.to_out: nn.Module = nn.Identity()
-        else:
-            self.to_out = nn.Sequential(nn.Linear(inner, dim, bias=False), nn.Dropout(dropout))
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.qkv(x)
-        batch, tokens, width = w.shape
-        w = w.reshape(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
-        probabilities = self.dropout(attention_probabilities(w, self.scale))
-        return self.to_out(torch.matmul(probabilities, w).transpose(1, 2).reshape(batch, tokens, width))
-
-
 class OvercompleteISTABlock(nn.Module):
     """`odl` with learned dictionaries."""
 
@@ -114,7 +91,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers: Any = nn.ModuleList()  # of pairs, which its type cannot say
         for _ in range(depth):
-            attention = PreNorm(dim, Attention(dim, *block), scale)
+            attention = PreNorm(dim, Attention(dim, *block, out_bias=False), scale)
             self.layers.append(nn.ModuleList([attention, PreNorm(dim, OvercompleteISTABlock(dim, *step), scale)]))
 
     def forward(self, x: Tensor) -> Tensor:
