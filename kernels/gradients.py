@@ -343,7 +343,7 @@ def norm_data_gradient(
     with masked=False, of a product behind a LayerNorm that rectifies nothing.
     """
     name = "project_gradient" if gamma is None else unmixed("ista_gradient", g, folded.matrix, "mixed_ista_gradient")
-    rows = len(x)
+    rows = x.shape[0]
     gradient = Gradient(
         torch.empty_like(x),
         sums.new_empty(1, row_blocks(folded.matrix, rows, name), x.shape[1]),

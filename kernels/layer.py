@@ -151,14 +151,15 @@ def layer_forward(
     project, ista = weights.folded()
     batch, tokens, dim = x.shape
     rows = x.view(-1, dim)
-    statistics = torch.empty(4, batch * tokens, dtype=torch.float32, device=x.device)
+    statistics = x.new_empty(4, batch * tokens, dtype=torch.float32)
     mean1, rstd1, mean2, rstd2 = statistics.unbind()
     out = weights.out_weight.t()
-    z_moments, y_moments = empty_moments("out_project", out, len(rows)), empty_moments("ista", ista.matrix, len(rows))
+    count = batch * tokens  # not len(rows), which takes three times as long as a shape
+    z_moments, y_moments = empty_moments("out_project", out, count), empty_moments("ista", ista.matrix, count)
     w = norm_linear(rows, moments, project, None, project.matrix.dtype, eps_mssa, Statistics(mean1, rstd1))
     w = w.view(batch, tokens, -1)
     o, lse = mssa_forward(w, heads, scale)
-    z = linear(o.view(len(rows), -1), out, x.dtype, offset=out_bias, residual=rows, moments=z_moments)
+    z = linear(o.view(count, -1), out, x.dtype, offset=out_bias, residual=rows, moments=z_moments)
     y = norm_linear(z, z_moments, ista, norm2_weight, x.dtype, eps_ista, Statistics(mean2, rstd2), y_moments)
     y = torch.ops.aten._unsafe_view(y, x.shape)  # no view to autograd, which FSDP2 warns of where a layer returns one
     return w, o, z.view(x.shape), y, lse, statistics, y_moments, _empty_totals(x, prepared)

@@ -242,12 +242,12 @@ def finish_layer(scale: Tensor, project: NormProduct | None, out: Parts | None, 
     Parts are `scale` times too large. dW has the strides of W. Empty tensors for a product that is None.
     """
     results = [*_norm_results(project, scale), *_plain_results(out, scale), *_norm_results(ista, scale)]
-    rows = sum(len(results[index]) for index in (0, 4, 5))  # every product's own rows, one a number of a vector
+    rows = [n for n in (results[0].shape[0], results[4].shape[0], results[5].shape[0]) if n]  # a product's, of its vectors
     if rows:
         # Few rows a program where there are many, and 16 KB a program in flight at width 384. Without a limit of registers
         # some of these shapes take 56 and spill 8 or 16 bytes, on sm_100, and on sm_80 under triton 3.6.
-        block_k, block_n = (4, 128) if min(len(r) or rows for r in results) >= 256 else (8, 32)
-        programs = sum(blocks(len(results[index]), block_k) for index in (0, 4, 5))
+        block_k, block_n = (4, 128) if min(rows) >= 256 else (8, 32)
+        programs = sum([blocks(n, block_k) for n in rows])
         launch(
             _finish_kernel, programs, scale, _norm_arguments(project, results[:3]), _norm_arguments(ista, results[5:]),
             _plain_arguments(out, results[3:5]), BLOCK_K=block_k, BLOCK_N=block_n, BLOCK_S=8, num_warps=4, num_stages=1,
@@ -260,13 +260,14 @@ def finish_layer(scale: Tensor, project: NormProduct | None, out: Parts | None, 
 
 def _norm_results(product: NormProduct | None, like: Tensor) -> list[Tensor]:
     if product is None:
-        return [like.new_empty(0) for _ in range(3)]
-    vectors = [like.new_empty(len(product.weight)) for _ in range(2)]
-    return [*vectors, torch.empty_like(product.weight, dtype=torch.float32)]
+        return [like.new_empty(0), like.new_empty(0), like.new_empty(0)]
+    rows = product.weight.shape[0]
+    return [like.new_empty(rows), like.new_empty(rows), torch.empty_like(product.weight, dtype=torch.float32)]
 
 
 def _plain_results(parts: Parts | None, like: Tensor) -> list[Tensor]:
-    return [like.new_empty(shape) for shape in ((parts.product.shape[1:], parts.total.shape[1]) if parts else (0, 0))]
+    shapes = (parts.product.shape[1:], parts.total.shape[1]) if parts else (0, 0)
+    return [like.new_empty(shapes[0]), like.new_empty(shapes[1])]
 
 
 def _norm_arguments(product: NormProduct | None, results: list[Tensor]) -> tuple | None:

@@ -30,7 +30,7 @@ def make_weights(layers: list[Layer], operand_dtype: torch.dtype) -> list[Weight
     kinds = [_weights_kind(layer, weights) for layer, weights in zip(layers, own, strict=True)]
     if any(kind != kinds[0] for kind in kinds):
         return [pair for layer in layers for pair in make_weights([layer], operand_dtype)]
-    step: SparseStep = layers[0][1].fn
+    step: SparseStep = layers[0].parts()[1]["fn"]
     stacked, at = stack_weights(own), LayerWeights._fields.index("matrix")  # from where on weights are the step's
     matrices = step.fold(stacked[at:], step.step_size)
     each: Sequence[Any] = matrices.unbind()
@@ -74,5 +74,5 @@ def kernel_weights(layers: list[Layer], operand_dtype: torch.dtype) -> list[Weig
 
 
 def _weights_kind(layer: Layer, weights: tuple[Tensor, ...]) -> tuple:
-    step = layer[1].fn
+    step = layer.parts()[1]["fn"]
     return [w.shape for w in weights], weights[0].dtype, step.name, step.step_size, step.lambd

@@ -189,7 +189,7 @@ class Layer(nn.Sequential):
         is that one."""
         if x.dim() != 3 or x.numel() == 0 or has_global_hooks() or not self.is_fusable(("auto", "torch")):
             return False
-        attention = self[0].fn
+        attention = self.parts()[0]["fn"]
         weights = self.weights()
         if not self.fits(weights, x.shape[-1]) or not same_place(weights) or weights[0].device != x.device:
             return False  # the modules say what is wrong
@@ -198,21 +198,25 @@ class Layer(nn.Sequential):
     def fits(self, weights: tuple[Tensor, ...], dim: int) -> bool:
         """Whether the sizes of its `weights` are those of a layer of width `dim`, and vectors in one piece, as what passes
         modules by takes them to be."""
-        attention = self[0].fn
-        heads, scale, inner = attention.heads, attention.scale, weights[2].shape[0]
+        mssa, sparse = self.parts()
+        attention, inner = mssa["fn"], weights[2].shape[0]
+        heads, scale = attention.heads, attention.scale
         if type(heads) is not int or heads < 1 or inner % heads or not isinstance(scale, (int, float)) or not abs(scale) < inf:
             return False
-        of_step = self._modules["1"]._modules["fn"].shapes(dim).values()
+        of_step = sparse["fn"].shapes(dim).values()
         vectors = len(weights) - len(of_step) - 4  # of the second LayerNorm, and the projection's bias where it has one
-        shapes = [(dim,), (dim,), (inner, dim), (dim, inner), *[(dim,)] * vectors, *of_step]
-        return [w.shape for w in weights] == shapes and all(w.is_contiguous() for w in weights if w.dim() == 1)
+        for w, shape in zip(weights, ((dim,), (dim,), (inner, dim), (dim, inner), *((dim,),) * vectors, *of_step), strict=True):
+            if w.shape != shape or (len(shape) == 1 and not w.is_contiguous()):
+                return False
+        return True
 
     def is_fusable(self, backends: tuple[str, ...] = ("auto", "triton")) -> bool:
         """Whether one fused computation may stand for all modules of this layer: none is hooked, changed or dropping out,
         or dropping a path, and their backends are among `backends`."""
         if not self._is_plain() or (torch.compiler.is_compiling() and not keeps_forwards(*self.modules())):
             return False
-        attention, step = (part._modules["fn"] for part in self._modules.values())
+        mssa, sparse = self.parts()
+        attention, step = mssa["fn"], sparse["fn"]
         if step.backend not in backends or (self.training and self.drop_path > 0):
             return False
         return fuses_attention(attention, backends, unbiased=self.residual)
@@ -224,7 +228,7 @@ class Layer(nn.Sequential):
         sharded = self.is_sharded()
         if not (sharded or is_plain(self, Layer)) or not _PLAIN.holds(self, sharded):
             return False
-        step = self._modules["1"]._modules["fn"]
+        step = self.parts()[1]["fn"]
         return has_weights(step, *step.weight_names)
 
     def class_token(self, x: Tensor) -> Tensor:
@@ -240,7 +244,7 @@ class Layer(nn.Sequential):
 
     def weights(self) -> tuple[Tensor, ...]:
         """The parameters: `kernels.LayerWeights` in order, with the step's weights where that has M; no bias where none is."""
-        mssa, sparse = (part._modules for part in self._modules.values())  # attributes of modules are found slowly
+        mssa, sparse = self.parts()
         attention = mssa["fn"]._modules
         norm1, project, norm2 = (part._parameters for part in (mssa["norm"], attention["qkv"], sparse["norm"]))
         out, step = attention["to_out"]._modules["0"]._parameters, sparse["fn"]
@@ -249,11 +253,16 @@ class Layer(nn.Sequential):
         bias = () if out["bias"] is None else (out["bias"],)
         return norm1["weight"], norm1["bias"], project["weight"], out["weight"], *bias, *vectors, *of_step
 
+    def parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The modules of its two halves, by name, found faster than as attributes."""
+        mssa, sparse = self._modules.values()
+        return mssa._modules, sparse._modules
+
     def settings(self):
         """The numbers that are not learned, as `kernels.LayerSettings`."""
         from ..kernels import LayerSettings
 
-        mssa, sparse = (part._modules for part in self._modules.values())
+        mssa, sparse = self.parts()
         attention, step = mssa["fn"], sparse["fn"]
         shrinkage = step.step_size * step.lambd
         return LayerSettings(attention.heads, attention.scale, mssa["norm"].eps, sparse["norm"].eps, shrinkage)

@@ -16,6 +16,7 @@ from torch.nn.modules import module as torch_module
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 PLAIN = (nn.Parameter, Tensor)
+_PLAIN_OR_NONE = (*PLAIN, type(None))
 ModuleClass = TypeVar("ModuleClass", bound=nn.Module)
 
 
@@ -34,12 +35,6 @@ def keeps_nothing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """True if a forward, forward-pre, backward or backward-pre hook sits on `module` itself."""
-    m = module  # in one line: asked of 13 modules a layer, before each call
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-
-
 def keeps_forwards(*modules: nn.Module) -> bool:
     """Whether `forward` of each module is a method, asked so that torch.compile guards what it is and asks all again."""
     return all(isinstance(module.forward, MethodType) for module in modules)
@@ -55,10 +50,15 @@ def is_plain(module: nn.Module, cls: type[ModuleClass], sharded: bool = False) -
 
     sharded: parameters may be parts of such tensors, which `fully_shard` makes whole when a module around is called.
     """
-    if type(module) is not cls or is_hooked(module) or "forward" in module.__dict__:
+    m = module  # in plain loops and lines: asked of 13 modules a layer, before each call
+    if type(m) is not cls or "forward" in m.__dict__:
         return False
-    parameters = module._parameters
-    return not parameters or all(p is None or type(p) in PLAIN or (sharded and _is_part(p)) for p in parameters.values())
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        return False
+    for p in m._parameters.values():
+        if type(p) not in _PLAIN_OR_NONE and not (sharded and _is_part(p)):
+            return False
+    return True
 
 
 def is_sharded(module: nn.Module, cls: type[nn.Module]) -> bool:
@@ -146,5 +146,8 @@ def drops_nothing(dropout: nn.Module) -> bool:
 
 def same_place(parameters: tuple[Tensor, ...]) -> bool:
     """True if all parameters have one device and one dtype."""
-    first = parameters[0]
-    return all(p.device == first.device and p.dtype == first.dtype for p in parameters)
+    device, dtype = parameters[0].device, parameters[0].dtype
+    for p in parameters:  # a loop: asked of every layer before each call
+        if p.dtype is not dtype or p.device != device:
+            return False
+    return True
