@@ -60,7 +60,7 @@ def _prepare_weights(project, gamma1, beta1, out, square, gamma2, beta2, operand
     return matrix.mT, *project_ends, out.to(operand), step, gain + gamma2, offset + beta2 - shrinkage
 
 
-def _norm_linear(x: Tensor, _, folded: Folded, gamma, out: torch.dtype, eps: float, statistics: Statistics, __=None) -> Tensor:
+def _norm_linear(x: Tensor, _, folded: Folded, gamma, out: Tensor, eps: float, statistics: Statistics, __=None) -> None:
     """Statistics are made here: what is handed on of x and of the result is not read."""
     wide, matrix = x.float(), folded.matrix.float()
     statistics.mean.copy_(wide.mean(1))
@@ -71,7 +71,7 @@ def _norm_linear(x: Tensor, _, folded: Folded, gamma, out: torch.dtype, eps: flo
     else:
         normal = (wide - mean) * rstd
         result = normal.to(folded.matrix.dtype).float() @ matrix + (0 if gamma is None else normal * gamma) + folded.offset
-    return (result if gamma is None else result.relu()).to(out)
+    out.view(result.shape).copy_(result if gamma is None else result.relu())
 
 
 def _linear(x: Tensor, weight: Tensor, out: torch.dtype, *, offset: Tensor, residual: Tensor, moments: Tensor) -> Tensor:

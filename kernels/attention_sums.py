@@ -24,8 +24,8 @@ def gradient_sums(dw: Tensor, w: Tensor, folded: Folded, row_scale: Tensor | Non
     rows, columns = batch * tokens, shapes.blocks(width, SUM_COLUMNS)
     chunk = shapes.blocks(shapes.blocks(rows, SUM_PARTS), SUM_ROWS) * SUM_ROWS
     parts = shapes.blocks(rows, chunk)
-    sums = torch.empty(2, columns, rows, dtype=torch.float32, device=w.device)
-    totals = torch.empty(1, parts, width, dtype=torch.float32, device=w.device)
+    sums = w.new_empty(2, columns, rows, dtype=torch.float32)
+    totals = w.new_empty(1, parts, width, dtype=torch.float32)
     launch(
         _sums_kernel, parts * columns, sums, totals, dw, (w, *w.stride()), (folded.gain, folded.offset), row_scale,
         (rows, tokens, width, columns, chunk), BLOCK_M=SUM_ROWS, BLOCK_N=SUM_COLUMNS, num_warps=4, num_stages=2,
@@ -80,7 +80,7 @@ def head_products(o: Tensor, do: Tensor, heads: int, scale: float) -> Tensor:
     batch, tokens, width = o.shape
     padded = padded_tokens(tokens)
     block = 32 if o.element_size() == 2 else 16  # 32 rows of float32: triton 3.6 spills 16 bytes on sm_100
-    delta = torch.empty(heads, 1, batch, padded, dtype=torch.float32, device=o.device)
+    delta = o.new_empty(heads, 1, batch, padded, dtype=torch.float32)
     constants = {"WIDTH": width // heads, "BLOCK_D": triton.next_power_of_2(width // heads), "BLOCK_M": block}
     programs = shapes.blocks(batch * padded, block) * heads
     sizes = (batch, tokens, padded, heads)

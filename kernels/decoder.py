@@ -47,21 +47,21 @@ class DecoderWeights(NamedTuple):
 
 
 class PreparedDecoder(NamedTuple):
-    """A layer's weights as the kernels read them: matrices in the operands' dtype, vectors float32."""
+    """A layer's weights as the kernels read them: matrices in the operands' dtype, (in, out) and stored transposed, vectors
+    float32."""
 
-    dictionary: Tensor  # (dim, dim): W diag(γ₁)
+    dictionary: Tensor  # (dim, dim): diag(γ₁) Wᵀ
     dictionary_gain: Tensor  # (dim,)
     dictionary_offset: Tensor  # (dim,)
-    project: Tensor  # (inner, dim): U diag(γ₂)
+    project: Tensor  # (dim, inner): diag(γ₂) Uᵀ
     project_gain: Tensor  # (inner,)
     project_offset: Tensor  # (inner,)
-    out_weight: Tensor  # (dim, inner): −Wo
+    out_weight: Tensor  # (inner, dim): −Woᵀ
     out_bias: Tensor  # (dim,): −b
 
     def folded(self) -> tuple[Folded, Folded]:
-        """Both products behind a LayerNorm as (in, out)."""
-        dictionary = Folded(self.dictionary.t(), self.dictionary_gain, self.dictionary_offset)
-        return dictionary, Folded(self.project.t(), self.project_gain, self.project_offset)
+        """Both products behind a LayerNorm."""
+        return Folded(*self[:3]), Folded(*self[3:6])
 
 
 class DecoderSettings(NamedTuple):
@@ -91,25 +91,25 @@ def prepare_decoder(layers: Sequence[DecoderWeights], operand: torch.dtype) -> l
     stacked = (
         *_fold(w.dictionary, w.norm1_weight, w.norm1_bias, operand),
         *_fold(w.project, w.norm2_weight, w.norm2_bias, operand),
-        w.out_weight.neg().to(operand),
+        w.out_weight.neg().to(operand).mT,
         w.out_bias.neg(),
     )
     return [PreparedDecoder(*layer) for layer in zip(*(kind.unbind() for kind in stacked), strict=True)]
 
 
 def _fold(weight: Tensor, gamma: Tensor, beta: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """F, v and u (linear.py) of (layers, out, in); v of the rounded F, so that its rounding cancels."""
+    """F, stored transposed, v and u (linear.py) of (layers, out, in); v of the rounded F, so that its rounding cancels."""
     matrix = (weight * gamma[:, None]).to(operand)
-    return matrix, matrix.float().sum(2), (weight * beta[:, None]).sum(2)
+    return matrix.mT, matrix.float().sum(2), (weight * beta[:, None]).sum(2)
 
 
 def _forward_shapes(x, moments, prepared, heads, scale, eps_dictionary, eps_mssa):
     batch, tokens, dim = x.shape
-    w = x.new_empty(batch, tokens, prepared[3].shape[0], dtype=prepared[3].dtype)
+    w = x.new_empty(batch, tokens, prepared[3].shape[1], dtype=prepared[3].dtype)
     lse = x.new_empty(batch, heads, padded_tokens(tokens), dtype=torch.float32)
     statistics = x.new_empty(4, batch * tokens, dtype=torch.float32)
-    y_moments = empty_moments("out_project", prepared[6].t(), batch * tokens)
-    totals = x.new_empty(1, row_blocks(prepared[0].t(), batch * tokens), dim, dtype=torch.float32)
+    y_moments = empty_moments("out_project", prepared[6], batch * tokens)
+    totals = x.new_empty(1, row_blocks(prepared[0], batch * tokens), dim, dtype=torch.float32)
     return torch.empty_like(x), w, torch.empty_like(w), lse, statistics, torch.empty_like(x), y_moments, totals
 
 
@@ -125,24 +125,25 @@ def decoder_forward(
     weights = PreparedDecoder(*prepared)
     dictionary, project = weights.folded()
     batch, tokens, dim = x.shape
-    rows, out = x.view(-1, dim), weights.out_weight.t()
-    statistics = torch.empty(4, len(rows), dtype=torch.float32, device=x.device)
+    rows, out, count = x.view(-1, dim), weights.out_weight, batch * tokens
+    statistics = x.new_empty(4, count, dtype=torch.float32)
     mean1, rstd1, mean2, rstd2 = statistics.unbind()
-    z_moments, y_moments = empty_moments("project", dictionary.matrix, len(rows)), empty_moments("out_project", out, len(rows))
-    z = norm_linear(rows, moments, dictionary, None, x.dtype, eps_dictionary, Statistics(mean1, rstd1), z_moments)
-    w = norm_linear(z, z_moments, project, None, project.matrix.dtype, eps_mssa, Statistics(mean2, rstd2))
-    w = w.view(batch, tokens, -1)
+    z_moments, y_moments = empty_moments("project", dictionary.matrix, count), empty_moments("out_project", out, count)
+    z, w = torch.empty_like(x), x.new_empty(batch, tokens, out.shape[0], dtype=out.dtype)
+    norm_linear(rows, moments, dictionary, None, z, eps_dictionary, Statistics(mean1, rstd1), z_moments)
+    rows = z.view(-1, dim)
+    norm_linear(rows, z_moments, project, None, w, eps_mssa, Statistics(mean2, rstd2))
     o, lse = mssa_forward(w, heads, scale)
-    y = linear(o.view(len(rows), -1), out, x.dtype, offset=weights.out_bias, residual=z, moments=y_moments)
-    totals = x.new_empty(1, row_blocks(dictionary.matrix, len(rows)), dim, dtype=torch.float32)
-    return z.view(x.shape), w, o, lse, statistics, y.view(x.shape), y_moments, totals
+    y = linear(o.view(count, -1), out, x.dtype, offset=weights.out_bias, residual=rows, moments=y_moments)
+    totals = x.new_empty(1, row_blocks(dictionary.matrix, count), dim, dtype=torch.float32)
+    return z, w, o, lse, statistics, y.view(x.shape), y_moments, totals
 
 
 def _backward_shapes(dy, totals, gradient_scale, saved, prepared, weights, scale, wanted):
     groups = (wanted[0],) * 3 + (wanted[1],) * 3 + (wanted[2],) * 2
     gradients = [w.new_empty(w.shape if want else (0,), dtype=torch.float32) for w, want in zip(weights, groups, strict=True)]
     x = saved[0]
-    parts = row_blocks(prepared[0].t(), x.shape[0] * x.shape[1])
+    parts = row_blocks(prepared[0], x.shape[0] * x.shape[1])
     return [torch.empty_like(x), x.new_empty(1, parts, x.shape[2], dtype=torch.float32), *gradients]
 
 
@@ -170,7 +171,7 @@ def decoder_backward(
     mean1, rstd1, mean2, rstd2 = statistics.unbind()
     of_dictionary = of_project = of_out = None
 
-    do, delta = attention_gradient(dy, prepared[6].t(), o, lse.shape[1], scale)
+    do, delta = attention_gradient(dy, prepared[6], o, lse.shape[1], scale)
     if wanted[2]:
         of_out = weight_gradient(o.view(-1, inner), dy, operand, totals=totals, transposed=True)
     dw, dw_sums, dw_totals = mssa_backward(w, do, lse, delta, scale, project, rstd2)

@@ -35,6 +35,7 @@ from .attention import padded_tokens
 from .attention_sums import store_head_sums
 from .linear import GROUP, Folded, Statistics, _halves, _load_columns, _mask, _swizzle, unmixed
 from .runtime import launch, product_precision
+from .tuning import Config
 
 
 class Rectified(NamedTuple):
@@ -299,7 +300,7 @@ def _sum_parts(p_sums, row, m_row, parts, rows, BLOCK_M: tl.constexpr):
 def data_gradient(g: Tensor, weight: Tensor, out: torch.dtype, *, shrink: bool = False) -> Tensor:
     """Gradient of `linear` to its x, (rows, out) to (rows, in); with `shrink`, of the ISTA step, g being masked."""
     dx = g.new_empty(g.shape[0], weight.shape[0], dtype=out)
-    _launch_data_gradient(unmixed("ista_gradient", g, weight), g, weight, dx, shrink=shrink)
+    _launch_data_gradient(_config(unmixed("ista_gradient", g, weight), weight), g, weight, dx, shrink=shrink)
     return dx
 
 
@@ -309,11 +310,11 @@ def attention_gradient(g: Tensor, weight: Tensor, o: Tensor, heads: int, scale: 
     δ = scale · Σ do·o of every head for `mssa_backward`: (heads, pieces, batch, padded tokens) float32, 0 past the last token.
     """
     do, (batch, tokens, width) = torch.empty_like(o), o.shape
-    name = unmixed("out_gradient", g, weight)
-    pieces = _pieces(width // heads, shapes.matrix(name, weight.dtype, *weight.shape, weight.device).block_n)
-    delta = torch.empty(heads, pieces, batch, padded_tokens(tokens), dtype=torch.float32, device=o.device)
+    config = _config(unmixed("out_gradient", g, weight), weight)
+    pieces = _pieces(width // heads, config.block_n)
+    delta = o.new_empty(heads, pieces, batch, padded_tokens(tokens), dtype=torch.float32)
     rows = o.view(-1, width), do.view(-1, width)
-    _launch_data_gradient(name, g, weight, rows[1], x=rows[0], parts=delta, head_width=width // heads, images=(tokens, scale))
+    _launch_data_gradient(config, g, weight, rows[1], x=rows[0], parts=delta, head_width=width // heads, images=(tokens, scale))
     return do, delta
 
 
@@ -343,14 +344,14 @@ def norm_data_gradient(
     with masked=False, of a product behind a LayerNorm that rectifies nothing.
     """
     name = "project_gradient" if gamma is None else unmixed("ista_gradient", g, folded.matrix, "mixed_ista_gradient")
-    rows = x.shape[0]
+    config, (rows, dim) = _config(name, folded.matrix), x.shape
     gradient = Gradient(
         torch.empty_like(x),
-        sums.new_empty(1, row_blocks(folded.matrix, rows, name), x.shape[1]),
-        None if rectified is None else sums.new_empty(2, column_blocks(folded.matrix), rows),
+        sums.new_empty(1, shapes.blocks(rows, config.block_m), dim),
+        None if rectified is None else sums.new_empty(2, shapes.blocks(dim, config.block_n), rows),
     )
     _launch_data_gradient(
-        name, g, folded.matrix, gradient.dx, shrink=gamma is not None, x=x, gamma=gamma, statistics=statistics, sums=sums,
+        config, g, folded.matrix, gradient.dx, shrink=gamma is not None, x=x, gamma=gamma, statistics=statistics, sums=sums,
         residual=residual, rectified=rectified, masked=masked, parts=gradient.sums, totals=gradient.totals,
     )  # fmt: skip
     return gradient
@@ -358,12 +359,16 @@ def norm_data_gradient(
 
 def column_blocks(weight: Tensor) -> int:
     """In how many blocks of columns the data gradient of a product with `weight` (in, out) is made."""
-    return shapes.blocks(weight.shape[0], shapes.matrix("project_gradient", weight.dtype, *weight.shape, weight.device).block_n)
+    return shapes.blocks(weight.shape[0], _config("project_gradient", weight).block_n)
 
 
-def row_blocks(weight: Tensor, rows: int, name: str = "project_gradient") -> int:
+def row_blocks(weight: Tensor, rows: int) -> int:
     """In how many blocks of rows the data gradient of a product with `weight` (in, out) is made."""
-    return shapes.blocks(rows, shapes.matrix(name, weight.dtype, *weight.shape, weight.device).block_m)
+    return shapes.blocks(rows, _config("project_gradient", weight).block_m)
+
+
+def _config(name: str, weight: Tensor) -> Config:
+    return shapes.matrix(name, weight.dtype, *weight.shape, weight.device)
 
 
 def _pieces(head_width: int, block: int) -> int:
@@ -372,11 +377,10 @@ def _pieces(head_width: int, block: int) -> int:
 
 
 def _launch_data_gradient(
-    name, g, weight, dx, *, shrink=False, x=None, gamma=None, statistics=None, sums=None, residual=None, rectified=None,
+    config, g, weight, dx, *, shrink=False, x=None, gamma=None, statistics=None, sums=None, residual=None, rectified=None,
     masked=True, parts=None, totals=None, head_width=0, images=(1, 1.0),
 ) -> None:  # fmt: skip
     rows, (inputs, outputs) = g.shape[0], weight.shape
-    config = shapes.matrix(name, weight.dtype, inputs, outputs, weight.device)
     programs = shapes.blocks(rows, config.block_m) * shapes.blocks(inputs, config.block_n)
     norm = (None, None, None, 0) if sums is None else (*(statistics or (None, None)), sums, sums.shape[1])
     launch(

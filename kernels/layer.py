@@ -46,20 +46,19 @@ class LayerWeights(NamedTuple):
 
 
 class PreparedWeights(NamedTuple):
-    """A layer's weights as the kernels read them, in the operands' dtype."""
+    """A layer's weights as the kernels read them: matrices in the operands' dtype, (in, out), vectors float32."""
 
-    project: Tensor  # (inner, dim): U diag(γ₁)
+    project: Tensor  # (dim, inner): diag(γ₁) Uᵀ, stored transposed
     project_gain: Tensor  # (inner,)
     project_offset: Tensor  # (inner,)
-    out_weight: Tensor  # (dim, inner)
+    out_weight: Tensor  # (inner, dim): Woᵀ, stored transposed
     ista: Tensor  # (dim, dim): diag(γ₂) M
     ista_gain: Tensor  # (dim,)
     ista_offset: Tensor  # (dim,)
 
     def folded(self) -> tuple[Folded, Folded]:
-        """The projection and the ISTA step as (in, out) products."""
-        project = Folded(self.project.t(), self.project_gain, self.project_offset)
-        return project, Folded(self.ista, self.ista_gain, self.ista_offset)
+        """The projection and the ISTA step."""
+        return Folded(*self[:3]), Folded(*self[4:])
 
 
 class LayerSettings(NamedTuple):
@@ -81,7 +80,7 @@ def stack_weights(layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     kinds, out_bias = list(zip(*layers, strict=True)), LayerWeights._fields.index("out_bias")
     del kinds[out_bias]
     with torch.no_grad():
-        flat = torch.cat([w.reshape(-1) for kind in kinds for w in kind])
+        flat = torch.ops.aten.flatten_dense_tensors([w for kind in kinds for w in kind])  # cat of all as vectors
     parts = flat.split([len(kind) * kind[0].numel() for kind in kinds])
     stacked = [part.view(-1, *kind[0].shape) for part, kind in zip(parts, kinds, strict=True)]
     return [*stacked[:out_bias], None, *stacked[out_bias:]]
@@ -96,7 +95,9 @@ def prepare_layers(stacked: Sequence[Tensor], shrinkage: float, operand: torch.d
     prepared = prepare_weights(
         w.project, w.norm1_weight, w.norm1_bias, w.out_weight, w.matrix, w.norm2_weight, w.norm2_bias, operand, shrinkage
     )
-    return [PreparedWeights(*layer) for layer in zip(*(p.unbind() for p in prepared), strict=True)]
+    at_once = PreparedWeights(*prepared)  # transposed here, not in each layer twice
+    at_once = at_once._replace(project=at_once.project.mT, out_weight=at_once.out_weight.mT)
+    return [PreparedWeights(*layer) for layer in zip(*(p.unbind() for p in at_once), strict=True)]
 
 
 class Activations(NamedTuple):
@@ -113,7 +114,7 @@ class Activations(NamedTuple):
 
 def _forward_shapes(x, moments, prepared, out_bias, norm2_weight, heads, scale, eps_mssa, eps_ista):
     batch, tokens, _ = x.shape
-    w = x.new_empty(batch, tokens, prepared[0].shape[0], dtype=prepared[0].dtype)
+    w = x.new_empty(batch, tokens, prepared[0].shape[1], dtype=prepared[0].dtype)
     lse = x.new_empty(batch, heads, padded_tokens(tokens), dtype=torch.float32)
     statistics = x.new_empty(4, batch * tokens, dtype=torch.float32)
     handed_on = empty_moments("ista", prepared[4], batch * tokens), _empty_totals(x, prepared)
@@ -123,11 +124,11 @@ def _forward_shapes(x, moments, prepared, out_bias, norm2_weight, heads, scale, 
 def _empty_totals(x: Tensor, prepared: list[Tensor]) -> Tensor:
     """Room for the column sums of a gradient like x, (1, parts, dim) float32."""
     batch, tokens, dim = x.shape
-    return x.new_empty(1, row_blocks(prepared[0].t(), batch * tokens), dim, dtype=torch.float32)
+    return x.new_empty(1, row_blocks(prepared[0], batch * tokens), dim, dtype=torch.float32)
 
 
 def _forward_flops(x, moments, prepared, *_) -> int:
-    w = x.new_empty(*x.shape[:2], prepared[0].shape[0], device="meta")
+    w = x.new_empty(*x.shape[:2], prepared[0].shape[1], device="meta")
     return 2 * x.numel() * (2 * w.shape[2] + x.shape[2]) + attention_flops(w)
 
 
@@ -153,15 +154,16 @@ def layer_forward(
     rows = x.view(-1, dim)
     statistics = x.new_empty(4, batch * tokens, dtype=torch.float32)
     mean1, rstd1, mean2, rstd2 = statistics.unbind()
-    out = weights.out_weight.t()
+    out = weights.out_weight
     count = batch * tokens  # not len(rows), which takes three times as long as a shape
     z_moments, y_moments = empty_moments("out_project", out, count), empty_moments("ista", ista.matrix, count)
-    w = norm_linear(rows, moments, project, None, project.matrix.dtype, eps_mssa, Statistics(mean1, rstd1))
-    w = w.view(batch, tokens, -1)
+    stats1, stats2 = Statistics(mean1, rstd1), Statistics(mean2, rstd2)
+    w = x.new_empty(batch, tokens, out.shape[0], dtype=out.dtype)
+    norm_linear(rows, moments, project, None, w, eps_mssa, stats1)
     o, lse = mssa_forward(w, heads, scale)
     z = linear(o.view(count, -1), out, x.dtype, offset=out_bias, residual=rows, moments=z_moments)
-    y = norm_linear(z, z_moments, ista, norm2_weight, x.dtype, eps_ista, Statistics(mean2, rstd2), y_moments)
-    y = torch.ops.aten._unsafe_view(y, x.shape)  # no view to autograd, which FSDP2 warns of where a layer returns one
+    y = torch.empty_like(x)  # and no view of what is written, of which FSDP2 warns where a layer returns one
+    norm_linear(z, z_moments, ista, norm2_weight, y, eps_ista, stats2, y_moments)
     return w, o, z.view(x.shape), y, lse, statistics, y_moments, _empty_totals(x, prepared)
 
 
@@ -169,7 +171,7 @@ def _backward_shapes(dy, sums, totals, gradient_scale, saved, prepared, weights,
     groups = (wanted[0],) * 3 + (wanted[1],) * 2 + (wanted[2],) * 3
     gradients = [w.new_empty(w.shape if want else (0,), dtype=torch.float32) for w, want in zip(weights, groups, strict=True)]
     x = saved[0]
-    sums = x.new_empty(2, column_blocks(prepared[0].t()), x.shape[0] * x.shape[1], dtype=torch.float32)
+    sums = x.new_empty(2, column_blocks(prepared[0]), x.shape[0] * x.shape[1], dtype=torch.float32)
     dx_sums = (sums, _empty_totals(x, prepared)) if below else _nothing(gradient_scale, 2)
     return [torch.empty_like(x), *dx_sums, *gradients]
 
@@ -213,7 +215,7 @@ def layer_backward(
     if wanted[2]:
         product = weight_gradient(z, dy, operand, mean=mean2, totals=totals)
         of_ista = NormProduct(product, w.matrix, w.norm2_weight, w.norm2_bias)
-    do, delta = attention_gradient(dz.dx, prepared[3].t(), a.o, a.lse.shape[1], scale)
+    do, delta = attention_gradient(dz.dx, prepared[3], a.o, a.lse.shape[1], scale)
     if wanted[1]:
         of_out = weight_gradient(o, dz.dx, operand, totals=dz.totals, transposed=True)
     dw, dw_sums, dw_totals = mssa_backward(a.w, do, a.lse, delta, scale, project, rstd1)

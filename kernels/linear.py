@@ -320,24 +320,23 @@ def norm_linear(
     moments: Tensor,
     folded: Folded,
     gamma: Tensor | None,
-    out: torch.dtype,
+    out: Tensor,
     eps: float,
     statistics: Statistics,
     moments_out: Tensor | None = None,
-) -> Tensor:
+) -> None:
     """LN(x) W with the norm folded in W (weights.py) or, with `gamma` given, the ISTA step on LN(x); (rows, in) to (rows, out).
 
-    moments: of x, as its writer left them. Writes x's `statistics` and the result's `moments_out`. The normalisation is
-    folded into the product where that is exact: the stored x is the 16-bit operand itself.
+    moments: of x, as its writer left them. Writes the result to `out`, as contiguous rows whatever its shape, x's `statistics`
+    and the result's `moments_out`. The normalisation is folded into the product where that is exact: the stored x is the
+    16-bit operand itself.
     """
-    result = x.new_empty(x.shape[0], folded.matrix.shape[1], dtype=out)
     exact = x.dtype == folded.matrix.dtype and x.dtype != torch.float32
     _launch_linear(
         "project" if gamma is None else "ista",
-        x, folded.matrix, result, norm="folded" if exact else "first", offset=folded.offset, gain=folded.gain, gamma=gamma,
+        x, folded.matrix, out, norm="folded" if exact else "first", offset=folded.offset, gain=folded.gain, gamma=gamma,
         shrink=gamma is not None, moments=moments, statistics=statistics, moments_out=moments_out, eps=eps,
     )  # fmt: skip
-    return result
 
 
 def _launch_linear(

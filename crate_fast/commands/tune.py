@@ -105,13 +105,14 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
     gamma, beta = torch.ones(dim, device=x.device), torch.zeros(dim, device=x.device)
     matrices = (_weight(x, inner, dim), _weight(x, dim, inner), beta, gamma, beta, _weight(x, dim, dim))
     (prepared,) = layer.prepare_layers(layer.stack_weights([layer.LayerWeights(gamma, beta, *matrices)]), 0.01, dtype)
-    (project, step), out = prepared.folded(), prepared.out_weight.t()
+    (project, step), out = prepared.folded(), prepared.out_weight
     statistics = linear.Statistics(*torch.empty(2, len(x), device=x.device))
     rectified = gradients.Rectified(step.gain, step.offset, statistics.rstd)
 
     moments = torch.stack((x.float().mean(1), x.float().var(1, correction=0) * dim))[:, None]
     made = [linear.empty_moments(*of, len(x)) for of in (("out_project", out), ("ista", step.matrix))]
-    w = linear.norm_linear(x, moments, project, None, dtype, 1e-5, statistics).view(batch, count, inner)
+    w, y = x.new_empty(batch, count, inner), torch.empty_like(x)
+    linear.norm_linear(x, moments, project, None, w, 1e-5, statistics)
     o, lse = mssa.mssa_forward(w, heads, scale)
     do, delta = gradients.attention_gradient(x, out, o, heads, scale)
 
@@ -125,14 +126,14 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
         return Workload(name, size, lambda: weight_gradients.weight_gradient(a, g, dtype, **norm))
 
     jobs = [
-        Workload("project", (dim, inner), lambda: linear.norm_linear(x, moments, project, None, dtype, 1e-5, statistics)),
+        Workload("project", (dim, inner), lambda: linear.norm_linear(x, moments, project, None, w, 1e-5, statistics)),
         Workload("mssa_forward", (head_width,), lambda: mssa.mssa_forward(w, heads, scale)),
         Workload(
             "out_project",
             (inner, dim),
             lambda: linear.linear(o.view(-1, inner), out, dtype, offset=beta, residual=x, moments=made[0]),
         ),
-        Workload("ista", (dim, dim), lambda: linear.norm_linear(x, moments, step, gamma, dtype, 1e-5, statistics, made[1])),
+        Workload("ista", (dim, dim), lambda: linear.norm_linear(x, moments, step, gamma, y, 1e-5, statistics, made[1])),
         Workload("ista_gradient", (dim, dim), lambda: gradients.norm_data_gradient(x, sums, x, step, gamma, statistics)),
         Workload(
             "mixed_product", (dim, dim), lambda: gradients.data_gradient(x.float(), step.matrix, torch.float32, shrink=True)

@@ -34,7 +34,8 @@ class FeedForward(SparseStep, name="ista"):
     def fold_gradient(dm: Tensor, weights: Sequence[Tensor], step_size: float) -> tuple[Tensor]:
         """dD = η(dM − D(dM + dMᵀ)), in two products' worth of launches."""
         d = weights[0].to(dm.dtype)
-        return (torch.addmm(dm, d, dm + dm.t(), beta=step_size, alpha=-step_size).to(weights[0].dtype),)
+        dd = torch.addmm(dm, d, dm + dm.t(), beta=step_size, alpha=-step_size)
+        return (dd if dd.dtype is weights[0].dtype else dd.to(weights[0].dtype),)
 
     @classmethod
     def sparsify(
