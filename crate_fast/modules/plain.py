@@ -55,7 +55,7 @@ def is_plain(module: nn.Module, cls: type[ModuleClass], sharded: bool = False) -
         return False
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return False
-    for p in m._parameters.values():
+    for p in m._parameters.values():  # noqa: SIM110
         if type(p) not in _PLAIN_OR_NONE and not (sharded and _is_part(p)):
             return False
     return True
@@ -147,7 +147,7 @@ def drops_nothing(dropout: nn.Module) -> bool:
 def same_place(parameters: tuple[Tensor, ...]) -> bool:
     """True if all parameters have one device and one dtype."""
     device, dtype = parameters[0].device, parameters[0].dtype
-    for p in parameters:  # a loop: asked of every layer before each call
+    for p in parameters:  # noqa: SIM110 (all() of a generator takes twice as long, and this is asked of every layer, each call)
         if p.dtype is not dtype or p.device != device:
             return False
     return True
