@@ -16,7 +16,6 @@ from torch.nn.modules import module as torch_module
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 PLAIN = (nn.Parameter, Tensor)
-_PLAIN_OR_NONE = (*PLAIN, type(None))
 ModuleClass = TypeVar("ModuleClass", bound=nn.Module)
 
 
@@ -56,7 +55,7 @@ def is_plain(module: nn.Module, cls: type[ModuleClass], sharded: bool = False) -
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return False
     for p in m._parameters.values():  # noqa: SIM110
-        if type(p) not in _PLAIN_OR_NONE and not (sharded and _is_part(p)):
+        if type(p) not in PLAIN and p is not None and not (sharded and _is_part(p)):
             return False
     return True
 
