@@ -22,8 +22,9 @@ from .mae import LAYERS, MAE_ARGUMENTS, depth_of
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
 ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd", "step")
-OF_MODELS = (*ARGUMENTS, "model", "init_values")
+OF_MODELS = ("model", *ARGUMENTS, "init_values")
 """Those of a CRATE's and of other members of the family: which of them it is, and what they alone take."""
+NOT_OF_ALPHA = ("pool", "step", "stream")  # keywords of CRATE that CRATEAlpha has not
 MODELS: dict[str, type[CRATE]] = {"CRATE": CRATE, "CRATEAlpha": CRATEAlpha}
 PUBLISHED_MODEL = "CRATE"  # what files mean that name none
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +75,7 @@ def _arguments_of(model: CRATE, num_classes: object, pool: object) -> dict:
 
 def _of_alpha(model: CRATEAlpha, arguments: dict) -> dict:
     """Those that a CRATEAlpha takes, of those that CRATE does."""
-    arguments = {name: value for name, value in arguments.items() if name not in ("pool", "step")}
+    arguments = {name: value for name, value in arguments.items() if name not in NOT_OF_ALPHA}
     scale = {} if model.init_values is None else {"init_values": model.init_values}
     return {"model": "CRATEAlpha"} | arguments | scale
 
