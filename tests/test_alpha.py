@@ -195,6 +195,39 @@ def test_transforms_compilers_and_copies_compute_the_same():
     assert training_flops(made()) > 6 * 2 * 17 * 16 * 32 * 32
 
 
+@pytest.mark.parametrize(("kind", "autocast"), [(CRATE, True), (CRATEAlpha, True), (CRATEAlpha, False)])
+def test_a_training_step_of_any_size_is_compiled_whole(kind, autocast):
+    torch._dynamo.reset()
+    model, found = made(kind, depth=2 - autocast), []
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True, dynamic=True)):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = sum(run(images(count=count)).float().square().mean() for count in (3, 2))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    off = [error(other, eager.double()) for eager, other in zip(*found, strict=True)]
+    assert max(off) < (5e-2 if autocast else 1e-5), off
+
+
+def test_a_gradient_may_be_differentiated_again_or_stand_for_several():
+    results = []
+    for model in both(init_values=0.5):
+        model.double()
+        batch = images(torch.float64).requires_grad_()
+        logits = model(batch)
+        several = torch.autograd.grad(logits[0], batch, torch.eye(5).double(), retain_graph=True, is_grads_batched=True)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), batch, create_graph=True)
+        again = torch.autograd.grad(gradient.square().sum(), (batch, *model.parameters()), allow_unused=True)
+        results.append([*several, gradient, *(g for g in again if g is not None)])
+    assert len(results[0]) == len(results[1]) > 15
+    assert all(error(got, want.detach()) < 1e-10 for got, want in zip(*results, strict=True))
+    model = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images())
+    with pytest.raises(RuntimeError, match="differentiated twice without autocast alone, or with backend='reference'"):
+        torch.autograd.grad(logits.float().sum(), model.cls_token, create_graph=True)
+
+
 @pytest.mark.parametrize("under", [None, "model", "state_dict"])
 def test_published_weights_are_read_converted_and_measured(under, tmp_path, capsys):
     published = made(reference_alpha.CRATEAlpha, dim=64, dim_head=32, heads=2).eval()
