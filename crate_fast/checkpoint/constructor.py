@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -125,6 +126,9 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
         if arguments.get(depth) != count:
             raise CheckpointError(f"{path}: it has the weights of {count} layers; {depth} is {shown(arguments.get(depth))}")
     try:
+        wrong = sorted(untaken(class_of(arguments, kind), arguments) - {"model"})
+        if wrong:
+            raise CheckpointError(f"{path}: it holds a {arguments.get('model', name)}, which has no {wrong[0]}")
         model = skeleton(arguments, kind)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         asked = "".join(f", with {each}={shown(value)}," for each, value in list(overrides.items())[:1])
@@ -134,6 +138,12 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
         raise CheckpointError(f"{path}: {difference}")
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def untaken(kind: type, arguments: dict) -> set[str]:
+    """Which of the keywords the class does not take."""
+    taken = inspect.signature(kind).parameters
+    return set() if any(each.kind is each.VAR_KEYWORD for each in taken.values()) else set(arguments) - set(taken)
 
 
 def check_floating(path: Path, weights: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -113,7 +114,8 @@ class CRATE(nn.Module):
         rows, columns = (divide(i, p) for i, p in zip(self.image_size, self.patch_size, strict=True))
         patch_height, patch_width = self.patch_size
         patch_dim = channels * patch_height * patch_width
-        check_buildable(dim, depth, heads * dim_head, patch_dim, rows * columns + 1, num_classes)
+        sparse = sum(math.prod(shape) for shape in STEPS[step].shapes(dim).values())
+        check_buildable(dim, depth, heads * dim_head, patch_dim, rows * columns + 1, num_classes, sparse)
         self.channels = channels
 
         self._make_embedding(dim)
