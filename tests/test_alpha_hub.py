@@ -178,3 +178,7 @@ def test_configurations_are_of_one_member(tmp_path):
         CrateAlphaForImageClassification.from_crate(small_model(CRATE))
     with pytest.raises(ValueError, match="it must be 'CRATE' in a CrateConfig"):
         CrateConfig(model="CRATEAlpha")
+    for kind, other in ((CRATEAlpha, CrateForImageClassification), (CRATE, CrateAlphaForImageClassification)):
+        small_model(kind).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=rf"this config\.json is of a {kind.__name__}, and no {other.built_as.__name__}"):
+            other.from_pretrained(tmp_path)

@@ -128,7 +128,8 @@ def _openly_differentiated(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if not again:
         leaves = [leaf.detach().requires_grad_(need) for leaf, need in zip(leaves, needed, strict=True)]
     with torch.enable_grad(), without_autocast(gradient.device.type):
-        out = reference_alpha.odl(*leaves, ctx.step_size, ctx.lambd)
+        h, d, d1 = leaves
+        out = reference_alpha.odl(h, d, d1, ctx.step_size, ctx.lambd)
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=again))
     return *(next(found) if need else None for need in needed), None, None, None

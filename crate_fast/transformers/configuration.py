@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from ..checkpoint.constructor import ARGUMENTS, NOT_OF_ALPHA, PUBLISHED_MODEL
-from ..checkpoint.hub_config import OF_A_RUN, ON_HUB
+from ..checkpoint.hub_config import MEMBERS, OF_A_RUN, ON_HUB
 from ..checkpoint.read import TRANSFORM
 from ..eval_transform import MAIN, Transform, read_transform
 from ..files import shown
@@ -63,11 +63,15 @@ class FamilyConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As transformers', but the config.json of a training run, which says other things, is refused with a ValueError."""
+        """As transformers', but the config.json of a training run, which says other things, or of another member of the family
+        is refused with a ValueError."""
         if any(name in config_dict for name in OF_A_RUN):
             raise ValueError(
                 "this config.json is a run's; crate_fast.load_checkpoint(RUN).save_pretrained(FOLDER) writes a model's"
             )
+        member = MEMBERS.get(str(config_dict.get("model_type")), cls.member)
+        if member != cls.member:
+            raise ValueError(f"this config.json is of a {member}, and no {cls.member}; transformers' Auto classes choose by it")
         return super().from_dict(config_dict, **kwargs)
 
     def arguments(self) -> dict[str, Any]:

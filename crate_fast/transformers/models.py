@@ -210,9 +210,9 @@ class CrateForImageClassification(CratePreTrainedModel):
         Raises:
             ValueError: it was changed after it was built, or is of another member of the family.
         """
-        arguments = {"model": PUBLISHED_MODEL} | described(model)[0]
+        arguments, kind = {"model": PUBLISHED_MODEL} | described(model)[0], cast("type[FamilyConfig]", cls.config_class)
         with torch.device("meta"):
-            own = cls(cls.config_class(**arguments, **_computation(model), **transform_entry(model)))
+            own = cls(kind(**arguments, **_computation(model), **transform_entry(model)))
         return _share(model, own)
 
     def to_crate(self) -> CRATE:
