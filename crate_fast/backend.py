@@ -52,8 +52,13 @@ def cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
 
     Emulated they take ten times as long. What it has for float16 is not used: scores overflow in it where float32's do not.
     """
-    fast = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = dtype == torch.bfloat16 and _multiplies_bfloat16()
     return dtype if fast else torch.promote_types(dtype, torch.float32)
+
+
+@constant_to_compile  # which takes no operator whose result is no tensor
+def _multiplies_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def is_transformed() -> bool:

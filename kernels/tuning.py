@@ -18,7 +18,7 @@ import torch
 
 CACHE_VARIABLE = "CRATE_FAST_CACHE"
 ATTENTION = ("mssa_forward", "mssa_backward")
-MATRIX = (
+PRODUCTS = (
     "project",
     "out_project",
     "ista",
@@ -30,8 +30,10 @@ MATRIX = (
     "weight_gradient",
     "mixed_gradient",
 )
+"""Of a CRATE's layer."""
 ODL = ("odl", "odl_back", "odl_gradient")
-"""CRATE-α's step, into a dictionary's width, back from it and a dictionary's gradient: `crate-fast tune` measures none."""
+"""Of CRATE-α's step: into a dictionary's width, back from it, and a dictionary's gradient."""
+MATRIX = (*PRODUCTS, *ODL)
 
 
 class TuningError(OSError):
@@ -72,7 +74,6 @@ _PRODUCTS = ("project", "out_project", "ista", *ODL[:2])
 _WEIGHTS = ("weight_gradient", "mixed_gradient", "odl_gradient")
 _ISTA = ("ista_gradient", "mixed_ista_gradient")
 _GRADIENTS = (*_ISTA, "out_gradient", "project_gradient")
-_MATRIX = (*MATRIX, *ODL)
 
 TABLE = (
     Line(("mssa_forward",), 16, 128, True, Config(64, 64, 0, 4, 3), "80 to 201 registers, 2 to 6 programs", 80),
@@ -128,11 +129,11 @@ TABLE = (
     Line(ODL[:2], 32, None, True, Config(64, 64, 16, 4, 2, 128), "free, it takes 96 registers and spills 8 bytes on sm_100"),
     Line((*_GRADIENTS, "ista"), 32, None, True, Config(64, 64, 16, 4, 2), "163 registers; 32 take 255 and spill on sm_80"),
     Line(_WEIGHTS, 32, None, True, Config(64, 64, 16, 4, 2, 128), "32 take 255 registers and spill 8 bytes", 80),
-    Line(_MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
+    Line(MATRIX, 32, None, True, Config(64, 64, 32, 4, 2), "the largest FMA tile that spills nowhere"),
     Line(_WEIGHTS, 16, None, False, Config(32, 64, 32, 4, 2, 128), "64 wide spills 8 to 24 bytes", 80),
-    Line(_MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
+    Line(MATRIX, 16, None, False, Config(64, 64, 32, 8, 2), "loads element by element, an address each: larger ones spill"),
     Line((*_ISTA, "project"), 32, None, False, Config(32, 64, 16, 8, 2), "32 deep spills 8 bytes", 100),
-    Line(_MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
+    Line(MATRIX, 32, None, False, Config(32, 64, 32, 8, 2), "the same"),
 )
 
 CANDIDATES = {
@@ -151,6 +152,13 @@ CANDIDATES = {
         (64, 128, 64, 4, 3),
         (64, 128, 32, 8, 3),
     ],
+    ("odl_back", 16): [
+        (128, 256, 64, 8, 3),
+        (128, 128, 32, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 64, 64, 4, 3),
+        (64, 128, 64, 4, 3),
+    ],
     ("weight_gradient", 16): [(128, 384, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)],
     ("mixed_gradient", 16): [(128, 128, 32, 8, 1), (128, 128, 32, 8, 2), (64, 128, 32, 4, 3)],
     ("mssa_forward", 32): [(32, 32, 0, 4, 2), (32, 32, 0, 8, 2), (64, 32, 0, 8, 2)],
@@ -159,7 +167,8 @@ CANDIDATES = {
     ("weight_gradient", 32): [(64, 64, 32, 4, 2), (32, 64, 32, 8, 2)],
     ("mixed_gradient", 32): [(64, 64, 32, 4, 2)],  # never launched: float32 operands do not mix
 }
-"""What `crate-fast tune` measures, by kernel ("product" stands for the eight products over tokens) and bits."""
+"""What `crate-fast tune` measures, by kernel and bits; "product" and "weight_gradient" stand for all of their kind that have no
+entry of their own."""
 
 ARCHITECTURES = (80, 90, 100)
 """What the table tells apart: Ampere, Ada and consumer Blackwell (HMMA), Hopper (HGMMA), Blackwell (UTCHMMA)."""
@@ -187,8 +196,8 @@ def architecture(device: torch.device) -> int:
 
 def candidates(kernel: str, dtype: torch.dtype) -> list[Config]:
     """The shapes worth measuring for a kernel and the dtype of its operands."""
-    name = kernel if kernel in (*ATTENTION, *_WEIGHTS) else "product"
-    return [Config(*shape) for shape in CANDIDATES[name, _bits(dtype)]]
+    own, kind = (kernel, _bits(dtype)), "weight_gradient" if kernel in _WEIGHTS else "product"
+    return [Config(*shape) for shape in CANDIDATES.get(own) or CANDIDATES[kind, own[1]]]
 
 
 def splits(tiles: int, rows: int, config: Config, even: bool = False) -> int:

@@ -195,6 +195,39 @@ def test_transforms_compilers_and_copies_compute_the_same():
     assert training_flops(made()) > 6 * 2 * 17 * 16 * 32 * 32
 
 
+@pytest.mark.parametrize(("kind", "autocast"), [(CRATE, True), (CRATEAlpha, True), (CRATEAlpha, False)])
+def test_a_training_step_of_any_size_is_compiled_whole(kind, autocast):
+    torch._dynamo.reset()
+    model, found = made(kind, depth=2 - autocast), []
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True, dynamic=True)):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = sum(run(images(count=count)).float().square().mean() for count in (3, 2))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    off = [error(other, eager.double()) for eager, other in zip(*found, strict=True)]
+    assert max(off) < (5e-2 if autocast else 1e-5), off
+
+
+def test_a_gradient_may_be_differentiated_again_or_stand_for_several():
+    results = []
+    for model in both(init_values=0.5):
+        model.double()
+        batch = images(torch.float64).requires_grad_()
+        logits = model(batch)
+        several = torch.autograd.grad(logits[0], batch, torch.eye(5).double(), retain_graph=True, is_grads_batched=True)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), batch, create_graph=True)
+        again = torch.autograd.grad(gradient.square().sum(), (batch, *model.parameters()), allow_unused=True)
+        results.append([*several, gradient, *(g for g in again if g is not None)])
+    assert len(results[0]) == len(results[1]) > 15
+    assert all(error(got, want.detach()) < 1e-10 for got, want in zip(*results, strict=True))
+    model = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images())
+    with pytest.raises(RuntimeError, match="differentiated twice without autocast alone, or with backend='reference'"):
+        torch.autograd.grad(logits.float().sum(), model.cls_token, create_graph=True)
+
+
 @pytest.mark.parametrize("under", [None, "model", "state_dict"])
 def test_published_weights_are_read_converted_and_measured(under, tmp_path, capsys):
     published = made(reference_alpha.CRATEAlpha, dim=64, dim_head=32, heads=2).eval()
@@ -205,9 +238,10 @@ def test_published_weights_are_read_converted_and_measured(under, tmp_path, caps
     model = load_checkpoint(tmp_path / "x.pth", heads=2)
     assert type(model) is CRATEAlpha and torch.equal(model(images()), made(dim=64, dim_head=32).eval()(images()))
     assert "ista=0.1, lambd=0.1" in capsys.readouterr().err
-    for name in ("y.safetensors", "y.pth"):
-        assert call(capsys, "convert", tmp_path / "x.pth", tmp_path / name, "--heads", "2")[0] == 0
-        again = CRATE.from_pretrained(tmp_path) if name == "model.safetensors" else load_checkpoint(tmp_path / name)
+    for name in ("y.safetensors", "y.pth", "y.pth.tar"):
+        status, said, _ = call(capsys, "convert", tmp_path / "x.pth", tmp_path / name, "--heads", "2")
+        assert status == 0 and "main.py" not in said
+        again = load_checkpoint(tmp_path / name)
         assert constructor_arguments(again) == constructor_arguments(model)
         assert torch.equal(again(images()), model(images()))
     measures = measure_layers(model, images())
@@ -242,8 +276,22 @@ def test_files_of_ours_say_which_member_it_is(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "crate.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="it is a CRATE, and no CRATEAlpha"):
         CRATEAlpha.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no model card"):
-        model.save_pretrained(tmp_path)
+
+
+def test_a_keyword_of_another_member_is_refused_by_name(tmp_path):
+    save_model(made(), tmp_path / "alpha.safetensors")
+    torch.save(made().state_dict(), tmp_path / "alpha.pth")
+    save_model(made(CRATE), tmp_path / "crate.safetensors")
+    for name in ("alpha.safetensors", "alpha.pth"):
+        for keyword in ({"pool": "mean"}, {"stream": "float32"}, {"step": "ista"}):
+            with pytest.raises(CheckpointError, match=f"it holds a CRATEAlpha, which has no {next(iter(keyword))}"):
+                load_checkpoint(tmp_path / name, heads=2, **keyword)
+    with pytest.raises(CheckpointError, match="it holds a CRATE, which has no init_values"):
+        load_checkpoint(tmp_path / "crate.safetensors", init_values=0.1)
+    with pytest.raises(TypeError, match="CRATE takes no depht"):
+        load_checkpoint(tmp_path / "alpha.safetensors", depht=1)
+    torch.save(made(init_values=0.1).state_dict(), tmp_path / "scaled.pth")
+    assert load_checkpoint(tmp_path / "scaled.pth", heads=2, init_values=0.1).init_values == 0.1
 
 
 @pytest.mark.parametrize(("own", "other"), [(CRATE, CRATEAlpha), (CRATEAlpha, CRATE)])
@@ -313,6 +361,8 @@ def test_what_does_not_fit_is_refused_in_a_line():
         made(init_values="x")
     with pytest.raises(ValueError, match=r"drop_path is 2\.0; it must be from 0 to 1"):
         made(drop_path=2)
+    with pytest.raises(ValueError, match=r"has 30,0.* weights; it must have at most 10,000,000,000"):
+        made(dim=2500, depth=600)  # of which CRATE's layers would have a third of that
     changed = made()
     changed.transformer.layers[0][1].fn.residual = False
     changed.transformer.layers[0][0].norm = nn.LayerNorm(32)

@@ -1,11 +1,13 @@
 """CRATE-α's step by the kernels against its formula in float64: values, gradients, memory, determinism, NaN, 16 bit."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
 from conftest import BENCHMARKS, DTYPES, HALVES
 from test_kernels import poisoned_memory, relative, strided  # noqa: F401 (a fixture that is used by itself)
+from test_tuning import shapes
 from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import BackendError, CRATEAlpha, reference_alpha
@@ -73,11 +75,19 @@ def test_the_step_takes_any_step_size_and_threshold(numbers):
     assert_agrees(torch.randn(1, 19, 16), *dictionaries(16), torch.randn(1, 19, 16), numbers)
 
 
-@pytest.mark.parametrize("shape", [(128, 256, 64, 8, 3), (64, 64, 16, 4, 2)], ids=str)
-def test_the_step_is_right_in_every_shape_of_its_tiles(shape):
+@pytest.mark.parametrize(("device", "dtype"), DTYPES, indirect=["device"])
+def test_the_step_is_right_in_every_shape_of_its_tiles(dtype):
+    """In those of the table and in those that `crate-fast tune` may choose."""
     torch.manual_seed(0)
-    with tuning.forced("odl", tuning.Config(*shape)), tuning.forced("odl_back", tuning.Config(*shape)):
-        assert_agrees(torch.randn(1, 131, 20), *dictionaries(20), torch.randn(1, 131, 20))
+    leaves, cotangent = [torch.randn(1, 70, 20), *dictionaries(20)], torch.randn(1, 70, 20)
+    want, configs = results(step, leaves, cotangent, dtype), [shapes(kernel, dtype) for kernel in tuning.ODL]
+    for index in range(max(map(len, configs))):
+        with ExitStack() as stack:
+            for kernel, of in zip(tuning.ODL, configs, strict=True):
+                stack.enter_context(tuning.forced(kernel, of[index % len(of)]))
+            got = results(step, leaves, cotangent, dtype)
+        errors = [relative(mine, right.double()) for mine, right in zip(got, want, strict=True)]
+        assert max(errors) < (1e-5 if dtype == torch.float32 else 2e-3)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

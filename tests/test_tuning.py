@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import DTYPES, HALVES
 
-from crate_fast import CRATE, reference
+from crate_fast import CRATE, CRATEAlpha, reference
 from crate_fast.commands import tune
+from crate_fast.commands.main import main
 from crate_fast.device import Compute
 from crate_fast.kernels import shapes as kept_shapes
 from crate_fast.kernels import tuning
@@ -22,7 +23,7 @@ from ties import recorded, resolved
 
 # 70 tokens: a full block of 64 rows and a narrow one; a head of 80 in two parts; widths that are no multiple of a block
 SIZES = {"image_size": (28, 40), "patch_size": 4, "num_classes": 5, "dim": 144, "depth": 2, "heads": 1, "dim_head": 80}
-KERNELS = (*tuning.ATTENTION, *tuning.MATRIX)
+KERNELS = (*tuning.ATTENTION, *tuning.PRODUCTS)  # of CRATE's layers; tests/test_alpha_kernels.py has CRATE-α's
 
 
 def shapes(kernel: str, dtype: torch.dtype) -> list[tuning.Config]:
@@ -112,10 +113,15 @@ def test_an_architecture_has_its_own_lines(monkeypatch, tmp_path):
             assert tuning.attention("mssa_backward", torch.float32, own.widest, torch.device("cpu")) == found
 
 
-def test_the_fastest_is_stored_and_found_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("workloads", "kernels", "product"),
+    [(tune.workloads, tuning.PRODUCTS, ("ista", 32, 32)), (tune.alpha_workloads, tuning.ODL, ("odl_back", 128, 32))],
+    ids=["crate", "alpha"],
+)
+def test_the_fastest_is_stored_and_found_again(tmp_path, monkeypatch, workloads, kernels, product):
     monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path / "cache"))
-    jobs = tune.workloads(torch.randn(1, 20, 32), 1, 32)
-    assert {job.kernel for job in jobs} == {*tuning.ATTENTION, *tuning.MATRIX}
+    jobs = workloads(torch.randn(1, 20, 32), 1, 32)
+    assert {job.kernel for job in jobs} == {*tuning.ATTENTION, *kernels}
     calls = []
 
     def clock(run) -> float:
@@ -135,26 +141,61 @@ def test_the_fastest_is_stored_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert tuning.attention("mssa_backward", torch.float32, 32, torch.device("cuda")) == winners[name]
     assert tuning.attention("mssa_backward", torch.float32, 64, torch.device("cuda")) != winners[name]
+    kernel, *size = product
+    assert tuning.matrix(kernel, torch.float32, *size, torch.device("cuda")) == tuning.candidates(kernel, torch.float32)[-1]
 
 
-def looked_up(monkeypatch, **sizes) -> list[str]:
+@pytest.mark.parametrize("kind", [CRATE, CRATEAlpha])
+def test_what_a_training_step_looks_up_is_what_is_measured(monkeypatch, kind):
+    asked = looked_up(monkeypatch, kind, dim=48, heads=2, dim_head=16)
+    layer = tune.workloads if kind is CRATE else tune.alpha_workloads
+    jobs = layer(torch.randn(1, 5, 48), 2, 16)
+    assert {name.partition(" ")[0] for name in asked} == {job.kernel for job in jobs}
+    measured = {tuning.key(job.kernel, torch.float16, *job.sizes) for job in jobs}
+    assert measured >= {name for name in asked if " 16 " in name}
+
+
+def test_every_published_size_may_be_measured_with_its_tokens(monkeypatch):
+    found = {}
+
+    def record(tokens, *of):
+        found[name] = (tokens.shape, *of)
+        return []
+
+    for layer in ("workloads", "alpha_workloads"):
+        monkeypatch.setattr(tune, layer, record)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr("crate_fast.backend.choose_backend", lambda *_: None)
+    monkeypatch.setattr(tuning, "store", lambda *_: "nowhere")
+    randn, empty = torch.randn, torch.empty
+    monkeypatch.setattr(torch, "randn", lambda *size, **_: randn(*size, device="meta"))
+    monkeypatch.setattr(torch, "empty", lambda *size, **_: empty(*size, device="meta"))
+    for name in tune.NAMED:
+        assert main(["tune", "--size", name]) == 0
+    assert found["tiny"] == ((256, 197, 384), 6, 64) and found["alpha-tiny"] == ((256, 197, 192), 3, 64)
+    assert found["alpha-huge"] == ((256, 257, 1280), 16, 80) and len(found) == 9
+
+
+def looked_up(monkeypatch, kind=CRATE, **sizes) -> list[str]:
     """Under what names a training step of such a model asks for shapes, in 16 bit and in float32."""
     names, lookup = {}, tuning._lookup
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "_lookup", lambda *of: names.setdefault(of[5]) or lookup(*of))
         kept_shapes.forget()
         for dtype in (torch.float16, None):
-            model = CRATE(image_size=8, patch_size=4, num_classes=2, depth=2, backend="triton", **sizes)
+            model = kind(image_size=8, patch_size=4, num_classes=2, depth=2, backend="triton", **sizes)
             with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
                 model(torch.randn(2, 3, 8, 8)).float().square().sum().backward()
         kept_shapes.forget()
     return list(names)
 
 
-def test_a_run_tells_whether_it_has_the_measured_shapes_that_it_began_with(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("kind", "names"), [(CRATE, 10), (CRATEAlpha, 5)])
+def test_a_run_tells_whether_it_has_the_measured_shapes_that_it_began_with(tmp_path, monkeypatch, capsys, kind, names):
     monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    settings, compute = TrainConfig(dim=48, heads=2, dim_head=16), Compute(torch.device("cuda"), "float16")
+    settings, compute = TrainConfig(model=kind.__name__, dim=48, heads=2, dim_head=16), Compute(torch.device("cuda"), "float16")
 
     def now(fused: bool = True) -> dict:
         return circumstances(settings, compute, ALONE, fused=fused)
@@ -163,13 +204,15 @@ def test_a_run_tells_whether_it_has_the_measured_shapes_that_it_began_with(tmp_p
     assert before["measured_shapes"] is None
     tuning.store("another GPU", {tuning.key("ista", torch.float16, 48, 48): one})
     tuning.store("some GPU", {tuning.key("ista", torch.float16, 96, 96): one})  # of a model of another size
+    other = ("odl", 48, 192) if kind is CRATE else ("ista", 48, 48)  # of the other member of the family
+    tuning.store("some GPU", {tuning.key(other[0], torch.float16, *other[1:]): one})
     assert now() == before
     found = [before["measured_shapes"]]
-    for name in looked_up(monkeypatch, dim=48, heads=2, dim_head=16):
+    for name in looked_up(monkeypatch, kind, dim=48, heads=2, dim_head=16):
         for shape in (one, another):
             tuning.store("some GPU", {name: shape})
             found.append(now()["measured_shapes"])
-    assert len(set(found)) == len(found) > 20
+    assert len(set(found)) == len(found) > 2 * names
     assert now(fused=False) == before  # PyTorch computes
     warn_of_changes(before, before)
     assert capsys.readouterr().err == ""

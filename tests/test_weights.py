@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import crate_fast.checkpoint.hub
 from crate_fast import CRATE, CheckpointError, CRATE_small, load_checkpoint
 from crate_fast.checkpoint import constructor_arguments, save_checkpoint, save_model
-from crate_fast.checkpoint.hub_config import OF_TRANSFORMERS
+from crate_fast.checkpoint.hub_config import ON_HUB
 from crate_fast.checkpoint.published import infer_arguments
 from crate_fast.checkpoint.save_load import transform_entry
 from crate_fast.eval_transform import Transform
@@ -208,7 +208,7 @@ def test_pretrained_directory(tmp_path, capsys):
         "preprocessor_config.json"
     }
     said = json.loads((tmp_path / "here" / "config.json").read_text())
-    assert said == constructor_arguments(model) | transform_entry(model) | OF_TRANSFORMERS
+    assert said == constructor_arguments(model) | transform_entry(model) | ON_HUB["CRATE"].entries()
     images = json.loads((tmp_path / "here" / "preprocessor_config.json").read_text())
     assert images["size"] == {"height": 8, "width": 8} and (images["crop_pct"], len(images["image_mean"])) == (0.875, 1)
     card = (tmp_path / "here" / "README.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -22,8 +23,9 @@ from .mae import LAYERS, MAE_ARGUMENTS, depth_of
 # What makes the model. `backend` and `stream`, how it is computed, are for who loads it to say.
 SIZES = ("image_size", "patch_size", "num_classes", "dim", "depth", "heads", "pool", "channels", "dim_head")
 ARGUMENTS = (*SIZES, "dropout", "emb_dropout", "ista", "lambd", "step")
-OF_MODELS = (*ARGUMENTS, "model", "init_values")
+OF_MODELS = ("model", *ARGUMENTS, "init_values")
 """Those of a CRATE's and of other members of the family: which of them it is, and what they alone take."""
+NOT_OF_ALPHA = ("pool", "step", "stream")  # keywords of CRATE that CRATEAlpha has not
 MODELS: dict[str, type[CRATE]] = {"CRATE": CRATE, "CRATEAlpha": CRATEAlpha}
 PUBLISHED_MODEL = "CRATE"  # what files mean that name none
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +76,7 @@ def _arguments_of(model: CRATE, num_classes: object, pool: object) -> dict:
 
 def _of_alpha(model: CRATEAlpha, arguments: dict) -> dict:
     """Those that a CRATEAlpha takes, of those that CRATE does."""
-    arguments = {name: value for name, value in arguments.items() if name not in ("pool", "step")}
+    arguments = {name: value for name, value in arguments.items() if name not in NOT_OF_ALPHA}
     scale = {} if model.init_values is None else {"init_values": model.init_values}
     return {"model": "CRATEAlpha"} | arguments | scale
 
@@ -124,6 +126,9 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
         if arguments.get(depth) != count:
             raise CheckpointError(f"{path}: it has the weights of {count} layers; {depth} is {shown(arguments.get(depth))}")
     try:
+        wrong = sorted(untaken(class_of(arguments, kind), arguments) - {"model"})
+        if wrong:
+            raise CheckpointError(f"{path}: it holds a {arguments.get('model', name)}, which has no {wrong[0]}")
         model = skeleton(arguments, kind)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         asked = "".join(f", with {each}={shown(value)}," for each, value in list(overrides.items())[:1])
@@ -133,6 +138,12 @@ def build(path: Path, arguments: object, weights: dict[str, Tensor], overrides: 
         raise CheckpointError(f"{path}: {difference}")
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def untaken(kind: type, arguments: dict) -> set[str]:
+    """Which of the keywords the class does not take."""
+    taken = inspect.signature(kind).parameters
+    return set() if any(each.kind is each.VAR_KEYWORD for each in taken.values()) else set(arguments) - set(taken)
 
 
 def check_floating(path: Path, weights: dict) -> None:

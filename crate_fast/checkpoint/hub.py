@@ -10,26 +10,26 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..files import first_line
 from ..model.crate import CRATE
-from .hub_config import CONFIG_NAME, OF_TRANSFORMERS, PREPROCESSOR_NAME, preprocessor_config, write_json
+from .constructor import PUBLISHED_MODEL
+from .hub_config import CONFIG_NAME, ON_HUB, PREPROCESSOR_NAME, on_hub, preprocessor_config, write_json
 from .read import CheckpointError, in_directory
 from .save_load import constructor_arguments, load_file, save_model, transform_entry
 from .tensor_files import INDEX_NAME, MODEL_NAME, shards_of
 
-PAPER = "https://arxiv.org/abs/2306.01129"
 CARD = """---
 {{ card_data }}
 ---
 
-# CRATE, {{ depth }} layers of width {{ dim }}
+# {{ model }}, {{ depth }} layers of width {{ dim }}
 
-A white-box vision transformer ([White-Box Transformers via Sparse Rate Reduction]({{ paper_url }})) for images of
+A white-box vision transformer ([{{ title }}]({{ paper_url }})) for images of
 {{ image_size[0] }}×{{ image_size[1] }} pixels in patches of {{ patch_size[0] }}×{{ patch_size[1] }}, {{ channels }} channel(s),
 {{ num_classes }} classes, {{ heads }} heads of width {{ dim_head }}: {{ parameters }} parameters.
 
 ```python
-from crate_fast import CRATE
+from crate_fast import {{ model }}
 
-model = CRATE.from_pretrained("{{ repo_id | default("ORGANISATION/NAME", true) }}")
+model = {{ model }}.from_pretrained("{{ repo_id | default("ORGANISATION/NAME", true) }}")
 ```
 
 or, of transformers:
@@ -54,7 +54,7 @@ class HubModel(
     library_name="crate-fast",
     license="mit",
     pipeline_tag="image-classification",
-    paper_url=PAPER,
+    paper_url=ON_HUB["CRATE"].paper,
     tags=["crate", "white-box"],
     model_card_template=CARD,
 ):
@@ -66,7 +66,8 @@ class HubModel(
     def _save_pretrained(self, save_directory: Path) -> None:
         model = self.model
         save_model(model, save_directory / MODEL_NAME)
-        write_json(save_directory / CONFIG_NAME, constructor_arguments(model) | transform_entry(model) | OF_TRANSFORMERS)
+        arguments = constructor_arguments(model)
+        write_json(save_directory / CONFIG_NAME, arguments | transform_entry(model) | on_hub(arguments).entries())
         images = preprocessor_config(model.image_size, model.channels, model.transform)
         if images is not None:
             write_json(save_directory / PREPROCESSOR_NAME, images)
@@ -87,7 +88,20 @@ class HubModel(
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
         arguments = constructor_arguments(self.model)
         parameters = f"{sum(p.numel() for p in self.model.parameters()):,}"
-        return super().generate_model_card(*args, **arguments, arguments=arguments, parameters=parameters, **kwargs)
+        told = {"model": PUBLISHED_MODEL, "title": on_hub(arguments).title} | arguments
+        return super().generate_model_card(*args, **told, arguments=arguments, parameters=parameters, **kwargs)
+
+
+class HubAlpha(HubModel, paper_url=ON_HUB["CRATEAlpha"].paper, tags=["crate-alpha"]):
+    """A CRATEAlpha likewise."""
+
+
+BY_MEMBER: dict[str, type[HubModel]] = {"CRATE": HubModel, "CRATEAlpha": HubAlpha}
+
+
+def as_on_hub(model: CRATE) -> HubModel:
+    """`model` as its member of the family is on the Hub; raises ValueError where it was changed after it was built."""
+    return BY_MEMBER[constructor_arguments(model).get("model", PUBLISHED_MODEL)](model)
 
 
 def download(name: str, **where) -> Path:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import CheckpointError
 from ..eval_transform import MAIN, Transform, imagenet_statistics
 from ..files import check_regular, parse_json, shown, tell, write_atomically
-from .constructor import OF_MODELS
+from .constructor import OF_MODELS, PUBLISHED_MODEL
 from .tensor_files import is_of_hub
 from .timm_config import as_own
 
@@ -19,11 +20,50 @@ PREPROCESSOR_NAME = "preprocessor_config.json"
 OF_A_RUN = ("config", "resolved")  # what that of a run's directory has, which tells other things
 NEEDED = ("dim", "depth")  # what one that describes a CRATE has at least
 PAIRS = ("image_size", "patch_size")
-MODEL_TYPE = "crate"  # to transformers, which chooses its classes by it
-OF_TRANSFORMERS = {"model_type": MODEL_TYPE, "architectures": ["CrateForImageClassification"]}
 PROCESSOR = "CrateImageProcessor"
 PHOTOGRAPHS = (1, 3)  # channels of what is made of one
 BILINEAR = 2  # as Pillow numbers it
+
+
+class OnHub(NamedTuple):
+    """What a member of the family is called on the Hub.
+
+    model_type: to transformers, which chooses its classes by it.
+    classifier: the class that transformers is to make of it.
+    title, paper: in its card's words, and the paper's address.
+    """
+
+    model_type: str
+    classifier: str
+    title: str
+    paper: str
+
+    def entries(self) -> dict:
+        """What stands in config.json for transformers."""
+        return {"model_type": self.model_type, "architectures": [self.classifier]}
+
+
+ON_HUB = {
+    "CRATE": OnHub(
+        "crate",
+        "CrateForImageClassification",
+        "White-Box Transformers via Sparse Rate Reduction",
+        "https://arxiv.org/abs/2306.01129",
+    ),
+    "CRATEAlpha": OnHub(
+        "crate_alpha",
+        "CrateAlphaForImageClassification",
+        "Scaling White-Box Transformers for Vision",
+        "https://arxiv.org/abs/2405.20299",
+    ),
+}
+"""By the name of its class, as the constructor's arguments have it."""
+MEMBERS = {each.model_type: name for name, each in ON_HUB.items()}
+
+
+def on_hub(arguments: dict) -> OnHub:
+    """Of the model that the constructor's `arguments` build."""
+    return ON_HUB[arguments.get("model", PUBLISHED_MODEL)]
 
 
 def read_beside(weights: Path) -> dict | None:
@@ -43,7 +83,10 @@ def read_beside(weights: Path) -> dict | None:
     content = as_own(content) or content if isinstance(content, dict) else content
     if not isinstance(content, dict) or any(name in content for name in OF_A_RUN) or not all(n in content for n in NEEDED):
         return None
-    return content if content.get("model_type", MODEL_TYPE) == MODEL_TYPE else None
+    if "model_type" not in content:
+        return content
+    member = MEMBERS.get(content["model_type"]) if isinstance(content["model_type"], str) else None
+    return None if member is None else {"model": member} | content
 
 
 def settled(weights: Path, arguments: dict | None) -> tuple[dict | None, dict | None]:
@@ -69,10 +112,11 @@ def settled(weights: Path, arguments: dict | None) -> tuple[dict | None, dict | 
         return arguments, None
     stated = {name: content[name] for name in OF_MODELS if name in content}
     own = arguments if isinstance(arguments, dict) else {}
+    named = {"model": PUBLISHED_MODEL} | own if own else {}
     for name, value in stated.items():
-        if name in own and _plain(name, own[name]) != _plain(name, value):
+        if name in named and _plain(name, named[name]) != _plain(name, value):
             raise CheckpointError(
-                f"{weights}: {name} is {shown(own[name])} by its metadata and {shown(value)} by {CONFIG_NAME} beside it; "
+                f"{weights}: {name} is {shown(named[name])} by its metadata and {shown(value)} by {CONFIG_NAME} beside it; "
                 "remove the one that is wrong"
             )
     return stated if arguments is None else arguments, content

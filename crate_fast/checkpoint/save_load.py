@@ -6,7 +6,6 @@ A checkpoint is a `torch.save` archive of plain values and tensors, read with `w
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..eval_transform import Transform
 from ..files import first_line, shown, tell, write_atomically
 from ..model.crate import CRATE
 from ..model.mae import CRATEMAE
-from .constructor import CHANGED, OF_MODELS, build, constructor_arguments, difference_of, skeleton
+from .constructor import CHANGED, MODELS, OF_MODELS, build, constructor_arguments, difference_of, skeleton, untaken
 from .layouts import WORDS
 from .mae import MAE_ARGUMENTS, changed_arguments, infer_mae, is_mae, mae_keywords
 from .published import infer_arguments
@@ -179,7 +178,8 @@ def load_file(
 
 def _load(path: Path, device: torch.device | str, overrides: dict, wanted: str | None, kinds: tuple[type, ...]) -> Any:
     """The model in a file, as one of the first of `kinds`, or of a second, CRATEMAE, where it holds such a one."""
-    kind, unknown = kinds[0], set.intersection(*(_untaken(kind, overrides) for kind in kinds))
+    kind, members = kinds[0], (member for each in kinds for member in (MODELS.values() if each is CRATE else (each,)))
+    unknown = set.intersection(*(untaken(member, overrides) for member in members))
     if unknown:
         raise TypeError(f"{kind.__name__} takes no {', '.join(sorted(unknown))}")
     if not isinstance(wanted, str | None):
@@ -192,8 +192,6 @@ def _load(path: Path, device: torch.device | str, overrides: dict, wanted: str |
         if CRATEMAE not in kinds:
             raise CheckpointError(f"{path}: {NO_CLASSES}")
         return load_mae(path, found, overrides).to(device)
-    if wrong := sorted(_untaken(kind, overrides)):
-        raise CheckpointError(f"{path}: it holds a CRATE, which has no {wrong[0]}")
     if arguments is None:
         known = {**inferred, **{n: value for n, value in overrides.items() if n in OF_MODELS and n not in RESIZED}}
         arguments = _settle(path, lambda: infer_arguments(weights, known, overrides.get("image_size")))
@@ -204,12 +202,6 @@ def _load(path: Path, device: torch.device | str, overrides: dict, wanted: str |
     model = _resized(path, model, overrides).to(device)
     model.transform = _fitting(path, model, transform, overrides)
     return model
-
-
-def _untaken(kind: type, overrides: dict) -> set[str]:
-    """The keywords that the class does not take."""
-    taken = inspect.signature(kind).parameters
-    return set() if any(each.kind is each.VAR_KEYWORD for each in taken.values()) else set(overrides) - set(taken)
 
 
 def load_mae(path: Path, found: Model, overrides: dict) -> CRATEMAE:

@@ -62,6 +62,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{target}: there is no directory {target.parent}")
     given = weights_of(arguments)
     from ..checkpoint.save_load import load_checkpoint, save_model
+    from ..model.alpha import CRATEAlpha
+    from ..model.mae import CRATEMAE
     from ..training.published_run import find_trained, save_main, taken_by_finetune
 
     trained = find_trained(arguments.source) if _wants_main(arguments, given) else None
@@ -78,7 +80,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         else:
             default = arguments.layout is None and target.name.endswith(MAIN)
             save_published(model, target, arguments.layout or "state_dict", _prefix(arguments.prefix, default))
-            if default:
+            if default and not isinstance(model, CRATEAlpha | CRATEMAE):  # which finetune.py has not
                 taken = taken_by_finetune(_prefix(arguments.prefix, default))
                 notes.append(f"weights alone, {taken}; main.py --resume needs a run's optimizer")
     print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters in {len(model.state_dict())} tensors")

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import BackendError
 from ..optional import require
-from ..sizes import SIZES
+from ..reference_alpha import WIDENING
+from ..sizes import ALPHA_SIZES, SIZES
 from .arguments import positive
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float16", "bfloat16", "float32")
+ALPHA = "alpha-"
+NAMED = SIZES | {f"{ALPHA}{size}": sizes for size, sizes in ALPHA_SIZES.items()}
+"""By what `--size` takes."""
+SIDE, PATCH = 224, 16  # of the published images, and of their patches where a size has no others
 
 
 class Workload(NamedTuple):
@@ -33,10 +38,10 @@ def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
         "fastest in $CRATE_FAST_CACHE/tuning.json, or ~/.cache/crate_fast/tuning.json, where every later run finds them. "
         "Without it the kernels run with shapes chosen from what the compiler makes of them."
     )
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="a published size (default: tiny)")
+    parser.add_argument("--size", choices=NAMED, default="tiny", help="a published size, alpha- of CRATE-α (default: tiny)")
     for name, text in (("dim", "width of a token"), ("heads", "attention heads"), ("dim-head", "width of a head")):
         parser.add_argument(f"--{name}", type=positive, metavar="N", help=f"{text} (default: the size's)")
-    parser.add_argument("--tokens", type=positive, default=197, metavar="N", help="tokens of an image (default: 197)")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="tokens of an image (default: the size's, of 224 pixels)")
     parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="images (default: 256)")
     parser.add_argument("--precision", choices=DTYPES, default="float16", help="of matrix operands; 16-bit types share shapes")
     parser.set_defaults(run=_tune)
@@ -50,15 +55,17 @@ def _tune(arguments: argparse.Namespace) -> None:
 
     if not torch.cuda.is_available():
         raise BackendError("tune measures on a GPU, and PyTorch sees none here")
-    size = SIZES[arguments.size]
+    size = NAMED[arguments.size]
     dim, heads = arguments.dim or size["dim"], arguments.heads or size["heads"]
     head_width, dtype = arguments.dim_head or size["dim_head"], getattr(torch, arguments.precision)
+    count = arguments.tokens or (SIDE // size.get("patch_size", PATCH)) ** 2 + 1
     choose_backend("triton", torch.empty(0, dtype=dtype, device="cuda"), head_width)
     torch.manual_seed(0)
-    tokens = torch.randn(arguments.batch_size, arguments.tokens, dim, dtype=dtype, device="cuda")
+    tokens = torch.randn(arguments.batch_size, count, dim, dtype=dtype, device="cuda")
+    layer = alpha_workloads if arguments.size.startswith(ALPHA) else workloads
     from ..kernels import shapes, tuning
 
-    winners = find_winners(workloads(tokens, heads, head_width), dtype, _milliseconds)
+    winners = find_winners(layer(tokens, heads, head_width), dtype, _milliseconds)
     path = tuning.store(torch.cuda.get_device_name(), winners)
     shapes.forget()
     for name, config in winners.items():
@@ -94,7 +101,10 @@ def _milliseconds(run: Callable) -> Any:
 
 
 def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workload]:
-    """Every kernel of a layer on `tokens` (batch, tokens, dim), of the operands' dtype, as forward and backward launch it."""
+    """Every kernel of a CRATE's layer on `tokens`, as forward and backward launch it.
+
+    tokens: (batch, tokens, dim), of the operands' dtype.
+    """
     import torch
 
     from ..kernels import gradients, layer, linear, mssa, weight_gradients
@@ -146,7 +156,10 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
         weight_gradient((dim, dim), x, x, mean=statistics.mean),
         Workload("out_gradient", (inner, dim), lambda: gradients.attention_gradient(x, out, o, heads, scale)),
         weight_gradient((inner, dim), o.view(-1, inner), x),
+        Workload("mixed_product", (inner, dim), lambda: gradients.attention_gradient(x.float(), out, o, heads, scale)),
         weight_gradient((dim, dim), x.float(), x.float(), "mixed_gradient", mean=statistics.mean),
+        weight_gradient((inner, dim), o.view(-1, inner), x.float(), "mixed_gradient"),
+        weight_gradient((dim, inner), x.float(), dw, "mixed_gradient", mean=statistics.mean, totals=totals),
         Workload("mssa_backward", (head_width,), mssa_backward),
         Workload(
             "project_gradient",
@@ -156,6 +169,40 @@ def workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workloa
         weight_gradient((dim, inner), x, dw, mean=statistics.mean, totals=totals),
     ]
     return list({(job.kernel, job.sizes): job for job in jobs}.values())
+
+
+def alpha_workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[Workload]:
+    """The same of a CRATE-α's layer. Launches that share a shape are one job: each way through a dictionary has four."""
+    import torch
+
+    from ..kernels import attention_sums, linear, mssa, weight_gradients
+
+    batch, count, dim = tokens.shape
+    dtype, scale, wide = tokens.dtype, head_width**-0.5, WIDENING * dim
+    x = tokens.reshape(-1, dim)
+    d, code = (_weight(x, *size).to(dtype) for size in ((dim, wide), (len(x), wide)))
+    offset = torch.zeros(wide, device=x.device)
+    w = _weight(x, len(x), heads * head_width).to(dtype).view(batch, count, -1)
+    o, lse = mssa.mssa_forward(w, heads, scale)
+    delta = attention_sums.head_products(o, w, heads, scale)
+
+    def into(**ends) -> torch.Tensor:
+        return linear.linear(x, d, dtype, name="odl", **ends)
+
+    def back(out: torch.dtype = dtype, **ends) -> torch.Tensor:
+        return linear.linear(code, d.t(), out, name="odl_back", **ends)
+
+    def all_into() -> list:
+        forward = [into(offset=offset, rectify=True), into(offset=offset, rectify=True, residual=code)]
+        return [*forward, into(mask=code), into(mask=code, residual=code)]
+
+    return [
+        Workload("mssa_forward", (head_width,), lambda: mssa.mssa_forward(w, heads, scale)),
+        Workload("mssa_backward", (head_width,), lambda: mssa.mssa_backward(w, w, lse, delta, scale)),
+        Workload("odl", (dim, wide), all_into),
+        Workload("odl_back", (wide, dim), lambda: [back(residual=x), back(), back(), back(torch.float32, residual=x)]),
+        Workload("odl_gradient", (dim, wide), lambda: weight_gradients.weight_gradient(x, code, dtype, name="odl_gradient")),
+    ]
 
 
 def _weight(like: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:

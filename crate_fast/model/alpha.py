@@ -111,12 +111,6 @@ class CRATEAlpha(CRATE):
         for bias in (patches.bias, head.bias):
             bias.zero_()
 
-    def save_pretrained(self, directory, **options):
-        raise ValueError("a CRATEAlpha has no model card or configuration of the Hub's kind; checkpoint.save_model writes it")
-
-    def push_to_hub(self, name, **options):
-        return self.save_pretrained(name, **options)
-
 
 def build(size: str, num_classes: int = 1000, **options) -> CRATEAlpha:
     """A CRATEAlpha of a published size for 224 px, in its published patches unless `options` have others."""

@@ -27,11 +27,17 @@ def divide(image: int, patch: int) -> int:
     return image // patch
 
 
-def check_buildable(dim: int, depth: int, inner: int, patch_dim: int, tokens: int, num_classes: int) -> None:
-    """Raises ValueError where a model of these sizes would keep the constructor busy, or ask for memory, without end."""
+def check_buildable(
+    dim: int, depth: int, inner: int, patch_dim: int, tokens: int, num_classes: int, sparse: int | None = None
+) -> None:
+    """Raises ValueError where a model of these sizes would keep the constructor busy, or ask for memory, without end.
+
+    sparse: weights of a layer's step of sparsification; None: as of ISTA, dim².
+    """
     if depth > MOST_LAYERS:
         raise ValueError(f"depth is {shown(depth)}; it must be at most {MOST_LAYERS:,}")
-    weights = dim * (depth * (2 * inner + dim) + patch_dim + tokens + num_classes) + patch_dim
+    sparse = dim * dim if sparse is None else sparse
+    weights = dim * (depth * 2 * inner + patch_dim + tokens + num_classes) + depth * sparse + patch_dim
     if weights > MOST_WEIGHTS:
         count = f"{weights:,}" if weights < 10**30 else "more than 10^30"
         layers = f"{depth:,} layers of {shown(inner)} in all heads"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -113,7 +114,8 @@ class CRATE(nn.Module):
         rows, columns = (divide(i, p) for i, p in zip(self.image_size, self.patch_size, strict=True))
         patch_height, patch_width = self.patch_size
         patch_dim = channels * patch_height * patch_width
-        check_buildable(dim, depth, heads * dim_head, patch_dim, rows * columns + 1, num_classes)
+        sparse = sum(math.prod(shape) for shape in STEPS[step].shapes(dim).values())
+        check_buildable(dim, depth, heads * dim_head, patch_dim, rows * columns + 1, num_classes, sparse)
         self.channels = channels
 
         self._make_embedding(dim)
@@ -260,7 +262,7 @@ class CRATE(nn.Module):
             ValueError: the model was changed after it was built, so that it could not be built again.
             OSError: `directory` cannot be written to.
         """
-        return _hub_model()(self).save_pretrained(os.fspath(directory), **options)
+        return _hub().as_on_hub(self).save_pretrained(os.fspath(directory), **options)
 
     def push_to_hub(self, name: str, **options) -> str:
         """Writes the same to the Hugging Face Hub, as the model `name`, ORGANISATION/NAME; returns the commit's address.
@@ -270,7 +272,7 @@ class CRATE(nn.Module):
 
         Raises: as `save_pretrained`, and what huggingface_hub raises where the Hub refuses.
         """
-        return _hub_model()(self).push_to_hub(name, **options)
+        return _hub().as_on_hub(self).push_to_hub(name, **options)
 
     @classmethod
     def from_pretrained(
@@ -296,7 +298,7 @@ class CRATE(nn.Module):
         """
         where = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, token=token)
         where |= dict(local_files_only=local_files_only)
-        found = _hub_model().from_pretrained(str(source), device=device, overrides=overrides, kind=cls, **where)
+        found = _hub().HubModel.from_pretrained(str(source), device=device, overrides=overrides, kind=cls, **where)
         return cast("Self", found.model)
 
 
@@ -307,11 +309,11 @@ def _reset(module: nn.Module) -> None:
         reset()
 
 
-def _hub_model():
+def _hub():
     require("huggingface_hub")
-    from ..checkpoint.hub import HubModel
+    from ..checkpoint import hub
 
-    return HubModel
+    return hub
 
 
 def pair(t: Any) -> tuple:

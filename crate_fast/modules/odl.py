@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from .. import reference_alpha
-from ..backend import cpu_product_dtype, is_transformed, without_autocast
+from ..backend import computes_now, cpu_product_dtype, is_batched, without_autocast
 from ..cpu_products import linear
 from ..functional import operand_dtype
 from .plain import is_exported
@@ -53,7 +52,7 @@ class OvercompleteISTABlock(SparseStep, name="odl"):
             return ODL.apply(h, *weights, step_size, lambd, operand_dtype(h))
         if not _is_plain(h, *weights):
             return cls.reference(h, weights, step_size, lambd)
-        return _ODL.apply(h, *weights, step_size, step_size * lambd, _product_dtype(h))
+        return _ODL.apply(h, *weights, step_size, lambd, _product_dtype(h))
 
     def code(self, h: Tensor) -> Tensor:
         """z₂ of h, (..., dim): (..., 4 dim), at least 0; what the step makes sparse. Not differentiable."""
@@ -84,21 +83,23 @@ class _ODL(torch.autograd.Function):
     """z₂ D₁ᵀ of h by D and D₁; thresholds, masks and residuals are taken in place, in what the products have written."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, d: Tensor, d1: Tensor, step_size: float, shrinkage: float, dtype: torch.dtype) -> Tensor:
-        ctx.step_size, ctx.shape, ctx.dtype = step_size, h.shape, h.dtype
+    def forward(ctx, h: Tensor, d: Tensor, d1: Tensor, step_size: float, lambd: float, dtype: torch.dtype) -> Tensor:
+        ctx.step_size, ctx.lambd, ctx.dtype = step_size, lambd, h.dtype
         keep = any(ctx.needs_input_grad[:3])
         d, d1 = d.to(dtype), d1.to(dtype)
-        rows, r, z1, z2 = _code(h.flatten(0, -2), d, step_size, shrinkage, keep)
-        if keep:
-            ctx.save_for_backward(rows, r, z1, z2, d, d1)
+        rows, r, z1, z2 = _code(h.flatten(0, -2), d, step_size, step_size * lambd, keep)
+        if keep:  # what came in itself where it can, by which the gradient may be differentiated again
+            ctx.save_for_backward(h if dtype == h.dtype else rows.view(h.shape), r, z1, z2, d, d1)
         return _product(z2, d1.t()).view(h.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, r, z1, z2, d, d1 = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(gradient):
+            return _openly_differentiated(ctx, gradient)
+        h, r, z1, z2, d, d1 = ctx.saved_tensors
+        rows = h.flatten(0, -2)
         needs_h, needs_d, needs_d1 = ctx.needs_input_grad[:3]
-        step_size, dy = ctx.step_size, gradient.reshape(-1, ctx.shape[-1])
+        step_size, dy = ctx.step_size, gradient.reshape(rows.shape)
         dd = dd1 = dh = None
         wide = torch.promote_types(d.dtype, torch.float32)  # in which three products with 16-bit results are summed
         if needs_d1:
@@ -114,8 +115,24 @@ class _ODL(torch.autograd.Function):
         if dd is not None:
             _add_product(dd, rows.t(), g)
         if needs_h:
-            dh = _add_product(dr.to(ctx.dtype), g, d.t()).view(ctx.shape)
+            dh = _add_product(dr.to(ctx.dtype), g, d.t()).view(h.shape)
         return dh, dd, dd1, None, None, None
+
+
+def _openly_differentiated(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """What `_ODL.backward` gives, by PyTorch's own operators: of a gradient that stands for several, or to go on from."""
+    again, leaves = torch.is_grad_enabled(), [ctx.saved_tensors[index] for index in (0, 4, 5)]
+    if again and leaves[0].dtype != ctx.dtype:
+        raise RuntimeError("the step of CRATE-α is differentiated twice without autocast alone, or with backend='reference'")
+    needed = ctx.needs_input_grad[:3]
+    if not again:
+        leaves = [leaf.detach().requires_grad_(need) for leaf, need in zip(leaves, needed, strict=True)]
+    with torch.enable_grad(), without_autocast(gradient.device.type):
+        h, d, d1 = leaves
+        out = reference_alpha.odl(h, d, d1, ctx.step_size, ctx.lambd)
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=again))
+    return *(next(found) if need else None for need in needed), None, None, None
 
 
 def _code(h: Tensor, d: Tensor, step_size: float, shrinkage: float, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,5 +171,6 @@ def _product_dtype(h: Tensor) -> torch.dtype:
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether `_ODL` may compute: no transform, no export and no tensor that is more than one sees what is done to them."""
-    return not (is_transformed() or is_exported()) and all(type(each) in (Tensor, nn.Parameter) for each in tensors)
+    """Whether `_ODL` may compute: no transform, compiler, export or tensor of another class sees what is done to them. What is
+    compiled takes as long by the formula, and keeps any sizes and numbers open."""
+    return computes_now(*tensors) and not is_exported()

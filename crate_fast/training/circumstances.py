@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from ..device import Compute
 from ..files import digest_of
 from ..processes import Ranks
+from ..reference_alpha import WIDENING
 from ..settings import ModelSettings
 
 DIGITS = 16  # of a digest that are kept
@@ -50,10 +52,13 @@ def _digest_shapes(settings: ModelSettings, compute: Compute) -> str | None:
         return None
     from ..kernels import tuning
 
-    dim, inner = settings.dim, settings.heads * settings.dim_head
-    sizes = ((settings.dim_head,), (dim, inner), (inner, dim), (dim, dim))
-    kernels, dtypes = (*tuning.ATTENTION, *tuning.MATRIX), (torch.float16, torch.float32)
-    own = {tuning.key(kernel, dtype, *size) for kernel in kernels for dtype in dtypes for size in sizes}
+    dim, inner, wide = settings.dim, settings.heads * settings.dim_head, WIDENING * settings.dim
+    if settings.model == "CRATEAlpha":
+        products, sizes = tuning.ODL, ((dim, wide), (wide, dim))
+    else:
+        products, sizes = tuning.PRODUCTS, ((dim, inner), (inner, dim), (dim, dim))
+    looked_up = [*product(tuning.ATTENTION, ((settings.dim_head,),)), *product(products, sizes)]
+    own = {tuning.key(kernel, dtype, *size) for kernel, size in looked_up for dtype in (torch.float16, torch.float32)}
     measured = tuning.measured(torch.cuda.get_device_name(compute.device))
     found = {name: list(shape) for name, shape in measured.items() if name in own}
     return digest_of(found, {})[:DIGITS] if found else None

@@ -1,4 +1,4 @@
-"""CRATE for Hugging Face transformers: importing this module makes its Auto classes and pipelines know "crate".
+"""CRATE for Hugging Face transformers: importing this module makes its Auto classes and pipelines know the family.
 
 `AutoConfig`, `AutoModel`, `AutoModelForImageClassification` and `AutoImageProcessor` then read every folder and every model of
 the Hub that `CRATE.save_pretrained` or their own `save_pretrained` wrote: both write the same.
@@ -15,16 +15,34 @@ require("transformers", "huggingface_hub", "safetensors", "numpy", "PIL")
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification  # noqa: E402
 
-from ..checkpoint.hub_config import MODEL_TYPE  # noqa: E402
-from .configuration import CrateConfig  # noqa: E402
+from .configuration import CrateAlphaConfig, CrateConfig  # noqa: E402
 from .images import CrateImageProcessor  # noqa: E402
-from .models import CrateForImageClassification, CrateModel, CratePreTrainedModel  # noqa: E402
+from .models import (  # noqa: E402
+    CrateAlphaForImageClassification,
+    CrateAlphaModel,
+    CrateForImageClassification,
+    CrateModel,
+    CratePreTrainedModel,
+)
 
-__all__ = ["CrateConfig", "CrateForImageClassification", "CrateImageProcessor", "CrateModel", "CratePreTrainedModel"]
+__all__ = [
+    "CrateAlphaConfig",
+    "CrateAlphaForImageClassification",
+    "CrateAlphaModel",
+    "CrateConfig",
+    "CrateForImageClassification",
+    "CrateImageProcessor",
+    "CrateModel",
+    "CratePreTrainedModel",
+]
 
-AutoConfig.register(MODEL_TYPE, CrateConfig, exist_ok=True)
-AutoModel.register(CrateConfig, CrateModel, exist_ok=True)
-AutoModelForImageClassification.register(CrateConfig, CrateForImageClassification, exist_ok=True)
 # One class under both names: what transformers asks for where torchvision is installed, and where it is not.
 _PROCESSORS: dict[str, type] = {"pil": CrateImageProcessor, "torchvision": CrateImageProcessor}
-AutoImageProcessor.register(CrateConfig, image_processor_classes=_PROCESSORS, exist_ok=True)
+for _config, _model, _classifier in (
+    (CrateConfig, CrateModel, CrateForImageClassification),
+    (CrateAlphaConfig, CrateAlphaModel, CrateAlphaForImageClassification),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
+    AutoImageProcessor.register(_config, image_processor_classes=_PROCESSORS, exist_ok=True)

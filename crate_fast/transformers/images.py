@@ -17,7 +17,7 @@ from ..checkpoint.hub_config import BILINEAR, preprocessor_config
 from ..data.augment import central_crop
 from ..eval_transform import LEAST_CROP, MAIN, MEAN, STD, allowed_crop
 from ..inspection.photos import MODES, read_photo, to_array
-from .configuration import CrateConfig
+from .configuration import FamilyConfig
 
 BYTES = 1 / 255  # the usual `rescale_factor`, by which CRATE's own transform divides
 LEFT_OUT = ("do_center_crop", "do_pad")  # what other processors do and this one does not
@@ -63,7 +63,7 @@ class CrateImageProcessor(BaseImageProcessor):
         self._set_attributes(**kwargs)
 
     @classmethod
-    def from_config(cls, config: CrateConfig) -> CrateImageProcessor:
+    def from_config(cls, config: FamilyConfig) -> CrateImageProcessor:
         """The processor for a model's images, as they were evaluated by `config.evaluation`, else as in main.py.
 
         Raises:

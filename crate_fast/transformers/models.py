@@ -1,4 +1,4 @@
-"""CRATE as models of transformers: CRATE's own modules under CRATE's own names, so that the files are the same."""
+"""CRATE and CRATE-α as models of transformers: their own modules under their own names, so that the files are the same."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import PushToHubMixin
 
 from ..backend import check_tensor
-from ..checkpoint.constructor import constructor_arguments, skeleton
+from ..checkpoint.constructor import PUBLISHED_MODEL, constructor_arguments, skeleton
 from ..checkpoint.hub_config import PREPROCESSOR_NAME, preprocessor_config, write_json
 from ..checkpoint.save_load import described, transform_entry
 from ..checkpoint.tensor_files import INDEX_NAME, MODEL_NAME, read_tensors, write_tensors
 from ..files import parse_json
+from ..model.alpha import CRATEAlpha
 from ..model.crate import CRATE
 from ..model.transformer import layers_of, pool_tokens
+from ..modules.layer import ScaledPreNorm
 from ..modules.step import SparseStep
-from .configuration import CrateConfig
+from .configuration import CrateAlphaConfig, CrateConfig, FamilyConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 OF_UPLOADS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 HEAD = r"^mlp_head\."
+DRAWN = (nn.Linear, nn.Conv2d, nn.LayerNorm, ScaledPreNorm, SparseStep)  # modules with weights of their own, but the model
 
 
 class _Unbuilt(CRATE):
@@ -45,8 +48,9 @@ class _Unbuilt(CRATE):
 class CratePreTrainedModel(PreTrainedModel, _Unbuilt):  # pyright: ignore[reportIncompatibleMethodOverride] (from_pretrained)
     """What both models share: how they are built, drawn, checkpointed in training, and saved."""
 
-    config: CrateConfig
+    config: FamilyConfig
     config_class = CrateConfig
+    built_as: type[CRATE] = CRATE
     base_model_prefix = "crate"  # which no module is called: a classifier's modules are those of the model without a head
     main_input_name = "pixel_values"
     input_modalities = "image"
@@ -57,9 +61,9 @@ class CratePreTrainedModel(PreTrainedModel, _Unbuilt):  # pyright: ignore[report
     _input_embed_layer = "to_patch_embedding"
     accepts_loss_kwargs = False  # the loss is the mean over a batch: Trainer divides it by the steps that it accumulates
 
-    def __init__(self, config: CrateConfig) -> None:
+    def __init__(self, config: FamilyConfig) -> None:
         super().__init__(config)
-        CRATE.__init__(self, **config.arguments())
+        self.built_as.__init__(self, **config.arguments())
         self.transform = config.transform()
 
     def init_weights(self) -> None:
@@ -71,7 +75,7 @@ class CratePreTrainedModel(PreTrainedModel, _Unbuilt):  # pyright: ignore[report
         if module is self:
             for parameter in (self.pos_embedding, self.cls_token):
                 initialization.normal_(parameter)
-        elif isinstance(module, nn.Linear | nn.LayerNorm | SparseStep):
+        elif isinstance(module, DRAWN):
             module.reset_parameters()
 
     def _set_gradient_checkpointing(
@@ -162,7 +166,7 @@ class CrateModel(CratePreTrainedModel):
 
     _keys_to_ignore_on_load_unexpected = [HEAD]  # noqa: RUF012
 
-    def __init__(self, config: CrateConfig) -> None:
+    def __init__(self, config: FamilyConfig) -> None:
         super().__init__(config)
         del self.mlp_head
         self.post_init()
@@ -194,7 +198,7 @@ class CrateForImageClassification(CratePreTrainedModel):
     Raises: as `crate_fast.CRATE`; in a call ValueError with `output_attentions=True`.
     """
 
-    def __init__(self, config: CrateConfig) -> None:
+    def __init__(self, config: FamilyConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.post_init()
@@ -204,15 +208,15 @@ class CrateForImageClassification(CratePreTrainedModel):
         """`model` for transformers, in its mode; both share their weights.
 
         Raises:
-            ValueError: it was changed after it was built.
+            ValueError: it was changed after it was built, or is of another member of the family.
         """
-        arguments, _ = described(model)
+        arguments, kind = {"model": PUBLISHED_MODEL} | described(model)[0], cast("type[FamilyConfig]", cls.config_class)
         with torch.device("meta"):
-            own = cls(CrateConfig(**arguments, **_computation(model), **transform_entry(model)))
+            own = cls(kind(**arguments, **_computation(model), **transform_entry(model)))
         return _share(model, own)
 
     def to_crate(self) -> CRATE:
-        """The plain `crate_fast.CRATE`, in this one's mode; both share their weights."""
+        """The plain `crate_fast.CRATE`, or `CRATEAlpha`, in this one's mode; both share their weights."""
         own = skeleton(constructor_arguments(self) | _computation(self))
         own.transform = self.config.transform()
         return _share(self, own)
@@ -234,7 +238,7 @@ class CrateForImageClassification(CratePreTrainedModel):
 
     def _settle_config(self) -> None:
         for name, value in constructor_arguments(self).items():
-            if name != "num_classes" or value != self.config.num_labels:
+            if name in self.config.keywords and (name != "num_classes" or value != self.config.num_labels):
                 setattr(self.config, name, value)
 
     def _describe_files(self, folder: Path, written: set[str]) -> None:
@@ -243,6 +247,24 @@ class CrateForImageClassification(CratePreTrainedModel):
             self.transform = self.config.transform()
             path = folder / MODEL_NAME
             write_tensors(path, read_tensors(path)[1], constructor_arguments(self) | transform_entry(self))
+
+
+class CrateAlphaModel(CrateModel, CRATEAlpha):  # pyright: ignore[reportIncompatibleMethodOverride] (as of CratePreTrainedModel)
+    """`CrateModel` of a CRATE-α."""
+
+    config_class = CrateAlphaConfig
+    built_as = CRATEAlpha
+    _input_embed_layer = "conv1"
+
+
+class CrateAlphaForImageClassification(  # pyright: ignore[reportIncompatibleMethodOverride] (as of CratePreTrainedModel)
+    CrateForImageClassification, CRATEAlpha
+):
+    """`CrateForImageClassification` of a CRATE-α."""
+
+    config_class = CrateAlphaConfig
+    built_as = CRATEAlpha
+    _input_embed_layer = "conv1"
 
 
 def _written(folder: Path) -> dict[str, tuple[int, int]]:
@@ -264,7 +286,8 @@ def _computation(model: CRATE) -> dict[str, Any]:
     """The arguments of `model` that no file has."""
     transformer = model.transformer
     drop_path = max((layer.drop_path for layer in layers_of(transformer)), default=0.0)
-    return {"backend": transformer.backend, "stream": transformer.stream, "drop_path": drop_path}
+    found = {"backend": transformer.backend, "drop_path": drop_path}
+    return found if isinstance(model, CRATEAlpha) else found | {"stream": transformer.stream}
 
 
 def _share(model: CRATE, own: Any) -> Any:
