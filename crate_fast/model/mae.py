@@ -18,6 +18,7 @@ from ..functional import check_number, check_positive
 from ..modules.applied import applied
 from ..sizes import MAE_SIZES, STREAMS
 from .buildable import as_pair, check_buildable, divide, times
+from .encoder import Encoder
 from .mae_blocks import decoder_blocks, encoder_blocks
 from .positions import sine_positions
 
@@ -210,6 +211,12 @@ class CRATEMAE(nn.Module):
             raise ValueError(f"{x.shape[1]} patches make no square image")
         grid = x.unflatten(2, (p, p, -1)).unflatten(1, (side, side))
         return torch.einsum("nhwpqc->nchpwq", grid).flatten(4).flatten(2, 3)
+
+    def encoder(self) -> Encoder:
+        """Its encoder on whole images, no patch masked, as the views of `crate_fast.inspection` look at it."""
+        name, layers = "the encoder of a CRATE-MAE, no patch masked", [block.layers[0] for block in self.blocks]
+        sizes = self.channels, self.image_size, self.patch_embed.patch_size
+        return Encoder(name, layers, self.heads, *sizes, self.patch_embed, self.cls_token, self.decoder_pos_embed)
 
     def prepare_tokens(self, x: Tensor) -> Tensor:
         """The tokens of whole images that enter the encoder, (batch, 1 + patches, dim), with positions for their size."""

@@ -244,7 +244,7 @@ class TrainConfig(MachineSettings, ModelSettings, ObjectiveSettings, Optimisatio
 OF_CLASSES = {
     **{"mixup": 0.0, "cutmix": 0.0, "dropout": 0.0, "drop_path": 0.0, "ista": 0.1, "num_classes": None},
     **{"model": "CRATE", "layer_scale": 0.0},
-    **{"strategy": "ddp", "cuda_graphs": False, "watch_rates": False},
+    **{"strategy": "ddp", "cuda_graphs": False},
 }
 """The settings that a CRATE-MAE does not take, and the values that ask for nothing."""
 
