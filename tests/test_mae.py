@@ -140,11 +140,29 @@ def test_images_and_ratios_that_do_not_fit_are_refused_in_a_line(images, ratio, 
         ({"decoder_depth": 2.0}, TypeError, "decoder_depth is 2.0; it must be an integer"),
         ({"lambd": -1.0}, ValueError, "lambd is -1.0; it must be at least 0"),
         ({"depth": 10**9}, ValueError, "at most"),
+        ({"patch_size": 1, "in_chans": 1, "norm_pix_loss": True}, ValueError, "a patch of one value has no deviation"),
     ],
 )
 def test_what_no_model_is_made_of_is_refused_in_a_line(options, error, words):
     with pytest.raises(error, match=words):
         CRATEMAE(**SMALL | options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda m, x: m(x, 0.5, [[0.1]]), TypeError, "noise is a list; it must be a tensor"),
+        (lambda m, x: m(x, 0.5, torch.rand(1, 9)), ValueError, r"noise has shape \(1, 9\) on cpu; it must be .* \(1, 16\)"),
+        (lambda m, x: m(x, 0.5, torch.rand(1, 16, device="meta")), ValueError, r"on meta; it must be .* on cpu"),
+        (lambda m, x: m.patchify(x[..., 1:]), ValueError, r"\(1, 3, 16, 15\), which patches of 4×4 do not divide"),
+        (lambda m, x: m.unpatchify(torch.rand(1, 15, 48)), ValueError, r"shape \(1, 15, 48\) make no square image"),
+        (lambda m, x: m.unpatchify(torch.rand(1, 16, 47)), ValueError, r"it must be \(batch, side², 16 · channels\)"),
+        (lambda m, x: m.get_last_key_enc(x, 1.5), ValueError, "layer is 1.5; it must be a whole number"),
+    ],
+)
+def test_what_a_method_does_not_take_is_refused_in_a_line(call, error, words):
+    with pytest.raises(error, match=words):
+        call(CRATEMAE(**SMALL), torch.zeros(1, 3, 16, 16))
 
 
 def test_patches_come_back_as_the_image_they_were():
@@ -158,7 +176,7 @@ def test_attention_and_keys_of_images_of_other_sizes():
     attention = ours.get_selfattention_enc(torch.randn(2, 3, 24, 20), 1)
     assert attention.shape == (2, 2, 31, 31) and torch.allclose(attention.sum(-1), torch.ones(()))
     assert ours.get_last_key_enc(torch.randn(2, 3, 16, 16), 0).shape == (2, 17, 32)
-    with pytest.raises(ValueError, match="layer is 2; it must be from 0 to 1"):
+    with pytest.raises(ValueError, match="layer is 2; it must be a whole number from 0 to 1"):
         ours.get_last_key_enc(torch.randn(2, 3, 16, 16), 2)
 
 

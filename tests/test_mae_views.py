@@ -132,3 +132,17 @@ def test_what_tells_no_classes_apart_predicts_none_and_says_what_to_do(place, ca
         assert status == 2 and f"it holds a CRATE-MAE, which has no {flag[0][2:]}" in error
     with pytest.raises(TypeError, match=r"the model is a Linear; it must be a crate_fast\.CRATE or CRATEMAE"):
         inspection.attention_maps(torch.nn.Linear(2, 2), torch.zeros(1, 3, 4, 4))
+
+
+def test_its_weights_are_converted_to_what_reads_them(place, tmp_path, capsys):
+    """Under "model" as the codebase of MAE has them, with no word of main.py, which has no such model."""
+    status, printed, _ = call(capsys, "convert", place / "folder", tmp_path / "x.pth.tar")
+    content = torch.load(tmp_path / "x.pth.tar")
+    assert (
+        status == 0
+        and printed.count("\n") == 1
+        and list(content["model"]) == list(load_checkpoint(place / "folder").state_dict())
+    )
+    status, _, error = call(capsys, "convert", place / "run", tmp_path / "y.pth.tar")
+    assert status == 2 and "its model is a CRATE-MAE, which main.py does not have; --layout state_dict" in error
+    assert call(capsys, "convert", place / "run", tmp_path / "y.pth.tar", "--layout", "model")[0] == 0

@@ -112,6 +112,8 @@ def test_it_goes_on_from_weights_of_its_own_kind_alone(tmp_path, capsys):
         "--heads 2": "--heads is 2 and --dim-head 16; of a CRATE-MAE they make --dim, 48, together",
         "--recipe digits": "--recipe is 'digits' and --objective is 'classes', for `train`; `pretrain` learns 'patches'",
         "--mask-ratio 1": "--mask-ratio is 1.0; it must be below 1",
+        "--mask-ratio 1e-17": "--mask-ratio is 1e-17, which masks none of 16 patches",
+        "--patch-size 1 --norm-pix-loss": "a patch of one value has no deviation to be normalised by",
     }.items(),
 )
 def test_what_a_crate_mae_has_not_is_refused_in_a_line(words, said, capsys):
