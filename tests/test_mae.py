@@ -9,6 +9,7 @@ from crate_fast import CRATE, CRATEMAE, CheckpointError, load_checkpoint, refere
 from crate_fast.checkpoint import save_checkpoint, save_model
 from crate_fast.checkpoint.start_from import read_weights, start_from
 from crate_fast.kernels import runtime
+from crate_fast.model import cuda_graph
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}  # 17 tokens
 ONE = SMALL | {"img_size": 4, "embed_dim": 20, "depth": 1, "num_heads": 1}  # 2 tokens, no projection back
@@ -261,3 +262,14 @@ def test_a_crate_starts_from_its_encoder_once_the_threshold_is_said(bare, tmp_pa
     images = torch.randn(1, 3, 16, 16)
     patches = model.to_patch_embedding[0](images)
     torch.testing.assert_close(model.to_patch_embedding[2](patches), mae.patch_embed(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_one_takes_what_it_takes_and_no_graph_is_recorded_of_one(monkeypatch):
+    ours, images, noise = drawn(CRATEMAE, **SMALL).eval(), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    with torch.no_grad():
+        expected = ours(images, 0.5, noise)
+    assert all(map(torch.equal, crate_fast.freeze(ours)(images, mask_ratio=0.5, noise=noise), expected))
+    monkeypatch.setattr(cuda_graph, "record", lambda call, images: call(images))  # as on a GPU, before it records
+    for model in (ours, crate_fast.freeze(ours)):
+        with pytest.raises(TypeError, match=r"makes one tensor of images; this \w+ makes a tuple"):
+            cuda_graph.Graphed(model, images)

@@ -69,6 +69,10 @@ def test_images_of_other_sizes_take_resampled_positions_and_those_of_none_are_re
     assert torch.equal(first.projection, expected.detach())
     with pytest.raises(ValueError, match="the images are 24×18, which patches of 4×4 do not divide"):
         inspection.attention_maps(ours, images[..., :18])
+    with pytest.raises(TypeError, match=r"the images are torch\.float64 and the model torch\.float32"):
+        inspection.measure_layers(ours, images.double())
+    with pytest.raises(ValueError, match="the images are on meta and the model on cpu"):
+        inspection.measure_layers(ours, images.to("meta"))
     save_model(ours, tmp_path / "x.safetensors")
     grown = load_checkpoint(tmp_path / "x.safetensors", image_size=32)
     assert grown.image_size == (32, 32) and not grown.decoder_pos_embed.requires_grad

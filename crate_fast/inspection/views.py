@@ -70,8 +70,9 @@ def layer_views(model: CRATE | CRATEMAE, images: Tensor) -> Iterator[LayerView]:
             for another than the model's, position embeddings are resampled bicubically.
 
     Raises:
-        TypeError: `model` is no CRATE and no CRATEMAE, or the images are not floating point.
-        ValueError: the images have another number of channels, or patches do not divide them.
+        TypeError: `model` is no CRATE and no CRATEMAE, or the images are not floating point or, outside autocast, not of the
+            model's dtype.
+        ValueError: the images have another number of channels or are on another device, or patches do not divide them.
     """
     encoder = encoder_of(model)
     with _evaluating(model):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backend import autocasts
 from ..modules.layer import Layer
 from .buildable import times
 from .positions import resample_positions
@@ -65,9 +66,18 @@ class Encoder(NamedTuple):
 
     def tokens(self, images: Tensor) -> Tensor:
         """What enters the first layer, (batch, 1 + patches, dim), the class token first; positions of another grid than the
-        model's are resampled bicubically. Raises as `grid_of`."""
+        model's are resampled bicubically. Raises as `grid_of`, and where device or dtype are not the model's."""
         height, width = self.patch_size
         own, grid = (self.image_size[0] // height, self.image_size[1] // width), self.grid_of(images)
+        model = self.cls_token
+        if images.device != model.device:
+            raise ValueError(
+                f"the images are on {images.device} and the model on {model.device}; they must be on the same device"
+            )
+        if images.dtype != model.dtype and not autocasts(images.device.type):
+            raise TypeError(
+                f"the images are {images.dtype} and the model {model.dtype}; outside autocast they must be the same"
+            )
         patches = self.embed(images)
         x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
         return x + resample_positions(self.positions, own, grid)
