@@ -221,7 +221,8 @@ class CRATEMAE(nn.Module):
 
     def encoder(self) -> Encoder:
         """Its encoder on whole images, no patch masked, as the views of `crate_fast.inspection` look at it."""
-        name, layers = "the encoder of a CRATE-MAE, no patch masked", [block.layers[0] for block in self.blocks]
+        blocks: list[Any] = list(self.blocks)
+        name, layers = "the encoder of a CRATE-MAE, no patch masked", [block.layers[0] for block in blocks]
         sizes = self.channels, self.image_size, self.patch_embed.patch_size
         return Encoder(name, layers, self.heads, *sizes, self.patch_embed, self.cls_token, self.decoder_pos_embed)
 
