@@ -97,6 +97,16 @@ def test_a_folder_is_learned_without_its_labels_and_starts_a_crate(tmp_path, cap
     assert status == 2 and "lambd is 0.5 in it and 0.1 in this run" in err
 
 
+def test_a_bare_file_of_any_width_starts_a_crate_once_its_heads_are_said(tmp_path, capsys):
+    torch.save(CRATEMAE(**MODEL).state_dict(), tmp_path / "x.pth")
+    words = ["train", "--init", tmp_path / "x.pth", "--epochs", 1, "--device", "cpu", "--num-threads", 1, "--batch-size", 720]
+    status, _, error = call(capsys, *words, "--out", tmp_path / "run")
+    assert status == 2 and "say heads" in error
+    status, out, error = call(capsys, *words, "--out", tmp_path / "run", "--heads", 2)
+    assert status == 0 and "of a CRATE-MAE: its encoder" in out, error
+    assert load_checkpoint(tmp_path / "run").transformer.layers[0][0].fn.scale == 8**-0.5
+
+
 def test_it_goes_on_from_weights_of_its_own_kind_alone(tmp_path, capsys):
     save_model(CRATEMAE(**MODEL, lambd=0.1), tmp_path / "x.safetensors")
     run, _ = train(replace(SMALL, init=str(tmp_path / "x.safetensors"), epochs=1, lr=1e-12, ema=0.0))

@@ -17,7 +17,7 @@ from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
 from .constructor import PUBLISHED_MODEL, body_arguments, build, check_floating, constructor_arguments, difference_of
 from .layouts import joined
-from .mae import MAE_ARGUMENTS, NOTE, as_crate, crate_arguments, infer_mae, is_mae, mae_arguments
+from .mae import MAE_ARGUMENTS, NOTE, as_crate, crate_arguments, infer_mae, is_mae, mae_arguments, mae_keywords
 from .mae import OPEN as OPEN_OF_MAE
 from .published import OPEN
 from .read import CheckpointError, Model, model_file, read_model
@@ -45,9 +45,12 @@ def read_weights(path: str | Path) -> Model:
     return source._replace(arguments=constructor_arguments(model), weights=model.state_dict())
 
 
-def encoder_settings(path: str | Path) -> dict:
+def encoder_settings(path: str | Path, heads: int | None = None) -> dict:
     """What a run must be set to for a CRATE to start from the encoder of a CRATE-MAE, by setting: what the file states, else
     what its shapes tell and, as published, the threshold; {} for other weights.
+
+    Args:
+        heads: how many, where that was said; of a file that states no number they are these.
 
     Raises: as `read_weights`.
     """
@@ -58,7 +61,7 @@ def encoder_settings(path: str | Path) -> dict:
     arguments = source.arguments
     if arguments is None:
         try:
-            arguments, _ = infer_mae(source.weights, {})
+            arguments, _ = infer_mae(source.weights, mae_keywords({} if heads is None else {"heads": heads}))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{file}: {error}") from error
     elif not isinstance(arguments, dict) or set(arguments) != set(MAE_ARGUMENTS):

@@ -129,8 +129,9 @@ def _settle(config: TrainConfig, given: dict, resume: str | None, ranks: Ranks) 
         config = replace(config, **check_settings(start, config, given))
     if config.init is not None and config.objective == "classes":
         of_arch = SIZES_OF_ARCH if given.get("arch") else frozenset()
-        found = encoder_settings(config.init)
-        config = replace(config, **{name: value for name, value in found.items() if name not in given.keys() | of_arch})
+        said = given.keys() | of_arch
+        found = encoder_settings(config.init, config.heads if "heads" in said else None)
+        config = replace(config, **{name: value for name, value in found.items() if name not in said})
     if (out := config.out) is not None:
         ranks.share(lambda: check_free(out))
     return Task(config, given, None, start)
