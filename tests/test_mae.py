@@ -7,7 +7,7 @@ from conftest import call
 import crate_fast
 from crate_fast import CRATE, CRATEMAE, CheckpointError, load_checkpoint, reference
 from crate_fast.checkpoint import save_checkpoint, save_model
-from crate_fast.checkpoint.start_from import read_weights, start_from
+from crate_fast.checkpoint.start_from import go_on_from, read_weights, start_from
 from crate_fast.kernels import runtime
 from crate_fast.model import cuda_graph
 
@@ -273,3 +273,30 @@ def test_a_frozen_one_takes_what_it_takes_and_no_graph_is_recorded_of_one(monkey
     for model in (ours, crate_fast.freeze(ours)):
         with pytest.raises(TypeError, match=r"makes one tensor of images; this \w+ makes a tuple"):
             cuda_graph.Graphed(model, images)
+
+
+def test_an_encoder_that_is_not_whole_or_another_starts_no_crate(tmp_path):
+    weights, path = CRATEMAE(**SMALL).state_dict(), tmp_path / "x.pth"
+    of_vit = {key: value for key, value in weights.items() if not key.startswith("blocks.")}
+    for words, content in {
+        "1 weights of its encoder are missing, 'blocks.1.layers.0.1.fn.weight'": {
+            key: value for key, value in weights.items() if key != "blocks.1.layers.0.1.fn.weight"
+        },
+        "weights of its encoder are missing, 'blocks.0.": of_vit | {"blocks.0.attn.qkv.weight": torch.zeros(96, 32)},
+        "weights of its encoder are missing, 'blocks.1.": {k.replace("blocks.1", "blocks.3"): v for k, v in weights.items()},
+        "1 weights are of no encoder of a CRATE-MAE, 'blocks.0.gamma'": weights | {"blocks.0.gamma": torch.ones(32)},
+    }.items():
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=words):
+            read_weights(path)
+    alone = CRATEMAE(**ONE).state_dict()
+    torch.save(alone, path)
+    assert len(read_weights(path).weights) == 14
+
+
+@pytest.mark.parametrize("options, words", [({"lambd": 5.0}, r"--lambd 5\.0"), ({"num_heads": 4}, "--heads 4")])
+def test_what_a_file_states_and_shapes_do_not_tell_is_not_passed_over(options, words, tmp_path):
+    save_model(CRATEMAE(**SMALL | options), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=f"in this run, which may start from it with {words}"):
+        go_on_from(CRATEMAE(**SMALL), tmp_path / "x.safetensors")
+    assert "46 weights loaded" in go_on_from(CRATEMAE(**SMALL | options), tmp_path / "x.safetensors")

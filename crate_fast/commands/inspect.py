@@ -150,9 +150,11 @@ def _write(results: list[dict], out: Path, endings: tuple[str, ...]) -> None:
     writer.writerows(rows)
     write_atomically(out / "layers.csv", lambda file: file.write(as_bytes(table.getvalue())))
     measured = {result["label"]: result["layers"] for result in results}
+    kinds = {result["model"] for result in results}
+    what = min(kinds) if len(kinds) == 1 else ""
     for ending in endings:
-        plot_rates(measured, out / f"coding-rate{ending}")
-        plot_sparsity(measured, out / f"sparsity{ending}")
+        plot_rates(measured, out / f"coding-rate{ending}", what)
+        plot_sparsity(measured, out / f"sparsity{ending}", what)
     print(_table(results))
     names = ", ".join(f"{name}{ending}" for ending in endings for name in ("coding-rate", "sparsity"))
     print(f"written to {out}: layers.json, layers.csv, {names}")
