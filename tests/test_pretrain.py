@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import call
 from helpers.pictures import make_folder
+from PIL import Image
 from test_resume import stop_after
 
 from crate_fast import CRATEMAE, load_checkpoint
@@ -95,6 +96,20 @@ def test_a_folder_is_learned_without_its_labels_and_starts_a_crate(tmp_path, cap
     assert (config["dim"], config["depth"], config["heads"], config["lambd"], config["patch_size"]) == (32, 2, 2, 0.5, 16)
     status, _, err = call(capsys, *begin, "--out", tmp_path / "other", "--lambd", 0.1)
     assert status == 2 and "lambd is 0.5 in it and 0.1 in this run" in err
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "val")], ids=["one folder", "train and val"])
+def test_photographs_that_lie_in_no_folder_of_a_class_are_learned_from(splits, tmp_path, capsys):
+    for split in splits:
+        (tmp_path / "data" / split / "more").mkdir(parents=True)
+        for index, name in enumerate(("a.png", "b.png", "more/c.png", "more/d.png")):
+            Image.effect_noise((40, 32), 50 + index).convert("RGB").save(tmp_path / "data" / split / name)
+    words = ["--data", tmp_path / "data", "--device", "cpu", "--num-threads", 1, "--workers", 0, "--epochs", 1]
+    sizes = ["--image-size", 32, "--dim", 16, "--depth", 1, "--heads", 2, "--dim-head", 8, "--batch-size", 3]
+    status, out, error = call(capsys, "pretrain", *words, *sizes, "--out", tmp_path / "run")
+    assert status == 0 and f"{4 if splits[0] else 3} images of 1 classes to train on" in out, error
+    status, _, error = call(capsys, "train", *words, *sizes, "--out", tmp_path / "other")
+    assert status == 2 and "lies in no folder of a class, so nothing tells its label" in error
 
 
 def test_a_bare_file_of_any_width_starts_a_crate_once_its_heads_are_said(tmp_path, capsys):

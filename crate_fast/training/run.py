@@ -191,7 +191,7 @@ def _make_trainer(task: Task, compute: Compute, ranks: Ranks, signals: Signals) 
     # Weights before data, which may have to be downloaded or listed for minutes.
     classifies = config.objective == "classes"
     weights = read_weights(config.init) if config.init and checkpoint is None and classifies else None
-    data = open_data(config, compute.device, ranks)
+    data = open_data(config, compute.device, ranks, labelled=classifies)
     if task.run is not None:
         check_same_data(task.run[0], data.describe())
         if ranks.first:
