@@ -3,7 +3,8 @@
     python benchmarks/run.py                       all that fits this machine (a CPU: under 3 minutes)
     python benchmarks/run.py --suite train --model tiny --batch 1024 --dtype bfloat16 --against published,sdpa
     python benchmarks/run.py --published CHECKOUT  the published repository itself as one more peer
-    python benchmarks/run.py --suite traffic       kernels launched and bytes moved a layer, counted without a GPU
+    python benchmarks/run.py --suite traffic       kernels launched and bytes moved a layer, counted without a GPU; of a
+                                                   CRATE-MAE's encoder and decoder with --model mae-tiny
     python benchmarks/run.py --suite host          the host's time to launch a layer, without a GPU as far as the driver's call
     python benchmarks/run.py --suite predicted     what a GPU should take, by the machine code of every kernel, without a GPU
     python benchmarks/run.py --report              the README's table and the pictures again, from the results
@@ -212,6 +213,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--out is {options.out}; its name must end in .json (pictures go to the folder of that name without it)")
     if options.out and options.suite == ["traffic"]:
         parser.error("--out is for what is measured; --suite traffic counts")
+    if options.suite == ["traffic"] and options.model and (len(options.model) > 1 or options.model[0].startswith("alpha-")):
+        parser.error(f"--model is {','.join(options.model)}; --suite traffic counts the layers of one CRATE or CRATE-MAE")
     if options.calibrate and options.suite != ["predicted"]:
         parser.error("--calibrate is for --suite predicted")
     if any(batch < 1 for batch in options.batch or ()):
@@ -241,7 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.report:
         return update_readme(RESULTS)
     if options.suite == ["traffic"]:
-        command = [sys.executable, Path(__file__).with_name("traffic.py")]  # triton is imported here, and not to interpret
+        model = "CRATE-MAE" if options.model and options.model[0].startswith("mae-") else "CRATE"
+        command = [sys.executable, Path(__file__).with_name("traffic.py"), model]  # triton is imported here, not to interpret
         return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
     if options.suite == ["host"]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}

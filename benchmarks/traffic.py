@@ -1,6 +1,6 @@
 """Kernels launched and bytes moved by a layer, forward and backward: ours and the published code's, counted as they run.
 
-    python benchmarks/run.py --suite traffic
+    python benchmarks/run.py --suite traffic [--model mae-tiny]
 
 Ours run in Triton's interpreter on a small shape; every launch is counted, and of every load and store the distinct
 addresses, so that an element read by two programs of a kernel counts once, as it does for a GPU whose cache holds it. The
@@ -11,19 +11,22 @@ and writes its results once. Weights, and statistics of less than a row's width,
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "1"  # addresses can be counted only where Python executes them
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crate_fast import CRATE, reference
+from crate_fast import CRATE, CRATEMAE, reference
 from crate_fast.kernels import INTERPRETED, runtime
 
 # A prime number of tokens, so that only activations and row statistics have a size that it divides.
@@ -159,14 +162,32 @@ _FREE = {"detach", "empty", "empty_like", "new_empty", "_unsafe_view", "new_empt
 """Operations that move nothing."""
 
 
-def layer_traffic(ours: bool) -> dict[str, list[Traffic]]:
-    """The kernels of one layer under float16 autocast with a float16 stream: "forward" and "backward"."""
-    sizes = dict(image_size=8, patch_size=4, num_classes=3, dim=DIM, depth=3, heads=HEADS, dim_head=DIM // HEADS)
+ROWS = {"CRATE": ("layer",), "CRATE-MAE": ("encoder", "decoder")}
+"""Of each model the kinds of layers."""
+OF_MAE = {"encoder": "blocks", "decoder": "decoder_blocks"}
+
+
+def _layers(depth: int, ours: bool, kind: str) -> nn.Module:
+    """`depth` layers in a row, (batch, tokens, dim) to the same."""
+    fused = dict(backend="triton", stream="float16") if ours else {}
+    if kind not in OF_MAE:
+        sizes = dict(image_size=8, patch_size=4, num_classes=3, dim=DIM, depth=depth, heads=HEADS, dim_head=DIM // HEADS)
+        return (CRATE if ours else reference.CRATE)(**sizes, **fused).transformer
+    sizes = dict(img_size=8, patch_size=4, embed_dim=DIM, depth=depth, num_heads=HEADS)
+    blocks = getattr((CRATEMAE if ours else reference.CRATEMAE)(**sizes, **fused), OF_MAE[kind])
+    return blocks if ours else nn.Sequential(*blocks)
+
+
+@cache
+def layer_traffic(ours: bool, kind: str) -> dict[str, list[Traffic]]:
+    """The kernels of one layer under float16 autocast with a float16 stream: "forward" and "backward".
+
+    kind: "layer" of a CRATE; "encoder" or "decoder" of a CRATE-MAE.
+    """
     torch.manual_seed(0)
-    build = (lambda **o: CRATE(**o, backend="triton", stream="float16")) if ours else reference.CRATE
     passes = {}
     for depth in (2, 3):
-        transformer = build(**sizes | {"depth": depth}).transformer
+        transformer = _layers(depth, ours, kind)
         x = torch.randn(BATCH, TOKENS, DIM, requires_grad=True)
         outs = []
 
@@ -201,12 +222,13 @@ def _difference(fewer: list[Traffic], more: list[Traffic]) -> list[Traffic]:
     return kept
 
 
-def print_traffic() -> int:
-    """The table of both, and their sums; the exit status."""
+def print_traffic(model: str) -> int:
+    """The table of both for a layer of each kind that `model` has, and their sums; the exit status."""
     print(f"one layer, {BATCH} × {TOKENS} tokens, width {DIM}, {HEADS} heads; bytes a token as multiples of the width")
-    for who, ours in (("crate_fast", True), ("published", False)):
-        for part, kernels in layer_traffic(ours).items():
-            print(f"\n{who}, {part}: {len(kernels)} kernels, {sum(k.activations for k in kernels) / DIM:.1f}·dim bytes a token")
+    for kind, (who, ours) in product(ROWS[model], (("crate_fast", True), ("published", False))):
+        for part, kernels in layer_traffic(ours, kind).items():
+            moved = sum(k.activations for k in kernels) / DIM
+            print(f"\n{who}, {kind}, {part}: {len(kernels)} kernels, {moved:.1f}·dim bytes a token")
             print(f"  {'kernel':28} {'activations':>12} {'statistics':>11} {'weights, bytes':>15}")
             for kernel in kernels:
                 print(f"  {kernel.name:28} {kernel.activations / DIM:8.2f}·dim {kernel.statistics:9.1f} B {kernel.weights:15,}")
@@ -215,4 +237,4 @@ def print_traffic() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(print_traffic())
+    raise SystemExit(print_traffic(sys.argv[1] if len(sys.argv) > 1 else "CRATE"))

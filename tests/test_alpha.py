@@ -1,8 +1,11 @@
 """CRATE-α: the published class's names, weights and numbers, in fewer passes; its files are read, written and looked into."""
 
+import re
+
 import pytest
 import torch
 from conftest import call
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -11,6 +14,7 @@ from crate_fast import CRATE, CheckpointError, CRATEAlpha, load_checkpoint, refe
 from crate_fast.checkpoint import constructor_arguments, save_model
 from crate_fast.checkpoint.start_from import read_weights, start_from
 from crate_fast.inspection import layer_views, measure_layers
+from crate_fast.inspection.explore import explore
 from crate_fast.modules import OvercompleteISTABlock
 from crate_fast.training import ConfigError, resolve
 from crate_fast.training.monitor import training_flops
@@ -251,6 +255,9 @@ def test_published_weights_are_read_converted_and_measured(under, tmp_path, caps
     published(images())
     shares = torch.stack([code.ne(0).double().mean((1, 2)) for code in codes])
     torch.testing.assert_close(measures.nonzero, shares, rtol=0, atol=1e-3)
+    page = explore(model, lambda _: images()[:1], [("x", Image.new("RGB", (16, 16)))], "CRATE-α")
+    told = [float(share) for share in re.findall(r'"nonzero": ([\d.]+)', page)]
+    assert told == pytest.approx(measures.nonzero[:, 0].tolist(), rel=1e-6)
 
 
 def test_sizes_heads_and_layerscale_are_told_by_shapes_or_asked_for(tmp_path, capsys):

@@ -35,13 +35,18 @@ def pair(seed=0, **options):
 
 def watched(twin, images):
     """By layer what the published hooks see: (output of qkv, output of the second module), and Z^{ℓ+1/2}."""
+    return watched_layers(twin.transformer.layers, lambda: twin(images))
+
+
+def watched_layers(layers, run):
+    """The same of `layers` while something runs them."""
     seen = []
     hooks = []
-    for mssa, ista in twin.transformer.layers:
+    for mssa, ista in layers:
         hooks.append(mssa.fn.qkv.register_forward_hook(lambda _, __, out: seen.append([out])))
         hooks.append(ista.register_forward_hook(lambda _, inputs, out: seen[-1].extend([inputs[0], out])))
     with torch.no_grad():
-        twin(images)
+        run()
     for hook in hooks:
         hook.remove()
     return seen
@@ -58,8 +63,14 @@ def long_rate(tokens):
 
 def assert_measures_are_right(model, twin, images):
     measures = inspection.measure_layers(model, images)
-    for index, (w, z, x) in enumerate(watched(twin, images)):
-        mssa, _ = twin.transformer.layers[index]
+    assert_measures_are_of(measures, twin.transformer.layers, watched(twin, images))
+    assert measures.rate.shape == (model.transformer.depth, len(images))
+
+
+def assert_measures_are_of(measures, layers, seen):
+    """`measures` are what the long way makes of what hooks have `seen` of `layers`."""
+    for index, (w, z, x) in enumerate(seen):
+        mssa, _ = layers[index]
         heads = mssa.fn.heads
         after = mssa.fn.qkv(mssa.norm(z)).detach()
         split = [v.unflatten(-1, (heads, -1)).transpose(1, 2) for v in (w, after)]
@@ -67,7 +78,6 @@ def assert_measures_are_right(model, twin, images):
         torch.testing.assert_close(measures.compressed_rate[index], long_rate(split[1]).sum(-1), rtol=1e-5, atol=0)
         torch.testing.assert_close(measures.rate[index], long_rate(x), rtol=1e-5, atol=0)
         assert measures.nonzero[index].tolist() == [(one != 0).double().mean().item() for one in x]
-    assert measures.rate.shape == (model.transformer.depth, len(images))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -162,6 +162,7 @@ def test_no_class_of_a_file_is_imported_or_made(tmp_path, monkeypatch):
         (lambda: {f"{number}.pos_embedding": torch.zeros(1) for number in range(2000)}, "2000 models"),
         (lambda: weights() | under("module.", weights()), r"'.*' twice"),
         (lambda: argparse.Namespace(model=weights()), "it asks for argparse.Namespace"),
+        (lambda: {"conv1.weight": torch.zeros(3), "epoch": 1}, "no weights of a CRATE in it$"),
         (lambda: {"model": {name: value.numpy() for name, value in weights().items()}}, "it asks for numpy"),
     ],
 )

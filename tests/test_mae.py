@@ -7,8 +7,9 @@ from conftest import call
 import crate_fast
 from crate_fast import CRATE, CRATEMAE, CheckpointError, load_checkpoint, reference
 from crate_fast.checkpoint import save_checkpoint, save_model
-from crate_fast.checkpoint.start_from import read_weights, start_from
+from crate_fast.checkpoint.start_from import go_on_from, read_weights, start_from
 from crate_fast.kernels import runtime
+from crate_fast.model import cuda_graph
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}  # 17 tokens
 ONE = SMALL | {"img_size": 4, "embed_dim": 20, "depth": 1, "num_heads": 1}  # 2 tokens, no projection back
@@ -140,11 +141,29 @@ def test_images_and_ratios_that_do_not_fit_are_refused_in_a_line(images, ratio, 
         ({"decoder_depth": 2.0}, TypeError, "decoder_depth is 2.0; it must be an integer"),
         ({"lambd": -1.0}, ValueError, "lambd is -1.0; it must be at least 0"),
         ({"depth": 10**9}, ValueError, "at most"),
+        ({"patch_size": 1, "in_chans": 1, "norm_pix_loss": True}, ValueError, "a patch of one value has no deviation"),
     ],
 )
 def test_what_no_model_is_made_of_is_refused_in_a_line(options, error, words):
     with pytest.raises(error, match=words):
         CRATEMAE(**SMALL | options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda m, x: m(x, 0.5, [[0.1]]), TypeError, "noise is a list; it must be a tensor"),
+        (lambda m, x: m(x, 0.5, torch.rand(1, 9)), ValueError, r"noise has shape \(1, 9\) on cpu; it must be .* \(1, 16\)"),
+        (lambda m, x: m(x, 0.5, torch.rand(1, 16, device="meta")), ValueError, r"on meta; it must be .* on cpu"),
+        (lambda m, x: m.patchify(x[..., 1:]), ValueError, r"\(1, 3, 16, 15\), which patches of 4×4 do not divide"),
+        (lambda m, x: m.unpatchify(torch.rand(1, 15, 48)), ValueError, r"shape \(1, 15, 48\) make no square image"),
+        (lambda m, x: m.unpatchify(torch.rand(1, 16, 47)), ValueError, r"it must be \(batch, side², 16 · channels\)"),
+        (lambda m, x: m.get_last_key_enc(x, 1.5), ValueError, "layer is 1.5; it must be a whole number"),
+    ],
+)
+def test_what_a_method_does_not_take_is_refused_in_a_line(call, error, words):
+    with pytest.raises(error, match=words):
+        call(CRATEMAE(**SMALL), torch.zeros(1, 3, 16, 16))
 
 
 def test_patches_come_back_as_the_image_they_were():
@@ -158,7 +177,7 @@ def test_attention_and_keys_of_images_of_other_sizes():
     attention = ours.get_selfattention_enc(torch.randn(2, 3, 24, 20), 1)
     assert attention.shape == (2, 2, 31, 31) and torch.allclose(attention.sum(-1), torch.ones(()))
     assert ours.get_last_key_enc(torch.randn(2, 3, 16, 16), 0).shape == (2, 17, 32)
-    with pytest.raises(ValueError, match="layer is 2; it must be from 0 to 1"):
+    with pytest.raises(ValueError, match="layer is 2; it must be a whole number from 0 to 1"):
         ours.get_last_key_enc(torch.randn(2, 3, 16, 16), 2)
 
 
@@ -243,3 +262,41 @@ def test_a_crate_starts_from_its_encoder_once_the_threshold_is_said(bare, tmp_pa
     images = torch.randn(1, 3, 16, 16)
     patches = model.to_patch_embedding[0](images)
     torch.testing.assert_close(model.to_patch_embedding[2](patches), mae.patch_embed(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_one_takes_what_it_takes_and_no_graph_is_recorded_of_one(monkeypatch):
+    ours, images, noise = drawn(CRATEMAE, **SMALL).eval(), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    with torch.no_grad():
+        expected = ours(images, 0.5, noise)
+    assert all(map(torch.equal, crate_fast.freeze(ours)(images, mask_ratio=0.5, noise=noise), expected))
+    monkeypatch.setattr(cuda_graph, "record", lambda call, images: call(images))  # as on a GPU, before it records
+    for model in (ours, crate_fast.freeze(ours)):
+        with pytest.raises(TypeError, match=r"makes one tensor of images; this \w+ makes a tuple"):
+            cuda_graph.Graphed(model, images)
+
+
+def test_an_encoder_that_is_not_whole_or_another_starts_no_crate(tmp_path):
+    weights, path = CRATEMAE(**SMALL).state_dict(), tmp_path / "x.pth"
+    of_vit = {key: value for key, value in weights.items() if not key.startswith("blocks.")}
+    for words, content in {
+        "1 weights of its encoder are missing, 'blocks.1.layers.0.1.fn.weight'": {
+            key: value for key, value in weights.items() if key != "blocks.1.layers.0.1.fn.weight"
+        },
+        "weights of its encoder are missing, 'blocks.0.": of_vit | {"blocks.0.attn.qkv.weight": torch.zeros(96, 32)},
+        "weights of its encoder are missing, 'blocks.1.": {k.replace("blocks.1", "blocks.3"): v for k, v in weights.items()},
+        "1 weights are of no encoder of a CRATE-MAE, 'blocks.0.gamma'": weights | {"blocks.0.gamma": torch.ones(32)},
+    }.items():
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=words):
+            read_weights(path)
+    alone = CRATEMAE(**ONE).state_dict()
+    torch.save(alone, path)
+    assert len(read_weights(path).weights) == 14
+
+
+@pytest.mark.parametrize("options, words", [({"lambd": 5.0}, r"--lambd 5\.0"), ({"num_heads": 4}, "--heads 4")])
+def test_what_a_file_states_and_shapes_do_not_tell_is_not_passed_over(options, words, tmp_path):
+    save_model(CRATEMAE(**SMALL | options), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=f"in this run, which may start from it with {words}"):
+        go_on_from(CRATEMAE(**SMALL), tmp_path / "x.safetensors")
+    assert "46 weights loaded" in go_on_from(CRATEMAE(**SMALL | options), tmp_path / "x.safetensors")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import call
 from helpers.pictures import make_folder
+from PIL import Image
 from test_resume import stop_after
 
 from crate_fast import CRATEMAE, load_checkpoint
@@ -97,6 +98,30 @@ def test_a_folder_is_learned_without_its_labels_and_starts_a_crate(tmp_path, cap
     assert status == 2 and "lambd is 0.5 in it and 0.1 in this run" in err
 
 
+@pytest.mark.parametrize("splits", [("",), ("train", "val")], ids=["one folder", "train and val"])
+def test_photographs_that_lie_in_no_folder_of_a_class_are_learned_from(splits, tmp_path, capsys):
+    for split in splits:
+        (tmp_path / "data" / split / "more").mkdir(parents=True)
+        for index, name in enumerate(("a.png", "b.png", "more/c.png", "more/d.png")):
+            Image.effect_noise((40, 32), 50 + index).convert("RGB").save(tmp_path / "data" / split / name)
+    words = ["--data", tmp_path / "data", "--device", "cpu", "--num-threads", 1, "--workers", 0, "--epochs", 1]
+    sizes = ["--image-size", 32, "--dim", 16, "--depth", 1, "--heads", 2, "--dim-head", 8, "--batch-size", 3]
+    status, out, error = call(capsys, "pretrain", *words, *sizes, "--out", tmp_path / "run")
+    assert status == 0 and f"{4 if splits[0] else 3} images of 1 classes to train on" in out, error
+    status, _, error = call(capsys, "train", *words, *sizes, "--out", tmp_path / "other")
+    assert status == 2 and "lies in no folder of a class, so nothing tells its label" in error
+
+
+def test_a_bare_file_of_any_width_starts_a_crate_once_its_heads_are_said(tmp_path, capsys):
+    torch.save(CRATEMAE(**MODEL).state_dict(), tmp_path / "x.pth")
+    words = ["train", "--init", tmp_path / "x.pth", "--epochs", 1, "--device", "cpu", "--num-threads", 1, "--batch-size", 720]
+    status, _, error = call(capsys, *words, "--out", tmp_path / "run")
+    assert status == 2 and "say heads" in error
+    status, out, error = call(capsys, *words, "--out", tmp_path / "run", "--heads", 2)
+    assert status == 0 and "of a CRATE-MAE: its encoder" in out, error
+    assert load_checkpoint(tmp_path / "run").transformer.layers[0][0].fn.scale == 8**-0.5
+
+
 def test_it_goes_on_from_weights_of_its_own_kind_alone(tmp_path, capsys):
     save_model(CRATEMAE(**MODEL, lambd=0.1), tmp_path / "x.safetensors")
     run, _ = train(replace(SMALL, init=str(tmp_path / "x.safetensors"), epochs=1, lr=1e-12, ema=0.0))
@@ -112,6 +137,8 @@ def test_it_goes_on_from_weights_of_its_own_kind_alone(tmp_path, capsys):
         "--heads 2": "--heads is 2 and --dim-head 16; of a CRATE-MAE they make --dim, 48, together",
         "--recipe digits": "--recipe is 'digits' and --objective is 'classes', for `train`; `pretrain` learns 'patches'",
         "--mask-ratio 1": "--mask-ratio is 1.0; it must be below 1",
+        "--mask-ratio 1e-17": "--mask-ratio is 1e-17, which masks none of 16 patches",
+        "--patch-size 1 --norm-pix-loss": "a patch of one value has no deviation to be normalised by",
     }.items(),
 )
 def test_what_a_crate_mae_has_not_is_refused_in_a_line(words, said, capsys):

@@ -22,6 +22,17 @@ ALIASES = {"heads": ("num_heads", "decoder_num_heads"), "image_size": ("img_size
 NEEDED = {FIRST_OF_MAE: 3, "mask_token": 3, "patch_embed.proj.weight": 4}
 LAYERS = {"depth": "blocks.", "decoder_depth": "decoder_blocks."}
 ENCODER = "blocks.{}.layers.0."
+BACK = "0.fn.to_out."  # which a single head has not
+OF_LAYER = (
+    "0.norm.weight",
+    "0.norm.bias",
+    "0.fn.qkv.weight",
+    f"{BACK}0.weight",
+    f"{BACK}0.bias",
+    "1.norm.weight",
+    "1.norm.bias",
+)
+OF_LAYER += ("1.fn.weight",)
 NOTE = "of a CRATE-MAE: its encoder, without decoder and mask token; the norms of a CRATE's patches are new, it has none"
 STEP_SIZE = 0.1  # which its constructor does not take
 
@@ -114,9 +125,10 @@ def as_crate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     scales by what the projection makes of patches of unit variance, about what the layers were trained with beside positions.
 
     Raises:
-        ValueError: weights by which a CRATE-MAE is told are missing.
+        ValueError: weights by which a CRATE-MAE is told are missing, or its layers are not all there, or are others.
     """
     check_needed(weights)
+    _check_layers(weights)
     project = weights["patch_embed.proj.weight"]
     dim, channels, height, width = project.shape
     vector = project.new_empty(channels * height * width), project.new_empty(dim)
@@ -130,10 +142,20 @@ def as_crate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if theirs in weights:
             found[ours] = weights[theirs]
     for key, value in weights.items():
-        parts = key.split(".")
-        if key.startswith("blocks.") and key.startswith(ENCODER.format(parts[1])):
-            found[".".join(("transformer.layers", parts[1], *parts[4:]))] = value
+        if key.startswith(LAYERS["depth"]):
+            _, number, _, _, *name = key.split(".")
+            found[".".join(("transformer.layers", number, *name))] = value
     return found
+
+
+def _check_layers(weights: dict[str, Tensor]) -> None:
+    """Raises ValueError where what is called a layer of the encoder is none of a CRATE-MAE, such as a layer of another MAE."""
+    there = {key for key in weights if key.startswith(LAYERS["depth"])}
+    names = [name for name in OF_LAYER if not name.startswith(BACK) or any(key.endswith(name) for key in there)]
+    wanted = {ENCODER.format(n) + name for n in range(depth_of(there, LAYERS["depth"])) for name in names}
+    for odd, words in ((wanted - there, "of its encoder are missing"), (there - wanted, "are of no encoder of a CRATE-MAE")):
+        if odd:
+            raise ValueError(f"{len(odd)} weights {words}, {min(odd)!r} first")
 
 
 def crate_arguments(arguments: dict) -> dict:

@@ -89,8 +89,8 @@ def _is_value(name: str) -> bool:
     """Whether a name is that of a class whose objects may lie in a checkpoint."""
     module, _, last = name.rpartition(".")
     package = module.partition(".")[0]
-    if package == "torch":  # what its reader takes of it goes before any mark; the others are a class, or a function
-        return last[:1].isupper()
+    if package == "torch":  # its reader takes storages itself, before any mark; the others are a class, or a function
+        return last[:1].isupper() and not last.endswith("Storage")
     if package in sys.stdlib_module_names:
         return last in PLAIN.get("pathlib" if package == "pathlib" else module, ())
     return True

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 from ..model.positions import resample_positions
 
 HEAD = "mlp_head."
@@ -32,7 +33,19 @@ def resized_weights(model: CRATE, num_classes: int, grid: tuple[int, int]) -> tu
         lines.append(f"a new head, random, for {num_classes} classes, where it has {classes}")
     there = grid_of(model.image_size, model.patch_size)
     if grid != there:
-        with torch.no_grad():
-            weights["pos_embedding"] = resample_positions(weights["pos_embedding"], there, grid)
-        lines.append(f"position embeddings resampled from {there[0]}×{there[1]} patches to {grid[0]}×{grid[1]}")
+        lines.append(_resample(weights, ("pos_embedding",), there, grid))
     return weights, lines
+
+
+def resized_mae_weights(model: CRATEMAE, grid: tuple[int, int]) -> tuple[dict[str, Tensor], str]:
+    """As `resized_weights`, of a CRATE-MAE, whose positions are resampled, too: those that it was trained with."""
+    weights = model.state_dict()
+    return weights, _resample(weights, ("pos_embed", "decoder_pos_embed"), model.patch_embed.grid_size, grid)
+
+
+@torch.no_grad()
+def _resample(weights: dict[str, Tensor], names: Sequence[str], there: tuple[int, int], grid: tuple[int, int]) -> str:
+    """Puts position embeddings for `grid` patches in the place of those for the patches `there`; says so in a line."""
+    for name in names:
+        weights[name] = resample_positions(weights[name], there, grid)
+    return f"position embeddings resampled from {there[0]}×{there[1]} patches to {grid[0]}×{grid[1]}"

@@ -23,13 +23,13 @@ from .layouts import WORDS
 from .mae import MAE_ARGUMENTS, changed_arguments, infer_mae, is_mae, mae_keywords
 from .published import infer_arguments
 from .read import TRANSFORM, CheckpointError, Model, model_file, read_model
-from .resize import grid_of, resized_weights
+from .resize import grid_of, resized_mae_weights, resized_weights
 from .tensor_files import write_tensors
 
 RESIZED = ("num_classes", "image_size")  # those that may be others than a file's, with a new head and other positions
 FREE = ("training", "backend", "stream", "transform", "frozen", "drop_path", "grad_checkpointing")
 """Settings that a model and what its file builds need not share."""
-NO_CLASSES = "it holds a CRATE-MAE, which tells no classes apart; crate_fast.load_checkpoint reads it, --init starts from it"
+NO_CLASSES = "it holds a CRATE-MAE, which tells no classes apart; crate-fast train --init fine-tunes a CRATE from its encoder"
 
 
 def save_model(model: CRATE | CRATEMAE, path: str | os.PathLike) -> None:
@@ -211,12 +211,29 @@ def load_mae(path: Path, found: Model, overrides: dict) -> CRATEMAE:
         overrides = mae_keywords(overrides)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    own = {name: value for name, value in overrides.items() if name != "img_size"}
     if arguments is None:
         transform = None  # by the key under which a classifier's lie
-        arguments = _settle(path, lambda: infer_mae(weights, {n: v for n, v in overrides.items() if n in MAE_ARGUMENTS}))
-    model = build(path, arguments, weights, overrides, CRATEMAE)
+        arguments = _settle(path, lambda: infer_mae(weights, {n: v for n, v in own.items() if n in MAE_ARGUMENTS}))
+    model = build(path, arguments, weights, own, CRATEMAE)
+    if own != overrides:
+        model = _resized_mae(path, model, arguments | overrides)
     model.transform = transform
     return model
+
+
+def _resized_mae(path: Path, model: CRATEMAE, arguments: dict) -> CRATEMAE:
+    """`model`, with other positions where `arguments` have another size of image, which is said."""
+    try:
+        built = skeleton(arguments, CRATEMAE)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: no CRATEMAE is of these sizes ({first_line(error)})") from error
+    if built.image_size == model.image_size:
+        return model
+    weights, line = resized_mae_weights(model, built.patch_embed.grid_size)
+    tell(f"{path}: {line}")
+    built.load_state_dict(weights, assign=True)
+    return built.eval()
 
 
 def _head_width(arguments: object, overrides: dict) -> dict:

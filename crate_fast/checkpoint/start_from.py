@@ -17,7 +17,7 @@ from ..modules.step import PUBLISHED_STEP
 from ..settings import flag
 from .constructor import PUBLISHED_MODEL, body_arguments, build, check_floating, constructor_arguments, difference_of
 from .layouts import joined
-from .mae import MAE_ARGUMENTS, NOTE, as_crate, crate_arguments, infer_mae, is_mae, mae_arguments
+from .mae import MAE_ARGUMENTS, NOTE, as_crate, crate_arguments, infer_mae, is_mae, mae_arguments, mae_keywords
 from .mae import OPEN as OPEN_OF_MAE
 from .published import OPEN
 from .read import CheckpointError, Model, model_file, read_model
@@ -25,6 +25,11 @@ from .resize import HEAD, grid_of
 
 SAME_LAYERS = ("dim", "depth", "heads", "dim_head", "channels", "ista", "lambd")
 SAME = (*SAME_LAYERS, "patch_size")  # what a weight means hangs on these
+OF_SHAPES_ALIKE = {
+    "num_heads": "heads",
+    "decoder_num_heads": "heads",
+    "lambd": "lambd",
+}  # of a CRATE-MAE, and what a run calls it
 
 
 def read_weights(path: str | Path) -> Model:
@@ -45,9 +50,12 @@ def read_weights(path: str | Path) -> Model:
     return source._replace(arguments=constructor_arguments(model), weights=model.state_dict())
 
 
-def encoder_settings(path: str | Path) -> dict:
+def encoder_settings(path: str | Path, heads: int | None = None) -> dict:
     """What a run must be set to for a CRATE to start from the encoder of a CRATE-MAE, by setting: what the file states, else
     what its shapes tell and, as published, the threshold; {} for other weights.
+
+    Args:
+        heads: how many, where that was said; of a file that states no number they are these.
 
     Raises: as `read_weights`.
     """
@@ -58,7 +66,7 @@ def encoder_settings(path: str | Path) -> dict:
     arguments = source.arguments
     if arguments is None:
         try:
-            arguments, _ = infer_mae(source.weights, {})
+            arguments, _ = infer_mae(source.weights, mae_keywords({} if heads is None else {"heads": heads}))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{file}: {error}") from error
     elif not isinstance(arguments, dict) or set(arguments) != set(MAE_ARGUMENTS):
@@ -71,18 +79,30 @@ def go_on_from(model: CRATEMAE, path: str | os.PathLike) -> str:
     """Gives `model` the weights of a CRATE-MAE of its own sizes in `path`; says in a line that it did.
 
     Raises:
-        CheckpointError: they cannot be read, or are of something else.
+        CheckpointError: they cannot be read, or are of something else, or the file says that they are of a model that computes
+            something else with them.
     """
     file = model_file(path)
     source = read_model(file)
     if not is_mae(source.weights):
         raise CheckpointError(f"{file}: it holds no CRATE-MAE, and a run with --objective patches starts from nothing else")
     check_floating(file, source.weights)
+    if source.arguments is not None:
+        stated = mae_arguments(build(file, source.arguments, source.weights, {}, CRATEMAE))
+        _check_stated(mae_arguments(model), stated, file)
     difference = difference_of(model, source.weights)
     if difference is not None:
         raise CheckpointError(f"{file}: {difference}, in this run")
     model.load_state_dict(source.weights)
     return f"{file}: {len(source.weights)} weights loaded"
+
+
+def _check_stated(own: dict, stated: dict, file: Path) -> None:
+    """Raises CheckpointError where a CRATE-MAE's file states what its shapes do not tell, and a run has it otherwise."""
+    for name, setting in OF_SHAPES_ALIKE.items():
+        if own[name] != stated[name]:
+            words = f"{name} is {stated[name]} in it and {own[name]} in this run"
+            raise CheckpointError(f"{file}: {words}, which may start from it with {_flags({setting: stated[name]})}")
 
 
 def _encoder(file: Path, source: Model) -> Model:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InspectionError
 from ..files import as_bytes, first_line, printable, write_atomically
 from ..optional import require
 from .arguments import add_checkpoint, add_device, add_weights, as_path, positive, weights_of
+
+if TYPE_CHECKING:
+    from ..model.encoder import Encoder
 
 ENDINGS = (".html", ".htm")
 
@@ -38,7 +42,7 @@ def _explore(arguments: argparse.Namespace) -> None:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise InspectionError(f"--out is {out}, which {'is a directory' if out.is_dir() else 'lies in no directory'}")
     require("numpy", "PIL")
-    from ..checkpoint.save_load import load_classifier
+    from ..checkpoint.save_load import load_checkpoint
     from ..device import choose_compute
     from ..inspection.explore import explore
     from ..inspection.photos import Normalisation, PhotoError, cut_to_patches, read_photo
@@ -46,21 +50,20 @@ def _explore(arguments: argparse.Namespace) -> None:
 
     device = choose_compute(arguments.device, "float32", Ranks()).device
     pictures = [read_photo(path) for path in arguments.photos]  # before anything is computed
-    model = load_classifier(arguments.checkpoint, device=device, **weights_of(arguments)).float()
-    photos = []
+    model = load_checkpoint(arguments.checkpoint, device=device, **weights_of(arguments)).float()
+    encoder, photos = model.encoder(), []
     for path, picture in zip(arguments.photos, pictures, strict=True):
         try:
-            photos.append(
-                (printable(path.name), cut_to_patches(picture, model.patch_size, arguments.size or min(model.image_size)))
-            )
+            side = arguments.size or min(encoder.image_size)
+            photos.append((printable(path.name), cut_to_patches(picture, encoder.patch_size, side)))
         except (ValueError, MemoryError, OverflowError) as error:
             raise PhotoError(f"{path}: {first_line(error)}") from error
-    page = explore(model, Normalisation(model, arguments.checkpoint), photos, _title(model, arguments.checkpoint))
+    page = explore(model, Normalisation(model, arguments.checkpoint), photos, _title(encoder, arguments.checkpoint))
     write_atomically(out, lambda file: file.write(as_bytes(page)))
     print(f"written to {printable(str(out))}, {len(page) / 2**20:.1f} MiB: open it in a browser")
 
 
-def _title(model, source: str) -> str:
-    transformer = model.transformer
-    sizes = f"{transformer.depth} layers, {transformer.heads} heads, width {transformer.dim}"
-    return f"{printable(Path(source).name)}: {sizes}, patches of {'×'.join(map(str, model.patch_size))} pixels"
+def _title(encoder: Encoder, source: str) -> str:
+    sizes = f"{encoder.depth} layers, {encoder.heads} heads, width {encoder.dim}"
+    patches = f"patches of {'×'.join(map(str, encoder.patch_size))} pixels"
+    return f"{printable(Path(source).name)}, {encoder.name}: {sizes}, {patches}"

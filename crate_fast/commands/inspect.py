@@ -56,7 +56,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if not sources:
         raise InspectionError("there is no model to inspect: give a run directory or a file, first or after --checkpoint")
     require("matplotlib", "numpy", "PIL")
-    from ..checkpoint.save_load import load_classifier
+    from ..checkpoint.save_load import load_checkpoint
     from ..device import choose_compute
     from ..inspection.photos import PhotoError, find_photos
     from ..inspection.rates import measure_layers
@@ -67,7 +67,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     is_folder = stored is None and not _is_digits(arguments.images)
     paths = find_photos(arguments.images)[: arguments.limit] if is_folder else None
     labels = unique_labels(sources)
-    models = [load_classifier(source, device=device, **weights_of(arguments)).float() for source in sources]
+    models = [load_checkpoint(source, device=device, **weights_of(arguments)).float() for source in sources]
     results = []
     for source, label, model in zip(sources, labels, models, strict=True):
         if stored is not None:
@@ -80,7 +80,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
             raise
         except InspectionError as error:
             raise InspectionError(f"{source}: {error}") from error
-        results.append({"checkpoint": str(source), "label": label, "images": measures.rate.shape[1], "layers": measures.rows()})
+        told = {"checkpoint": str(source), "label": label, "model": model.encoder().name}
+        results.append({**told, "images": measures.rate.shape[1], "layers": measures.rows()})
     _write(results, arguments.out, (".png", ".pdf") if arguments.pdf else (".png",))
 
 
@@ -114,7 +115,7 @@ def _digits(model, arguments: argparse.Namespace):
 
     if model.channels != Digits.channels:
         raise InspectionError(f"the model takes {model.channels} channels; the digits have {Digits.channels}")
-    images = Digits(model.image_size, model.pos_embedding.device)
+    images = Digits(model.image_size, model.cls_token.device)
     count = min(images.test_count, arguments.limit or images.test_count)
     print(f"the digits: {count} test images")
     for batch, _ in images.test_batches(arguments.batch_size, Ranks()):
@@ -149,9 +150,11 @@ def _write(results: list[dict], out: Path, endings: tuple[str, ...]) -> None:
     writer.writerows(rows)
     write_atomically(out / "layers.csv", lambda file: file.write(as_bytes(table.getvalue())))
     measured = {result["label"]: result["layers"] for result in results}
+    kinds = {result["model"] for result in results}
+    what = min(kinds) if len(kinds) == 1 else ""
     for ending in endings:
-        plot_rates(measured, out / f"coding-rate{ending}")
-        plot_sparsity(measured, out / f"sparsity{ending}")
+        plot_rates(measured, out / f"coding-rate{ending}", what)
+        plot_sparsity(measured, out / f"sparsity{ending}", what)
     print(_table(results))
     names = ", ".join(f"{name}{ending}" for ending in endings for name in ("coding-rate", "sparsity"))
     print(f"written to {out}: layers.json, layers.csv, {names}")
@@ -160,7 +163,7 @@ def _write(results: list[dict], out: Path, endings: tuple[str, ...]) -> None:
 def _table(results: list[dict]) -> str:
     lines = []
     for result in results:
-        lines.append(f"{result['label']}: mean over {result['images']} images")
+        lines.append(f"{result['label']}, {result['model']}: mean over {result['images']} images")
         lines.append("layer  R^c before MSSA   after  non-zero after ISTA  R of all tokens")
         for row in result["layers"]:
             rates = f"{row['subspace_rate_mean']:15.2f} {row['compressed_rate_mean']:7.2f}"

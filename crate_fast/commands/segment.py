@@ -14,7 +14,7 @@ from .arguments import add_checkpoint, add_device, add_weights, as_path, number,
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..model.crate import CRATE
+    from ..model.encoder import Encoder
 
 FOREGROUNDS = ("attention", "above", "below")
 
@@ -80,7 +80,7 @@ def _share(text: str) -> float:
 
 def _segment(arguments: argparse.Namespace) -> None:
     require("matplotlib", "numpy", "PIL")
-    from ..checkpoint.save_load import load_classifier
+    from ..checkpoint.save_load import load_checkpoint
     from ..device import choose_compute
     from ..inspection.figures import plot_heads, save_picture
     from ..inspection.maps import keep_mass, look
@@ -91,14 +91,16 @@ def _segment(arguments: argparse.Namespace) -> None:
     paths, out = arguments.images, arguments.out
     for photo in paths:
         read_photo(photo)  # before anything is computed
-    model = load_classifier(arguments.checkpoint, device=device, **weights_of(arguments)).float()
-    layer, heads = _check_layer(model, arguments.layer, "--layer"), _check_heads(model, arguments.heads)
-    of_components = _check_layer(model, arguments.pca_layer, "--pca-layer")
+    model = load_checkpoint(arguments.checkpoint, device=device, **weights_of(arguments)).float()
+    encoder = model.encoder()
+    layer, heads = _check_layer(encoder, arguments.layer, "--layer"), _check_heads(encoder, arguments.heads)
+    of_components = _check_layer(encoder, arguments.pca_layer, "--pca-layer")
     normalise = Normalisation(model, arguments.checkpoint)
-    print(f"normalised by {normalise.origin} mean and deviation; layer {layer + 1} of {model.transformer.depth}")
+    which = f"layer {layer + 1} of {encoder.depth}"
+    print(f"normalised by {normalise.origin} mean and deviation; {which} of {encoder.name}")
     names, features, masks = _names(paths), [], []
     for path, name in zip(paths, names, strict=True):
-        image = _cut(path, model, arguments.size)
+        image = _cut(path, encoder, arguments.size)
         one = look(model, normalise(image), layer, of_components, arguments.facet)
         if not (one.maps.isfinite().all() and one.features.isfinite().all()):
             raise InspectionError(f"{path}: what {arguments.checkpoint} makes of it is not finite, so there is nothing to show")
@@ -107,12 +109,12 @@ def _segment(arguments: argparse.Namespace) -> None:
         folder = _make(out / name)
         pixels = to_array(image)
         save_picture(pixels, folder / "image.png", arguments.enlarge)
-        title = f"{path.name}: attention of the class token in layer {layer + 1} of {model.transformer.depth}"
+        title = f"{path.name}: attention of the class token in {which} of {encoder.name}"
         numbers = [head + 1 for head in heads]
         plot_heads(pixels, one.maps[heads], numbers, title, folder / "heads.png")
         named = {f"head-{number:02}": one.maps[number - 1] for number in numbers} | {"mean": one.maps[heads].mean(0)}
-        _draw(pixels, named, model.patch_size, folder, arguments)
-    _draw_components(names, features, masks, model.patch_size, arguments)
+        _draw(pixels, named, encoder.patch_size, folder, arguments)
+    _draw_components(names, features, masks, encoder.patch_size, arguments)
     print(f"written to {out}: {', '.join(f'{name}/, pca-{name}.png' for name in names)}")
 
 
@@ -156,19 +158,19 @@ def _draw_components(
             save_picture(enlarged(coloured(one), patch_size), out / name / f"component-{nth}.png", arguments.enlarge)
 
 
-def _cut(path: Path, model: CRATE, short_side: int | None):
+def _cut(path: Path, encoder: Encoder, short_side: int | None):
     """The photograph, scaled and cut as asked and as patches divide it, saying so where something falls away."""
     from ..inspection.photos import PhotoError, cut_to_patches, read_photo
 
     photo = read_photo(path)
     try:
-        image = cut_to_patches(photo, model.patch_size, short_side)
+        image = cut_to_patches(photo, encoder.patch_size, short_side)
     except (ValueError, MemoryError, OverflowError) as error:  # too small for a patch, or --size too large for Pillow
         raise PhotoError(f"{path}: {first_line(error)}") from error
     words = f"{path}: {photo.height}×{photo.width}"
     if short_side is not None:
         words += f", its shorter side scaled to {short_side}"
-    patches = "×".join(map(str, model.patch_size))
+    patches = "×".join(map(str, encoder.patch_size))
     print(f"{words}; {image.height}×{image.width} of it seen, in patches of {patches}")
     return image
 
@@ -196,8 +198,8 @@ def _make(folder: Path) -> Path:
     return folder
 
 
-def _check_layer(model: CRATE, layer: int | None, flag: str) -> int:
-    depth = model.transformer.depth
+def _check_layer(encoder: Encoder, layer: int | None, flag: str) -> int:
+    depth = encoder.depth
     if not depth:
         raise InspectionError("the model has no layers to show")
     if layer is not None and layer > depth:
@@ -205,8 +207,8 @@ def _check_layer(model: CRATE, layer: int | None, flag: str) -> int:
     return (layer or depth) - 1
 
 
-def _check_heads(model: CRATE, heads: list[int] | None) -> list[int]:
-    count = model.transformer.heads
+def _check_heads(encoder: Encoder, heads: list[int] | None) -> list[int]:
+    count = encoder.heads
     wrong = next((head for head in heads or () if head > count), None)
     if wrong is not None:
         raise InspectionError(f"--heads names {wrong}; the model has heads 1 to {count}")

@@ -35,12 +35,13 @@ class Photographs:
         return read_or_stop(self._files[index][0])
 
 
-def open_folder(path: str | Path, word: str = "--data") -> tuple[Photographs, Photographs, list[str]]:
+def open_folder(path: str | Path, word: str = "--data", labelled: bool = True) -> tuple[Photographs, Photographs, list[str]]:
     """Training and validation images of a folder, and the names of its classes, sorted; a label is a name's place.
 
     Args:
         path: the folder.
         word: what the command line calls it.
+        labelled: whether labels are learned; if not, images may lie in no folder of a class, and all are then of one.
 
     Raises:
         ConfigError: train/ or val/ is missing, has no classes or no images, or their classes differ.
@@ -50,7 +51,7 @@ def open_folder(path: str | Path, word: str = "--data") -> tuple[Photographs, Ph
         where = "" if path.is_absolute() else f" in {Path.cwd()}"  # a run remembers its data as they were given
         raise ConfigError(f"{word} is {path}, which is no directory{where}")
     left_out: Counter = Counter()
-    names = {split: _classes(path / split, word, left_out) for split in ("train", "val")}
+    names = {split: _classes(path / split, word, left_out, labelled) for split in ("train", "val")}
     train, val = (set(names[split]) for split in ("train", "val"))
     if train != val:
         only, where = (sorted(train - val), "train") if train - val else (sorted(val - train), "val")
@@ -66,17 +67,19 @@ def is_undivided(path: str | Path) -> bool:
     return path.is_dir() and not any((path / split).is_dir() for split in ("train", "val"))
 
 
-def divide_folder(path: str | Path, share: float) -> tuple[Photographs, Photographs, list[str], list[str]]:
+def divide_folder(
+    path: str | Path, share: float, labelled: bool = True
+) -> tuple[Photographs, Photographs, list[str], list[str]]:
     """Training and validation images of a folder of classes, the names of the classes, and the validation images' own.
 
     Of each class `share`, but at least one image, is held out: the same ones in every run, which the names alone decide, so
-    that no model is evaluated on what another one, from which it starts, was trained on.
+    that no model is evaluated on what another one, from which it starts, was trained on. `labelled`: as of `open_folder`.
 
     Raises:
         ConfigError: it has no folders of classes, images in no class, or a class of less than two images.
     """
     path, left_out = Path(path), Counter()
-    names = _classes(path, "--data", left_out)
+    names = _classes(path, "--data", left_out, labelled)
     found: tuple[list, list] = [], []
     for label, name in enumerate(names):
         files = [file for file, _ in _scan(path, [name], "--data", left_out)]
@@ -94,17 +97,20 @@ def _place(file: str, folder: Path) -> bytes:
     return hashlib.sha256(as_bytes(os.path.relpath(file, folder))).digest()
 
 
-def _classes(path: Path, word: str, left_out: Counter) -> list[str]:
-    """The names of the folders in `path`, sorted; hidden ones are none, and what else lies there is counted."""
+def _classes(path: Path, word: str, left_out: Counter, labelled: bool) -> list[str]:
+    """The names of the folders in `path`, sorted; hidden ones are none, and what else lies there is counted. The folder itself
+    where images lie in it and need not be `labelled`."""
     if not path.is_dir():
         raise ConfigError(f"{word}: {path} is no directory; a data set has train/ and val/, with a folder per class in each")
     entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    loose = next((entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()), None)
+    if loose is not None and not labelled:
+        return ["."]
     left_out["hidden"] += sum(1 for _ in path.iterdir()) - len(entries)
     classes = sorted(entry.name for entry in entries if entry.is_dir())
     dead = next((entry for entry in entries if not entry.exists()), None)
     if dead is not None:
         raise ConfigError(f"{word}: {dead} is a link to nothing, which may have been a class")
-    loose = next((entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()), None)
     if loose is not None:
         raise ConfigError(f"{word}: {loose} lies in no folder of a class, so nothing tells its label")
     if not classes:

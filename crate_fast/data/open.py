@@ -42,19 +42,23 @@ class Data(Protocol):
     def describe(self) -> dict: ...
 
 
-def open_data(settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int] | None = None) -> Data:
+def open_data(
+    settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int] | None = None, labelled: bool = True
+) -> Data:
     """The data that `settings` ask for; test images of `size`, (height, width), or None: of --image-size.
+
+    labelled: whether labels are learned; if not, a folder's images need not lie in folders of classes.
 
     Raises:
         ConfigError: it is not there or damaged, or --classes is another number than it has.
     """
-    data = _open(settings, device, ranks, size or (settings.image_size, settings.image_size))
+    data = _open(settings, device, ranks, size or (settings.image_size, settings.image_size), labelled)
     if settings.classes is not None and settings.classes != data.classes:
         raise ConfigError(f"--classes is {settings.classes}; {data.name} has {data.classes}")
     return data
 
 
-def _open(settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int]) -> Data:
+def _open(settings: DataSettings, device: torch.device, ranks: Ranks, size: tuple[int, int], labelled: bool) -> Data:
     """Data by their name in `DATA_SETS`, else a folder of packs or of photographs."""
     if settings.data in DATA_SETS:
         module = import_module(f"{__package__}.{DATA_SETS[settings.data].module}")
@@ -65,8 +69,8 @@ def _open(settings: DataSettings, device: torch.device, ranks: Ranks, size: tupl
         return Packed(open_packs(settings.data), settings, device, ranks, size)
     held_out = None
     if is_undivided(settings.data):
-        train, test, names, held_out = divide_folder(settings.data, settings.val_split)
+        train, test, names, held_out = divide_folder(settings.data, settings.val_split, labelled)
     else:
-        train, test, names = open_folder(settings.data)
+        train, test, names = open_folder(settings.data, labelled=labelled)
     packs = f"packs: {called('prepare', 'imagenet', settings.data)} DST, then train --data DST"
     return Photos("folder", train, test, len(names), settings, device, ranks, packs, names, size, held_out)

@@ -22,12 +22,13 @@ APART = 0.05  # of a layer, between the marks before and after its MSSA
 COLOUR_SHARE = 0.6  # of a map's colours in an overlay; the rest is the image
 
 
-def plot_rates(measured: dict[str, list[dict]], path: Path) -> None:
+def plot_rates(measured: dict[str, list[dict]], path: Path, what: str = "") -> None:
     """Draws R^c before and after each layer's MSSA, mean and deviation over images, at `path`.
 
     Args:
         measured: by label, the rows of `Measures.rows`.
         path: the file, *.png or *.pdf.
+        what: the models are, in words, where all are the same.
     """
     figure, axes = _figure_over_layers(measured)
     for label, rows, colour in _coloured(measured):
@@ -35,18 +36,24 @@ def plot_rates(measured: dict[str, list[dict]], path: Path) -> None:
         after = {"color": colour, "marker": "^", "linestyle": "--", "markerfacecolor": "white", "shift": APART}
         _plot(axes, rows, "subspace_rate", f"{label}: $R^c(Z^\\ell)$, before MSSA", **before)
         _plot(axes, rows, "compressed_rate", f"{label}: $R^c(Z^{{\\ell+1/2}})$, after", **after)
-    axes.set(title="Coding rate across layers", ylabel=r"$R^c$ [SSA block] in nats")  # not from 0: MSSA takes off little
+    axes.set(
+        title=_across_layers("Coding rate", what), ylabel=r"$R^c$ [SSA block] in nats"
+    )  # not from 0: MSSA takes off little
     _finish(figure, axes, path)
 
 
-def plot_sparsity(measured: dict[str, list[dict]], path: Path) -> None:
+def plot_sparsity(measured: dict[str, list[dict]], path: Path, what: str = "") -> None:
     """Draws the share of entries that are not zero after each layer's ISTA; as `plot_rates`."""
     figure, axes = _figure_over_layers(measured)
     for label, rows, colour in _coloured(measured):
         _plot(axes, rows, "nonzero", label, color=colour, marker="s")
-    axes.set(title="Non-zero entries across layers", ylabel="share of non-zero entries [ISTA block]")
+    axes.set(title=_across_layers("Non-zero entries", what), ylabel="share of non-zero entries [ISTA block]")
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     _finish(figure, axes, path)
+
+
+def _across_layers(quantity: str, what: str) -> str:
+    return f"{quantity} across layers" + (f" of {what}" if what else "")
 
 
 def _figure_over_layers(measured: dict[str, list[dict]]):

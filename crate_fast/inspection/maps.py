@@ -12,7 +12,8 @@ from ..backend import check_tensor
 from ..errors import InspectionError
 from ..functional import check_number
 from ..model.crate import CRATE
-from .views import layer_views, patch_grid
+from ..model.mae import CRATEMAE
+from .views import encoder_of, layer_views
 
 FACETS = ("projection", "tokens")
 
@@ -57,11 +58,11 @@ def attention_row(projection: Tensor, heads: int, scale: float | None = None, to
 
 
 @torch.no_grad()
-def attention_maps(model: CRATE, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+def attention_maps(model: CRATE | CRATEMAE, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
     """How much the class token attends to each patch, by layer and head.
 
     Args:
-        model: on any device, in any mode, which it keeps.
+        model: on any device, in any mode, which it keeps; of a CRATEMAE its encoder, no patch masked.
         images: (batch, channels, height, width), normalised; any size that patches divide.
         layers: which layers, from 0, or from the end below 0, in the order wanted; all when None.
 
@@ -72,10 +73,11 @@ def attention_maps(model: CRATE, images: Tensor, layers: Sequence[int] | None = 
         InspectionError: the model has no such layer.
         TypeError, ValueError: as `layer_views`.
     """
-    wanted = [check_layer(model, layer) for layer in (range(model.transformer.depth) if layers is None else layers)]
+    encoder = encoder_of(model)
+    wanted = [check_layer(encoder.depth, layer) for layer in (range(encoder.depth) if layers is None else layers)]
     if not wanted:
         raise InspectionError("no layers to show: the model has none, or none was asked for")
-    grid, found = patch_grid(model, images), {}
+    grid, found = encoder.grid_of(images), {}
     for index, view in enumerate(layer_views(model, images)):
         if index in wanted:
             found[index] = attention_row(view.projection, view.heads, view.scale)[..., 1:].unflatten(-1, grid)
@@ -85,7 +87,7 @@ def attention_maps(model: CRATE, images: Tensor, layers: Sequence[int] | None = 
 
 
 @torch.no_grad()
-def look(model: CRATE, image: Tensor, layer: int, of_features: int = -1, facet: str = "projection") -> PhotoViews:
+def look(model: CRATE | CRATEMAE, image: Tensor, layer: int, of_features: int = -1, facet: str = "projection") -> PhotoViews:
     """Attention of the class token in a layer, and the features of patches in one, in one run through the model.
 
     Args:
@@ -99,8 +101,9 @@ def look(model: CRATE, image: Tensor, layer: int, of_features: int = -1, facet: 
     """
     if facet not in FACETS:
         raise InspectionError(f"facet is {facet!r}; allowed are {', '.join(FACETS)}")
-    image = image.to(model.pos_embedding.device)
-    grid, wanted = patch_grid(model, image), check_layer(model, of_features)
+    encoder = encoder_of(model)
+    image = image.to(encoder.device)
+    grid, wanted = encoder.grid_of(image), check_layer(encoder.depth, of_features)
     maps = features = torch.empty(0)
     for index, view in enumerate(layer_views(model, image)):
         if index == wanted:
@@ -110,9 +113,8 @@ def look(model: CRATE, image: Tensor, layer: int, of_features: int = -1, facet: 
     return PhotoViews(maps, features)
 
 
-def check_layer(model: CRATE, layer: int) -> int:
-    """`layer` counted from 0; raises InspectionError where the model has no such layer."""
-    depth = model.transformer.depth
+def check_layer(depth: int, layer: int) -> int:
+    """`layer` counted from 0; raises InspectionError where a model of `depth` layers has no such one."""
     if not -depth <= layer < depth:
         raise InspectionError(f"layer is {layer}; the model has {depth}, 0 to {depth - 1}")
     return layer % depth
@@ -146,7 +148,7 @@ def keep_mass(maps: Tensor, mass: float = 0.6) -> Tensor:
 
 
 @torch.no_grad()
-def patch_projections(model: CRATE, images: Tensor, layer: int = -1) -> Tensor:
+def patch_projections(model: CRATE | CRATEMAE, images: Tensor, layer: int = -1) -> Tensor:
     """The tied projections w of the patches in one layer: query, key and value in one.
 
     Args:
@@ -158,6 +160,7 @@ def patch_projections(model: CRATE, images: Tensor, layer: int = -1) -> Tensor:
 
     Raises: as `attention_maps`.
     """
-    wanted, grid = check_layer(model, layer), patch_grid(model, images)
+    encoder = encoder_of(model)
+    wanted, grid = check_layer(encoder.depth, layer), encoder.grid_of(images)
     view = next(view for index, view in enumerate(layer_views(model, images)) if index == wanted)
     return view.projection[:, 1:].unflatten(1, grid)

@@ -18,6 +18,7 @@ from ..errors import InspectionError
 from ..eval_transform import MAIN, imagenet_statistics
 from ..files import parse_json, reason_of
 from ..model.crate import CRATE
+from ..model.mae import CRATEMAE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +33,7 @@ class PhotoError(InspectionError):
 class Normalisation:
     """(pixels − mean) / std by channel, of pixels of 0..1: the weights' own, else a run's config.json's, else ImageNet's."""
 
-    def __init__(self, model: CRATE, source: str | Path) -> None:
+    def __init__(self, model: CRATE | CRATEMAE, source: str | Path) -> None:
         self._mode = _mode(model)
         stored = model.transform
         if stored is not None and stored.mean is not None and stored.std is not None:
@@ -53,7 +54,7 @@ class Normalisation:
         return (pixels.permute(2, 0, 1)[None].float() / 255 - mean) / std
 
 
-def _mode(model: CRATE) -> str:
+def _mode(model: CRATE | CRATEMAE) -> str:
     if model.channels not in MODES:
         raise InspectionError(f"the model takes {model.channels} channels; photographs have 3 (colour) or 1 (grey)")
     return MODES[model.channels]
@@ -129,14 +130,14 @@ def find_photos(folder: str | Path, tell: TextIO | None = None) -> list[Path]:
 
 
 def photo_batches(
-    paths: list[Path], model: CRATE, normalise: Normalisation, batch_size: int, crop: float | None = None
+    paths: list[Path], model: CRATE | CRATEMAE, normalise: Normalisation, batch_size: int, crop: float | None = None
 ) -> Iterator[Tensor]:
     """The photographs as the model is evaluated on them: (batch, channels, height, width).
 
     `crop`, see `Transform`, is that stored with the weights where it is None, else main.py's.
     """
     crop = (model.transform or MAIN).crop if crop is None else crop
-    device = model.pos_embedding.device
+    device = model.cls_token.device
     for start in range(0, len(paths), batch_size):
         fitted = [normalise(_fitted(path, model.image_size, crop)) for path in paths[start : start + batch_size]]
         yield torch.cat(fitted).to(device)

@@ -12,7 +12,8 @@ from ..backend import check_tensor
 from ..errors import InspectionError
 from ..functional import check_number
 from ..model.crate import CRATE
-from .views import layer_views, project
+from ..model.mae import CRATEMAE
+from .views import LayerView, layer_views, project
 
 PRECISION = 0.01
 """ε² of the coding rate, which the published code calls eps."""
@@ -105,11 +106,11 @@ def subspace_rate(projection: Tensor, heads: int, precision: float = PRECISION) 
     return coding_rate(projection.unflatten(-1, (heads, -1)).transpose(1, 2), precision).sum(-1)
 
 
-def measure_layers(model: CRATE, images: Tensor | Iterable[Tensor], precision: float = PRECISION) -> Measures:
+def measure_layers(model: CRATE | CRATEMAE, images: Tensor | Iterable[Tensor], precision: float = PRECISION) -> Measures:
     """The measures of every layer of `model` for every image.
 
     Args:
-        model: on any device, in any mode, which it keeps.
+        model: on any device, in any mode, which it keeps; of a CRATEMAE its encoder is measured, no patch masked.
         images: (batch, channels, height, width), normalised as in training and on the model's device, or several such
             batches.
         precision: ε² of the coding rates, above 0.
@@ -126,22 +127,27 @@ def measure_layers(model: CRATE, images: Tensor | Iterable[Tensor], precision: f
 
 
 @torch.no_grad()
-def _measure_batch(model: CRATE, images: Tensor, precision: float) -> Measures:
+def _measure_batch(model: CRATE | CRATEMAE, images: Tensor, precision: float) -> Measures:
     layers = []
     for number, view in enumerate(layer_views(model, images), start=1):
         try:
-            measured = (
-                subspace_rate(view.projection, view.heads, precision),
-                subspace_rate(project(view.layer, view.compressed), view.heads, precision),
-                nonzero_share(view.code),
-                coding_rate(view.tokens, precision),
-            )
+            measured = measures_of(view, precision)
         except InspectionError as error:
             raise InspectionError(f"layer {number}: {error}") from error
         layers.append([value.cpu() for value in measured])
     if not layers:
         raise InspectionError("the model has no layers to measure")
     return Measures(*(torch.stack(values) for values in zip(*layers, strict=True)))
+
+
+def measures_of(view: LayerView, precision: float = PRECISION) -> Measures:
+    """Those of one layer: (batch,) each; raises InspectionError where its tokens are not finite."""
+    return Measures(
+        subspace_rate(view.projection, view.heads, precision),
+        subspace_rate(project(view.layer, view.compressed), view.heads, precision),
+        nonzero_share(view.code),
+        coding_rate(view.tokens, precision),
+    )
 
 
 def nonzero_share(tokens: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..model.crate import CRATE
-from ..model.positions import resample_positions
-from ..model.transformer import layers_of
+from ..model.encoder import Encoder
+from ..model.mae import CRATEMAE
 from ..modules.layer import Layer, ScaledPreNorm
 
 
@@ -47,27 +47,37 @@ class LayerView(NamedTuple):
         return self.layer[0].fn.scale
 
 
+def encoder_of(model: CRATE | CRATEMAE) -> Encoder:
+    """What the views look at: of a CRATE all but its head, of a CRATE-MAE the encoder, no patch masked.
+
+    Raises:
+        TypeError: `model` is neither.
+    """
+    if not isinstance(model, CRATE | CRATEMAE):
+        raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE or CRATEMAE")
+    return model.encoder()
+
+
 @torch.no_grad()
-def layer_views(model: CRATE, images: Tensor) -> Iterator[LayerView]:
+def layer_views(model: CRATE | CRATEMAE, images: Tensor) -> Iterator[LayerView]:
     """Runs `images` through `model` and gives the view of each layer in turn; nothing is kept of the layers before.
 
     The model computes as in evaluation, on its own backend, and is in its own mode again when the iteration ends.
 
     Args:
-        model: on any device, in any mode.
+        model: on any device, in any mode; of a CRATEMAE its encoder is run, no patch masked.
         images: (batch, channels, height, width), floating point, normalised as in training. Any size that patches divide:
             for another than the model's, position embeddings are resampled bicubically.
 
     Raises:
-        TypeError: `model` is no CRATE, or the images are not floating point.
-        ValueError: the images have another number of channels, or patches do not divide them.
+        TypeError: `model` is no CRATE and no CRATEMAE, or the images are not floating point or, outside autocast, not of the
+            model's dtype.
+        ValueError: the images have another number of channels or are on another device, or patches do not divide them.
     """
-    if not isinstance(model, CRATE):
-        raise TypeError(f"the model is a {type(model).__name__}; it must be a crate_fast.CRATE")
-    grid = patch_grid(model, images)
+    encoder = encoder_of(model)
     with _evaluating(model):
-        x = _embed(model, images, grid)
-        for layer in layers_of(model.transformer):
+        x = encoder.tokens(images)
+        for layer in encoder.layers:
             mssa, ista = layer
             attention = mssa.fn
             w = project(layer, x)
@@ -81,29 +91,6 @@ def layer_views(model: CRATE, images: Tensor) -> Iterator[LayerView]:
 def project(layer: Layer, tokens: Tensor) -> Tensor:
     """U LN(tokens): what `layer`'s subspaces see of (batch, tokens, dim); (batch, tokens, heads × head width)."""
     return layer[0].fn.qkv(layer[0].norm(tokens))
-
-
-def patch_grid(model: CRATE, images: Tensor) -> tuple[int, int]:
-    """(rows, columns) of the patches that `model` cuts `images` into; raises as `layer_views`."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"the images are a {type(images).__name__}; they must be a tensor")
-    if not images.is_floating_point():
-        raise TypeError(f"the images are {images.dtype}; they must be real floating point")
-    if images.dim() != 4 or images.shape[1] != model.channels:
-        raise ValueError(f"the images have shape {tuple(images.shape)}; it must be (batch, {model.channels}, height, width)")
-    height, width = images.shape[2:]
-    if any(side == 0 or side % patch for side, patch in zip((height, width), model.patch_size, strict=True)):
-        raise ValueError(
-            f"the images are {height}×{width}, which patches of {'×'.join(map(str, model.patch_size))} do not divide"
-        )
-    return height // model.patch_size[0], width // model.patch_size[1]
-
-
-def _embed(model: CRATE, images: Tensor, grid: tuple[int, int]) -> Tensor:
-    own = model.image_size[0] // model.patch_size[0], model.image_size[1] // model.patch_size[1]
-    x = model.embed_patches(images)
-    x = torch.cat((model.cls_token.expand(len(x), -1, -1), x), dim=1)
-    return x + resample_positions(model.pos_embedding, own, grid)
 
 
 @contextmanager

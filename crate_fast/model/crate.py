@@ -25,7 +25,8 @@ from ..ranges import in_range
 from ..sizes import POOLS, SIZES, STREAMS
 from .buildable import as_pair, check_buildable, divide, times
 from .embedding import is_plain_embedding
-from .transformer import Transformer, pool_tokens
+from .encoder import Encoder
+from .transformer import Transformer, layers_of, pool_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -148,6 +149,13 @@ class CRATE(nn.Module):
     def embed_patches(self, image: Tensor) -> Tensor:
         """(batch, channels, height, width), which patches divide, to (batch, patches, dim), without their positions."""
         return applied(self.to_patch_embedding, image, self._backend())
+
+    def encoder(self) -> Encoder:
+        """All before its head, as the views of `crate_fast.inspection` look at it."""
+        sizes = self.channels, self.image_size, self.patch_size
+        layers = list(layers_of(self.transformer))
+        name = f"a {type(self).__name__}"
+        return Encoder(name, layers, self.transformer.heads, *sizes, self.embed_patches, self.cls_token, self.pos_embedding)
 
     def forward(self, image: Tensor) -> Tensor:
         """(batch, channels, height, width) to logits (batch, num_classes).

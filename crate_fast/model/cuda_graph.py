@@ -31,7 +31,7 @@ def graphed(model: nn.Module, images: Tensor) -> Graphed:
         images: (batch, channels, height, width) on a CUDA GPU; their values do not matter.
 
     Raises:
-        TypeError: `images` is no tensor of floating point.
+        TypeError: `images` is no tensor of floating point, or the model makes something else than one of them, as a `CRATEMAE`.
         ValueError: the model is in training mode.
         BackendError: the images are not on a CUDA GPU.
     """
@@ -67,7 +67,13 @@ class Graphed:
 
     def _run(self, images: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(**self._autocast):
-            return self._model(images)
+            result = self._model(images)
+        if not isinstance(result, Tensor):
+            name = type(self._model).__name__
+            raise TypeError(
+                f"graphed takes a model that makes one tensor of images; this {name} makes a {type(result).__name__}"
+            )
+        return result
 
     def _record(self) -> None:
         if self._model.training:

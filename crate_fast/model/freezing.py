@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ def freeze(model: nn.Module) -> Frozen:
     model makes them. It takes the memory of the weights twice more, or once more when `model` is let go.
 
     Args:
-        model: a `CRATE`, or a module around one, in evaluation mode.
+        model: a `CRATE`, a `CRATEMAE`, or a module around one, in evaluation mode.
 
     Raises:
         TypeError: `model` is no module, or has no layer of this library.
@@ -45,10 +46,11 @@ class Frozen(nn.Module):
                 module.frozen = {}
         self.training = False
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(batch, channels, height, width) to what the model makes of them, which cannot be differentiated."""
+    def forward(self, images: Tensor, *arguments, **keywords) -> Any:
+        """(batch, channels, height, width) to what the model makes of them, and of what else it takes, such as a CRATEMAE's
+        `mask_ratio`; it cannot be differentiated."""
         with torch.no_grad():
-            return self._copy[0](images)
+            return self._copy[0](images, *arguments, **keywords)
 
     def train(self, mode: bool = True) -> Frozen:
         return self._refuse("does not train") if mode else self

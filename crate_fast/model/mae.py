@@ -18,6 +18,7 @@ from ..functional import check_number, check_positive
 from ..modules.applied import applied
 from ..sizes import MAE_SIZES, STREAMS
 from .buildable import as_pair, check_buildable, divide, times
+from .encoder import Encoder
 from .mae_blocks import decoder_blocks, encoder_blocks
 from .positions import sine_positions
 
@@ -105,6 +106,8 @@ class CRATEMAE(nn.Module):
         check_buildable(width, depth + layers, width, in_chans * patch[0] ** 2, 2 * (side**2 + 1), in_chans * patch[0] ** 2)
         self.heads, self.depth, self.patch_size = num_heads, depth, patch[0]
         lambd, self.norm_pix_loss = check_positive("lambd", lambd), bool(norm_pix_loss)
+        if norm_pix_loss and in_chans * patch[0] ** 2 == 1:
+            raise ValueError("norm_pix_loss is True, and a patch of one value has no deviation to be normalised by")
 
         self.patch_embed = PatchEmbed(image, patch, in_chans, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -198,18 +201,30 @@ class CRATEMAE(nn.Module):
         return torch.gather(x, 1, kept.expand(-1, -1, x.shape[2])), mask, ids_restore
 
     def patchify(self, imgs: Tensor) -> Tensor:
-        """(batch, channels, height, width) to (batch, patches, patch² · channels), values by row, column and channel."""
+        """(batch, channels, height, width) to (batch, patches, patch² · channels), values by row, column and channel; raises
+        ValueError where patches do not divide the image."""
         p = self.patch_embed.patch_size[0]
+        if imgs.dim() != 4 or any(side % p for side in imgs.shape[2:]):
+            raise ValueError(f"the image has shape {tuple(imgs.shape)}, which patches of {times((p, p))} do not divide")
         grid = imgs.unflatten(3, (-1, p)).unflatten(2, (-1, p))
         return torch.einsum("nchpwq->nhwpqc", grid).flatten(3).flatten(1, 2)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Patches of a square image back to (batch, channels, height, width); raises ValueError where they make no square."""
-        p, side = self.patch_embed.patch_size[0], math.isqrt(x.shape[1])
-        if side**2 != x.shape[1]:
-            raise ValueError(f"{x.shape[1]} patches make no square image")
+        p = self.patch_embed.patch_size[0]
+        if x.dim() != 3 or math.isqrt(x.shape[1]) ** 2 != x.shape[1] or x.shape[2] % p**2:
+            words = f"it must be (batch, side², {p * p} · channels)"
+            raise ValueError(f"patches of shape {tuple(x.shape)} make no square image; {words}")
+        side = math.isqrt(x.shape[1])
         grid = x.unflatten(2, (p, p, -1)).unflatten(1, (side, side))
         return torch.einsum("nhwpqc->nchpwq", grid).flatten(4).flatten(2, 3)
+
+    def encoder(self) -> Encoder:
+        """Its encoder on whole images, no patch masked, as the views of `crate_fast.inspection` look at it."""
+        blocks: list[Any] = list(self.blocks)
+        name, layers = "the encoder of a CRATE-MAE, no patch masked", [block.layers[0] for block in blocks]
+        sizes = self.channels, self.image_size, self.patch_embed.patch_size
+        return Encoder(name, layers, self.heads, *sizes, self.patch_embed, self.cls_token, self.decoder_pos_embed)
 
     def prepare_tokens(self, x: Tensor) -> Tensor:
         """The tokens of whole images that enter the encoder, (batch, 1 + patches, dim), with positions for their size."""
@@ -254,8 +269,8 @@ class CRATEMAE(nn.Module):
         self.blocks.grad_checkpointing = self.decoder_blocks.grad_checkpointing = bool(enable)
 
     def _until(self, x: Tensor, layer: int) -> Callable[..., Tensor]:
-        if not 0 <= layer < len(self.blocks):
-            raise ValueError(f"layer is {shown(layer)}; it must be from 0 to {len(self.blocks) - 1}")
+        if not hasattr(layer, "__index__") or not 0 <= layer < len(self.blocks):
+            raise ValueError(f"layer is {shown(layer)}; it must be a whole number from 0 to {len(self.blocks) - 1}")
         tokens = self.prepare_tokens(x)
         for index in range(layer):
             tokens = self.blocks[index](tokens)
@@ -267,8 +282,8 @@ class CRATEMAE(nn.Module):
         kept = _kept(count, mask_ratio)
         if noise is None:
             noise = torch.rand(batch, count, device=patches.device)
-        elif noise.shape != (batch, count):
-            raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be (batch, patches), {(batch, count)}")
+        else:
+            _check_noise(noise, patches)
         ids_restore = torch.argsort(torch.argsort(noise, dim=1, stable=True), dim=1)
         return (ids_restore >= kept).to(torch.get_default_dtype()), ids_restore
 
@@ -282,6 +297,15 @@ class CRATEMAE(nn.Module):
         wanted = (self.patch_embed.proj.in_channels, *size)
         if image.dim() != 4 or image.shape[1:] != wanted:
             raise ValueError(f"the image has shape {tuple(image.shape)}; it must be (batch, {', '.join(map(str, wanted))})")
+
+
+def _check_noise(noise: Tensor, patches: Tensor) -> None:
+    """Raises TypeError or ValueError where `noise` gives no number for each of `patches`, (batch, patches, dim)."""
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise is a {type(noise).__name__}; it must be a tensor")
+    if noise.shape != patches.shape[:2] or noise.device != patches.device:
+        words = f"it must be (batch, patches), {tuple(patches.shape[:2])}, on {patches.device}"
+        raise ValueError(f"noise has shape {tuple(noise.shape)} on {noise.device}; {words}")
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -237,6 +237,9 @@ class TrainConfig(MachineSettings, ModelSettings, ObjectiveSettings, Optimisatio
             raise ConfigError(
                 f"--heads is {self.heads} and --dim-head {self.dim_head}; of a CRATE-MAE they make --dim, {self.dim}, together"
             )
+        patches = (self.image_size // self.patch_size) ** 2
+        if int(patches * (1 - self.mask_ratio)) == patches:
+            raise ConfigError(f"--mask-ratio is {self.mask_ratio}, which masks none of {patches} patches")
         if self.dim % 4:
             raise ConfigError(f"--dim is {self.dim}; of a CRATE-MAE it must be a multiple of 4")
 
@@ -244,7 +247,7 @@ class TrainConfig(MachineSettings, ModelSettings, ObjectiveSettings, Optimisatio
 OF_CLASSES = {
     **{"mixup": 0.0, "cutmix": 0.0, "dropout": 0.0, "drop_path": 0.0, "ista": 0.1, "num_classes": None},
     **{"model": "CRATE", "layer_scale": 0.0},
-    **{"strategy": "ddp", "cuda_graphs": False, "watch_rates": False},
+    **{"strategy": "ddp", "cuda_graphs": False},
 }
 """The settings that a CRATE-MAE does not take, and the values that ask for nothing."""
 

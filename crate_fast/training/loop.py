@@ -221,7 +221,7 @@ class Trainer:
             self.evaluated_model, batches, self.compute, self.ranks, self._pause, tell, judge, self.objective.score
         )
         self.evaluated += 1
-        self._log("test", score, **self.monitor.rates(cast("CRATE", self.evaluated_model)))  # asked of a CRATE alone
+        self._log("test", score, **self.monitor.rates(self.evaluated_model))
         if not math.isfinite(score.loss):
             raise TrainingError(
                 f"the loss on the test images is not finite after step {self.step} of {self.steps} (epoch {self.evaluated}), "

@@ -160,7 +160,7 @@ class Monitor:
                 self._watched = images[:WATCHED].clone()
             yield images, labels
 
-    def rates(self, model: CRATE) -> dict[str, list[float]]:
+    def rates(self, model: CRATE | CRATEMAE) -> dict[str, list[float]]:
         """By their names the means of `model`'s measures over the images watched, a number for each layer; or nothing."""
         if not len(self._watched):
             return {}

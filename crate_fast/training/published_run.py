@@ -23,6 +23,7 @@ from ..optimizers import OPTIMIZERS
 from ..settings import ConfigError, TrainConfig, flag
 from ..sizes import SIZES
 from .checkpoint_contents import check_values, check_whole, is_count
+from .objectives import Patches
 from .optimizer import build_optimizer, main_factor
 from .resolve import check_run_against_checkpoint
 from .run_directory import NO_RUN, RunDirectory
@@ -229,8 +230,9 @@ def save_main(source: Path, target: Path, prefix: str = WRAPPERS[0], wanted: str
         raise CheckpointError(f"{source}: in parts, so that its optimizer is not in one place{OTHERWISE}")
     config, content = run.read_config(), check_values(source, read_checkpoint(source))
     check_run_against_checkpoint(config, content.get("settings", {}), run.config, run.former_epochs())
-    if config.model != PUBLISHED_MODEL:
-        raise CheckpointError(f"{source}: its model is a {config.model}, which main.py does not have{OTHERWISE}")
+    name = Patches.name if config.objective == "patches" else config.model
+    if name != PUBLISHED_MODEL:
+        raise CheckpointError(f"{source}: its model is a {name}, which main.py does not have{OTHERWISE}")
     if config.optimizer not in GROUPS or config.decay != "all":
         words = f"its optimizer is {config.optimizer} with --decay {config.decay}; main.py has AdamW and Lion, which decay all"
         raise CheckpointError(f"{source}: {words}{OTHERWISE}")

@@ -129,8 +129,9 @@ def _settle(config: TrainConfig, given: dict, resume: str | None, ranks: Ranks) 
         config = replace(config, **check_settings(start, config, given))
     if config.init is not None and config.objective == "classes":
         of_arch = SIZES_OF_ARCH if given.get("arch") else frozenset()
-        found = encoder_settings(config.init)
-        config = replace(config, **{name: value for name, value in found.items() if name not in given.keys() | of_arch})
+        said = given.keys() | of_arch
+        found = encoder_settings(config.init, config.heads if "heads" in said else None)
+        config = replace(config, **{name: value for name, value in found.items() if name not in said})
     if (out := config.out) is not None:
         ranks.share(lambda: check_free(out))
     return Task(config, given, None, start)
@@ -190,7 +191,7 @@ def _make_trainer(task: Task, compute: Compute, ranks: Ranks, signals: Signals) 
     # Weights before data, which may have to be downloaded or listed for minutes.
     classifies = config.objective == "classes"
     weights = read_weights(config.init) if config.init and checkpoint is None and classifies else None
-    data = open_data(config, compute.device, ranks)
+    data = open_data(config, compute.device, ranks, labelled=classifies)
     if task.run is not None:
         check_same_data(task.run[0], data.describe())
         if ranks.first:
