@@ -36,8 +36,8 @@ def add_flags(parser: argparse.ArgumentParser, _: list[str]) -> None:
         "--layout",
         choices=LAYOUTS,
         help="of an archive: all that main.py saves, with epoch, optimizer and best top-1 (main; *.pth.tar of a run has that), "
-        "weights under 'state_dict' as main.py has them (else the default), under 'model' as finetune.py has them, or nothing "
-        "else (bare)",
+        "weights under 'state_dict' as main.py has them (else the default), under 'model' as finetune.py has them (the default "
+        "of a CRATE-MAE), or nothing else (bare)",
     )
     parser.add_argument(
         "--prefix",
@@ -62,7 +62,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{target}: there is no directory {target.parent}")
     given = weights_of(arguments)
     from ..checkpoint.save_load import load_checkpoint, save_model
-    from ..model.alpha import CRATEAlpha
+    from ..model.crate import CRATE
     from ..model.mae import CRATEMAE
     from ..training.published_run import find_trained, save_main, taken_by_finetune
 
@@ -78,9 +78,11 @@ def _convert(arguments: argparse.Namespace) -> None:
         if target.suffix == ".safetensors":
             save_model(model, target)
         else:
-            default = arguments.layout is None and target.name.endswith(MAIN)
-            save_published(model, target, arguments.layout or "state_dict", _prefix(arguments.prefix, default))
-            if default and not isinstance(model, CRATEAlpha | CRATEMAE):  # which finetune.py has not
+            # What main.py and finetune.py have no class for, they take under no name.
+            default = arguments.layout is None and target.name.endswith(MAIN) and type(model) is CRATE
+            usual = "model" if isinstance(model, CRATEMAE) else "state_dict"  # as the codebase of MAE has them
+            save_published(model, target, arguments.layout or usual, _prefix(arguments.prefix, default))
+            if default:
                 taken = taken_by_finetune(_prefix(arguments.prefix, default))
                 notes.append(f"weights alone, {taken}; main.py --resume needs a run's optimizer")
     print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters in {len(model.state_dict())} tensors")
