@@ -47,13 +47,16 @@ def without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
+# Asked at once, since `torch.jit.trace` records no operator that gives a truth.
+_FAST_BFLOAT16 = hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which this CPU takes products of `dtype` fastest: float32 where it has no matrix instructions for 16 bit.
 
     Emulated they take ten times as long. What it has for float16 is not used: scores overflow in it where float32's do not.
     """
-    fast = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype if fast else torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.bfloat16 and _FAST_BFLOAT16 else torch.promote_types(dtype, torch.float32)
 
 
 def is_transformed() -> bool:
