@@ -79,5 +79,5 @@ class Encoder(NamedTuple):
                 f"the images are {images.dtype} and the model {model.dtype}; outside autocast they must be the same"
             )
         patches = self.embed(images)
-        x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
+        x = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
         return x + resample_positions(self.positions, own, grid)

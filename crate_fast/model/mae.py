@@ -171,7 +171,7 @@ class CRATEMAE(nn.Module):
         patches = self.patch_embed(x)
         mask, ids_restore = self._draw_mask(patches, mask_ratio, noise)
         tokens = torch.where(mask[..., None] > 0, self.mask_token, patches)
-        tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1) + self.decoder_pos_embed
+        tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), tokens), dim=1) + self.decoder_pos_embed
         return self.norm(_run(self.blocks, tokens)), mask, ids_restore
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor | None = None) -> Tensor:
@@ -230,7 +230,7 @@ class CRATEMAE(nn.Module):
         """The tokens of whole images that enter the encoder, (batch, 1 + patches, dim), with positions for their size."""
         _, _, height, width = x.shape
         x = self.patch_embed(x)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         return x + self.interpolate_pos_encoding(x, height, width)
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
