@@ -13,9 +13,8 @@ benchmarks/results, 16 bit measured once):
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
-from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -32,6 +31,9 @@ LARGEST = 96
 
 FEWEST = 100
 """Tokens from which on the proof that scores are bounded costs less than it saves."""
+
+PART = 128
+"""How many numbers at most oneDNN adds up one after the other. At 197 its error is 1.2 to 1.8 times PyTorch's."""
 
 BLOCK = 2 << 20
 """Bytes of scores at a time, if an image and head have fewer. Half as much costs bfloat16 a tenth; what is much larger, the C
@@ -86,14 +88,14 @@ def _gradient_flops(w: Tensor, gradient: Tensor, heads: int, scale: float) -> in
 def _tied_attention(w: Tensor, heads: int, scale: float) -> Tensor:
     with without_autocast("cpu"):
         x = _by_heads(w, heads)
-        out, scratch, room = torch.empty_like(x), _Scratch(), _Scratch()
-        for some, rows, bounded in _blocks(x, scale):
-            queries, keys = x[some, rows], x[some]
-            if bounded:
-                powers, sums = _powers(queries, keys, scale, scratch)
-                torch.div(_product(powers, keys, 1, room), sums, out=out[some, rows])
-            else:
-                _add_product(out[some, rows], _probabilities(queries, keys, scale, bounded, scratch), keys, beta=0)
+        out, bounded = torch.empty_like(x), _are_bounded(x, scale)
+        if _is_taken_singly(x):
+            for one, scaled, low, result in zip(x.unbind(), _scaled(x, bounded, scale), bounded, out.unbind(), strict=True):
+                _multiply(_probabilities(product(one, scaled), low), one, result)
+            return _by_tokens(out, w, heads)
+        (scratch,) = _scratch(x, 1)
+        for some, rows, low in _blocks(x, bounded):
+            torch.bmm(_probabilities(_scores(x[some, rows], x[some], low, scale, scratch), low), x[some], out=out[some, rows])
         return _by_tokens(out, w, heads)
 
 
@@ -102,96 +104,105 @@ def _tied_attention_gradient(w: Tensor, gradient: Tensor, heads: int, scale: flo
     """With P the probabilities and g the gradient: dw = Pᵀg + scale · (dS + dSᵀ) w, where dS is the scores' through softmax."""
     with without_autocast("cpu"):
         x, g = _by_heads(w, heads), _by_heads(gradient, heads)
-        p_scratch, s_scratch, whole = _Scratch(), _Scratch(), _rows_at_once(x) == x.shape[1]
-        # What rows of a long image give is added up in float32 or better, whatever their products are taken in.
-        dx = torch.empty_like(x) if whole else torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        for some, rows, bounded in _blocks(x, scale):
-            queries, keys, of_rows = x[some, rows], x[some], g[some, rows]
-            probabilities = _probabilities(queries, keys, scale, bounded, p_scratch)
-            scores = _product(of_rows, keys.mT, 1, s_scratch)
-            torch._softmax_backward_data(scores, probabilities, -1, scores.dtype, grad_input=scores)
-            _add_product(dx[some], probabilities.mT, of_rows, beta=0 if whole else 1)
-            if whole and x.element_size() > 2:
-                _add_product(dx[some], torch.add(scores, scores.mT, out=probabilities), keys, scale)
-            else:  # in 16 bit a product is cheaper than a transposed sum, 0.4 and 0.8 ms of 8 images of CRATE-tiny
-                _add_product(dx[some, rows], scores, keys, scale)
-                _add_product(dx[some], scores.mT, queries, scale)
-        return _by_tokens(dx, w, heads)
+        gradient_of = _gradient_singly if _is_taken_singly(x) else _gradient_in_blocks
+        return _by_tokens(gradient_of(x, g, scale), w, heads)
 
 
-def _probabilities(queries: Tensor, keys: Tensor, scale: float, bounded: bool, scratch: _Scratch) -> Tensor:
-    """softmax(queries keysᵀ · scale), (..., rows, tokens), of (..., rows, head width) and (..., tokens, head width)."""
-    if bounded:
-        powers, sums = _powers(queries, keys, scale, scratch)
-        return powers.div_(sums)
-    scores = _product(queries, keys.mT, scale, scratch)
-    return torch.softmax(scores, -1, out=scores)
+def _gradient_singly(x: Tensor, g: Tensor, scale: float) -> Tensor:
+    bounded, dx = _are_bounded(x, scale), torch.empty_like(x)
+    scaled = _scaled(x, bounded, scale)
+    for one, by, low, of, result in zip(x.unbind(), scaled, bounded, g.unbind(), dx.unbind(), strict=True):
+        probabilities = _probabilities(product(one, by), low)
+        scores = product(of, one)
+        torch._softmax_backward_data(scores, probabilities, -1, scores.dtype, grad_input=scores)
+        _multiply(probabilities.t(), of, result)
+        result.add_(_multiply(torch.add(scores, scores.t(), out=probabilities), one), alpha=scale)
+    return dx
 
 
-def _powers(queries: Tensor, keys: Tensor, scale: float, scratch: _Scratch) -> tuple[Tensor, Tensor]:
-    """exp(queries keysᵀ · scale) of bounded scores, (..., rows, tokens), and the sums of its rows, (..., rows, 1).
+def _gradient_in_blocks(x: Tensor, g: Tensor, scale: float) -> Tensor:
+    p_scratch, s_scratch = _scratch(x, 2)
+    whole = _rows_at_once(x) == x.shape[1]
+    # What rows of a long image give is added up in float32 or better, whatever their products are taken in.
+    dx = torch.empty_like(x) if whole else torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    for some, rows, low in _blocks(x, _are_bounded(x, scale)):
+        keys, queries, of_rows = x[some], x[some, rows], g[some, rows]
+        probabilities = _probabilities(_scores(queries, keys, low, scale, p_scratch), low)
+        scores = torch.bmm(of_rows, keys.mT, out=_like_block(s_scratch, queries, keys))
+        torch._softmax_backward_data(scores, probabilities, -1, scores.dtype, grad_input=scores)
+        if whole:
+            torch.bmm(probabilities.mT, of_rows, out=dx[some])
+            _add_both_ways(dx[some], scores, keys, scale, probabilities)
+        else:
+            dx[some] += torch.bmm(probabilities.mT, of_rows).baddbmm_(scores.mT, queries, alpha=scale)
+            dx[some, rows] += torch.bmm(scores, keys).mul_(scale)
+    return dx
 
-    As powers of two, whose exponents are scores in units of ln 2.
+
+def _probabilities(scores: Tensor, low: bool) -> Tensor:
+    """softmax of (..., rows, tokens), in their place; of low ones in units of ln 2, as powers of two, unshifted: PyTorch's softmax
+    and exp of float32 take a CPU four times as long. Divided before they are multiplied, since a probability of 1 then is 1."""
+    if not low:
+        return torch.softmax(scores, -1, out=scores)
+    powers = scores.exp2_()
+    return powers.div_(powers.sum(-1, keepdim=True))
+
+
+def _scores(queries: Tensor, keys: Tensor, low: bool, scale: float, scratch: Tensor) -> Tensor:
+    """As `_probabilities` takes them, (heads, rows, tokens), of (heads, rows, head width) and (heads, tokens, head width)."""
+    scores, factor = _like_block(scratch, queries, keys), scale * LOG2_E if low else scale
+    return torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=factor, out=scores)
+
+
+def _scaled(x: Tensor, bounded: list[bool], scale: float) -> tuple[Tensor, ...]:
+    """Heads whose products with x are scores as `_probabilities` takes them."""
+    factors = [scale * LOG2_E if low else scale for low in bounded]
+    return (x * x.new_tensor(factors)[:, None, None]).unbind()
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b of two matrices of float32, a of tokens × tokens.
+
+    oneDNN adds up one number after the other, PyTorch in parts: more than `PART` are given to oneDNN in parts too, which save
+    time where there are several.
     """
-    powers = _product(queries, keys.mT, scale * LOG2_E, scratch).exp2_()
-    return powers, powers.sum(-1, keepdim=True)
+    if a.shape[1] < 4 * PART:
+        return torch.mm(a, b, out=out)
+    count = -(-a.shape[1] // PART)
+    total = torch.zeros_like(b) if out is None else out.zero_()
+    for left, right in zip(a.tensor_split(count, 1), b.tensor_split(count), strict=True):
+        # A transposed a would be copied.
+        total += product(left, right.t()) if a.is_contiguous() else product(right.t().contiguous(), left).t()
+    return total
 
 
-def _product(a: Tensor, b: Tensor, factor: float, scratch: _Scratch) -> Tensor:
-    """a b · factor: of two matrices by oneDNN, of batches of them in `scratch`."""
-    if a.dim() == 2:
-        return _by_onednn(a, b if factor == 1 else b * factor)
-    out = scratch.take((*a.shape[:2], b.shape[2]), a)
-    return torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0, beta: int = 1) -> None:
-    """total ← beta · total + a b · factor, beta being 1, or 0 with a factor of 1."""
-    if a.dim() == 3 and total.dtype == a.dtype:
-        total.baddbmm_(a, b, beta=beta, alpha=factor)
-        return
-    added = _by_onednn(a, b) if a.dim() == 2 else torch.bmm(a, b)
-    if beta:
-        total.add_(added, alpha=factor)
+def _add_both_ways(dx: Tensor, scores: Tensor, x: Tensor, scale: float, scratch: Tensor) -> None:
+    """Adds scale · (scores + scoresᵀ) x to dx: for 16 bit a product is cheaper than a transposed sum, 0.4 and 0.8 ms of 8
+    images of CRATE-tiny, for others dearer, 1.3 and 0.4."""
+    if scores.element_size() > 2:
+        dx.baddbmm_(torch.add(scores, scores.mT, out=scratch), x, alpha=scale)
     else:
-        total.copy_(added)
-
-
-def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
-    """a b of two matrices; where a is a transposed one, which oneDNN would copy, as (bᵀ aᵀ)ᵀ."""
-    return product(a, b.t()) if a.is_contiguous() else product(b.t().contiguous(), a).t()
-
-
-class _Scratch:
-    """Room for what is computed of one block after the other, the first of which is the largest."""
-
-    room: Tensor | None = None
-
-    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        size = math.prod(shape)
-        if self.room is None or len(self.room) < size:
-            self.room = like.new_empty(size)
-        return self.room[:size].view(shape)
-
-
-def _blocks(x: Tensor, scale: float) -> Iterator[tuple[slice | int, slice, bool]]:
-    """Which images and heads of (images × heads, tokens, head width), and which of their rows, are computed at once, and
-    whether their scores are bounded; where oneDNN takes the products it is one head, given as a number."""
-    tokens, height, singly = x.shape[1], _rows_at_once(x), _is_taken_singly(x)
-    together = 1 if singly else max(1, BLOCK // x.element_size() // tokens**2)
-    for bounded, run in groupby(enumerate(_are_bounded(x, scale)), key=itemgetter(1)):
-        heads = [head for head, _ in run]
-        for head in range(heads[0], heads[-1] + 1, together):
-            some = head if singly else slice(head, min(head + together, heads[-1] + 1))
-            for row in range(0, tokens, height):
-                yield some, slice(row, row + height), bounded
+        dx.baddbmm_(scores, x, alpha=scale).baddbmm_(scores.mT, x, alpha=scale)
 
 
 def _is_taken_singly(x: Tensor) -> bool:
-    """Whether products of (images × heads, tokens, head width) are oneDNN's, one by one: all threads share each of them,
-    where of a batch each thread has its own."""
+    """Whether products of (images × heads, tokens, head width) are taken head by head, those over a head's width by oneDNN: all
+    threads share each of them, where of a batch each thread has its own."""
     tokens, width = x.shape[1:]
-    return len(x) > 0 and tokens**2 * width >= LEAST * torch.get_num_threads() and takes(x[0], x[0])
+    large = LEAST * torch.get_num_threads() <= tokens**2 * width
+    return large and width <= PART and len(x) > 0 and _rows_at_once(x) == tokens and takes(x[0], x[0])
+
+
+def _blocks(x: Tensor, bounded: list[bool]) -> Iterator[tuple[slice, slice, bool]]:
+    """Which images and heads of (images × heads, tokens, head width), and which of their rows, are computed at once, and
+    whether they are bounded."""
+    together, height = _heads_at_once(x), _rows_at_once(x)
+    for low, run in groupby(range(len(x)), key=bounded.__getitem__):
+        heads = list(run)
+        for start in range(0, len(heads), together):
+            some = heads[start : start + together]
+            for row in range(0, x.shape[1], height):
+                yield slice(some[0], some[-1] + 1), slice(row, row + height), low
 
 
 def _are_bounded(x: Tensor, scale: float) -> list[bool]:
@@ -208,6 +219,22 @@ def _are_bounded(x: Tensor, scale: float) -> list[bool]:
 
 def _rows_at_once(x: Tensor) -> int:
     return max(1, min(x.shape[1], 4 * BLOCK // x.element_size() // x.shape[1]))
+
+
+def _heads_at_once(x: Tensor) -> int:
+    return max(1, min(len(x), BLOCK // x.element_size() // x.shape[1] ** 2))
+
+
+def _scratch(x: Tensor, count: int) -> list[Tensor]:
+    """Room for the scores of a block, `count` times."""
+    size = _heads_at_once(x) * _rows_at_once(x) * x.shape[1]
+    return [x.new_empty(size) for _ in range(count)]
+
+
+def _like_block(scratch: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """The front of `scratch` as (heads, rows, tokens)."""
+    shape = (*queries.shape[:2], keys.shape[1])
+    return scratch[: shape[0] * shape[1] * shape[2]].view(shape)
 
 
 def _by_heads(w: Tensor, heads: int) -> Tensor:
