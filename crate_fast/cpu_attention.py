@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -88,14 +89,10 @@ def _gradient_flops(w: Tensor, gradient: Tensor, heads: int, scale: float) -> in
 def _tied_attention(w: Tensor, heads: int, scale: float) -> Tensor:
     with without_autocast("cpu"):
         x = _by_heads(w, heads)
-        out, bounded = torch.empty_like(x), _are_bounded(x, scale)
-        if _is_taken_singly(x):
-            for one, scaled, low, result in zip(x.unbind(), _scaled(x, bounded, scale), bounded, out.unbind(), strict=True):
-                _multiply(_probabilities(product(one, scaled), low), one, result)
-            return _by_tokens(out, w, heads)
-        (scratch,) = _scratch(x, 1)
-        for some, rows, low in _blocks(x, bounded):
-            torch.bmm(_probabilities(_scores(x[some, rows], x[some], low, scale, scratch), low), x[some], out=out[some, rows])
+        out, singly, (scratch,) = torch.empty_like(x), _is_taken_singly(x), _scratch(x, 1)
+        for some, rows, low in _blocks(x, scale):
+            probabilities = _probabilities(x[some, rows], x[some], low, scale, scratch, singly)
+            _multiply(probabilities, x[some], out[some, rows], singly)
         return _by_tokens(out, w, heads)
 
 
@@ -104,76 +101,61 @@ def _tied_attention_gradient(w: Tensor, gradient: Tensor, heads: int, scale: flo
     """With P the probabilities and g the gradient: dw = Pᵀg + scale · (dS + dSᵀ) w, where dS is the scores' through softmax."""
     with without_autocast("cpu"):
         x, g = _by_heads(w, heads), _by_heads(gradient, heads)
-        gradient_of = _gradient_singly if _is_taken_singly(x) else _gradient_in_blocks
-        return _by_tokens(gradient_of(x, g, scale), w, heads)
+        singly, (p_scratch, s_scratch) = _is_taken_singly(x), _scratch(x, 2)
+        whole = _rows_at_once(x) == x.shape[1]
+        # What rows of a long image give is added up in float32 or better, whatever their products are taken in.
+        dx = torch.empty_like(x) if whole else torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        for some, rows, low in _blocks(x, scale):
+            keys, queries, of_rows = x[some], x[some, rows], g[some, rows]
+            probabilities = _probabilities(queries, keys, low, scale, p_scratch, singly)
+            scores = _like_block(s_scratch, queries, keys)
+            _multiply(of_rows, keys.mT, scores, singly)
+            torch._softmax_backward_data(scores, probabilities, -1, scores.dtype, grad_input=scores)
+            if whole:
+                _multiply(probabilities.mT, of_rows, dx[some], singly)
+                _add_both_ways(dx[some], scores, keys, scale, probabilities)
+            else:
+                dx[some] += torch.bmm(probabilities.mT, of_rows).baddbmm_(scores.mT, queries, alpha=scale)
+                dx[some, rows] += torch.bmm(scores, keys).mul_(scale)
+        return _by_tokens(dx, w, heads)
 
 
-def _gradient_singly(x: Tensor, g: Tensor, scale: float) -> Tensor:
-    bounded, dx = _are_bounded(x, scale), torch.empty_like(x)
-    scaled = _scaled(x, bounded, scale)
-    for one, by, low, of, result in zip(x.unbind(), scaled, bounded, g.unbind(), dx.unbind(), strict=True):
-        probabilities = _probabilities(product(one, by), low)
-        scores = product(of, one)
-        torch._softmax_backward_data(scores, probabilities, -1, scores.dtype, grad_input=scores)
-        _multiply(probabilities.t(), of, result)
-        result.add_(_multiply(torch.add(scores, scores.t(), out=probabilities), one), alpha=scale)
-    return dx
+def _probabilities(queries: Tensor, keys: Tensor, low: bool, scale: float, scratch: Tensor, singly: bool) -> Tensor:
+    """softmax(queries keysᵀ · scale), (heads, rows, tokens), of (heads, rows, head width) and (heads, tokens, head width).
 
-
-def _gradient_in_blocks(x: Tensor, g: Tensor, scale: float) -> Tensor:
-    p_scratch, s_scratch = _scratch(x, 2)
-    whole = _rows_at_once(x) == x.shape[1]
-    # What rows of a long image give is added up in float32 or better, whatever their products are taken in.
-    dx = torch.empty_like(x) if whole else torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    for some, rows, low in _blocks(x, _are_bounded(x, scale)):
-        keys, queries, of_rows = x[some], x[some, rows], g[some, rows]
-        probabilities = _probabilities(_scores(queries, keys, low, scale, p_scratch), low)
-        scores = torch.bmm(of_rows, keys.mT, out=_like_block(s_scratch, queries, keys))
-        torch._softmax_backward_data(scores, probabilities, -1, scores.dtype, grad_input=scores)
-        if whole:
-            torch.bmm(probabilities.mT, of_rows, out=dx[some])
-            _add_both_ways(dx[some], scores, keys, scale, probabilities)
-        else:
-            dx[some] += torch.bmm(probabilities.mT, of_rows).baddbmm_(scores.mT, queries, alpha=scale)
-            dx[some, rows] += torch.bmm(scores, keys).mul_(scale)
-    return dx
-
-
-def _probabilities(scores: Tensor, low: bool) -> Tensor:
-    """softmax of (..., rows, tokens), in their place; of low ones in units of ln 2, as powers of two, unshifted: PyTorch's softmax
-    and exp of float32 take a CPU four times as long. Divided before they are multiplied, since a probability of 1 then is 1."""
-    if not low:
-        return torch.softmax(scores, -1, out=scores)
-    powers = scores.exp2_()
-    return powers.div_(powers.sum(-1, keepdim=True))
-
-
-def _scores(queries: Tensor, keys: Tensor, low: bool, scale: float, scratch: Tensor) -> Tensor:
-    """As `_probabilities` takes them, (heads, rows, tokens), of (heads, rows, head width) and (heads, tokens, head width)."""
+    Of low scores, of powers of two of scores in units of ln 2, unshifted: PyTorch's softmax and exp of float32 take a CPU four
+    times as long. Divided before they are multiplied, since a probability of 1 then is 1.
+    """
     scores, factor = _like_block(scratch, queries, keys), scale * LOG2_E if low else scale
-    return torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=factor, out=scores)
+    if singly:
+        for head, one, scaled in zip(scores.unbind(), queries.unbind(), (keys * factor).unbind(), strict=True):
+            _ = torch.exp2(product(one, scaled), out=head) if low else head.copy_(product(one, scaled))
+    else:
+        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=factor, out=scores)
+        _ = scores.exp2_() if low else None
+    return scores.div_(scores.sum(-1, keepdim=True)) if low else torch.softmax(scores, -1, out=scores)
 
 
-def _scaled(x: Tensor, bounded: list[bool], scale: float) -> tuple[Tensor, ...]:
-    """Heads whose products with x are scores as `_probabilities` takes them."""
-    factors = [scale * LOG2_E if low else scale for low in bounded]
-    return (x * x.new_tensor(factors)[:, None, None]).unbind()
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b of two matrices of float32, a of tokens × tokens.
+def _multiply(a: Tensor, b: Tensor, out: Tensor, singly: bool) -> None:
+    """out ← a b, of batches of matrices; where they are taken `singly`, by oneDNN if its sums are no less exact and it is faster.
 
     oneDNN adds up one number after the other, PyTorch in parts: more than `PART` are given to oneDNN in parts too, which save
     time where there are several.
     """
-    if a.shape[1] < 4 * PART:
-        return torch.mm(a, b, out=out)
-    count = -(-a.shape[1] // PART)
-    total = torch.zeros_like(b) if out is None else out.zero_()
-    for left, right in zip(a.tensor_split(count, 1), b.tensor_split(count), strict=True):
-        # A transposed a would be copied.
-        total += product(left, right.t()) if a.is_contiguous() else product(right.t().contiguous(), left).t()
-    return total
+    inner = a.shape[2]
+    if not singly or PART < inner < 4 * PART:
+        torch.bmm(a, b, out=out)
+        return
+    count = -(-inner // PART)
+    for head, left, right in zip(out.unbind(), a.unbind(), b.unbind(), strict=True):
+        pairs = zip(left.tensor_split(count, 1), right.tensor_split(count), strict=True) if count > 1 else [(left, right)]
+        for index, pair in enumerate(pairs):
+            _ = head.add_(_by_onednn(*pair)) if index else head.copy_(_by_onednn(*pair))
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    """a b of two matrices; of a transposed a, which would be copied, by (bᵀ aᵀ)ᵀ."""
+    return product(a, b.t()) if a.stride(1) == 1 else product(b.t().contiguous(), a).t()
 
 
 def _add_both_ways(dx: Tensor, scores: Tensor, x: Tensor, scale: float, scratch: Tensor) -> None:
@@ -186,26 +168,26 @@ def _add_both_ways(dx: Tensor, scores: Tensor, x: Tensor, scale: float, scratch:
 
 
 def _is_taken_singly(x: Tensor) -> bool:
-    """Whether products of (images × heads, tokens, head width) are taken head by head, those over a head's width by oneDNN: all
-    threads share each of them, where of a batch each thread has its own."""
+    """Whether oneDNN takes products of (images × heads, tokens, head width), one by one: all threads share each of them, where
+    of a batch each thread has its own."""
     tokens, width = x.shape[1:]
-    large = LEAST * torch.get_num_threads() <= tokens**2 * width
-    return large and width <= PART and len(x) > 0 and _rows_at_once(x) == tokens and takes(x[0], x[0])
+    if tokens**2 * width < LEAST * torch.get_num_threads() or width > PART or not len(x):
+        return False
+    return takes(x[0], x[0])
 
 
-def _blocks(x: Tensor, bounded: list[bool]) -> Iterator[tuple[slice, slice, bool]]:
+def _blocks(x: Tensor, scale: float) -> Iterator[tuple[slice, slice, bool]]:
     """Which images and heads of (images × heads, tokens, head width), and which of their rows, are computed at once, and
-    whether they are bounded."""
+    whether their scores are low."""
     together, height = _heads_at_once(x), _rows_at_once(x)
-    for low, run in groupby(range(len(x)), key=bounded.__getitem__):
-        heads = list(run)
-        for start in range(0, len(heads), together):
-            some = heads[start : start + together]
+    for low, run in groupby(enumerate(_are_low(x, scale)), key=itemgetter(1)):
+        heads = [head for head, _ in run]
+        for head in heads[::together]:
             for row in range(0, x.shape[1], height):
-                yield slice(some[0], some[-1] + 1), slice(row, row + height), low
+                yield slice(head, min(head + together, heads[-1] + 1)), slice(row, row + height), low
 
 
-def _are_bounded(x: Tensor, scale: float) -> list[bool]:
+def _are_low(x: Tensor, scale: float) -> list[bool]:
     """Of each head, whether its scores are proven to be so small that powers of them, and their sums, stay far from float32's
     range: by Cauchy and Schwarz no score is larger than the longest token's with itself. NaN and infinity are not.
 
