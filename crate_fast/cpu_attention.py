@@ -28,13 +28,14 @@ from .operators import operator
 LOG2_E = math.log2(math.e)
 
 LARGEST = 96
-"""Of bounded scores in units of ln 2, which gives float32, of 2⁻¹²⁶ to 2¹²⁸, sums of 2³⁰ tokens."""
+"""Of low scores in units of ln 2: float32, of 2⁻¹²⁶ to 2¹²⁸, has room for sums of 2³⁰ such tokens."""
 
 FEWEST = 100
-"""Tokens from which on the proof that scores are bounded costs less than it saves."""
+"""Tokens from which on the proof that scores are low costs less than it saves."""
 
 PART = 128
-"""How many numbers at most oneDNN adds up one after the other. At 197 its error is 1.2 to 1.8 times PyTorch's."""
+"""How many numbers at most oneDNN adds up one after the other: the error of 197 is 1.2 to 1.8 times PyTorch's, and two parts of
+them save nothing."""
 
 BLOCK = 2 << 20
 """Bytes of scores at a time, if an image and head have fewer. Half as much costs bfloat16 a tenth; what is much larger, the C
@@ -129,18 +130,19 @@ def _probabilities(queries: Tensor, keys: Tensor, low: bool, scale: float, scrat
     scores, factor = _like_block(scratch, queries, keys), scale * LOG2_E if low else scale
     if singly:
         for head, one, scaled in zip(scores.unbind(), queries.unbind(), (keys * factor).unbind(), strict=True):
-            _ = torch.exp2(product(one, scaled), out=head) if low else head.copy_(product(one, scaled))
+            head.copy_(product(one, scaled))
     else:
         torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=factor, out=scores)
-        _ = scores.exp2_() if low else None
-    return scores.div_(scores.sum(-1, keepdim=True)) if low else torch.softmax(scores, -1, out=scores)
+    if not low:
+        return torch.softmax(scores, -1, out=scores)
+    powers = scores.exp2_()
+    return powers.div_(powers.sum(-1, keepdim=True))
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, singly: bool) -> None:
-    """out ← a b, of batches of matrices; where they are taken `singly`, by oneDNN if its sums are no less exact and it is faster.
+    """out ← a b, of batches of matrices; where they are taken `singly`, by oneDNN if that is faster and no less exact.
 
-    oneDNN adds up one number after the other, PyTorch in parts: more than `PART` are given to oneDNN in parts too, which save
-    time where there are several.
+    Its sums are of one number after the other, PyTorch's of parts: more than `PART` are given to it in parts too.
     """
     inner = a.shape[2]
     if not singly or PART < inner < 4 * PART:
@@ -150,7 +152,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, singly: bool) -> None:
     for head, left, right in zip(out.unbind(), a.unbind(), b.unbind(), strict=True):
         pairs = zip(left.tensor_split(count, 1), right.tensor_split(count), strict=True) if count > 1 else [(left, right)]
         for index, pair in enumerate(pairs):
-            _ = head.add_(_by_onednn(*pair)) if index else head.copy_(_by_onednn(*pair))
+            (head.add_ if index else head.copy_)(_by_onednn(*pair))
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ def _is_taken_singly(x: Tensor) -> bool:
     """Whether oneDNN takes products of (images × heads, tokens, head width), one by one: all threads share each of them, where
     of a batch each thread has its own."""
     tokens, width = x.shape[1:]
-    if tokens**2 * width < LEAST * torch.get_num_threads() or width > PART or not len(x):
+    if tokens**2 * width < 2 * LEAST * torch.get_num_threads() or width > PART or not len(x):
         return False
     return takes(x[0], x[0])
 
