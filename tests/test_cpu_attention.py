@@ -89,3 +89,46 @@ def test_whoever_watches_operators_gets_the_same_under_autocast(training):
     expected = logits()
     with FlopCounterMode(display=False):
         torch.testing.assert_close(logits(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.fixture
+def one_thread():
+    """Of which larger products of float32 are oneDNN's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("size", [0.3, 1.0, 1.5, 3.0], ids="tokens times {}".format)
+@pytest.mark.parametrize(("tokens", "width"), [(197, 64), (530, 64)])
+def test_float32_is_no_less_precise_than_the_published_operations_whatever_the_norms(tokens, width, size, block, one_thread):
+    """On both sides of the limit up to which powers are not shifted, and where PyTorch or oneDNN multiply."""
+    if block < 1 << 20:
+        pytest.skip("many small blocks take long, and give the same sums")
+    w, gradient = (x[..., : 2 * width] for x in of(tokens, width, torch.float32))
+    w = w * size
+    low = cpu_attention._are_low(cpu_attention._by_heads(w, 2), width**-0.5)
+    assert all(low) if size < 2 else not any(low)
+    errors = []
+    exact = results(lambda x, _: reference.mssa(x, 2), w.double(), gradient.double())
+    for attend in (ours, reference.mssa):
+        found = results(lambda x, _, attend=attend: attend(x, 2), w, gradient)
+        errors.append([(a - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)])
+    for error, published in zip(*errors, strict=True):
+        assert error <= 1.1 * published
+
+
+@pytest.mark.parametrize("value", [30.0, 1e18, float("inf"), float("nan")], ids=str)
+def test_what_is_large_or_no_number_is_as_published_and_changes_no_bit_of_others(value, block):
+    if block < 1 << 12:
+        pytest.skip("one row at a time takes long, and is no other form")
+    w, gradient = of(110, 16, torch.float32)
+    before = results(ours, w, gradient)
+    w[0, 5, 16:32] = value
+    after, again = results(ours, w, gradient), results(ours, w, gradient)
+    for one, two, old, expected in zip(after, again, before, results(reference.mssa, w, gradient), strict=True):
+        assert torch.equal(one.nan_to_num(), two.nan_to_num())
+        torch.testing.assert_close(one, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+        assert torch.equal(one[1], old[1])
+        assert torch.equal(one[0, :, :16], old[0, :, :16])

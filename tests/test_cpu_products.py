@@ -19,9 +19,9 @@ OURS = cpu_products._IS_X86 and torch.backends.mkldnn.is_available()
 @pytest.fixture(autouse=True)
 def products(monkeypatch):
     """The shapes of oneDNN's products, of any size."""
-    found, product = [], cpu_products._product
+    found, product = [], cpu_products.product
     monkeypatch.setattr(cpu_products, "LEAST", 1)
-    monkeypatch.setattr(cpu_products, "_product", lambda *operands: found.append(operands[0].shape) or product(*operands))
+    monkeypatch.setattr(cpu_products, "product", lambda *operands: found.append(operands[0].shape) or product(*operands))
     return found
 
 
