@@ -206,7 +206,7 @@ def test_hostile_pickle_is_not_executed(tmp_path):
 
 
 def test_out_of_memory_is_one_line(capsys, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
 
     too_large = ["train", "--dim", "1000000", "--dim-head", "1000000", "--out", tmp_path / "run"]

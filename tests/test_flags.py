@@ -340,7 +340,7 @@ def test_the_value_at_fault_is_named_before_anything_is_read_or_written(capsys, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("crate_fast.kernels.INTERPRETED", False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("crate_fast.training.run.open_data", lambda *_: pytest.fail("data was looked for"))
+    monkeypatch.setattr("crate_fast.training.run.open_data", lambda *_, **__: pytest.fail("data was looked for"))
     assert reason in refusal(capsys, [word.format(here=here) for word in line.split()])
     assert not any(tmp_path.iterdir())
 

@@ -103,7 +103,7 @@ def test_signals_that_are_ignored_stay_so_and_a_hangup_is_one():
 
 
 def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("crate_fast.training.run.open_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("crate_fast.training.run.open_data", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match="stopped by signal 15 before the first step"):
         train(replace(SMALL, out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
