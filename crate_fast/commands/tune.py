@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import BackendError
 from ..optional import require
-from ..reference_alpha import WIDENING
 from ..sizes import ALPHA_SIZES, SIZES
 from .arguments import positive
 
@@ -176,6 +175,7 @@ def alpha_workloads(tokens: torch.Tensor, heads: int, head_width: int) -> list[W
     import torch
 
     from ..kernels import attention_sums, linear, mssa, weight_gradients
+    from ..reference_alpha import WIDENING
 
     batch, count, dim = tokens.shape
     dtype, scale, wide = tokens.dtype, head_width**-0.5, WIDENING * dim
