@@ -9,12 +9,15 @@ from crate_fast import CRATE, cpu_attention, functional, reference
 SIZES = [(1, 16), (17, 48), (65, 80), (197, 64), (257, 128)]
 BLOCKS = {"whole images": 2 << 20, "one image": 1 << 16, "some rows": 1 << 12, "one row": 1}
 
-pytestmark = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+
+@pytest.fixture(autouse=True, params=BLOCKS.values(), ids=BLOCKS)
+def block(request, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "BLOCK", request.param)
 
 
-@pytest.fixture(autouse=True)
-def blocks(block, monkeypatch):
-    monkeypatch.setattr(cpu_attention, "BLOCK", block)
+def in_blocks(*names: str):
+    """A test in these of `BLOCKS` alone."""
+    return pytest.mark.parametrize("block", [BLOCKS[name] for name in names], ids=names, indirect=True)
 
 
 def results(attend, w: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
@@ -100,12 +103,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@in_blocks("whole images")
 @pytest.mark.parametrize("size", [0.3, 1.0, 1.5, 3.0], ids="tokens times {}".format)
 @pytest.mark.parametrize(("tokens", "width"), [(197, 64), (530, 64)])
-def test_float32_is_no_less_precise_than_the_published_operations_whatever_the_norms(tokens, width, size, block, one_thread):
+def test_float32_is_no_less_precise_than_the_published_operations_whatever_the_norms(tokens, width, size, one_thread):
     """On both sides of the limit up to which powers are not shifted, and where PyTorch or oneDNN multiply."""
-    if block < 1 << 20:
-        pytest.skip("many small blocks take long, and give the same sums")
     w, gradient = (x[..., : 2 * width] for x in of(tokens, width, torch.float32))
     w = w * size
     low = cpu_attention._are_low(cpu_attention._by_heads(w, 2), width**-0.5)
@@ -119,10 +121,9 @@ def test_float32_is_no_less_precise_than_the_published_operations_whatever_the_n
         assert error <= 1.1 * published
 
 
+@in_blocks("whole images", "one image", "some rows")
 @pytest.mark.parametrize("value", [30.0, 1e18, float("inf"), float("nan")], ids=str)
-def test_what_is_large_or_no_number_is_as_published_and_changes_no_bit_of_others(value, block):
-    if block < 1 << 12:
-        pytest.skip("one row at a time takes long, and is no other form")
+def test_what_is_large_or_no_number_is_as_published_and_changes_no_bit_of_others(value):
     w, gradient = of(110, 16, torch.float32)
     before = results(ours, w, gradient)
     w[0, 5, 16:32] = value
