@@ -151,11 +151,9 @@ def layer_forward(
     weights = PreparedWeights(*prepared)
     project, ista = weights.folded()
     batch, tokens, dim = x.shape
-    rows = x.view(-1, dim)
-    statistics = x.new_empty(4, batch * tokens, dtype=torch.float32)
+    rows, out, count = x.view(-1, dim), weights.out_weight, batch * tokens  # not len(rows): 0.26 µs
+    statistics = x.new_empty(4, count, dtype=torch.float32)
     mean1, rstd1, mean2, rstd2 = statistics.unbind()
-    out = weights.out_weight
-    count = batch * tokens  # not len(rows), which takes three times as long as a shape
     z_moments, y_moments = empty_moments("out_project", out, count), empty_moments("ista", ista.matrix, count)
     stats1, stats2 = Statistics(mean1, rstd1), Statistics(mean2, rstd2)
     w = x.new_empty(batch, tokens, out.shape[0], dtype=out.dtype)

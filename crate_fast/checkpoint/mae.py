@@ -31,8 +31,8 @@ OF_LAYER = (
     f"{BACK}0.bias",
     "1.norm.weight",
     "1.norm.bias",
+    "1.fn.weight",
 )
-OF_LAYER += ("1.fn.weight",)
 NOTE = "of a CRATE-MAE: its encoder, without decoder and mask token; the norms of a CRATE's patches are new, it has none"
 STEP_SIZE = 0.1  # which its constructor does not take
 
