@@ -1,11 +1,12 @@
-"""Matrix products of float32 on a CPU: by oneDNN, which uses what an x86 processor has, whoever made it.
+"""Matrix products of float32 on a CPU: by oneDNN, which uses what an x86 processor has, where PyTorch's own do not.
 
 PyTorch's own are MKL's, which keeps from AVX-512 on processors that are not Intel's. CRATE-tiny's of 8 images, 1,576 tokens by
-384 × 384, on one core of an AMD EPYC with AVX-512, in ms, and as if it had AVX2 alone (torch 2.14; the same with 2.11):
+384 × 384, on one core, in ms (torch 2.14; with 2.11 the same on AMD's):
 
     forward, data gradient, weight gradient      MKL's               oneDNN's
-    AVX-512                                      4.1, 4.2, 4.2       1.9, 1.8, 2.1
-    AVX2                                         4.3, 4.1, 4.2       3.7, 3.5, 3.8
+    AMD EPYC, AVX-512                            4.1, 4.2, 4.2       1.9, 1.8, 2.1
+    the same, as if it had AVX2 alone            4.3, 4.1, 4.2       3.7, 3.5, 3.8
+    Intel Xeon, AVX-512                          2.9, 2.9, 3.1       3.1, 2.9, 3.7
 
 Evaluation and training take the same, so that they agree to the bit.
 """
@@ -13,6 +14,8 @@ Evaluation and training take the same, so that they agree to the bit.
 from __future__ import annotations
 
 import platform
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +27,25 @@ from .backend import autocasts, computes_now, without_autocast
 LEAST = 1 << 20
 """Multiplications of a product from which on it is oneDNN's: its call takes 20 µs, PyTorch's of a small product 3."""
 
-_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere PyTorch has the makers' own
+
+def _has_makers_own(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether PyTorch's own products are those of the processor's maker: off x86, and MKL's on Intel's, under every system."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if not torch.backends.mkl.is_available():
+        return False
+    if cpuinfo.exists():
+        return "GenuineIntel" in cpuinfo.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    return sys.platform == "darwin" or "GenuineIntel" in platform.processor()  # which Windows names so; Apple's were Intel's
+
+
+_IS_TAKEN = not _has_makers_own()
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether x Wᵀ + b is oneDNN's: of float32 on a CPU, large enough, of shapes that fit, where nobody casts, records, batches
-    or transforms operators."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not _IS_X86:
+    """Whether x Wᵀ + b is oneDNN's: of float32 on a CPU for which PyTorch's own are not its maker's, large enough, of shapes that
+    fit, where nobody casts, records, batches or transforms operators."""
+    if not _IS_TAKEN or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     tensors = (x, weight) if bias is None else (x, weight, bias)
     # No sizes are asked for of what is recorded for any. Who watches operators, as PyTorch's counter of flops does, knows

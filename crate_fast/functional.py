@@ -215,7 +215,8 @@ def _training_product_dtype(weight: Tensor) -> torch.dtype:
 
 
 def rectified_product(h: Tensor, matrix: Tensor, shrinkage: float, backend: str) -> Tensor:
-    """relu(h + h M − ηλ) on "triton" or "torch"; h: (..., dim), matrix: M, (dim, dim) float32 or better, shrinkage: ηλ."""
+    """relu(h + h M − ηλ) on "triton" or "torch"; h: (..., dim), matrix: M, (dim, dim), float32 or better or, on "torch", in the
+    dtype of the product; shrinkage: ηλ."""
     operand = operand_dtype(h)
     if backend == "torch":
         return _rectified_product_torch(h, matrix, shrinkage, operand)
@@ -226,7 +227,8 @@ def rectified_product(h: Tensor, matrix: Tensor, shrinkage: float, backend: str)
 
 def _rectified_product_torch(h: Tensor, matrix: Tensor, shrinkage: float, operand: torch.dtype) -> Tensor:
     """relu(h + h M − ηλ) in plain PyTorch, the product taken in dtype `operand`."""
-    if operand == h.dtype == matrix.dtype and not is_transformed():  # vmap knows no product in place with a batch of M
+    wide = operand.itemsize > 2 and operand == h.dtype == matrix.dtype
+    if wide and not is_transformed():  # vmap knows no product in place with a batch of M
         # The residual goes in as the product's addend: I + M would save its copy, but rounds M to the precision of I.
         rows = h.reshape(-1, h.shape[-1])
         shrunk, compiled = _shrunk(rows, matrix, shrinkage), torch.compiler.is_compiling()

@@ -13,13 +13,14 @@ from crate_fast import CRATE, cpu_products, functional, reference
 from crate_fast.modules.applied import applied
 
 SMALL: dict[str, Any] = dict(image_size=8, patch_size=4, num_classes=5, dim=32, depth=2, heads=2, dim_head=16)
-OURS = cpu_products._IS_X86 and torch.backends.mkldnn.is_available()
+OURS = torch.backends.mkldnn.is_available()
 
 
 @pytest.fixture(autouse=True)
 def products(monkeypatch):
-    """The shapes of oneDNN's products, of any size."""
+    """The shapes of oneDNN's products, of any size and on any processor."""
     found, product = [], cpu_products.product
+    monkeypatch.setattr(cpu_products, "_IS_TAKEN", True)
     monkeypatch.setattr(cpu_products, "LEAST", 1)
     monkeypatch.setattr(cpu_products, "product", lambda *operands: found.append(operands[0].shape) or product(*operands))
     return found
@@ -162,6 +163,33 @@ def test_where_they_are_not_asked_for_products_are_pytorchs(how, products):
     ):
         torch.testing.assert_close(run(linear, x, backend), F.linear(x, linear.weight, linear.bias), rtol=0, atol=0)
     assert not products
+
+
+INTEL, AMD = ("processor: 0\nvendor_id: {}\n\nprocessor: 1\n".format(maker) for maker in ("GenuineIntel", "AuthenticAMD"))
+
+
+@pytest.mark.parametrize(
+    ("machine", "system", "cpuinfo", "processor", "mkl", "expected"),
+    [
+        ("x86_64", "linux", INTEL, "", True, True),
+        ("x86_64", "linux", INTEL, "", False, False),
+        ("x86_64", "linux", AMD, "", True, False),
+        ("AMD64", "win32", None, "Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", True, True),
+        ("AMD64", "win32", None, "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", True, False),
+        ("x86_64", "darwin", None, "i386", True, True),
+        ("aarch64", "linux", "processor: 0\n", "", False, True),
+    ],
+)
+def test_pytorchs_own_are_kept_where_they_are_the_makers(
+    machine, system, cpuinfo, processor, mkl, expected, tmp_path, monkeypatch
+):
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("platform.processor", lambda: processor)
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: mkl)
+    monkeypatch.setattr(cpu_products.sys, "platform", system)
+    assert cpu_products._has_makers_own(tmp_path / "cpuinfo") is expected
 
 
 def test_transforms_of_a_model_leave_its_products_to_pytorch(products):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backend import autocasts, choose_backend
 from ..modules.kernel_weights import kernel_weights, make_weights
-from ..modules.layer import Attention, Layer, PreNorm, ScaledPreNorm
+from ..modules.layer import Attention, Layer, PreNorm, ScaledPreNorm, evaluates
 from ..modules.plain import has_global_hooks, same_place
 from ..modules.step import STEPS
 from ..ranges import in_range, is_profiled
@@ -38,28 +38,43 @@ class Stack(nn.Module):
 
         Pooling belongs here because a fused run can pool what it holds in 16 bit without writing all tokens in 32.
         """
-        watched = x.dim() != 3 or x.numel() == 0 or has_global_hooks()
-        cast, chosen = autocasts(x.device.type), {}
-        runs: list[tuple[bool, list[Any]]] = [  # of `Layer` where they are fused, else of whatever modules there are
-            (fused, list(layers))
-            for fused, layers in groupby(
-                self.layers if layers is None else layers,
-                key=lambda layer: not watched and self._fuses(layer, x, cast, chosen),
-            )
+        way = self._ways(x)
+        runs: list[tuple[str, list[Any]]] = [  # of whatever modules there are, where they go by them
+            (name, list(layers)) for name, layers in groupby(self.layers if layers is None else layers, key=way)
         ]
-        for index, (fused, layers) in enumerate(runs):
+        for index, (name, layers) in enumerate(runs):
             last = index == len(runs) - 1
-            if fused:
+            if name == "fused":
                 x = self._run_fused(layers, x, pool if last else None)
                 if last:
                     return x
                 continue
+            evaluated, end = name == "evaluated", layers[-1]
             for layer in layers[:-1]:
-                x = self._call(layer, layer, x)
-            end = layers[-1]
-            alone = last and pool == "cls" and isinstance(end, Layer) and end.runs_unwatched(x)
-            x = self._call(end, end.through, Layer.class_token, x) if alone else self._call(end, end, x)
+                x = self._call(layer, layer.evaluated if evaluated else layer, x)
+            if last and pool == "cls" and (evaluated or (isinstance(end, Layer) and end.runs_unwatched(x))):
+                x = self._call(end, end.through, Layer.class_token, x)
+            else:
+                x = self._call(end, end.evaluated if evaluated else end, x)
         return pool_tokens(x, pool)
+
+    def _ways(self, x: Tensor) -> Callable[[nn.Module], str]:
+        """Tells of a layer how it is run on x: "fused" with its neighbours, "evaluated" as `Layer.evaluated`, or by its
+        "modules". All layers are asked before the first is run: between products of an image, whose data take the cache, a
+        CPU takes three times as long to ask."""
+        watched = x.dim() != 3 or x.numel() == 0 or has_global_hooks()
+        fuses = not watched and (self.backend == "triton" or choose_backend(self.backend, x).name == "triton")
+        evaluated = not watched and evaluates(x)
+        cast, chosen = autocasts(x.device.type), {}
+
+        def way(layer: nn.Module) -> str:
+            if fuses and self._fuses(layer, x, cast, chosen):
+                return "fused"
+            if evaluated and isinstance(layer, Layer) and not layer.is_sharded() and layer.is_evaluated(x):
+                return "evaluated"
+            return "modules"
+
+        return way
 
     def _call(self, layer: nn.Module, function: Callable, *arguments, draws: bool = True):
         """`function` of `arguments`, which computes `layer`; with `grad_checkpointing` its backward pass calls it again.

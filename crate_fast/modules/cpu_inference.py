@@ -50,7 +50,8 @@ def evaluated_layer(
     z = linear(functional.attend(w, heads, scale), out_weight, out_bias).to(wide).add_(x)
     h = F.layer_norm(z, width, norm2_weight.to(wide), norm2_bias.to(wide), eps_step)
     sparse = STEPS[step]
-    matrix = kept_matrix(sparse.fold, of_step, step_size) if sparse.folds else None
+    operand = x.dtype if wide != x.dtype else functional.operand_dtype(x)
+    matrix = kept_matrix(sparse.fold, of_step, step_size, operand) if sparse.folds else None
     with torch.autocast(x.device.type, x.dtype) if wide != x.dtype else nullcontext():
         return sparse.sparsify(h, of_step, matrix, step_size, lambd, "torch").to(x.dtype)
 

@@ -22,28 +22,36 @@ class Kept(NamedTuple):
     fold: Fold
     sources: list[Tensor]  # copies of the weights
     step_size: float
-    matrix: Tensor  # M, (dim, dim)
+    matrices: dict[torch.dtype | None, Tensor]  # M, (dim, dim), as it was formed under None, and in the dtypes asked for
 
     def __reduce__(self):
         return set, ()  # copies and pickles of a weight hold nothing, in a type that every unpickler knows
 
 
-def kept_matrix(fold: Fold, weights: Sequence[Tensor], step_size: float) -> Tensor:
-    """`fold` of the weights; on a CPU kept from call to call, as long as the weights are bit for bit what it was made of.
+def kept_matrix(fold: Fold, weights: Sequence[Tensor], step_size: float, dtype: torch.dtype | None = None) -> Tensor:
+    """`fold` of the weights, in `dtype` if that is given, with columns in one piece then, as a product in 16 bit reads them; on
+    a CPU kept from call to call, as long as the weights are bit for bit what it was made of.
 
     Nothing but the contents tells: fused optimizers, writes through `.data`, NumPy and shared memory move no version counter.
     A comparison reads 2·dim² values, where M costs 2·dim³ operations; on a GPU the host would have to wait for it.
     """
     recorded = keeps_nothing() or is_in_torch_dispatch_mode()
     if recorded or any(weight.device.type != "cpu" or type(weight) not in PLAIN for weight in weights):
-        return fold(weights, step_size)
+        return _cast(fold(weights, step_size), dtype)
     kept = getattr(weights[0], _ATTRIBUTE, None)
     if not (isinstance(kept, Kept) and (kept.fold, kept.step_size) == (fold, step_size) and _are_same(kept.sources, weights)):
         with torch.inference_mode(False), torch.no_grad():
             sources = [weight.detach().clone() for weight in weights]  # M is made of copies: another process may be writing
-            kept = Kept(fold, sources, step_size, fold(sources, step_size))
+            kept = Kept(fold, sources, step_size, {None: fold(sources, step_size)})
         setattr(weights[0], _ATTRIBUTE, kept)
-    return kept.matrix
+    if dtype not in kept.matrices:
+        with torch.inference_mode(False), torch.no_grad():
+            kept.matrices[dtype] = _cast(kept.matrices[None], dtype)
+    return kept.matrices[dtype]
+
+
+def _cast(matrix: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return matrix if dtype is None or matrix.dtype == dtype else matrix.t().to(dtype, memory_format=torch.contiguous_format).t()
 
 
 def _are_same(sources: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:

@@ -158,13 +158,17 @@ class Layer(nn.Sequential):
         """(batch, tokens, dim) to the same; with `run` what that makes of this layer and x, see `through`."""
         if run is not None:
             return run(self, x)
-        if not self._is_evaluated(x):
-            share = self.drop_path if self.training else 0.0
-            z = drop_path(self[0](x), share) + x
-            return drop_path(self[1](z), share) + z if self.residual else self[1](z)
-        mssa, sparse = self
-        step: SparseStep = sparse.fn
-        numbers = (mssa.fn.heads, mssa.fn.scale, mssa.norm.eps, sparse.norm.eps)
+        if evaluates(x) and self.is_evaluated(x):
+            return self.evaluated(x)
+        share = self.drop_path if self.training else 0.0
+        z = drop_path(self[0](x), share) + x
+        return drop_path(self[1](z), share) + z if self.residual else self[1](z)
+
+    def evaluated(self, x: Tensor) -> Tensor:
+        """`forward` of what `evaluates` and `is_evaluated` have let through."""
+        mssa, sparse = self.parts()
+        attention, step = mssa["fn"], sparse["fn"]
+        numbers = (attention.heads, attention.scale, mssa["norm"].eps, sparse["norm"].eps)
         return evaluated_layer(x, list(self.weights()), *numbers, step.name, step.step_size, step.lambd)
 
     def through(self, run: Callable, x):
@@ -175,14 +179,9 @@ class Layer(nn.Sequential):
         """Whether `torch.distributed.fsdp.fully_shard` has taken this layer, and nobody watches it."""
         return is_sharded(self, Layer)
 
-    def _is_evaluated(self, x: Tensor) -> bool:
-        """Whether `evaluated_layer` may stand for the modules: nothing is differentiated, watched, recorded under autocast or
-        exported."""
-        if self.residual or self.training or torch.is_grad_enabled() or is_exported() or is_transformed():
-            return False  # of an export before weights are looked at: a trace records that, and PyTorch makes two to compare
-        if autocasts(x.device.type) and not _is_cast_now(x):
-            return False
-        return self.runs_unwatched(x)
+    def is_evaluated(self, x: Tensor) -> bool:
+        """Whether `evaluated_layer` may stand for these modules where `evaluates` lets it: nobody watches them."""
+        return not (self.residual or self.training) and self.runs_unwatched(x)
 
     def runs_unwatched(self, x: Tensor) -> bool:
         """Whether modules may be passed by on "torch": all are plain and nobody watches, and the backend, asked for or chosen,
@@ -272,6 +271,14 @@ class Layer(nn.Sequential):
         mssa, sparse = self
         inner, dim = mssa.fn.qkv.weight.shape
         return tokens * (2 * inner * (dim + tokens) + sparse.fn.flops(dim))
+
+
+def evaluates(x: Tensor) -> bool:
+    """Whether `evaluated_layer` may stand for layers of x at all: nothing is differentiated, recorded under autocast or
+    exported. Asked before weights are looked at: a trace records that, and PyTorch makes two to compare."""
+    if torch.is_grad_enabled() or is_exported() or is_transformed():
+        return False
+    return not autocasts(x.device.type) or _is_cast_now(x)
 
 
 def drop_path(step: Tensor, share: float) -> Tensor:

@@ -83,7 +83,8 @@ class SparseStep(nn.Module):
         if choice.name == "reference":
             return self.reference(x, weights, self.step_size, self.lambd)
         kept = self.folds and not (self.training or torch.is_grad_enabled() or is_transformed())
-        matrix = kept_matrix(self.fold, weights, self.step_size) if kept else None
+        dtype = functional.operand_dtype(x) if choice.name == "torch" else None  # the kernels cast M themselves
+        matrix = kept_matrix(self.fold, weights, self.step_size, dtype) if kept else None
         return self.sparsify(x, weights, matrix, self.step_size, self.lambd, choice.name)
 
     @staticmethod
