@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same is imported where it is 
     from . import functional
     from .backend import choose_backend
     from .checkpoint.save_load import load_checkpoint
+    from .cpu_kernels import build_cpu_kernels
     from .errors import BackendError, CheckpointError
     from .model.alpha import (
         CRATEAlpha,
@@ -33,6 +34,7 @@ else:
             "functional": (),
             "errors": ("BackendError", "CheckpointError"),
             "backend": ("choose_backend",),
+            "cpu_kernels": ("build_cpu_kernels",),
             "checkpoint.save_load": ("load_checkpoint",),
             "model": ("CRATE", *(f"CRATE_{size}" for size in SIZES)),
             "model.alpha": ("CRATEAlpha", *(f"CRATEAlpha_{size}" for size in ALPHA_SIZES)),
@@ -69,6 +71,7 @@ __all__ = [
     "Transformer",
     "__version__",
     "as_linears",
+    "build_cpu_kernels",
     "choose_backend",
     "freeze",
     "functional",

@@ -1,8 +1,8 @@
 """MSSA on a CPU: batched products of one tensor with itself, in blocks whose scores stay in the cache.
 
 PyTorch's own attention for CPUs reads query, key and value as if they were three and keeps 16-bit numbers away from the
-processor's matrix instructions. 8 images of CRATE-tiny on two cores of an EPYC with AVX-512 and bfloat16, in ms (float32 as in
-benchmarks/results, 16 bit measured once):
+processor's matrix instructions; `cpu_kernels` does the same as here faster, where somebody has them compiled. 8 images of
+CRATE-tiny on two cores of an EPYC with AVX-512 and bfloat16, in ms (float32 as in benchmarks/results, 16 bit measured once):
 
     forward, backward      PyTorch's       here
     float32                3.0, 7.8        3.4, 7.5
@@ -20,7 +20,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu_kernels, reference
 from .backend import cpu_product_dtype, is_batched, is_transformed, without_autocast
 from .cpu_products import LEAST, product, takes
 from .operators import operator
@@ -81,6 +81,8 @@ def _attention_flops(w: Tensor, heads: int, scale: float) -> int:
 
 def _gradient_flops(w: Tensor, gradient: Tensor, heads: int, scale: float) -> int:
     """Of five products, the scores again among them, or four where the scores' gradient and its transpose are added first."""
+    if cpu_kernels.take(w):
+        return 2 * cpu_kernels.products_of_backward(w.shape[1]) * w.numel() * w.shape[1]
     dtype, size = cpu_product_dtype(w.dtype), w.shape[1]
     whole = w.numel() == 0 or 4 * BLOCK // dtype.itemsize // size >= size
     return 2 * (4 if whole and dtype.itemsize > 2 else 5) * w.numel() * size
@@ -88,6 +90,8 @@ def _gradient_flops(w: Tensor, gradient: Tensor, heads: int, scale: float) -> in
 
 @operator(fake=_like, flops=_attention_flops)
 def _tied_attention(w: Tensor, heads: int, scale: float) -> Tensor:
+    if cpu_kernels.take(w):
+        return cpu_kernels.mssa_forward(w, heads, scale)
     with without_autocast("cpu"):
         x = _by_heads(w, heads)
         out, singly, (scratch,) = torch.empty_like(x), _is_taken_singly(x), _scratch(x, 1)
@@ -100,6 +104,8 @@ def _tied_attention(w: Tensor, heads: int, scale: float) -> Tensor:
 @operator(fake=_like, flops=_gradient_flops)
 def _tied_attention_gradient(w: Tensor, gradient: Tensor, heads: int, scale: float) -> Tensor:
     """With P the probabilities and g the gradient: dw = Pᵀg + scale · (dS + dSᵀ) w, where dS is the scores' through softmax."""
+    if cpu_kernels.take(w):
+        return cpu_kernels.mssa_backward(w, gradient, heads, scale)
     with without_autocast("cpu"):
         x, g = _by_heads(w, heads), _by_heads(gradient, heads)
         singly, (p_scratch, s_scratch) = _is_taken_singly(x), _scratch(x, 2)

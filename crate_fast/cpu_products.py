@@ -43,7 +43,7 @@ _IS_TAKEN = not _has_makers_own()
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether x Wᵀ + b is oneDNN's: of float32 on a CPU for which PyTorch's own are not its maker's, large enough, of shapes that
+    """Whether x Wᵀ + b is oneDNN's: of float32 on a CPU whose maker's products PyTorch has not, large enough, of shapes that
     fit, where nobody casts, records, batches or transforms operators."""
     if not _IS_TAKEN or x.device.type != "cpu" or x.dtype != torch.float32:
         return False

@@ -12,10 +12,12 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "lion_pytorch": "lion-pytorch",
     "matplotlib": "matplotlib",
+    "ninja": "ninja",
     "numpy": "numpy",
     "pydantic": "pydantic",
     "safetensors": "safetensors",
     "scipy": "scipy",
+    "setuptools": "setuptools",
     "shtab": "shtab",
     "simplejpeg": "simplejpeg",
     "sklearn": "scikit-learn",
@@ -28,6 +30,8 @@ DISTRIBUTIONS = {
 """Import name to package name, for all that the extras bring."""
 OTHERS = dict.fromkeys(("cv2", "lion_pytorch", "pydantic", "simplejpeg", "torchvision"), "train") | {
     "huggingface_hub": "hub",
+    "ninja": "cpu",
+    "setuptools": "cpu",
     "shtab": "completion",
     "tensorboard": "tensorboard",
     "timm": "timm",

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-CACHE_VARIABLE = "CRATE_FAST_CACHE"
+from ..cache import cache_folder
+
 ATTENTION = ("mssa_forward", "mssa_backward")
 PRODUCTS = (
     "project",
@@ -247,10 +248,7 @@ def key(kernel: str, dtype: torch.dtype, *sizes: int) -> str:
 
 def results_path() -> Path:
     """Where measured shapes are: tuning.json in $CRATE_FAST_CACHE, else in crate_fast under the user's cache directory."""
-    directory = os.environ.get(CACHE_VARIABLE)
-    if directory:
-        return Path(directory) / "tuning.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate_fast" / "tuning.json"
+    return cache_folder() / "tuning.json"
 
 
 def store(device_name: str, winners: dict[str, Config]) -> Path:

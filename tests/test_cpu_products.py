@@ -165,7 +165,7 @@ def test_where_they_are_not_asked_for_products_are_pytorchs(how, products):
     assert not products
 
 
-INTEL, AMD = ("processor: 0\nvendor_id: {}\n\nprocessor: 1\n".format(maker) for maker in ("GenuineIntel", "AuthenticAMD"))
+INTEL, AMD = (f"processor: 0\nvendor_id: {maker}\n\nprocessor: 1\n" for maker in ("GenuineIntel", "AuthenticAMD"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from conftest import DTYPES, HALVES
 
 from crate_fast import CRATE, CRATEAlpha, reference
+from crate_fast.cache import CACHE_VARIABLE
 from crate_fast.commands import tune
 from crate_fast.commands.main import main
 from crate_fast.device import Compute
@@ -102,7 +103,7 @@ def test_the_table_has_every_kernel_and_says_why(architecture):
 
 
 def test_an_architecture_has_its_own_lines(monkeypatch, tmp_path):
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     own = next(line for line in tuning.TABLE if line[:2] == (("mssa_backward",), 32) and line.architecture == 80)
     for capability in ((8, 6), (9, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
@@ -119,7 +120,7 @@ def test_an_architecture_has_its_own_lines(monkeypatch, tmp_path):
     ids=["crate", "alpha"],
 )
 def test_the_fastest_is_stored_and_found_again(tmp_path, monkeypatch, workloads, kernels, product):
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     jobs = workloads(torch.randn(1, 20, 32), 1, 32)
     assert {job.kernel for job in jobs} == {*tuning.ATTENTION, *kernels}
     calls = []
@@ -193,7 +194,7 @@ def looked_up(monkeypatch, kind=CRATE, **sizes) -> list[str]:
 
 @pytest.mark.parametrize(("kind", "names"), [(CRATE, 10), (CRATEAlpha, 5)])
 def test_a_run_tells_whether_it_has_the_measured_shapes_that_it_began_with(tmp_path, monkeypatch, capsys, kind, names):
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     settings, compute = TrainConfig(model=kind.__name__, dim=48, heads=2, dim_head=16), Compute(torch.device("cuda"), "float16")
 
@@ -224,7 +225,7 @@ def test_a_run_tells_whether_it_has_the_measured_shapes_that_it_began_with(tmp_p
     "text", ["{", "[]", '{"GPU": 1}', '{"GPU": {"ista 16 8x8": [64, 64]}}', '{"GPU": {"a": [1, 2, 3, 4, "x"]}}']
 )
 def test_a_damaged_file_is_one_clear_error(tmp_path, monkeypatch, text):
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     (tmp_path / "tuning.json").write_text(text)
     with pytest.raises(tuning.TuningError, match=r"tuning\.json is damaged .* delete it"):
         tuning.measured("GPU")

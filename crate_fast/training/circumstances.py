@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import cpu_kernels
 from ..device import Compute
 from ..files import digest_of
 from ..processes import Ranks
@@ -32,6 +33,7 @@ def circumstances(settings: ModelSettings, compute: Compute, ranks: Ranks, *, fu
         "precision": compute.precision,
         "torch": str(torch.__version__),
         "kernels": _digest_kernels(),
+        "cpu_kernels": cpu_kernels.digest() if compute.device.type == "cpu" else None,
         "measured_shapes": _digest_shapes(settings, compute) if fused else None,
     }
 
