@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import cpu_product_dtype
+from .backend import cpu_product_dtype, without_autocast
 from .cache import cache_folder
 from .errors import BackendError
 from .optional import require
@@ -67,7 +67,8 @@ def build_cpu_kernels() -> Path:
             torch.ops.load_library(library)
         else:
             _compile(library)
-        _check()
+        with torch.inference_mode(False), without_autocast("cpu"):  # wherever a first call comes from
+            _check()
         _loaded = library
     _used = True
     return _loaded

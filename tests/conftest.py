@@ -171,6 +171,26 @@ def precision():
     return load_module(BENCHMARKS / "precision.py")
 
 
+@pytest.fixture(scope="session")
+def compiled_cpu_kernels(request):
+    """The library of kernels for this CPU, compiled once for all tests and runs of them, and used by none yet."""
+    from crate_fast import cpu_kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRATE_FAST_CACHE", str(request.config.cache.mkdir("cpu-kernels")))
+        patch.setattr(cpu_kernels, "_used", False)
+        yield cpu_kernels.build_cpu_kernels()
+
+
+@pytest.fixture
+def cpu_kernels(compiled_cpu_kernels, monkeypatch):
+    """Attention on the CPU by the kernels compiled for it."""
+    from crate_fast import cpu_kernels
+
+    monkeypatch.setattr(cpu_kernels, "_used", True)
+    return cpu_kernels
+
+
 @pytest.fixture(autouse=True)
 def threads(request):
     """As every test found them, whatever the one before has set."""

@@ -1,4 +1,5 @@
-"""MSSA by PyTorch on a CPU, in blocks of any size: against the reference in float64, and the published code in 16 bit."""
+"""MSSA on a CPU, by PyTorch in blocks of any size and by the kernels compiled for it: against the reference in float64, and the
+published code in 16 bit."""
 
 import pytest
 import torch
@@ -7,12 +8,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from crate_fast import CRATE, cpu_attention, functional, reference
 
 SIZES = [(1, 16), (17, 48), (65, 80), (197, 64), (257, 128)]
-BLOCKS = {"whole images": 2 << 20, "one image": 1 << 16, "some rows": 1 << 12, "one row": 1}
+BLOCKS = {"whole images": 2 << 20, "one image": 1 << 16, "some rows": 1 << 12, "one row": 1, "kernels": None}
 
 
 @pytest.fixture(autouse=True, params=BLOCKS.values(), ids=BLOCKS)
 def block(request, monkeypatch):
-    monkeypatch.setattr(cpu_attention, "BLOCK", request.param)
+    if request.param is None:
+        request.getfixturevalue("cpu_kernels")
+    else:
+        monkeypatch.setattr(cpu_attention, "BLOCK", request.param)
 
 
 def in_blocks(*names: str):
@@ -103,7 +107,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@in_blocks("whole images")
+@in_blocks("whole images", "kernels")
 @pytest.mark.parametrize("size", [0.3, 1.0, 1.5, 3.0], ids="tokens times {}".format)
 @pytest.mark.parametrize(("tokens", "width"), [(197, 64), (530, 64)])
 def test_float32_is_no_less_precise_than_the_published_operations_whatever_the_norms(tokens, width, size, one_thread):
@@ -121,7 +125,7 @@ def test_float32_is_no_less_precise_than_the_published_operations_whatever_the_n
         assert error <= 1.1 * published
 
 
-@in_blocks("whole images", "one image", "some rows")
+@in_blocks("whole images", "one image", "some rows", "kernels")
 @pytest.mark.parametrize("value", [30.0, 1e18, float("inf"), float("nan")], ids=str)
 def test_what_is_large_or_no_number_is_as_published_and_changes_no_bit_of_others(value):
     w, gradient = of(110, 16, torch.float32)
