@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -113,6 +114,17 @@ def make_ready(workload: Workload, peer: Peer, mode: str, device: torch.device, 
     """
     if mode == "cuda graph":
         check_graphs(device)
+    with peer.around():
+        ready = _make_ready(workload, peer, mode, device, judge)
+
+    def step() -> object:
+        with peer.around():
+            return ready.step()
+
+    return ready if peer.around is nullcontext else ready._replace(step=step)
+
+
+def _make_ready(workload: Workload, peer: Peer, mode: str, device: torch.device, judge: Judge) -> Ready:
     started = time.perf_counter()
     call = prepare(workload, peer, mode, device)
     errors = judge.errors(call) if peer.same_function else []

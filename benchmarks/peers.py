@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crate_fast import CRATE, CRATEMAE, CRATEAlpha, functional, reference, reference_alpha
+from crate_fast import (
+    CRATE,
+    CRATEMAE,
+    BackendError,
+    CRATEAlpha,
+    build_cpu_kernels,
+    cpu_kernels,
+    functional,
+    reference,
+    reference_alpha,
+)
 
 MODES = ("eager", "compiled", "compiled layers", "max-autotune", "reduce-overhead", "cuda graph")
 COMPILED = MODES[1:5]
@@ -42,6 +53,7 @@ class Peer(NamedTuple):
     alpha: Callable[[dict], nn.Module] | None = None
     mae: Callable[[dict], nn.Module] | None = None
     same_function: bool = True  # False: another architecture, for context; no parity is asked of it
+    around: Callable[[], AbstractContextManager] = nullcontext  # in which it is built, judged and timed
 
 
 class SdpaAttention(reference.Attention):
@@ -199,6 +211,27 @@ def all_peers(device: torch.device, backend: str = "auto") -> list[Peer]:
     mssa, ista = partial(functional.mssa, backend=backend), partial(functional.ista, backend=backend)
     what, others = f'crate_fast, backend="{backend}"', (_crate(backend, CRATEAlpha), _crate(backend, CRATEMAE))
     return [*peers, Peer("crate_fast", what, _crate(backend), ours, mssa, ista, *others)]
+
+
+def with_cpu_kernels(peers: list[Peer]) -> list[Peer]:
+    """`peers`, crate_fast's without the kernels for CPUs, and one more with them.
+
+    Raises:
+        Unavailable: they cannot be built here.
+    """
+    try:
+        build_cpu_kernels()
+    except BackendError as error:
+        raise Unavailable(str(error)) from error
+    *others, ours = peers
+    plain = ours._replace(around=partial(cpu_kernels.used, False))
+    compiled = ours._replace(
+        name="crate_fast cpu kernels",
+        what="crate_fast after build_cpu_kernels()",
+        modes=("eager",),
+        around=partial(cpu_kernels.used, True),
+    )
+    return [*others, plain, compiled]
 
 
 def in_mode(module: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:

@@ -13,6 +13,7 @@ README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- results: made by `python benchmarks/run.py --report` -->", "<!-- end of results -->"
 SCHEMA = 1
 _NAMES = {"suite", "what", "size", "batch", "dtype", "peer", "mode"}
+OURS = {"crate_fast": "", "crate_fast cpu kernels": ", kernels for CPUs"}
 NOISE = 1.05
 """A difference of medians within 5%, or within both runs' quartiles, is noise."""
 
@@ -55,9 +56,9 @@ def _megabytes(size: int | None) -> str:
 
 
 def table(result: dict) -> str:
-    """The README's table: inference and training, the published class itself and crate_fast, eager and compiled, at the largest
-    batch, and how many times as fast at others; without rows where it was not measured beside, since our transcription of it
-    is slower in training."""
+    """The README's table: inference and training, the published class itself and crate_fast, eager and compiled and with its
+    kernels for CPUs, at the largest batch, and how many times as fast at others; without rows where it was not measured beside,
+    since our transcription of it is slower in training."""
     lines = ["| | published class | crate_fast | | other batches |", "|---|---|---|---|---|"]
     for suite, what in (("inference", "inference"), ("train", "training step")):
         rows = [row for row in result["rows"] if row["suite"] == suite and "ms" in row]
@@ -65,8 +66,8 @@ def table(result: dict) -> str:
         cases: dict[tuple, dict[int, tuple[dict, dict]]] = {}
         for row in rows:
             beside = published.get((_case(row), row["batch"]))
-            if row["peer"] == "crate_fast" and beside:
-                cases.setdefault(_case(row), {})[row["batch"]] = beside, row
+            if row["peer"] in OURS and beside:
+                cases.setdefault((*_case(row), OURS[row["peer"]]), {})[row["batch"]] = beside, row
         lines += [_line(what, *case, by_batch) for case, by_batch in cases.items()]
     return "\n".join(lines)
 
@@ -75,13 +76,13 @@ def _case(row: dict) -> tuple[str, str, str]:
     return row["size"], row["dtype"], row["mode"]
 
 
-def _line(what: str, size: str, dtype: str, mode: str, by_batch: dict[int, tuple[dict, dict]]) -> str:
+def _line(what: str, size: str, dtype: str, mode: str, kernels: str, by_batch: dict[int, tuple[dict, dict]]) -> str:
     """A row of the table from (published, ours) of every batch."""
     most = max(by_batch)
     speeds = [f"{row['images_per_second']:,.1f} images/s" for row in by_batch[most]]
     times = {batch: f"{published['ms'] / ours['ms']:.2f}×" for batch, (published, ours) in sorted(by_batch.items())}
     others = ", ".join(f"{batch}: {faster}" for batch, faster in times.items() if batch != most)
-    name = f"CRATE-{size}, {what}, batch {most}, {dtype}, {mode}"
+    name = f"CRATE-{size}, {what}, batch {most}, {dtype}, {mode}{kernels}"
     return f"| {name} | {speeds[0]} | {speeds[1]} | **{times[most]}** | {others} |"
 
 

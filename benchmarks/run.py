@@ -33,7 +33,7 @@ from crate_fast.backend import BACKENDS
 from crate_fast.files import write_atomically
 from crate_fast.model import SIZES as OF_CRATE
 from judge import Judge, make_ready
-from peers import MODES, Peer, Unavailable, all_peers, load_published
+from peers import MODES, Peer, Unavailable, all_peers, load_published, with_cpu_kernels
 from pictures import plot
 from report import SCHEMA, compare, print_rows, update_readme
 from timing import Timing, ceilings, conditions, current, interleave, machine, steady_allocator
@@ -79,7 +79,9 @@ def modes(peer: Peer, workload: Workload, device: torch.device) -> tuple[str, ..
     than all else.
     """
     if device.type == "cpu":
-        whole = workload.suite in ("inference", "train") and workload.batch > 1 and peer.same_function
+        whole = (
+            workload.suite in ("inference", "train") and workload.batch > 1 and "compiled" in peer.modes and peer.same_function
+        )
         return ("eager", "compiled layers") if whole else ("eager",)
     if workload.is_mae:
         return tuple(mode for mode in peer.modes if mode in ("eager", "compiled"))
@@ -153,12 +155,14 @@ def run(options: argparse.Namespace, device: torch.device) -> tuple[dict, Path]:
     peers = all_peers(device, options.backend)
     if options.published:
         peers.insert(1, load_published(options.published))
+    if options.cpu_kernels:
+        peers = with_cpu_kernels(peers)
     if options.against:
         known = {peer.name for peer in peers}
         unknown = [name for name in options.against if name not in known]
         if unknown:
             raise SystemExit(f"run.py: error: --against names {unknown[0]!r}; here there are {', '.join(sorted(known))}")
-        peers = [peer for peer in peers if peer.name in (*options.against, "published", "crate_fast")]
+        peers = [peer for peer in peers if peer.name in (*options.against, "published") or peer.name.startswith("crate_fast")]
     facts = machine(device)
     path = options.out or RESULTS / f"{file_name(facts['device'])}.json"
     seconds = 0.5 if options.quick else 3.0 if device.type == "cuda" else 0.6
@@ -194,6 +198,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", type=names, metavar="NAMES", help=f"only these modes: of {', '.join(MODES)}")
     parser.add_argument("--against", type=names, metavar="NAMES", help="peers to measure beside published and crate_fast")
     parser.add_argument("--published", type=Path, metavar="DIR", help="a checkout of the published repository")
+    parser.add_argument(
+        "--cpu-kernels", action="store_true", help="crate_fast with its kernels for CPUs, compiled here, as one more peer"
+    )
     parser.add_argument("--backend", default="auto", choices=BACKENDS, help="of crate_fast (default: auto)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results file (default: benchmarks/results/<device>.json)")
@@ -219,6 +226,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--calibrate is for --suite predicted")
     if any(batch < 1 for batch in options.batch or ()):
         parser.error(f"--batch is {min(options.batch)}; it must be at least 1")
+    if options.cpu_kernels and options.device != "cpu":
+        parser.error(f"--cpu-kernels is for --device cpu; --device is {options.device}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device is {options.device}; PyTorch finds no CUDA GPU here")
     return options

@@ -17,6 +17,8 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import which
 from tempfile import TemporaryDirectory
@@ -72,6 +74,17 @@ def build_cpu_kernels() -> Path:
         _loaded = library
     _used = True
     return _loaded
+
+
+@contextmanager
+def used(on: bool) -> Iterator[None]:
+    """While open, whether the kernels, once built, compute attention on this CPU."""
+    global _used
+    before, _used = _used, on and _loaded is not None
+    try:
+        yield
+    finally:
+        _used = before
 
 
 def take(w: Tensor) -> bool:
