@@ -179,7 +179,9 @@ def compiled_cpu_kernels(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRATE_FAST_CACHE", str(request.config.cache.mkdir("cpu-kernels")))
         patch.setattr(cpu_kernels, "_used", False)
-        yield cpu_kernels.build_cpu_kernels()
+        library = cpu_kernels.build_cpu_kernels()
+        patch.setattr(cpu_kernels, "_used", False)
+        yield library
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import crate_fast.kernels
 ROOT = Path(__file__).parent.parent
 KINDS = (".py", ".toml", ".html")
 FILES = [path for folder in ("crate_fast", "kernels") for path in (ROOT / folder).rglob("*") if path.suffix in KINDS]
-OURS = sorted({path.relative_to(ROOT).as_posix() for path in (*FILES, ROOT / "crate_fast" / "py.typed")
+OURS = sorted({path.relative_to(ROOT).as_posix() for path in (*FILES, ROOT / "crate_fast" / "py.typed", ROOT / "crate_fast" / "cpu_kernels.cpp")
                if not path.is_relative_to(ROOT / "crate_fast" / "kernels")})  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from .queue import Step
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = (
-    "backend.py", "cpu_attention.py", "cpu_products.py", "functional.py", "operators.py", "ranges.py", "reference.py",
-    "reference_alpha.py", "model/*.py", "modules/*.py",
+    "backend.py", "cpu_attention.py", "cpu_kernels.py", "cpu_products.py", "functional.py", "operators.py", "ranges.py",
+    "reference.py", "reference_alpha.py", "model/*.py", "modules/*.py",
 )  # fmt: skip
 """The files of crate_fast that decide which kernels are launched, and how, and the mathematics they are held to."""
 DONE = ("passed", "unavailable")
