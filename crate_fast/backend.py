@@ -47,16 +47,20 @@ def without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
+def _has_products(name: str) -> bool:
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return supported is not None and supported()
+
+
 # Asked at once, since `torch.jit.trace` records no operator that gives a truth.
-_FAST_BFLOAT16 = hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+FAST_ON_CPU = {torch.bfloat16: _has_products("bf16"), torch.float16: _has_products("fp16")}
+"""Whether this CPU has instructions for products of 16 bit: emulated they take ten times as long."""
 
 
 def cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which this CPU takes products of `dtype` fastest: float32 where it has no matrix instructions for 16 bit.
-
-    Emulated they take ten times as long. What it has for float16 is not used: scores overflow in it where float32's do not.
-    """
-    return dtype if dtype == torch.bfloat16 and _FAST_BFLOAT16 else torch.promote_types(dtype, torch.float32)
+    """The dtype in which this CPU takes products of `dtype` best: float32 where it has none of bfloat16, and for float16, where
+    scores overflow that float32 holds."""
+    return dtype if dtype == torch.bfloat16 and FAST_ON_CPU[dtype] else torch.promote_types(dtype, torch.float32)
 
 
 def is_transformed() -> bool:

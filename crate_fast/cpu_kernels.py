@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import cpu_product_dtype, without_autocast
-from .cache import cache_folder
+from .cache import CACHE_VARIABLE, cache_folder
 from .errors import BackendError
 from .optional import require
 
@@ -66,6 +66,7 @@ def build_cpu_kernels() -> Path:
     if _loaded is None:
         library = _library()
         if library.exists():
+            _check_owner(library)
             torch.ops.load_library(library)
         else:
             _compile(library)
@@ -157,6 +158,14 @@ def _library() -> Path:
     """The compiled library, by a name of all that it depends on, so that none is taken for another's."""
     facts = [SOURCE.read_text(encoding="utf-8"), *FLAGS, torch.__version__, str(torch.version.git_version), _processor()]
     return cache_folder() / f"cpu-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
+
+
+def _check_owner(library: Path) -> None:
+    """Raises BackendError where somebody else may have written the library, which is code."""
+    owner = library.stat().st_uid
+    if owner not in (0, os.getuid()):
+        instead = f"{CACHE_VARIABLE} must name a folder of your own"
+        raise BackendError(f"kernels for CPUs are not taken from {library}, which is user {owner}'s; {instead}")
 
 
 def _compile(library: Path) -> None:

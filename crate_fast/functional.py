@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import cpu_products, reference
 from .backend import (
+    FAST_ON_CPU,
     autocasts,
     check_tensor,
     choose_backend,
@@ -141,24 +142,26 @@ def ista(h: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1, 
 def ista_step(h: Tensor, weight: Tensor, step_size: float, lambd: float, backend: str) -> Tensor:
     """`ista` of what fits, on "triton" or "torch", forming what it needs of D."""
     if backend == "torch" and _is_short(h, weight):
-        return _ista_of_few(h, weight, step_size, lambd)
+        return _ista_of_few(h, weight, step_size, lambd, operand_dtype(weight))
     return rectified_product(h, ista_matrix(weight, step_size), step_size * lambd, backend)
 
 
 def _is_short(h: Tensor, weight: Tensor) -> bool:
     """Whether tokens are so few that M is not worth forming, where it is formed for this step alone and float32 need not agree
-    with evaluation to the bit: where 16 bit is trained on a CPU. M and its gradient are two products of dim³, those of n tokens
-    with it three of n dim²; (h − h Dᵀ) D takes six of these: 0.8 ms for 1.3, for an image of CRATE-tiny."""
-    trained = _training_product_dtype(weight).itemsize == 2
-    return trained and computes_now(h, weight) and h.numel() < weight.numel()
+    with evaluation to the bit: where a CPU trains in 16 bit that it has products of. M and its gradient are two products of
+    dim³, those of n tokens with it three of n dim²; (h − h Dᵀ) D takes six of these: 0.8 ms for 1.3, for an image of
+    CRATE-tiny."""
+    if not (weight.device.type == "cpu" and weight.requires_grad and torch.is_grad_enabled()):
+        return False
+    return FAST_ON_CPU.get(operand_dtype(weight), False) and computes_now(h, weight) and h.numel() < weight.numel()
 
 
-def _ista_of_few(h: Tensor, weight: Tensor, step_size: float, lambd: float) -> Tensor:
-    """The step as relu(h + η(h − h Dᵀ) D − ηλ), the products taken in bfloat16."""
+def _ista_of_few(h: Tensor, weight: Tensor, step_size: float, lambd: float, dtype: torch.dtype) -> Tensor:
+    """The step as relu(h + η(h − h Dᵀ) D − ηλ), the products taken in `dtype`."""
     with without_autocast(h.device.type):
         # Cast twice: what the two give D's gradient is added up in its own dtype.
-        rest = torch.sub(h, F.linear(h.to(torch.bfloat16), weight.to(torch.bfloat16))).to(torch.bfloat16)
-        product = F.linear(rest, weight.to(torch.bfloat16).t())
+        rest = torch.sub(h, F.linear(h.to(dtype), weight.to(dtype))).to(dtype)
+        product = F.linear(rest, weight.to(dtype).t())
         if product.dtype == h.dtype:  # as in `_rectified_product_torch`
             return torch.add(h, product.sub_(lambd), alpha=step_size).relu_()
         return _added(product, h, step_size).sub_(step_size * lambd).relu_()

@@ -1,8 +1,10 @@
 """Kernels for CPUs, compiled here: right whatever the sizes, strides and memory; the same bits; refused by name."""
 
+import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +189,14 @@ def test_whatever_was_compiled_and_computes_otherwise_is_refused(compiled_cpu_ke
     with pytest.raises(BackendError, match=r"were built and compute something else, in torch\.float32 by"):
         build_cpu_kernels()
     assert not fresh._used
+
+
+def test_a_library_of_somebody_elses_is_not_loaded(cpu_kernels):
+    for owner in (0, os.getuid()):
+        cpu_kernels._check_owner(SimpleNamespace(stat=lambda owner=owner: SimpleNamespace(st_uid=owner)))
+    theirs = SimpleNamespace(stat=lambda: SimpleNamespace(st_uid=os.getuid() + 1))
+    with pytest.raises(BackendError, match=rf"is user {os.getuid() + 1}'s; CRATE_FAST_CACHE must name a folder of your own"):
+        cpu_kernels._check_owner(theirs)
 
 
 @pytest.mark.parametrize("asked", [dict(heads=2), dict(heads=5)], ids=str)

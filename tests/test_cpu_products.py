@@ -200,10 +200,11 @@ def test_transforms_of_a_model_leave_its_products_to_pytorch(products):
     assert not products
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pure", [False, True], ids=["autocast", "pure"])
-def test_a_step_of_few_tokens_is_no_less_precise_than_the_published_one(pure, monkeypatch):
-    """In training in bfloat16; the other way, by M, is for many tokens."""
-    monkeypatch.setattr(functional, "cpu_product_dtype", lambda dtype: dtype)  # as on a processor with such products
+def test_a_step_of_few_tokens_is_no_less_precise_than_the_published_one(pure, dtype, monkeypatch):
+    """In training in 16 bit; the other way, by M, is for many tokens."""
+    monkeypatch.setattr(functional, "FAST_ON_CPU", {dtype: True})  # as on a processor with such products
     monkeypatch.setattr(functional, "ista_matrix", None)  # not this way
 
     def results(ista, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -214,9 +215,9 @@ def test_a_step_of_few_tokens_is_no_less_precise_than_the_published_one(pure, mo
     def ratios(seed: int) -> list[float]:
         """Our error of [result, dh, dD] over the published one."""
         torch.manual_seed(seed)
-        tensors = [t.bfloat16() if pure else t for t in (torch.randn(40, 64), torch.randn(64, 64) / 8, torch.randn(40, 64))]
+        tensors = [t.to(dtype) if pure else t for t in (torch.randn(40, 64), torch.randn(64, 64) / 8, torch.randn(40, 64))]
         exact = results(reference.ista, *(t.double() for t in tensors))
-        with torch.autocast("cpu", torch.bfloat16, enabled=not pure):
+        with torch.autocast("cpu", dtype, enabled=not pure):
             found = [results(ista, *tensors) for ista in (lambda h, d: functional.ista(h, d, backend="torch"), reference.ista)]
         ours, published = ([(a - b).norm().item() for a, b in zip(each, exact, strict=True)] for each in found)
         return [a / b for a, b in zip(ours, published, strict=True)]
