@@ -177,8 +177,9 @@ def _compile(library: Path) -> None:
     logging.getLogger("torch.utils.cpp_extension").addFilter(_says_nothing_of_cuda)
     from torch.utils.cpp_extension import load
 
+    print("crate-fast: compiling kernels for this CPU (half a minute, once)", file=sys.stderr, flush=True)
     library.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="compiling-", dir=library.parent) as folder:
+    with TemporaryDirectory(prefix="compiling-", dir=library.parent) as folder, _ninja_on_path():
         try:
             load("crate_fast_cpu", [str(SOURCE)], extra_cflags=list(FLAGS), build_directory=folder, is_python_module=False)
         except (RuntimeError, OSError) as error:
@@ -186,6 +187,19 @@ def _compile(library: Path) -> None:
             first = next((line for line in lines if "error:" in line), lines[-1] if lines else "it gives no reason")
             raise BackendError(f"kernels for CPUs do not compile with {compiler!r}: {first}") from error
         os.replace(Path(folder) / "crate_fast_cpu.so", library)
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """PyTorch asks the shell for ninja, where an environment that is not activated has none."""
+    import ninja
+
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, before))
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def _says_nothing_of_cuda(record: logging.LogRecord) -> bool:

@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import functools
 import importlib.util
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -176,6 +177,9 @@ def compiled_cpu_kernels(request):
     """The library of kernels for this CPU, compiled once for all tests and runs of them, and used by none yet."""
     from crate_fast import cpu_kernels
 
+    obstacle = cpu_kernels._obstacle()
+    if obstacle or shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip(obstacle or "there is no C++ compiler here")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRATE_FAST_CACHE", str(request.config.cache.mkdir("cpu-kernels")))
         patch.setattr(cpu_kernels, "_used", False)
