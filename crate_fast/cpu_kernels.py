@@ -17,10 +17,12 @@ import logging
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import which
+from shutil import rmtree, which
+from subprocess import SubprocessError
 from tempfile import TemporaryDirectory
 
 import torch
@@ -30,6 +32,7 @@ from . import reference
 from .backend import cpu_product_dtype, without_autocast
 from .cache import CACHE_VARIABLE, cache_folder
 from .errors import BackendError
+from .files import write_atomically
 from .optional import require
 
 VARIABLE = "CRATE_FAST_CPU_KERNELS"
@@ -40,13 +43,14 @@ FLAGS = (
 )  # fmt: skip
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CACHE = 3 << 19  # as in the source
+COMPILING = "compiling-"  # what folders are called in which it is compiled
 
 _used: bool | None = None  # None until somebody asks
 _loaded: Path | None = None
 
 
 def build_cpu_kernels() -> Path:
-    """Compiles the kernels, unless they are there for this processor, compiler and PyTorch, and uses them from here on.
+    """Compiles the kernels, unless they are there for this processor and PyTorch, and uses them from here on.
 
     They take the attention of "auto" and "torch" on this CPU, in float16 (computed in float32), bfloat16 and float32, in
     training and evaluation, in this process. The environment variable CRATE_FAST_CPU_KERNELS=1 does the same for every command
@@ -65,7 +69,7 @@ def build_cpu_kernels() -> Path:
         raise BackendError(f"kernels for CPUs cannot be built: {obstacle}")
     if _loaded is None:
         library = _library()
-        if library.exists():
+        if _is_whole(library):
             _check_owner(library)
             torch.ops.load_library(library)
         else:
@@ -130,7 +134,7 @@ def _is_narrow(w: Tensor) -> bool:
 
 def _ask_environment() -> None:
     global _used
-    asked = os.environ.get(VARIABLE, "0")
+    asked = os.environ.get(VARIABLE) or "0"
     if asked not in ("0", "1"):
         raise BackendError(f"{VARIABLE} is {asked!r}; it must be 1, for kernels compiled on this machine, or 0")
     if asked == "1":
@@ -160,6 +164,16 @@ def _library() -> Path:
     return cache_folder() / f"cpu-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
 
 
+def _checksum(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it is there as it was compiled: the system ends a process that runs into a part that is missing."""
+    beside = library.with_suffix(".sha256")
+    return library.is_file() and beside.is_file() and beside.read_text(errors="replace") == _checksum(library)
+
+
 def _check_owner(library: Path) -> None:
     """Raises BackendError where somebody else may have written the library, which is code."""
     owner = library.stat().st_uid
@@ -173,20 +187,35 @@ def _compile(library: Path) -> None:
     require("ninja", "setuptools")
     compiler = os.environ.get("CXX", "c++")
     if which(compiler) is None:
-        raise BackendError(f"kernels for CPUs need a C++ compiler; there is no {compiler!r}, and CXX names no other")
+        raise BackendError(f"kernels for CPUs need a C++ compiler; there is no {compiler!r}, which CXX may name, without flags")
     logging.getLogger("torch.utils.cpp_extension").addFilter(_says_nothing_of_cuda)
     from torch.utils.cpp_extension import load
 
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        _remove_remains(library.parent)
+        place = TemporaryDirectory(prefix=COMPILING, dir=library.parent)
+    except OSError as error:
+        raise BackendError(f"kernels for CPUs have no place ({error}); {CACHE_VARIABLE} may name another folder") from error
     print("crate-fast: compiling kernels for this CPU (half a minute, once)", file=sys.stderr, flush=True)
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="compiling-", dir=library.parent) as folder, _ninja_on_path():
+    with place as folder, _ninja_on_path():
         try:
             load("crate_fast_cpu", [str(SOURCE)], extra_cflags=list(FLAGS), build_directory=folder, is_python_module=False)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, SubprocessError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            first = next((line for line in lines if "error:" in line), lines[-1] if lines else "it gives no reason")
+            first = next((line for line in lines if "error:" in line or "fatal" in line), lines[-1] if lines else "no reason")
             raise BackendError(f"kernels for CPUs do not compile with {compiler!r}: {first}") from error
-        os.replace(Path(folder) / "crate_fast_cpu.so", library)
+        made = Path(folder) / "crate_fast_cpu.so"
+        checksum = _checksum(made)
+        os.replace(made, library)
+        write_atomically(library.with_suffix(".sha256"), lambda file: file.write(checksum.encode()))
+
+
+def _remove_remains(folder: Path) -> None:
+    """Of compilations that were killed, an hour ago or longer."""
+    for remains in folder.glob(f"{COMPILING}*"):
+        if time.time() - remains.stat().st_mtime > 3600:
+            rmtree(remains, ignore_errors=True)
 
 
 @contextmanager

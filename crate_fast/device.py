@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import cpu_kernels
 from .backend import BackendError, choose_backend
 from .processes import Ranks
 from .settings import ConfigError
@@ -39,8 +40,11 @@ def choose_compute(device: str, precision: str, ranks: Ranks | None = None) -> C
 
     Raises:
         ConfigError: there is no such device.
+        BackendError: the environment asks for kernels for CPUs, on one, and they cannot be built.
     """
     place = _find_device(device)
+    if place.type == "cpu":
+        cpu_kernels.digest()  # refused now, before a command makes anything
     if place.type == "cuda" and ranks is not None and ranks.count > 1:
         if place.index is not None or ranks.local_count > torch.cuda.device_count():
             raise ConfigError(

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -143,7 +144,9 @@ def fresh(cpu_kernels, tmp_path, monkeypatch):
         ("machine", "on aarch64; they are for Linux on x86-64"),
         ("processor", "takes this processor for DEFAULT; they need AVX2 or AVX-512"),
         ("oneDNN", "oneDNN, whose products they take, is not there or switched off"),
-        ("compiler", "need a C\\+\\+ compiler; there is no 'no-such-compiler', and CXX names no other"),
+        ("compiler", "need a C\\+\\+ compiler; there is no 'no-such-compiler', which CXX may name, without flags"),
+        ("broken compiler", "do not compile with '.*/cxx': "),
+        ("place", "have no place .*; CRATE_FAST_CACHE may name another folder"),
         ("source", "do not compile with .*error: .*nonsense"),
     ],
 )
@@ -157,12 +160,18 @@ def test_where_they_cannot_be_built_one_line_says_why(what, message, fresh, tmp_
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     elif what == "compiler":
         monkeypatch.setenv("CXX", "no-such-compiler")
+    elif what == "broken compiler":
+        (tmp_path / "cxx").write_text("#!/bin/sh\nexit 3\n")
+        (tmp_path / "cxx").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
+    elif what == "place":
+        (tmp_path / "cache").write_text("")
     elif what == "source":
         monkeypatch.setattr(fresh, "SOURCE", tmp_path / "wrong.cpp")
     with torch.backends.mkldnn.flags(enabled=what != "oneDNN"), pytest.raises(BackendError, match=message) as raised:
         build_cpu_kernels()
     assert "\n" not in str(raised.value)
-    assert not list((tmp_path / "cache").glob("*"))
+    assert not (tmp_path / "cache").is_dir() or not list((tmp_path / "cache").iterdir())
     assert fresh._used is None
 
 
@@ -176,7 +185,7 @@ def test_the_environment_asks_for_them(compiled_cpu_kernels, fresh, monkeypatch)
         from crate_fast import cpu_kernels, functional
         functional.mssa(torch.randn(1, 5, 32), 2)
         print(cpu_kernels.digest())"""
-    for asked, digest in (("1", "[0-9a-f]{16}"), ("0", "None")):
+    for asked, digest in (("1", "[0-9a-f]{16}"), ("0", "None"), ("", "None")):
         monkeypatch.setenv(fresh.VARIABLE, asked)
         monkeypatch.setenv("CRATE_FAST_CACHE", str(compiled_cpu_kernels.parent))
         said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -185,10 +194,31 @@ def test_the_environment_asks_for_them(compiled_cpu_kernels, fresh, monkeypatch)
 
 def test_whatever_was_compiled_and_computes_otherwise_is_refused(compiled_cpu_kernels, fresh, monkeypatch):
     monkeypatch.setattr(fresh, "_library", lambda: compiled_cpu_kernels)
+    monkeypatch.setattr(torch.ops, "load_library", lambda library: None)  # it is loaded
     monkeypatch.setattr(fresh, "mssa_backward", lambda w, gradient, heads, scale: gradient)
     with pytest.raises(BackendError, match=r"were built and compute something else, in torch\.float32 by"):
         build_cpu_kernels()
     assert not fresh._used
+
+
+def test_a_library_that_is_cut_or_changed_is_not_loaded(compiled_cpu_kernels, cpu_kernels, tmp_path):
+    assert cpu_kernels._is_whole(compiled_cpu_kernels)
+    copy, whole = tmp_path / "cpu.so", compiled_cpu_kernels.read_bytes()
+    copy.write_bytes(whole)
+    assert not cpu_kernels._is_whole(copy)  # killed before its checksum was written
+    copy.with_suffix(".sha256").write_text(compiled_cpu_kernels.with_suffix(".sha256").read_text())
+    assert cpu_kernels._is_whole(copy)
+    for damaged in (whole[: len(whole) // 2], bytes([whole[0] ^ 1]) + whole[1:], b""):
+        copy.write_bytes(damaged)
+        assert not cpu_kernels._is_whole(copy)
+
+
+def test_what_killed_compilations_leave_goes(cpu_kernels, tmp_path):
+    for name, age in (("compiling-old", 7200), ("compiling-now", 0), ("other", 7200)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    cpu_kernels._remove_remains(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compiling-now", "other"]
 
 
 def test_a_library_of_somebody_elses_is_not_loaded(cpu_kernels):
