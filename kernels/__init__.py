@@ -1,4 +1,4 @@
-"""Triton kernels of CRATE with their autograd functions. Depends on torch, triton and `crate_fast.operators` alone.
+"""Triton kernels of CRATE with their autograd functions. Depends on torch, triton, `crate_fast.operators` and `.cache` alone.
 
 They are `crate_fast.kernels`, and empty under the name `kernels`: that is another project's, for which transformers looks. In a
 checkout it finds this folder, and the operators, registered again under their names, would be gone for whoever has them.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..cache import cache_folder
+from crate_fast.cache import cache_folder
 
 ATTENTION = ("mssa_forward", "mssa_backward")
 PRODUCTS = (
